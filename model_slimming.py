@@ -1,0 +1,248 @@
+"""Prune a causal language model with SlimGPT: layer-wise OBS, no gradients, one device.
+
+    python model_slimming.py MODEL c4 --num_samples 128 --percdamp 0 --non_uniform --min_sparsity 0.0625 \
+        --max_sparsity 0.25 --save_pruned_weights --save_dir OUT 2>&1 | tee -i OUT.ppl
+
+Writes OUT/ (original shapes, removed weights zero), OUT/pruned_weights/ (the small model), OUT/pruning.json (what was
+kept and removed) and OUT/run.json (arguments, versions, data, errors and seconds per layer, perplexities).
+
+Limits: LLaMA-family models; the whole model has to fit in host memory, one layer and its Hessian on the device.
+"""
+
+import argparse
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppl_eval.ppl_dataset import EVAL_SPLITS, eval_windows, load_eval_tokens, parse_eval_dataset
+from ppl_eval.ppl_eval import perplexity
+from slim_utils.cli import ArgumentParser, command_line, run_cli
+from slim_utils.errors import UserError
+from slim_utils.families import Family, find_family
+from slim_utils.layer_walk import LayerReport, WalkSettings, prune_layers
+from slim_utils.model_io import (
+    DTYPES,
+    RUN_FILE,
+    atomic_folder,
+    check_output,
+    choose_device,
+    load_config,
+    load_model,
+    load_tokenizer,
+    peak_memory_mib,
+    save_checkpoint,
+)
+from slim_utils.model_stats import count_parameters, removed_share
+from slim_utils.params_remove import shrink, zero_removed
+from slim_utils.pruning_record import LayerMask, write_pruning
+from slim_utils.run_record import calibration_record, environment, layer_record, write_run
+from slim_utils.slim_dataset import CalibrationData, load_calibration
+from slim_utils.sparsity_schedule import STRATEGIES, layer_range, layer_ratios, non_uniform_ratios
+from slim_utils.text_source import CALIBRATION_DATASETS
+
+logger = logging.getLogger("model_slimming")
+
+DEFAULT_EVAL_SEQLENS = (128, 2048)
+SMALL_MODEL_FOLDER = "pruned_weights"
+EVAL_TOKENS_PER_FORWARD = 4096
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag of the original, under its name and with its default, and those added since."""
+    parser = ArgumentParser(prog="model_slimming.py", description="Prune a causal language model with SlimGPT.")
+    parser.add_argument("model_path", help="checkpoint folder or hub name")
+    parser.add_argument("dataset", nargs="?", choices=CALIBRATION_DATASETS, help="calibration data set from the hub")
+    data = parser.add_argument_group("calibration")
+    data.add_argument("--data_file", type=Path, help="local calibration text instead: txt, json[l], json.gz, parquet")
+    data.add_argument("--num_samples", type=int, default=1024, help="calibration samples (default %(default)s)")
+    data.add_argument("--seqlen", type=int, default=2048, help="tokens of a sample (default %(default)s)")
+    data.add_argument("--seed", type=int, default=0, help="of the choice of samples (default %(default)s)")
+    prune = parser.add_argument_group("pruning")
+    prune.add_argument("--sparsity", type=float, default=0, help="ratio of every layer (default %(default)s)")
+    prune.add_argument("--non_uniform", action="store_true", help="a ratio per layer, from min to max")
+    prune.add_argument("--non_uniform_strategy", choices=STRATEGIES, default="log_increase")
+    prune.add_argument("--min_sparsity", type=float, default=0, help="lowest ratio of a layer with --non_uniform")
+    prune.add_argument("--max_sparsity", type=float, default=0, help="highest ratio of a layer with --non_uniform")
+    prune.add_argument("--minlayer", type=int, default=-1, help="first layer to prune")
+    prune.add_argument("--maxlayer", type=int, default=1000, help="layer to stop before")
+    prune.add_argument("--no_compensate", action="store_true", help="only zero, leave the other weights as they are")
+    prune.add_argument("--percdamp", type=float, default=0.01, help="damping of the Hessian (default %(default)s)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default %(default)s)")
+    machine.add_argument("--cache_dev", help="cuda or cpu: where activations are kept (default: --device)")
+    machine.add_argument("--batch_samples", type=int, default=128, help="samples brought to the device at once")
+    machine.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")
+    machine.add_argument("--trust_remote_code", action="store_true", help="run model code found in the checkpoint")
+    output = parser.add_argument_group("output")
+    output.add_argument("--save_dir", default="", help="folder to write (default: nothing is saved)")
+    output.add_argument("--save_pruned_weights", action="store_true", help="save the small model too")
+    output.add_argument("--overwrite", action="store_true", help="replace an earlier run's --save_dir")
+    output.add_argument("--skip_evaluate", action="store_true", help="no perplexity afterwards")
+    output.add_argument(
+        "--eval_datasets", nargs="+", default=["wikitext2"], help=f"{', '.join(EVAL_SPLITS)}, FILE or NAME=FILE"
+    )
+    output.add_argument("--eval_seqlens", nargs="+", type=int, help="window lengths (default: 128 2048)")
+    return parser
+
+
+def process_args(args: argparse.Namespace) -> argparse.Namespace:
+    """Check ``args`` before anything is loaded.
+
+    Raises:
+        UserError: naming the flag to change.
+    """
+    if args.dataset is None and args.data_file is None:
+        raise UserError(f"give a data set ({', '.join(CALIBRATION_DATASETS)}) or --data_file FILE")
+    for name, lowest in (("num_samples", 1), ("seqlen", 2), ("batch_samples", 1)):
+        if getattr(args, name) < lowest:
+            raise UserError(f"--{name} {getattr(args, name)}: at least {lowest}")
+    for name in ("sparsity", "min_sparsity", "max_sparsity"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: at least 0 and less than 1")
+    if args.percdamp < 0:
+        raise UserError(f"--percdamp {args.percdamp}: at least 0")
+    if args.min_sparsity > args.max_sparsity:
+        raise UserError(f"--min_sparsity {args.min_sparsity} is above --max_sparsity {args.max_sparsity}")
+    if args.non_uniform and args.sparsity:
+        logger.warning("--sparsity %g has no effect with --non_uniform", args.sparsity)
+    if not args.non_uniform and args.max_sparsity:
+        logger.warning("--min_sparsity and --max_sparsity have no effect without --non_uniform")
+    if args.save_pruned_weights and not args.save_dir:
+        raise UserError("--save_pruned_weights needs --save_dir DIR")
+    if args.save_dir:
+        check_output(Path(args.save_dir), args.overwrite)
+    args.device = choose_device(args.device)
+    args.cache_dev = choose_device(args.cache_dev, "--cache_dev") if args.cache_dev else args.device
+    if any(seqlen < 2 for seqlen in args.eval_seqlens or ()):
+        raise UserError("--eval_seqlens: at least 2")
+    if not args.skip_evaluate:
+        for spec in args.eval_datasets:
+            parse_eval_dataset(spec)
+    return args
+
+
+def choose_ratios(args: argparse.Namespace, num_layers: int) -> list[float]:
+    """Pruning ratio of every layer."""
+    layers = layer_range(args.minlayer, args.maxlayer, num_layers)
+    if args.non_uniform:
+        ratios = non_uniform_ratios(args.non_uniform_strategy, args.min_sparsity, args.max_sparsity, len(layers))
+    else:
+        ratios = [args.sparsity] * len(layers)
+    return layer_ratios(layers, num_layers, ratios)
+
+
+def load_eval_sets(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, max_positions: int
+) -> dict[tuple[str, int], Tensor]:
+    """Windows (count, seqlen) by name and window length; read before the long work, so that it cannot fail after it."""
+    windows = {}
+    for spec in args.eval_datasets:
+        name, _ = parse_eval_dataset(spec)
+        tokens = load_eval_tokens(spec, tokenizer)
+        for seqlen in args.eval_seqlens or DEFAULT_EVAL_SEQLENS:
+            if seqlen <= max_positions:
+                windows[name, seqlen] = eval_windows(tokens, seqlen, name)
+            elif args.eval_seqlens:
+                raise UserError(f"--eval_seqlens {seqlen}: the model has {max_positions} positions")
+            else:
+                logger.warning("no perplexity at seqlen %d: the model has %d positions", seqlen, max_positions)
+    return windows
+
+
+def evaluate(
+    model: PreTrainedModel, eval_sets: dict[tuple[str, int], Tensor], device: torch.device
+) -> list[dict[str, Any]]:
+    """Perplexity of ``model`` on every set of windows, a log line each."""
+    model.to(device)
+    results = []
+    for (name, seqlen), windows in eval_sets.items():
+        value = perplexity(model, windows, batch_size=max(1, EVAL_TOKENS_PER_FORWARD // seqlen))
+        logger.info("perplexity %s seqlen %d: %.4f (%d windows)", name, seqlen, value, len(windows))
+        results.append({"dataset": name, "seqlen": seqlen, "windows": len(windows), "perplexity": value})
+    return results
+
+
+def save(
+    args: argparse.Namespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    family: Family,
+    masks: list[LayerMask],
+    record: dict[str, Any],
+) -> None:
+    """Write ``--save_dir``, whole or not at all; ``model`` ends zeroed in its original shapes."""
+    zero_removed(model, family, masks)
+    with atomic_folder(Path(args.save_dir)) as folder:
+        save_checkpoint(model, tokenizer, folder)
+        if args.save_pruned_weights:
+            small = shrink(model, family, masks)
+            save_checkpoint(small, tokenizer, folder / SMALL_MODEL_FOLDER)
+        write_pruning(folder / "pruning.json", masks, model.config.model_type)
+        write_run(folder / RUN_FILE, record)
+    logger.info("saved %s", args.save_dir)
+
+
+def run_record(
+    args: argparse.Namespace, data: CalibrationData, reports: list[LayerReport], sizes: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """The content of ``run.json`` before the evaluation."""
+    arguments = {
+        name: value if isinstance(value, (int, float, list, type(None))) else str(value)
+        for name, value in vars(args).items()
+    }
+    return {
+        "command": command_line(),
+        "arguments": arguments,
+        "seed": args.seed,
+        **environment(args.device),
+        "calibration": calibration_record(data),
+        "sizes": sizes,
+        "layers": [layer_record(report) for report in reports],
+        "pruning_seconds": round(seconds, 2),
+    }
+
+
+def main(args: argparse.Namespace) -> None:
+    """Load, prune, save, evaluate."""
+    args = process_args(args)
+    config = load_config(args.model_path, args.trust_remote_code)
+    family = find_family(config)
+    if args.seqlen > config.max_position_embeddings:
+        raise UserError(f"--seqlen {args.seqlen}: the model has {config.max_position_embeddings} positions")
+    ratios = choose_ratios(args, config.num_hidden_layers)
+    if not any(ratios):
+        logger.warning("nothing to prune: all ratios are 0; set --sparsity, or --non_uniform with --max_sparsity")
+    tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
+    data = load_calibration(args.dataset, args.data_file, tokenizer, args.num_samples, args.seqlen, args.seed)
+    eval_sets = {} if args.skip_evaluate else load_eval_sets(args, tokenizer, config.max_position_embeddings)
+    model = load_model(args.model_path, args.dtype, args.trust_remote_code)
+    logger.info("calibration: %d × %d tokens of %s", args.num_samples, args.seqlen, data.source)
+
+    start = time.perf_counter()
+    settings = WalkSettings(
+        args.device, args.cache_dev, args.batch_samples, args.percdamp, compensate=not args.no_compensate
+    )
+    masks, reports = prune_layers(model, family, data.samples, ratios, settings)
+    seconds = time.perf_counter() - start
+    sizes = {
+        "parameters_dense": count_parameters(model),
+        "block_share_removed": removed_share(family.decoder_layers(model), family, masks),
+    }
+    logger.info("removed %.2f %% of the block weights in %.1f s", 100 * sizes["block_share_removed"], seconds)
+    record = run_record(args, data, reports, sizes, seconds)
+    if args.save_dir:
+        save(args, model, tokenizer, family, masks, record)
+    if eval_sets:
+        record["perplexity"] = evaluate(model, eval_sets, args.device)
+        record["peak_memory_mib"] = peak_memory_mib(args.device)
+        if args.save_dir:
+            write_run(Path(args.save_dir) / RUN_FILE, record)
+
+
+if __name__ == "__main__":
+    run_cli(lambda: main(build_parser().parse_args()), "model_slimming.py")

@@ -1,0 +1,1 @@
+"""Perplexity on wikitext2, ptb and local text."""

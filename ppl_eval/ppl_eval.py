@@ -1,0 +1,56 @@
+"""Perplexity: exp of the mean negative log-likelihood over all targets of all windows."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppl_eval.ppl_dataset import eval_windows, load_eval_tokens, parse_eval_dataset
+
+
+def ppl_metric(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    datasets: Iterable[str],
+    seq_len: int = 128,
+    batch_size: int = 4,
+) -> dict[str, float]:
+    """Perplexity of ``model`` on each data set.
+
+    Args:
+        model: on the device to evaluate on.
+        tokenizer: the model's.
+        datasets: ``wikitext2``, ``ptb``, a file, or ``NAME=FILE``.
+        seq_len: tokens of a window; each has ``seq_len − 1`` targets.
+        batch_size: windows a forward.
+
+    Returns:
+        Perplexity by name of the data set.
+    """
+    results = {}
+    for spec in datasets:
+        name, _ = parse_eval_dataset(spec)
+        windows = eval_windows(load_eval_tokens(spec, tokenizer), seq_len, name)
+        results[name] = perplexity(model, windows, batch_size)
+    return results
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, windows: Tensor, batch_size: int = 4) -> float:
+    """Perplexity of ``model`` on ``windows`` (count, seq_len) of token ids; infinite where the model overflows."""
+    model.eval()
+    total = 0.0
+    for batch in tqdm(windows.split(batch_size), desc="perplexity", unit="batch", disable=None, leave=False):
+        batch = batch.to(model.device)
+        logits = model(input_ids=batch, use_cache=False).logits
+        for window_logits, window in zip(logits, batch, strict=True):
+            # One window at a time: an fp32 copy of a batch's logits would outweigh the model.
+            loss = functional.cross_entropy(window_logits[:-1].float(), window[1:], reduction="sum")
+            total += loss.item()
+    targets = windows.shape[0] * (windows.shape[1] - 1)
+    mean = total / targets
+    return math.exp(mean) if mean < math.log(1e300) else math.inf

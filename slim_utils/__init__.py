@@ -1,0 +1,1 @@
+"""SlimGPT structured pruning: the OBS maths, the layer walk, the table of families and what a run leaves behind."""

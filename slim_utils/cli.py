@@ -1,0 +1,69 @@
+"""What every entry script shares: one-line errors, exit codes, signals and logging."""
+
+import argparse
+import errno
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import datasets
+import transformers
+from safetensors import SafetensorError
+
+from slim_utils.errors import UserError
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """``argparse.ArgumentParser`` whose errors are one line on stderr (exit code 2)."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def setup_logging() -> None:
+    """Send one line a message to stderr, fit for ``tee``, and silence progress bars where no one watches them."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    for noisy in ("httpx", "huggingface_hub"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+
+
+def run_cli(main: Callable[[], None], prog: str) -> NoReturn:
+    """Run ``main`` and leave the process with one clear line instead of a traceback.
+
+    Exit codes: 0 done, 1 the machine gave out (disk full, memory), 2 wrong input, 130 Ctrl-C, 143 terminated.
+    SIGTERM is raised as ``SystemExit`` so that temporary folders are removed on the way out.
+    """
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    setup_logging()
+    try:
+        main()
+    except UserError as error:
+        _fail(prog, str(error), 2)
+    except KeyboardInterrupt:
+        _fail(prog, "interrupted; nothing half-written is left behind", 130)
+    except (OSError, SafetensorError) as error:
+        if not is_disk_full(error):
+            raise
+        _fail(prog, f"the disk is full, nothing was saved ({error}); free space or choose another --save_dir", 1)
+    sys.exit(0)
+
+
+def command_line() -> str:
+    """The command as the user typed it, without its path."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether ``error`` says that no space (or quota) is left, also where a library wraps it in its own class."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+
+
+def _fail(prog: str, message: str, code: int) -> NoReturn:
+    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

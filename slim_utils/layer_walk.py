@@ -1,0 +1,255 @@
+"""The layer walk: one decoder layer after another, each on the outputs of the pruned ones before it.
+
+The walk knows no family: it asks the table's row for the names of two linear maps, and replays a layer with exactly the
+arguments that the model itself called it with.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import PreTrainedModel
+
+from slim_utils.errors import UserError
+from slim_utils.families import Family, LayerShape, layer_shapes
+from slim_utils.model_io import peak_memory_mib
+from slim_utils.pruning_record import LayerMask
+from slim_utils.slimgpt import PruneResult, SlimGPT
+
+logger = logging.getLogger(__name__)
+
+TOKENS_PER_FORWARD = 8192
+
+
+@dataclass(frozen=True)
+class WalkSettings:
+    """How to walk.
+
+    Attributes:
+        device: where layers are run and pruned; a layer is moved there and back.
+        cache_dev: where the activations between layers are kept.
+        batch_samples: samples brought from ``cache_dev`` to ``device`` at once.
+        percdamp: damping, as a share of the mean of the Hessian's diagonal.
+        compensate: whether the remaining weights are updated.
+    """
+
+    device: torch.device
+    cache_dev: torch.device
+    batch_samples: int = 128
+    percdamp: float = 0.01
+    compensate: bool = True
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What happened to one layer: the ratio asked, the result of each linear map, seconds and peak memory (MiB)."""
+
+    layer: int
+    ratio: float
+    mask: LayerMask
+    attention: PruneResult
+    mlp: PruneResult
+    seconds: float
+    peak_memory_mib: dict[str, float]
+
+
+@dataclass
+class LayerCalls:
+    """Arguments, besides the hidden states, that the model calls one layer with, by batch size."""
+
+    by_batch_size: dict[int, tuple[tuple, dict[str, Any]]] = field(default_factory=dict)
+
+    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Output (samples, tokens, hidden) of ``layer`` on ``hidden``, called as the model does."""
+        args, kwargs = send_to_device(self.by_batch_size[hidden.shape[0]], hidden.device)
+        output = layer(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+class _InputSeen(Exception):  # noqa: N818 - not an error
+    """Raised to stop a layer once the input of the module of interest was seen."""
+
+
+@torch.no_grad()
+def prune_layers(
+    model: PreTrainedModel, family: Family, samples: Tensor, ratios: list[float], settings: WalkSettings
+) -> tuple[list[LayerMask], list[LayerReport]]:
+    """Prune ``model`` in place, layer by layer.
+
+    Args:
+        model: on the CPU; its weights are changed, its shapes are not.
+        family: its row of the table.
+        samples: (num_samples, seqlen) calibration token ids.
+        ratios: pruning ratio of every layer; 0 leaves a layer alone.
+        settings: how.
+
+    Returns:
+        The mask of every layer of the model, and a report of every pruned one.
+
+    Raises:
+        UserError: if activations are not finite, with the layer named.
+    """
+    shapes = layer_shapes(model.config)
+    masks = [LayerMask.dense(shape) for shape in shapes]
+    reports: list[LayerReport] = []
+    pruned = [index for index, ratio in enumerate(ratios) if ratio > 0]
+    if not pruned:
+        return masks, reports
+    layers = family.decoder_layers(model)
+    hidden, calls = capture_layer_calls(model, layers, samples, settings)
+    with logging_redirect_tqdm():
+        for index in tqdm(range(pruned[-1] + 1), desc="layers", unit="layer", disable=None):
+            layer = layers[index].to(settings.device)
+            if ratios[index] > 0:
+                report = _prune_layer(
+                    index, layer, family, shapes[index], ratios[index], hidden, calls[index], settings
+                )
+                masks[index] = report.mask
+                reports.append(report)
+                _log_report(report, len(layers))
+            if index < pruned[-1]:
+                _advance(layer, hidden, calls[index], settings)
+                _check_finite(hidden, f"layer {index}")
+            layer.to("cpu")
+    return masks, reports
+
+
+def _prune_layer(
+    index: int,
+    layer: nn.Module,
+    family: Family,
+    shape: LayerShape,
+    ratio: float,
+    hidden: Tensor,
+    calls: LayerCalls,
+    settings: WalkSettings,
+) -> LayerReport:
+    """Prune the heads of a layer, then, on what its pruned attention puts out, its FFN columns."""
+    start = time.perf_counter()
+
+    def prune(name: str, unit_size: int) -> PruneResult:
+        linear = layer.get_submodule(name)
+        pruner = SlimGPT(linear, f"layer {index} {name}")
+        for batch in _batches(hidden, settings):
+            pruner.add_batch(_input_of(linear, lambda batch=batch: calls.run(layer, batch)))
+        result = pruner.struct_prune(ratio, unit_size, settings.percdamp, settings.compensate)
+        pruner.free()
+        return result
+
+    attention = prune(family.attention_out, shape.head_dim * shape.heads_per_group)
+    mlp = prune(family.mlp_out, 1)
+    mask = LayerMask.from_groups(shape, attention.kept_units, mlp.kept_units)
+    seconds = time.perf_counter() - start
+    return LayerReport(index, ratio, mask, attention, mlp, seconds, peak_memory_mib(settings.device))
+
+
+def capture_layer_calls(
+    model: PreTrainedModel, layers: nn.ModuleList, samples: Tensor, settings: WalkSettings
+) -> tuple[Tensor, list[LayerCalls]]:
+    """Run the model with its layers passed over, and record what each would have been called with.
+
+    Windows have one length and no padding, so calls differ between batches by nothing but the batch size.
+
+    Returns:
+        The first layer's inputs (num_samples, seqlen, hidden) on ``cache_dev``, and the calls of every layer.
+    """
+    first_inputs: list[Tensor] = []
+    with _layers_passed_over(layers, first_inputs) as calls:
+        for batch in _batches(samples, settings):
+            model.base_model(input_ids=batch.to(model.device), use_cache=False)
+    hidden = torch.cat([batch.to(settings.cache_dev) for batch in first_inputs])
+    _check_finite(hidden, "the embeddings")
+    return hidden, calls
+
+
+@contextmanager
+def _layers_passed_over(layers: nn.ModuleList, first_inputs: list[Tensor]) -> Iterator[list[LayerCalls]]:
+    calls = [LayerCalls() for _ in layers]
+
+    def recorder(index: int) -> Callable[..., Tensor]:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            if index == 0:
+                first_inputs.append(hidden)
+            calls[index].by_batch_size[hidden.shape[0]] = (args[1:], kwargs)
+            return hidden
+
+        return forward
+
+    for index, layer in enumerate(layers):
+        layer.forward = recorder(index)
+    try:
+        yield calls
+    finally:
+        for layer in layers:
+            # Removes the recorder from the instance; the class's own method shows again.
+            del layer.forward
+
+
+def _batches(samples: Tensor, settings: WalkSettings) -> Iterator[Tensor]:
+    """``samples`` (num_samples, seqlen, …) in batches on the device, the same ones each time."""
+    for chunk in samples.split(settings.batch_samples):
+        yield from chunk.to(settings.device).split(_samples_per_forward(samples))
+
+
+def _samples_per_forward(samples: Tensor) -> int:
+    return max(1, TOKENS_PER_FORWARD // samples.shape[1])
+
+
+def _input_of(module: nn.Module, run: Callable[[], Any]) -> Tensor:
+    """Input of ``module`` during ``run()``, which goes no further than that."""
+    seen: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple) -> None:
+        seen.append(args[0])
+        raise _InputSeen
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        run()
+    except _InputSeen:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _advance(layer: nn.Module, hidden: Tensor, calls: LayerCalls, settings: WalkSettings) -> None:
+    """Replace the cached inputs of ``layer`` by its outputs."""
+    for chunk in hidden.split(settings.batch_samples):
+        batches = chunk.to(settings.device).split(_samples_per_forward(hidden))
+        chunk.copy_(torch.cat([calls.run(layer, batch) for batch in batches]))
+
+
+def _check_finite(hidden: Tensor, where: str) -> None:
+    if not all(torch.isfinite(sample).all() for sample in hidden):
+        raise UserError(f"{where}: non-finite activations; try --dtype bfloat16 or float32")
+
+
+def _log_report(report: LayerReport, num_layers: int) -> None:
+    shape = report.mask.shape
+    peaks = ", ".join(f"{name} {mib / 1024:.2f} GiB" for name, mib in report.peak_memory_mib.items())
+    logger.info(
+        "layer %d/%d ratio %.4f: heads −%d/%d error %.2e → %.2e, columns −%d/%d error %.2e → %.2e, %.1f s, peak %s",
+        report.layer,
+        num_layers,
+        report.ratio,
+        shape.num_heads - len(report.mask.kept_heads),
+        shape.num_heads,
+        report.attention.error_zeroed,
+        report.attention.error,
+        shape.num_columns - len(report.mask.kept_columns),
+        shape.num_columns,
+        report.mlp.error_zeroed,
+        report.mlp.error,
+        report.seconds,
+        peaks,
+    )

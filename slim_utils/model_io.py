@@ -1,0 +1,153 @@
+"""Loading models, choosing devices, and writing output folders that appear whole or not at all."""
+
+import logging
+import os
+import resource
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from slim_utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RUN_FILE = "run.json"
+
+
+def choose_device(name: str, flag: str = "--device") -> torch.device:
+    """The device called ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        UserError: if there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"{flag} {name}: choose auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"{flag} {name}: choose auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"{flag} {name}: this machine has {torch.cuda.device_count()} CUDA devices; use {flag} cpu")
+    return device
+
+
+def load_config(model_path: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """Configuration of a checkpoint (folder or hub name), without its weights."""
+    with _loading(model_path):
+        return AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Tokenizer of a checkpoint."""
+    with _loading(model_path):
+        return AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+
+
+def load_model(model_path: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+    """Causal language model of a checkpoint, on the CPU, in the given dtype (a key of ``DTYPES``)."""
+    with _loading(model_path):
+        model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
+        )
+    return model.eval()
+
+
+@contextmanager
+def _loading(model_path: str) -> Iterator[None]:
+    """Turn the library's errors about a checkpoint into one line.
+
+    Raises:
+        UserError: if the checkpoint is missing, damaged, or needs code that was not allowed.
+    """
+    if model_path.startswith((".", "/", "~")) and not Path(model_path).is_dir():
+        raise UserError(f"model_path {model_path}: no such folder")
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model_path {model_path}: cannot be loaded: {reason}") from error
+
+
+def check_output(save_dir: Path, overwrite: bool) -> None:
+    """Make sure, before any long work, that ``save_dir`` can be written.
+
+    Raises:
+        UserError: if it exists and ``overwrite`` is not set, or is not an earlier run's, or cannot be written.
+    """
+    if save_dir.exists():
+        occupied = not save_dir.is_dir() or any(save_dir.iterdir())
+        if occupied and not overwrite:
+            raise UserError(f"--save_dir {save_dir}: exists; choose another or pass --overwrite")
+        if occupied and not (save_dir / RUN_FILE).is_file():
+            raise UserError(f"--save_dir {save_dir}: not the output of an earlier run (no {RUN_FILE}); not overwritten")
+    try:
+        save_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--save_dir {save_dir}: {error.strerror}") from error
+    if not os.access(save_dir.absolute().parent, os.W_OK):
+        raise UserError(f"--save_dir {save_dir}: {save_dir.absolute().parent} is not writable")
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside ``target`` that takes its name when the block ends well, and is removed otherwise."""
+    target = target.absolute()
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_umask())
+        old = partial.with_name(f"{partial.name}-old")
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replace ``path`` by a file with ``text``, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write weights (safetensors), configuration, generation configuration, tokenizer and chat template."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def peak_memory_mib(device: torch.device) -> dict[str, float]:
+    """Peak memory of this process so far, in MiB: of the host, and of the GPU where one is used."""
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+    peaks = {"host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)}
+    if device.type == "cuda":
+        peaks["gpu"] = round(torch.cuda.max_memory_allocated(device) / (1 << 20), 1)
+    return peaks
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

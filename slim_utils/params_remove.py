@@ -1,0 +1,118 @@
+"""Removing what was pruned: zeros in the original shapes, or a small model whose layers differ in shape."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from slim_utils.families import Family, layer_shapes
+from slim_utils.pruning_record import LayerMask
+
+# Written anew for the small model, or meaningless in it.
+_DENSE_ONLY_KEYS = ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version")
+
+
+def expand(units: list[int], size: int) -> Tensor:
+    """Indices of the rows or columns of ``units`` that are ``size`` wide."""
+    return (torch.tensor(units, dtype=torch.long)[:, None] * size + torch.arange(size)).flatten()
+
+
+def kept_indices(family: Family, mask: LayerMask) -> dict[str, tuple[int, Tensor]]:
+    """For every linear map of a layer that loses something: the weight's dimension (0 rows, 1 columns) and what stays.
+
+    Rows carry their bias along; a column has none.
+    """
+    heads = expand(mask.kept_heads, mask.shape.head_dim)
+    kv_heads = expand(mask.kept_kv_heads, mask.shape.head_dim)
+    columns = expand(mask.kept_columns, 1)
+    return {
+        family.attention_out: (1, heads),
+        **{name: (0, heads) for name in family.query_rows},
+        **{name: (0, kv_heads) for name in family.kv_rows},
+        family.mlp_out: (1, columns),
+        **{name: (0, columns) for name in family.mlp_rows},
+    }
+
+
+@torch.no_grad()
+def zero_removed(model: PreTrainedModel, family: Family, masks: list[LayerMask]) -> None:
+    """Zero the removed columns and the rows (and their biases) that fed them, in place; the logits do not change."""
+    for layer, mask in zip(family.decoder_layers(model), masks, strict=True):
+        for name, (dim, kept) in kept_indices(family, mask).items():
+            linear = layer.get_submodule(name)
+            removed = torch.ones(linear.weight.shape[dim], dtype=torch.bool)
+            removed[kept] = False
+            removed = removed.nonzero().flatten().to(linear.weight.device)
+            linear.weight.index_fill_(dim, removed, 0)
+            if dim == 0 and linear.bias is not None:
+                linear.bias.index_fill_(0, removed, 0)
+
+
+def slim_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask]) -> PreTrainedConfig:
+    """Configuration of the small model: per-layer shapes, and the lists ``layer_head_num``, ``layer_inter_size``."""
+    # These, not a layer's own, are the sizes of the model before any pruning where it was pruned once already.
+    fields = {key: value for key, value in config.to_dict().items() if key not in _DENSE_ONLY_KEYS}
+    fields["head_dim"] = masks[0].shape.head_dim
+    fields["layer_head_num"] = [len(mask.kept_heads) for mask in masks]
+    fields["layer_inter_size"] = [len(mask.kept_columns) for mask in masks]
+    per_layer = {
+        index: {
+            "num_attention_heads": len(mask.kept_heads),
+            "num_key_value_heads": len(mask.kept_kv_heads),
+            "intermediate_size": len(mask.kept_columns),
+        }
+        for index, mask in enumerate(masks)
+    }
+    slim = family.slim_config(**fields, per_layer_config=per_layer)
+    slim.architectures = [family.slim_model.__name__]
+    # save_pretrained adds the other two classes; AutoModel is what vLLM asks for.
+    slim.auto_map = {"AutoModel": _auto_model_reference(family)}
+    return slim
+
+
+def _auto_model_reference(family: Family) -> str:
+    module = family.slim_model.__module__.rsplit(".", 1)[-1]
+    return f"{module}.{family.slim_model.__name__.removesuffix('ForCausalLM')}Model"
+
+
+@torch.no_grad()
+def shrink(model: PreTrainedModel, family: Family, masks: list[LayerMask]) -> PreTrainedModel:
+    """The small model: only what ``masks`` keep of ``model``, in its dtype.
+
+    The parameters that lose nothing (embeddings, norms) are shared with ``model``, not copied.
+
+    Raises:
+        ValueError: if ``masks`` are not of this model's shape.
+    """
+    if [mask.shape for mask in masks] != layer_shapes(model.config):
+        raise ValueError("the masks are of a model of other shapes")
+    state = model.state_dict()
+    for index, mask in enumerate(masks):
+        for name, (dim, kept) in kept_indices(family, mask).items():
+            prefix = f"{family.layers}.{index}.{name}"
+            state[f"{prefix}.weight"] = _select(state[f"{prefix}.weight"], dim, kept)
+            if dim == 0 and f"{prefix}.bias" in state:
+                state[f"{prefix}.bias"] = _select(state[f"{prefix}.bias"], 0, kept)
+    config = slim_config(model.config, family, masks)
+    config._attn_implementation = model.config._attn_implementation
+    with torch.device("meta"):
+        small = family.slim_model(config)
+    small.load_state_dict(state, assign=True)
+    small.tie_weights()
+    _adopt_buffers(small, model)
+    small.generation_config = model.generation_config
+    return small.eval()
+
+
+def _select(tensor: Tensor, dim: int, kept: Tensor) -> Tensor:
+    return tensor.index_select(dim, kept.to(tensor.device))
+
+
+def _adopt_buffers(small: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Take the modules that hold only buffers (rotary embeddings) from ``model``: a state dict does not carry them."""
+    names = [
+        name
+        for name, module in small.named_modules()
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False))
+    ]
+    for name in names:
+        small.set_submodule(name, model.get_submodule(name))

@@ -1,0 +1,74 @@
+"""``run.json``: what was asked, on what, with which versions, and what came of it."""
+
+import json
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+
+from slim_utils.layer_walk import LayerReport
+from slim_utils.model_io import write_text_atomic
+from slim_utils.slim_dataset import CalibrationData
+from slim_utils.slimgpt import PruneResult
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware of this run."""
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "datasets": datasets.__version__,
+        },
+        "hardware": {
+            "machine": platform.machine(),
+            "cpu_threads": torch.get_num_threads(),
+            "cpu_count": os.cpu_count(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        },
+    }
+
+
+def calibration_record(data: CalibrationData) -> dict[str, Any]:
+    """The fingerprint of the calibration samples."""
+    num_samples, seqlen = data.samples.shape
+    return {
+        "source": data.source,
+        "text_tokens": data.num_tokens,
+        "num_samples": num_samples,
+        "seqlen": seqlen,
+        "samples_sha256": data.sha256,
+    }
+
+
+def layer_record(report: LayerReport) -> dict[str, Any]:
+    """One layer: ratio asked and got, errors before and after compensation, damping used, seconds and peak memory."""
+    heads, columns = report.mask.removed_share()
+    return {
+        "layer": report.layer,
+        "ratio_asked": report.ratio,
+        "attention": {"ratio": heads, **_errors(report.attention)},
+        "mlp": {"ratio": columns, **_errors(report.mlp)},
+        "seconds": round(report.seconds, 3),
+        "peak_memory_mib": report.peak_memory_mib,
+    }
+
+
+def write_run(path: Path, record: dict[str, Any]) -> None:
+    """Write ``run.json``, whole or not at all."""
+    write_text_atomic(path, json.dumps(record, indent=2) + "\n")
+
+
+def _errors(result: PruneResult) -> dict[str, float]:
+    fields = asdict(result)
+    return {
+        "error_before_compensation": fields["error_zeroed"],
+        "error_after_compensation": fields["error"],
+        "percdamp": fields["percdamp"],
+    }

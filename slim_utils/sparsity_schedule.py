@@ -1,0 +1,52 @@
+"""Incremental pruning ratio: how much of each layer goes (paper, section on the incremental pruning ratio)."""
+
+import math
+
+from slim_utils.errors import UserError
+
+STRATEGIES = ("log_increase", "log_decrease", "linear_increase", "linear_decrease")
+
+
+def layer_range(minlayer: int, maxlayer: int, num_layers: int) -> range:
+    """Layers to prune: ``[minlayer, maxlayer)`` cut to the depth of the model.
+
+    Raises:
+        UserError: if no layer is left.
+    """
+    layers = range(max(minlayer, 0), min(maxlayer, num_layers))
+    if not layers:
+        raise UserError(
+            f"no layer to prune between --minlayer {minlayer} and --maxlayer {maxlayer}: the model has layers 0 to "
+            f"{num_layers - 1}"
+        )
+    return layers
+
+
+def non_uniform_ratios(strategy: str, min_sparsity: float, max_sparsity: float, count: int) -> list[float]:
+    """Pruning ratio of each of ``count`` pruned layers.
+
+    ``log_increase`` is ``r_i = min + (max − min) · ln(1 + i) / ln(count)``, ``linear_increase`` is
+    ``r_i = min + (max − min) · i / (count − 1)``; ``*_decrease`` are the same ratios in reverse order. With ``count``
+    32 they are those of the original, which had that depth built in. A single layer gets ``max_sparsity``.
+
+    Raises:
+        UserError: for an unknown strategy.
+    """
+    if strategy not in STRATEGIES:
+        raise UserError(f"--non_uniform_strategy {strategy}: choose from {', '.join(STRATEGIES)}")
+    if count == 1:
+        return [max_sparsity]
+    if strategy.startswith("log"):
+        shares = [math.log(1 + i) / math.log(count) for i in range(count)]
+    else:
+        shares = [i / (count - 1) for i in range(count)]
+    ratios = [min_sparsity + (max_sparsity - min_sparsity) * share for share in shares]
+    return ratios[::-1] if strategy.endswith("decrease") else ratios
+
+
+def layer_ratios(layers: range, num_layers: int, pruned_ratios: list[float]) -> list[float]:
+    """Ratio of every layer of the model: ``pruned_ratios`` on ``layers``, 0 elsewhere."""
+    ratios = [0.0] * num_layers
+    for layer, ratio in zip(layers, pruned_ratios, strict=True):
+        ratios[layer] = ratio
+    return ratios

@@ -1,0 +1,85 @@
+"""Tiny random models, a tokenizer and text, made on the spot: no test needs a download."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCAB = 64
+
+TINY_VARIANTS = {
+    "mha": {},
+    "gqa": {"num_key_value_heads": 2},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2},
+}
+
+
+def make_llama(variant: str = "mha", dtype: torch.dtype = torch.float32, **overrides) -> LlamaForCausalLM:
+    """A random LLaMA of 4 layers; weights and biases large enough for every unit to matter."""
+    config = {
+        "vocab_size": VOCAB,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+        "head_dim": 4,
+        "max_position_embeddings": 64,
+        **TINY_VARIANTS[variant],
+        **overrides,
+    }
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**config))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture
+def samples():
+    """(8, 16) random token ids."""
+    return torch.randint(0, VOCAB, (8, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of ``VOCAB`` words ``w0``, ``w1``, …, with a chat template."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    return fast
+
+
+def random_text(words: int, seed: int = 0) -> str:
+    """Text of ``words`` words of the tokenizer."""
+    generator = random.Random(seed)
+    return " ".join(f"w{generator.randrange(3, VOCAB)}" for _ in range(words))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """A text of 4,000 words."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(random_text(4000), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, tokenizer) -> Path:
+    """A tiny grouped-query LLaMA on disk, with tokenizer and generation config."""
+    path = tmp_path_factory.mktemp("models") / "tiny-llama"
+    model = make_llama("gqa")
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path

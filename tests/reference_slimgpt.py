@@ -1,0 +1,72 @@
+"""A plain SlimGPT to test against: refactorises the Hessian at every step and walks the columns one by one."""
+
+import torch
+from torch import Tensor, nn
+
+
+def hessian_of(inputs: Tensor) -> Tensor:
+    """``(2/n) Σ x xᵀ`` over (samples, tokens, in) inputs, n counting samples, in their dtype."""
+    flat = inputs.reshape(-1, inputs.shape[-1])
+    return 2 / inputs.shape[0] * flat.T @ flat
+
+
+def struct_prune(
+    weight: Tensor, hessian: Tensor, sparsity: float, unit: int = 1, percdamp: float = 0.0, compensate: bool = True
+) -> tuple[Tensor, list[int]]:
+    """The pruned weight and the removed units, sorted."""
+    weight, hessian = weight.clone(), hessian.clone()
+    columns = weight.shape[1]
+    dead = torch.diag(hessian) == 0
+    hessian[dead, dead] = 1
+    weight[:, dead] = 0
+    hessian += percdamp * torch.diag(hessian).mean() * torch.eye(columns, dtype=hessian.dtype)
+    target = round(columns // unit * sparsity)
+    removed: list[int] = []
+    size = (target - 512) // 2
+    while len(removed) < target:
+        inverse = torch.linalg.inv(hessian)
+        left = [u for u in range(columns // unit) if u not in removed]
+        scores = {u: _score(weight, inverse, u, unit) for u in left}
+        best = sorted(left, key=scores.__getitem__)
+        count = 1 if unit > 1 else min(target - len(removed), max(size, 64), 1024)
+        taken = best[:count]
+        picked = [u * unit + i for u in taken for i in range(unit)]
+        if compensate:
+            for column in picked:
+                # One column at a time, each with the inverse Hessian of the columns that are left.
+                weight -= torch.outer(weight[:, column], inverse[column]) / inverse[column, column]
+                inverse = inverse - torch.outer(inverse[:, column], inverse[column]) / inverse[column, column]
+                # What is gone stays out of the later updates.
+                inverse[column, :] = inverse[:, column] = 0
+        weight[:, picked] = 0
+        hessian[picked, :] = hessian[:, picked] = 0
+        hessian[picked, picked] = 1
+        removed += taken
+        size = (size - 512) // 2
+    return weight, sorted(removed)
+
+
+def _score(weight: Tensor, inverse: Tensor, index: int, unit: int) -> float:
+    span = slice(index * unit, (index + 1) * unit)
+    pivots = torch.linalg.cholesky(inverse[span, span]).diagonal() ** 2
+    return (weight[:, span] ** 2 / pivots).sum().item()
+
+
+def prune_model(model: nn.Module, samples: Tensor, ratios: list[float], percdamp: float) -> list[tuple[list, list]]:
+    """Prune a LLaMA-like model in place, each Hessian from a forward of the whole model; the removed units a layer."""
+    removed = []
+    config = model.config
+    group = config.head_dim * config.num_attention_heads // config.num_key_value_heads
+    for layer, ratio in zip(model.model.layers, ratios, strict=True):
+        units = []
+        for linear, unit in ((layer.self_attn.o_proj, group), (layer.mlp.down_proj, 1)):
+            seen = []
+            handle = linear.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
+            with torch.no_grad():
+                model(samples)
+            handle.remove()
+            pruned, gone = struct_prune(linear.weight.data, hessian_of(torch.cat(seen)), ratio, unit, percdamp)
+            linear.weight.data = pruned
+            units.append(gone)
+        removed.append(tuple(units))
+    return removed

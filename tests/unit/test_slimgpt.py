@@ -1,0 +1,203 @@
+"""The OBS maths against a plain re-implementation and against brute force."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from slim_utils.errors import UserError
+from slim_utils.slimgpt import SlimGPT, damping_steps, greedy_obs, group_sizes, remove_columns
+from tests.reference_slimgpt import hessian_of, struct_prune
+
+
+def random_inputs(columns: int, tokens: int = 64, samples: int = 6, seed: int = 0) -> torch.Tensor:
+    """Correlated (samples, tokens, columns) fp64 inputs of unlike scales, as activations are."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+    scale = torch.logspace(-1, 1, columns, dtype=torch.float64)
+    return torch.randn(samples, tokens, columns, generator=generator, dtype=torch.float64) @ mix * scale
+
+
+def make_pruner(weight: torch.Tensor, inputs: torch.Tensor) -> SlimGPT:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    linear.weight.data = weight.clone()
+    pruner = SlimGPT(linear, "layer 0 test")
+    # The accumulation is in fp32; the solve alone is compared here.
+    pruner.hessian = hessian_of(inputs)
+    return pruner
+
+
+@pytest.mark.parametrize("compensate", [True, False])
+@pytest.mark.parametrize("percdamp", [0.0, 0.01])
+@pytest.mark.parametrize(("columns", "unit", "sparsity"), [(48, 8, 0.5), (48, 4, 0.25), (200, 1, 0.5), (96, 1, 0.9)])
+def test_same_units_and_weights_as_the_plain_implementation(columns, unit, sparsity, percdamp, compensate):
+    weight = torch.randn(16, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    inputs = random_inputs(columns)
+    pruner = make_pruner(weight, inputs)
+    result = pruner.struct_prune(sparsity, unit, percdamp, compensate)
+    expected, removed = struct_prune(weight, hessian_of(inputs), sparsity, unit, percdamp, compensate)
+    assert result.pruned_units == removed
+    assert result.percdamp == percdamp
+    assert torch.allclose(pruner.linear.weight, expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
+
+
+def test_dynamic_group_size_of_a_wide_layer():
+    assert list(group_sizes(2600, 1)) == [1024, 266, 64, *[64] * 19, 30]
+    assert list(group_sizes(100, 1)) == [64, 36]
+    assert list(group_sizes(3, 64)) == [1, 1, 1]
+    assert list(group_sizes(0, 1)) == []
+
+
+def test_downdate_equals_refactorising():
+    weight = torch.randn(8, 60, dtype=torch.float64)
+    hessian = hessian_of(random_inputs(60)) + 1e-3 * torch.eye(60, dtype=torch.float64)
+    inverse = torch.linalg.inv(hessian)
+    gone: list[int] = []
+    for step in ([3, 50, 7], [1], [20, 21, 22, 23, 59]):
+        assert remove_columns(weight, inverse, torch.tensor(step), compensate=True)
+        gone += step
+        rest = [i for i in range(60) if i not in gone]
+        expected = torch.linalg.inv(hessian[rest][:, rest])
+        assert (inverse[rest][:, rest] - expected).norm() <= 1e-9 * expected.norm()
+        assert torch.equal(inverse[gone][:, gone], torch.eye(len(gone), dtype=torch.float64))
+
+
+def least_squares(weight: torch.Tensor, hessian: torch.Tensor, gone: list[int]) -> tuple[torch.Tensor, float]:
+    """The best weight without the columns ``gone``, and its error ``tr(ΔW H ΔWᵀ)``, by solving the normal equations."""
+    rest = [i for i in range(weight.shape[1]) if i not in gone]
+    best = torch.zeros_like(weight)
+    best[:, rest] = torch.linalg.solve(hessian[rest][:, rest], hessian[rest] @ weight.T).T
+    change = weight - best
+    return best, ((change @ hessian) * change).sum().item()
+
+
+@pytest.mark.parametrize("gone", list(itertools.combinations(range(6), 3)))
+def test_the_update_is_the_least_squares_optimum_of_every_subset(gone):
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(5, 6, dtype=torch.float64, generator=generator)
+    hessian = hessian_of(random_inputs(6))
+    best, error = least_squares(weight, hessian, list(gone))
+    pruned, inverse, index = weight.clone(), torch.linalg.inv(hessian), torch.tensor(gone)
+    predicted = torch.trace(weight[:, index] @ torch.linalg.inv(inverse[index][:, index]) @ weight[:, index].T)
+    assert remove_columns(pruned, inverse, index, compensate=True)
+    assert torch.allclose(pruned, best, rtol=1e-8, atol=1e-10)
+    assert predicted.item() == pytest.approx(error, rel=1e-8)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_single_column_is_the_best_of_all(seed):
+    weight = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    hessian = hessian_of(random_inputs(7, seed=seed))
+    errors = [least_squares(weight, hessian, [column])[1] for column in range(7)]
+    chosen = greedy_obs(weight.clone(), hessian, target=1, unit_size=1, compensate=True)
+    assert chosen.tolist() == [errors.index(min(errors))]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_greedy_heads_end_in_the_optimum_of_their_subset_and_near_the_best_subset(seed):
+    weight = torch.randn(8, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    inputs = random_inputs(10, seed=seed)
+    hessian = hessian_of(inputs)
+    pruner = make_pruner(weight, inputs)
+    result = pruner.struct_prune(0.4, unit_size=2, percdamp=0)
+
+    def error(units: tuple[int, ...]) -> float:
+        return least_squares(weight, hessian, [unit * 2 + i for unit in units for i in (0, 1)])[1]
+
+    energy = ((weight @ hessian) * weight).sum().item()
+    subsets = sorted(error(units) for units in itertools.combinations(range(5), 2))
+    got = error(tuple(result.pruned_units))
+    assert result.error == pytest.approx(got / energy, rel=1e-6)
+    # The original's head score is a bound, not the error: it need not find the best subset, but never a bad one.
+    assert got <= subsets[len(subsets) // 2]
+
+
+def test_reported_errors():
+    weight, inputs = torch.randn(8, 12, dtype=torch.float64), random_inputs(12)
+    pruner = make_pruner(weight, inputs)
+    result = pruner.struct_prune(0.5, percdamp=0.01)
+    flat = inputs.reshape(-1, 12)
+    output = flat @ weight.T
+    zeroed = weight.clone()
+    zeroed[:, result.pruned_units] = 0
+    for reported, pruned in ((result.error_zeroed, zeroed), (result.error, pruner.linear.weight)):
+        expected = (flat @ (weight - pruned).T).square().sum() / output.square().sum()
+        assert reported == pytest.approx(expected.item(), rel=1e-6)
+    assert result.error < result.error_zeroed
+
+
+def test_hessian_does_not_depend_on_batches():
+    inputs = random_inputs(10).float()
+    pruners = [SlimGPT(nn.Linear(10, 4)) for _ in range(3)]
+    pruners[0].add_batch(inputs)
+    for sample in inputs:
+        pruners[1].add_batch(sample)
+    for batch in inputs.split([1, 4, 1]):
+        pruners[2].add_batch(batch)
+    expected = hessian_of(inputs.double())
+    for pruner in pruners:
+        assert pruner.hessian.dtype == torch.float32
+        assert torch.allclose(pruner.hessian.double(), expected, rtol=1e-5, atol=1e-5 * expected.max().item())
+
+
+def test_dead_columns_go_first():
+    weight, inputs = torch.randn(4, 20, dtype=torch.float64), random_inputs(20)
+    inputs[..., [2, 11]] = 0
+    pruner = make_pruner(weight, inputs)
+    result = pruner.struct_prune(0.1, percdamp=0.01)
+    assert result.pruned_units == [2, 11]
+    assert result.error == pytest.approx(0, abs=1e-12)
+
+
+def test_never_all_units():
+    pruner = make_pruner(torch.randn(4, 12, dtype=torch.float64), random_inputs(12))
+    assert pruner.struct_prune(0.99, unit_size=4).kept_units != []
+
+
+@pytest.mark.parametrize("unit", [1, 4])
+def test_rank_deficient_hessian_raises_the_damping(caplog, unit):
+    inputs = random_inputs(32, tokens=3, samples=2)
+    weight = torch.randn(8, 32, dtype=torch.float64)
+    pruner = make_pruner(weight, inputs)
+    result = pruner.struct_prune(0.5, unit, percdamp=0)
+    assert result.percdamp > 0
+    assert f"raised to {result.percdamp:g}" in caplog.text
+    assert "layer 0 test" in caplog.text
+    assert torch.isfinite(pruner.linear.weight).all()
+    assert result.error <= result.error_zeroed
+
+
+def test_damping_steps():
+    assert list(damping_steps(0.0))[:3] == pytest.approx([0, 1e-6, 1e-5])
+    assert list(damping_steps(0.01)) == pytest.approx([0.01, 0.1, 1.0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_activations_name_the_layer(value):
+    pruner = SlimGPT(nn.Linear(8, 8), "layer 3 self_attn.o_proj")
+    before = pruner.linear.weight.clone()
+    inputs = torch.randn(2, 4, 8)
+    inputs[0, 0, 0] = value
+    pruner.add_batch(inputs)
+    with pytest.raises(UserError, match=r"layer 3 self_attn\.o_proj.*--dtype"):
+        pruner.struct_prune(0.5)
+    assert torch.equal(pruner.linear.weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_get_the_fp64_solution_rounded(dtype):
+    weight = torch.randn(8, 24, dtype=torch.float64).to(dtype)
+    inputs = random_inputs(24)
+    pruner = make_pruner(weight, inputs)
+    result = pruner.struct_prune(0.5)
+    expected, removed = struct_prune(weight.double(), hessian_of(inputs), 0.5, percdamp=0.01)
+    assert result.pruned_units == removed
+    assert pruner.linear.weight.dtype == dtype
+    assert torch.equal(pruner.linear.weight, expected.to(dtype))
+
+
+def test_free_lets_go_of_the_hessian():
+    pruner = SlimGPT(nn.Linear(8, 8))
+    pruner.free()
+    assert pruner.hessian is None
