@@ -109,15 +109,18 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside ``target`` that takes its name when the block ends well, and is removed otherwise."""
     target = target.absolute()
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    old = partial.with_name(f"{partial.name}-old")
     try:
         yield partial
+        # mkdtemp makes private folders; this one becomes an ordinary one.
         partial.chmod(0o777 & ~_umask())
-        old = partial.with_name(f"{partial.name}-old")
         if target.exists():
             target.rename(old)
         partial.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -27,9 +27,11 @@ def count_macs(config: PreTrainedConfig, seq_len: int = 64) -> int:
         # Eager attention is made of matrix products, which the counter knows on every device.
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         tokens = torch.zeros(1, seq_len, dtype=torch.long)
+        # A mask of four dimensions is taken as it is; making one would look at values, which are not there.
+        mask = torch.zeros(1, 1, seq_len, seq_len)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        model(input_ids=tokens, use_cache=False)
+        model(input_ids=tokens, attention_mask=mask, use_cache=False)
     return counter.get_total_flops() // 2
 
 

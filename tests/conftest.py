@@ -40,7 +40,9 @@ def make_llama(variant: str = "mha", dtype: torch.dtype = torch.float32, **overr
     model = LlamaForCausalLM(LlamaConfig(**config))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return model.to(dtype).eval()
+        # Not model.to(dtype), which would round the rotary frequencies too; from_pretrained leaves them in fp32.
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
 
 
 @pytest.fixture

@@ -1,0 +1,114 @@
+"""Load two checkpoints, each in a process of its own, and print them side by side.
+
+    python -m scripts.compare_models DENSE PRUNED --eval_datasets FILE --eval_seqlens 128 512
+
+Parameters, multiply-accumulates of a (1, 64) forward, perplexities, seconds and peak memory of the evaluation, and one
+generated sentence of each.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import models  # noqa: F401 - registers the classes of pruned checkpoints
+from ppl_eval.ppl_eval import ppl_metric
+from slim_utils.cli import ArgumentParser, run_cli
+from slim_utils.errors import UserError
+from slim_utils.model_io import DTYPES, choose_device, peak_memory_mib
+from slim_utils.model_stats import count_macs, count_parameters
+
+MACS_SEQLEN = 64
+NEW_TOKENS = 40
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = ArgumentParser(prog="compare_models.py", description="Two checkpoints side by side.")
+    parser.add_argument("dense")
+    parser.add_argument("pruned")
+    parser.add_argument("--eval_datasets", nargs="+", default=["wikitext2"])
+    parser.add_argument("--eval_seqlens", nargs="+", type=int, default=[128, 2048])
+    parser.add_argument("--prompt", default="The history of the city began in")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto")
+    parser.add_argument("--measure_to", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything about the one model ``args.pruned``."""
+    device = choose_device(args.device)
+    tokenizer = AutoTokenizer.from_pretrained(args.pruned)
+    model = AutoModelForCausalLM.from_pretrained(args.pruned, dtype=DTYPES[args.dtype]).eval().to(device)
+    start = time.perf_counter()
+    perplexities = {}
+    for seqlen in args.eval_seqlens:
+        for name, value in ppl_metric(model, tokenizer, args.eval_datasets, seqlen).items():
+            perplexities[f"perplexity {name}, seqlen {seqlen}"] = value
+    seconds = time.perf_counter() - start
+    inputs = tokenizer(args.prompt, return_tensors="pt").to(device)
+    with torch.no_grad():
+        output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    return {
+        "parameters": count_parameters(model),
+        "macs": count_macs(model.config, MACS_SEQLEN),
+        "perplexities": perplexities,
+        "seconds": seconds,
+        "peak_memory_mib": peak_memory_mib(device),
+        "generated": tokenizer.decode(output[0], skip_special_tokens=True),
+    }
+
+
+def measure_in_new_process(args: argparse.Namespace, model_path: str) -> dict[str, Any]:
+    """``measure`` of ``model_path`` in a process that has seen nothing of the other model.
+
+    Raises:
+        UserError: if that process fails; it has said why.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "scripts.compare_models", model_path, model_path]
+        command += ["--eval_datasets", *args.eval_datasets, "--eval_seqlens", *map(str, args.eval_seqlens)]
+        command += ["--prompt", args.prompt, "--device", args.device, "--dtype", args.dtype]
+        if subprocess.run([*command, "--measure_to", str(result)], check=False).returncode != 0:
+            raise UserError(f"{model_path} could not be measured")
+        return json.loads(result.read_text(encoding="utf-8"))
+
+
+def table(dense: dict[str, Any], pruned: dict[str, Any]) -> str:
+    """Both models as a table, with the ratio of the pruned one to the dense one."""
+    rows = [
+        ("parameters (M)", dense["parameters"] / 1e6, pruned["parameters"] / 1e6),
+        (f"MACs, {MACS_SEQLEN} tokens (G)", dense["macs"] / 1e9, pruned["macs"] / 1e9),
+        *((name, value, pruned["perplexities"][name]) for name, value in dense["perplexities"].items()),
+        ("evaluation (s)", dense["seconds"], pruned["seconds"]),
+    ]
+    for kind, mib in dense["peak_memory_mib"].items():
+        rows.append((f"peak {kind} memory (MiB)", mib, pruned["peak_memory_mib"][kind]))
+    width = max(len(name) for name, _, _ in rows)
+    lines = [f"{'':{width}}  {'dense':>9}  {'pruned':>9}  {'ratio':>6}"]
+    lines += [f"{name:{width}}  {a:9.2f}  {b:9.2f}  {b / a:6.3f}" for name, a, b in rows]
+    return "\n".join(lines)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the table and the two sentences, or be the process that measures."""
+    if args.measure_to:
+        args.measure_to.write_text(json.dumps(measure(args)), encoding="utf-8")
+        return
+    dense, pruned = (measure_in_new_process(args, path) for path in (args.dense, args.pruned))
+    print(table(dense, pruned))
+    print(f"\ndense:  {' '.join(dense['generated'].split())}")
+    print(f"pruned: {' '.join(pruned['generated'].split())}")
+
+
+if __name__ == "__main__":
+    run_cli(lambda: main(build_parser().parse_args()), "compare_models.py")

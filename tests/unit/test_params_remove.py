@@ -1,0 +1,127 @@
+"""Zeroed and small models against each other."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from slim_utils.families import find_family, layer_shapes
+from slim_utils.model_stats import count_macs, count_parameters, removed_share
+from slim_utils.params_remove import kept_indices, shrink, zero_removed
+from slim_utils.pruning_record import LayerMask, read_pruning, write_pruning
+from tests.conftest import TINY_VARIANTS, make_llama
+
+
+def some_masks(model) -> list[LayerMask]:
+    """Masks that keep something else in every layer; the first keeps everything."""
+    masks = []
+    for index, shape in enumerate(layer_shapes(model.config)):
+        groups = [group for group in range(shape.num_kv_heads) if index == 0 or group % 2 != index % 2]
+        columns = [column for column in range(shape.num_columns) if index == 0 or column % (index + 1)]
+        masks.append(LayerMask.from_groups(shape, groups, columns))
+    return masks
+
+
+def pruned_pair(variant: str, dtype: torch.dtype):
+    """A model zeroed by ``some_masks`` and the small one made of it."""
+    model = make_llama(variant, dtype)
+    family, masks = find_family(model.config), some_masks(model)
+    small = shrink(model, family, masks)
+    zero_removed(model, family, masks)
+    return model, small, masks
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("variant", TINY_VARIANTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_small_model_gives_the_logits_of_the_zeroed(variant, dtype, tolerance, implementation, samples):
+    zeroed, small, _ = pruned_pair(variant, dtype)
+    zeroed.set_attn_implementation(implementation)
+    small.set_attn_implementation(implementation)
+    with torch.no_grad():
+        expected, got = zeroed(samples).logits, small(samples).logits
+    assert got.dtype == dtype
+    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_zeroing_only_columns_would_give_the_same_logits(samples):
+    model = make_llama("biases", torch.float64)
+    family, masks = find_family(model.config), some_masks(model)
+    zeroed = make_llama("biases", torch.float64)
+    zero_removed(zeroed, family, masks)
+    with torch.no_grad():
+        for layer, mask in zip(family.decoder_layers(model), masks, strict=True):
+            for name, (dim, kept) in kept_indices(family, mask).items():
+                if dim == 1:
+                    weight = layer.get_submodule(name).weight
+                    removed = [i for i in range(weight.shape[1]) if i not in kept.tolist()]
+                    weight[:, removed] = 0
+        assert torch.allclose(model(samples).logits, zeroed(samples).logits, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("variant", TINY_VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_and_reload(variant, dtype, samples, tmp_path):
+    _, small, masks = pruned_pair(variant, dtype)
+    small.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.dtype == dtype
+    with torch.no_grad():
+        assert torch.equal(again(samples).logits, small(samples).logits)
+    assert again.config.layer_head_num == [len(mask.kept_heads) for mask in masks]
+    assert again.config.layer_inter_size == [len(mask.kept_columns) for mask in masks]
+    assert set(again.config.auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == (variant == "tied")
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_generate_with_cache_equals_without(samples):
+    _, small, _ = pruned_pair("gqa", torch.float32)
+    prompt = samples[:2, :5]
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
+    assert torch.equal(small.generate(prompt, **options), small.generate(prompt, use_cache=False, **options))
+
+
+def test_a_small_model_can_be_pruned_again(samples):
+    _, small, masks = pruned_pair("gqa", torch.float64)
+    family, shapes = find_family(small.config), layer_shapes(small.config)
+    assert [shape.num_heads for shape in shapes] == [len(mask.kept_heads) for mask in masks]
+    again = [LayerMask.from_groups(shape, [0], list(range(0, shape.num_columns, 2))) for shape in shapes]
+    smaller = shrink(small, family, again)
+    zero_removed(small, family, again)
+    assert smaller.config.layer_inter_size == [len(mask.kept_columns) for mask in again]
+    with torch.no_grad():
+        assert torch.allclose(smaller(samples).logits, small(samples).logits, rtol=1e-9, atol=1e-9)
+
+
+def test_masks_of_another_model_are_refused():
+    model = make_llama("gqa")
+    with pytest.raises(ValueError, match="other shapes"):
+        shrink(model, find_family(model.config), some_masks(make_llama("mha")))
+
+
+def test_pruning_json_round_trip(tmp_path):
+    masks = some_masks(make_llama("gqa"))
+    write_pruning(tmp_path / "pruning.json", masks, "llama")
+    assert read_pruning(tmp_path / "pruning.json") == masks
+
+
+@pytest.mark.parametrize("variant", TINY_VARIANTS)
+def test_sizes_agree_with_closed_formulas(variant):
+    model = make_llama(variant)
+    family, masks = find_family(model.config), some_masks(model)
+    small = shrink(model, family, masks)
+    config, seq_len = model.config, 10
+    block_total = block_kept = attention = 0
+    for mask in masks:
+        shape = mask.shape
+        per_head, per_kv = 2 * config.hidden_size * config.head_dim, 2 * config.hidden_size * config.head_dim
+        per_column = 3 * config.hidden_size
+        block_total += shape.num_heads * per_head + shape.num_kv_heads * per_kv + shape.num_columns * per_column
+        block_kept += len(mask.kept_heads) * per_head + len(mask.kept_kv_heads) * per_kv
+        block_kept += len(mask.kept_columns) * per_column
+        attention += 2 * len(mask.kept_heads) * config.head_dim * seq_len**2
+    assert removed_share(family.decoder_layers(model), family, masks) == pytest.approx(1 - block_kept / block_total)
+    logits = config.hidden_size * config.vocab_size
+    assert count_macs(small.config, seq_len) == (block_kept + logits) * seq_len + attention
+    state = sum(parameter.numel() for parameter in {id(p): p for p in small.parameters()}.values())
+    assert count_parameters(small) == state
