@@ -36,6 +36,7 @@ from slim_utils.model_io import (
     load_tokenizer,
     peak_memory_mib,
     save_checkpoint,
+    warn_if_short_of_space,
 )
 from slim_utils.model_stats import count_parameters, removed_share
 from slim_utils.params_remove import shrink, zero_removed
@@ -221,6 +222,8 @@ def main(args: argparse.Namespace) -> None:
     data = load_calibration(args.dataset, args.data_file, tokenizer, args.num_samples, args.seqlen, args.seed)
     eval_sets = {} if args.skip_evaluate else load_eval_sets(args, tokenizer, config.max_position_embeddings)
     model = load_model(args.model_path, args.dtype, args.trust_remote_code)
+    if args.save_dir:
+        warn_if_short_of_space(Path(args.save_dir), model, copies=1 + args.save_pruned_weights)
     logger.info("calibration: %d × %d tokens of %s", args.num_samples, args.seqlen, data.source)
 
     start = time.perf_counter()

@@ -7,8 +7,8 @@ arguments that the model itself called it with.
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,17 +61,52 @@ class LayerReport:
     peak_memory_mib: dict[str, float]
 
 
-@dataclass
-class LayerCalls:
-    """Arguments, besides the hidden states, that the model calls one layer with, by batch size."""
+# Positional and keyword arguments, besides the hidden states, that the model calls a layer with, by batch size.
+LayerCalls = dict[int, tuple[tuple, dict[str, Any]]]
 
-    by_batch_size: dict[int, tuple[tuple, dict[str, Any]]] = field(default_factory=dict)
 
-    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """Output (samples, tokens, hidden) of ``layer`` on ``hidden``, called as the model does."""
-        args, kwargs = send_to_device(self.by_batch_size[hidden.shape[0]], hidden.device)
-        output = layer(hidden, *args, **kwargs)
+@dataclass(frozen=True)
+class LayerInputs:
+    """What one layer is run on.
+
+    Attributes:
+        hidden: (num_samples, seqlen, hidden) its inputs, on ``settings.cache_dev``.
+        calls: its other arguments, on ``settings.device``.
+        settings: how to walk.
+    """
+
+    hidden: Tensor
+    calls: LayerCalls
+    settings: WalkSettings
+
+    def run(self, layer: nn.Module, batch: Tensor) -> Tensor:
+        """Output (samples, seqlen, hidden) of ``layer`` on a batch of its inputs, called as the model does."""
+        args, kwargs = self.calls[batch.shape[0]]
+        output = layer(batch, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def inputs_of(self, module: nn.Module, layer: nn.Module) -> Iterator[Tensor]:
+        """Inputs of a ``module`` inside ``layer``, batch by batch; the layer runs no further than that."""
+        seen: list[Tensor] = []
+
+        def stop(module: nn.Module, args: tuple) -> None:
+            seen.append(args[0])
+            raise _InputSeen
+
+        handle = module.register_forward_pre_hook(stop)
+        try:
+            for batch in _batches(self.hidden, self.settings):
+                with suppress(_InputSeen):
+                    self.run(layer, batch)
+                yield seen.pop()
+        finally:
+            handle.remove()
+
+    def advance(self, layer: nn.Module) -> None:
+        """Replace the cached inputs of ``layer`` by its outputs."""
+        for chunk in self.hidden.split(self.settings.batch_samples):
+            batches = chunk.to(self.settings.device).split(_samples_per_forward(chunk))
+            chunk.copy_(torch.cat([self.run(layer, batch) for batch in batches]))
 
 
 class _InputSeen(Exception):  # noqa: N818 - not an error
@@ -108,38 +143,30 @@ def prune_layers(
     with logging_redirect_tqdm():
         for index in tqdm(range(pruned[-1] + 1), desc="layers", unit="layer", disable=None):
             layer = layers[index].to(settings.device)
+            inputs = LayerInputs(hidden, send_to_device(calls[index], settings.device), settings)
             if ratios[index] > 0:
-                report = _prune_layer(
-                    index, layer, family, shapes[index], ratios[index], hidden, calls[index], settings
-                )
+                report = _prune_layer(index, layer, family, shapes[index], ratios[index], inputs)
                 masks[index] = report.mask
                 reports.append(report)
                 _log_report(report, len(layers))
             if index < pruned[-1]:
-                _advance(layer, hidden, calls[index], settings)
+                inputs.advance(layer)
                 _check_finite(hidden, f"layer {index}")
             layer.to("cpu")
     return masks, reports
 
 
 def _prune_layer(
-    index: int,
-    layer: nn.Module,
-    family: Family,
-    shape: LayerShape,
-    ratio: float,
-    hidden: Tensor,
-    calls: LayerCalls,
-    settings: WalkSettings,
+    index: int, layer: nn.Module, family: Family, shape: LayerShape, ratio: float, inputs: LayerInputs
 ) -> LayerReport:
     """Prune the heads of a layer, then, on what its pruned attention puts out, its FFN columns."""
-    start = time.perf_counter()
+    settings, start = inputs.settings, time.perf_counter()
 
     def prune(name: str, unit_size: int) -> PruneResult:
         linear = layer.get_submodule(name)
         pruner = SlimGPT(linear, f"layer {index} {name}")
-        for batch in _batches(hidden, settings):
-            pruner.add_batch(_input_of(linear, lambda batch=batch: calls.run(layer, batch)))
+        for batch in inputs.inputs_of(linear, layer):
+            pruner.add_batch(batch)
         result = pruner.struct_prune(ratio, unit_size, settings.percdamp, settings.compensate)
         pruner.free()
         return result
@@ -172,14 +199,14 @@ def capture_layer_calls(
 
 @contextmanager
 def _layers_passed_over(layers: nn.ModuleList, first_inputs: list[Tensor]) -> Iterator[list[LayerCalls]]:
-    calls = [LayerCalls() for _ in layers]
+    calls: list[LayerCalls] = [{} for _ in layers]
 
     def recorder(index: int) -> Callable[..., Tensor]:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             hidden = args[0] if args else kwargs.pop("hidden_states")
             if index == 0:
                 first_inputs.append(hidden)
-            calls[index].by_batch_size[hidden.shape[0]] = (args[1:], kwargs)
+            calls[index][hidden.shape[0]] = (args[1:], kwargs)
             return hidden
 
         return forward
@@ -202,31 +229,6 @@ def _batches(samples: Tensor, settings: WalkSettings) -> Iterator[Tensor]:
 
 def _samples_per_forward(samples: Tensor) -> int:
     return max(1, TOKENS_PER_FORWARD // samples.shape[1])
-
-
-def _input_of(module: nn.Module, run: Callable[[], Any]) -> Tensor:
-    """Input of ``module`` during ``run()``, which goes no further than that."""
-    seen: list[Tensor] = []
-
-    def stop(module: nn.Module, args: tuple) -> None:
-        seen.append(args[0])
-        raise _InputSeen
-
-    handle = module.register_forward_pre_hook(stop)
-    try:
-        run()
-    except _InputSeen:
-        pass
-    finally:
-        handle.remove()
-    return seen[0]
-
-
-def _advance(layer: nn.Module, hidden: Tensor, calls: LayerCalls, settings: WalkSettings) -> None:
-    """Replace the cached inputs of ``layer`` by its outputs."""
-    for chunk in hidden.split(settings.batch_samples):
-        batches = chunk.to(settings.device).split(_samples_per_forward(hidden))
-        chunk.copy_(torch.cat([calls.run(layer, batch) for batch in batches]))
 
 
 def _check_finite(hidden: Tensor, where: str) -> None:

@@ -104,6 +104,15 @@ def check_output(save_dir: Path, overwrite: bool) -> None:
         raise UserError(f"--save_dir {save_dir}: {save_dir.absolute().parent} is not writable")
 
 
+def warn_if_short_of_space(save_dir: Path, model: PreTrainedModel, copies: int) -> None:
+    """Say, before any long work, that ``copies`` checkpoints of the size of ``model`` may not fit."""
+    needed = copies * sum(parameter.nbytes for parameter in model.parameters())
+    free = shutil.disk_usage(save_dir.absolute().parent).free
+    if free < needed:
+        gib = 1 << 30
+        logger.warning("--save_dir %s: up to %.1f GiB to write, %.1f GiB free", save_dir, needed / gib, free / gib)
+
+
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside ``target`` that takes its name when the block ends well, and is removed otherwise."""

@@ -46,7 +46,7 @@ def hub_documents(name: str, split: str) -> Iterator[str]:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise UserError(
             f"data set '{name}' could not be read from the hub ({reason}); give a local file instead: --data_file FILE "
-            f"for calibration, --eval_datasets {name}=FILE for evaluation"
+            f"for calibration, --eval_datasets {name}=FILE (or --skip_evaluate) for evaluation"
         ) from error
 
 

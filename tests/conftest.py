@@ -18,6 +18,16 @@ TINY_VARIANTS = {
     "mha": {},
     "gqa": {"num_key_value_heads": 2},
     "tied": {"tie_word_embeddings": True},
+    "llama3_rope": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
     "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2},
 }
 

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Makes .venv with the pinned packages where it is missing, then checks the style and runs the tests.
+#
+#   bash scripts/test.sh                      everything that needs neither a GPU nor minutes
+#   bash scripts/test.sh -m slow              the slow tests: the quick start on the real small model
+#   bash scripts/test.sh -m gpu               the tests that need a CUDA device
+#   bash scripts/test.sh tests/unit -k walk   any arguments of pytest
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/env.sh
+make_venv requirements-dev.txt
+.venv/bin/ruff check --quiet .
+.venv/bin/ruff format --check --quiet .
+exec .venv/bin/python -m pytest "$@"
