@@ -22,8 +22,9 @@ import models  # noqa: F401 - registers the classes of pruned checkpoints
 from ppl_eval.ppl_eval import ppl_metric
 from slim_utils.cli import ArgumentParser, run_cli
 from slim_utils.errors import UserError
-from slim_utils.model_io import DTYPES, choose_device, peak_memory_mib
+from slim_utils.model_io import DTYPES, choose_device, peak_memory_mib, write_text_atomic
 from slim_utils.model_stats import count_macs, count_parameters
+from slim_utils.run_record import environment
 
 MACS_SEQLEN = 64
 NEW_TOKENS = 40
@@ -39,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", default="The history of the city began in")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
+    parser.add_argument("--out", type=Path, help="json to write the figures to")
     parser.add_argument("--measure_to", type=Path, help=argparse.SUPPRESS)
     return parser
 
@@ -106,6 +108,10 @@ def main(args: argparse.Namespace) -> None:
         return
     dense, pruned = (measure_in_new_process(args, path) for path in (args.dense, args.pruned))
     print(table(dense, pruned))
+    if args.out:
+        settings = {"prompt": args.prompt, "dtype": args.dtype, "macs_seqlen": MACS_SEQLEN}
+        record = {**environment(choose_device(args.device)), **settings, "dense": dense, "pruned": pruned}
+        write_text_atomic(args.out, json.dumps(record, indent=2) + "\n")
     print(f"\ndense:  {' '.join(dense['generated'].split())}")
     print(f"pruned: {' '.join(pruned['generated'].split())}")
 

@@ -55,6 +55,6 @@ SECONDS=0
 pruning=$SECONDS
 echo
 .venv/bin/python -m scripts.compare_models "$model" "$save_dir/pruned_weights" \
-    --eval_datasets "${evaluation:-wikitext2}" --eval_seqlens 128 $seqlen
+    --eval_datasets "${evaluation:-wikitext2}" --eval_seqlens 128 $seqlen --out "$save_dir/comparison.json"
 echo
-echo "pruned in $pruning s, everything after the set-up took $SECONDS s; the small model is in $save_dir/pruned_weights"
+echo "pruned and saved in $pruning s, all after the set-up took $SECONDS s; the small model is in $save_dir/pruned_weights"

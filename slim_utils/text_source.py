@@ -17,7 +17,7 @@ HUB_SOURCES: dict[str, dict[str, str]] = {
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
     "ptb": {
         "path": "parquet",
-        "data_files": "hf://datasets/ptb-text-only/ptb_text_only@refs/convert/parquet/penn_treebank/validation/*.parquet",
+        "data_files": "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/penn_treebank/validation/0000.parquet",
     },
     "c4": {"path": "json", "data_files": "hf://datasets/allenai/c4/en/c4-train.00000-of-01024.json.gz"},
     "alpaca": {"path": "tatsu-lab/alpaca"},

@@ -1,0 +1,40 @@
+"""The quick start as a user runs it, on the real small model."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_quick_start_prunes_a_fifth_and_reuses_its_cache(tmp_path):
+    environment = {**os.environ, "SLIMGPT_CACHE": str(tmp_path / "cache")}
+    command = ["bash", "scripts/quickstart.sh", "--save_dir", str(tmp_path / "out")]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    result = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    dense, pruned = result["dense"], result["pruned"]
+    assert dense["parameters"] == 134_515_008
+    assert "removed 19.99 % of the block weights" in process.stderr
+    assert pruned["macs"] < 0.85 * dense["macs"]
+    for name, value in dense["perplexities"].items():
+        assert value < pruned["perplexities"][name] < 2 * value
+    assert re.search(r"^pruned: \w+", process.stdout, flags=re.MULTILINE)
+    cached = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    again = subprocess.run(
+        [".venv/bin/python", "-m", "scripts.fetch_smollm2", str(tmp_path / "cache")], cwd=ROOT, check=False
+    )
+    assert again.returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == cached
+
+
+def test_unknown_flag_is_one_line():
+    command = ["bash", "scripts/quickstart.sh", "--sparsity", "0.2"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert process.stderr == "quickstart.sh: error: unknown flag --sparsity (see the head of the script)\n"
