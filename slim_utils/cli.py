@@ -3,6 +3,7 @@
 import argparse
 import errno
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import datasets
+import torch
 import transformers
 from safetensors import SafetensorError
 
@@ -47,6 +49,8 @@ def run_cli(main: Callable[[], None], prog: str) -> NoReturn:
         _fail(prog, str(error), 2)
     except KeyboardInterrupt:
         _fail(prog, "interrupted; nothing half-written is left behind", 130)
+    except torch.OutOfMemoryError:
+        _fail(prog, "the GPU's memory is full; use --cache_dev cpu, lower --batch_samples, or use --device cpu", 1)
     except (OSError, SafetensorError) as error:
         if not is_disk_full(error):
             raise
@@ -56,7 +60,7 @@ def run_cli(main: Callable[[], None], prog: str) -> NoReturn:
 
 def command_line() -> str:
     """The command as the user typed it, without its path."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def is_disk_full(error: Exception) -> bool:
