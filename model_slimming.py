@@ -37,11 +37,12 @@ from slim_utils.model_io import (
     peak_memory_mib,
     save_checkpoint,
     warn_if_short_of_space,
+    write_json_atomic,
 )
 from slim_utils.model_stats import count_parameters, removed_share
 from slim_utils.params_remove import shrink, zero_removed
 from slim_utils.pruning_record import LayerMask, write_pruning
-from slim_utils.run_record import calibration_record, environment, layer_record, write_run
+from slim_utils.run_record import calibration_record, environment, layer_record
 from slim_utils.slim_dataset import CalibrationData, load_calibration
 from slim_utils.sparsity_schedule import STRATEGIES, layer_range, layer_ratios, non_uniform_ratios
 from slim_utils.text_source import CALIBRATION_DATASETS
@@ -184,7 +185,7 @@ def save(
             small = shrink(model, family, masks)
             save_checkpoint(small, tokenizer, folder / SMALL_MODEL_FOLDER)
         write_pruning(folder / "pruning.json", masks, model.config.model_type)
-        write_run(folder / RUN_FILE, record)
+        write_json_atomic(folder / RUN_FILE, record)
     logger.info("saved %s", args.save_dir)
 
 
@@ -244,7 +245,7 @@ def main(args: argparse.Namespace) -> None:
         record["perplexity"] = evaluate(model, eval_sets, args.device)
         record["peak_memory_mib"] = peak_memory_mib(args.device)
         if args.save_dir:
-            write_run(Path(args.save_dir) / RUN_FILE, record)
+            write_json_atomic(Path(args.save_dir) / RUN_FILE, record)
 
 
 if __name__ == "__main__":

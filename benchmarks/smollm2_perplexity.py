@@ -10,7 +10,6 @@ go) and on the same model with its kv heads repeated to plain multi-head attenti
 """
 
 import argparse
-import json
 import logging
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ from ppl_eval.ppl_eval import perplexity
 from slim_utils.cli import ArgumentParser, command_line, run_cli
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layer_walk import WalkSettings, prune_layers
-from slim_utils.model_io import choose_device, load_model, load_tokenizer, peak_memory_mib, write_text_atomic
+from slim_utils.model_io import choose_device, load_model, load_tokenizer, peak_memory_mib, write_json_atomic
 from slim_utils.model_stats import count_parameters, removed_share
 from slim_utils.params_remove import shrink
 from slim_utils.pruning_record import LayerMask
@@ -134,7 +133,7 @@ def main(args: argparse.Namespace) -> None:
         },
         "rows": rows,
     }
-    write_text_atomic(args.out, json.dumps(result, indent=2) + "\n")
+    write_json_atomic(args.out, result)
 
 
 if __name__ == "__main__":

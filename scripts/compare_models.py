@@ -22,9 +22,10 @@ import models  # noqa: F401 - registers the classes of pruned checkpoints
 from ppl_eval.ppl_eval import ppl_metric
 from slim_utils.cli import ArgumentParser, run_cli
 from slim_utils.errors import UserError
-from slim_utils.model_io import DTYPES, choose_device, peak_memory_mib, write_text_atomic
-from slim_utils.model_stats import count_macs, count_parameters
+from slim_utils.model_io import DTYPES, choose_device, peak_memory_mib, write_json_atomic
+from slim_utils.model_stats import model_stats
 from slim_utils.run_record import environment
+from slim_utils.side_by_side import side_by_side
 
 MACS_SEQLEN = 64
 NEW_TOKENS = 40
@@ -56,12 +57,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for name, value in ppl_metric(model, tokenizer, args.eval_datasets, seqlen).items():
             perplexities[f"perplexity {name}, seqlen {seqlen}"] = value
     seconds = time.perf_counter() - start
+    stats = model_stats(model.config, MACS_SEQLEN)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(device)
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     return {
-        "parameters": count_parameters(model),
-        "macs": count_macs(model.config, MACS_SEQLEN),
+        "parameters": stats.parameters,
+        "macs": stats.macs,
         "perplexities": perplexities,
         "seconds": seconds,
         "peak_memory_mib": peak_memory_mib(device),
@@ -95,10 +97,7 @@ def table(dense: dict[str, Any], pruned: dict[str, Any]) -> str:
     ]
     for kind, mib in dense["peak_memory_mib"].items():
         rows.append((f"peak {kind} memory (MiB)", mib, pruned["peak_memory_mib"][kind]))
-    width = max(len(name) for name, _, _ in rows)
-    lines = [f"{'':{width}}  {'dense':>9}  {'pruned':>9}  {'ratio':>6}"]
-    lines += [f"{name:{width}}  {a:9.2f}  {b:9.2f}  {b / a:6.3f}" for name, a, b in rows]
-    return "\n".join(lines)
+    return side_by_side(rows, ("dense", "pruned"))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -111,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
     if args.out:
         settings = {"prompt": args.prompt, "dtype": args.dtype, "macs_seqlen": MACS_SEQLEN}
         record = {**environment(choose_device(args.device)), **settings, "dense": dense, "pruned": pruned}
-        write_text_atomic(args.out, json.dumps(record, indent=2) + "\n")
+        write_json_atomic(args.out, record)
     print(f"\ndense:  {' '.join(dense['generated'].split())}")
     print(f"pruned: {' '.join(pruned['generated'].split())}")
 

@@ -69,11 +69,9 @@ def find_family(config: PreTrainedConfig) -> Family:
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise UserError(
-            f"model_path: model type '{config.model_type}' is not supported; supported: {', '.join(FAMILIES)}"
-        )
+        raise UserError(f"model type '{config.model_type}' is not supported; supported: {', '.join(FAMILIES)}")
     if getattr(config, "quantization_config", None):
-        raise UserError("model_path: quantised weights cannot be pruned; give the unquantised checkpoint")
+        raise UserError("the model's weights are quantised; give the unquantised checkpoint")
     return family
 
 

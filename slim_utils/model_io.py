@@ -1,5 +1,6 @@
 """Loading models, choosing devices, and writing output folders that appear whole or not at all."""
 
+import json
 import logging
 import os
 import resource
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -76,12 +78,12 @@ def _loading(model_path: str) -> Iterator[None]:
         UserError: if the checkpoint is missing, damaged, or needs code that was not allowed.
     """
     if model_path.startswith((".", "/", "~")) and not Path(model_path).is_dir():
-        raise UserError(f"model_path {model_path}: no such folder")
+        raise UserError(f"model {model_path}: no such folder")
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model_path {model_path}: cannot be loaded: {reason}") from error
+        raise UserError(f"model {model_path}: cannot be loaded: {reason}") from error
 
 
 def check_output(save_dir: Path, overwrite: bool) -> None:
@@ -141,6 +143,11 @@ def write_text_atomic(path: Path, text: str) -> None:
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json_atomic(path: Path, content: dict[str, Any]) -> None:
+    """Replace ``path`` by ``content`` as json, whole or not at all."""
+    write_text_atomic(path, json.dumps(content, indent=2) + "\n")
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

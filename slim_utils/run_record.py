@@ -1,10 +1,8 @@
 """``run.json``: what was asked, on what, with which versions, and what came of it."""
 
-import json
 import os
 import platform
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -12,7 +10,6 @@ import torch
 import transformers
 
 from slim_utils.layer_walk import LayerReport
-from slim_utils.model_io import write_text_atomic
 from slim_utils.slim_dataset import CalibrationData
 from slim_utils.slimgpt import PruneResult
 
@@ -58,11 +55,6 @@ def layer_record(report: LayerReport) -> dict[str, Any]:
         "seconds": round(report.seconds, 3),
         "peak_memory_mib": report.peak_memory_mib,
     }
-
-
-def write_run(path: Path, record: dict[str, Any]) -> None:
-    """Write ``run.json``, whole or not at all."""
-    write_text_atomic(path, json.dumps(record, indent=2) + "\n")
 
 
 def _errors(result: PruneResult) -> dict[str, float]:

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from slim_utils.families import find_family, layer_shapes
-from slim_utils.model_stats import count_macs, count_parameters, removed_share
+from slim_utils.model_stats import model_stats, removed_share
 from slim_utils.params_remove import kept_indices, shrink, zero_removed
 from slim_utils.pruning_record import LayerMask, read_pruning, write_pruning
 from tests.conftest import TINY_VARIANTS, make_llama
@@ -122,6 +122,17 @@ def test_sizes_agree_with_closed_formulas(variant):
         attention += 2 * len(mask.kept_heads) * config.head_dim * seq_len**2
     assert removed_share(family.decoder_layers(model), family, masks) == pytest.approx(1 - block_kept / block_total)
     logits = config.hidden_size * config.vocab_size
-    assert count_macs(small.config, seq_len) == (block_kept + logits) * seq_len + attention
+    stats = model_stats(small.config, seq_len)
+    assert stats.macs == (block_kept + logits) * seq_len + attention
     state = sum(parameter.numel() for parameter in {id(p): p for p in small.parameters()}.values())
-    assert count_parameters(small) == state
+    assert stats.parameters == state
+    assert stats.weight_bytes == 4 * state
+    assert stats.kv_cache_bytes == 4 * 2 * config.head_dim * sum(len(mask.kept_kv_heads) for mask in masks)
+    norms = 2 * config.hidden_size
+    for layer, mask, module in zip(stats.layers, masks, family.decoder_layers(small), strict=True):
+        heads, kv_heads, columns = len(mask.kept_heads), len(mask.kept_kv_heads), len(mask.kept_columns)
+        matrices = heads * per_head + kv_heads * per_kv + columns * per_column
+        assert layer.macs == matrices * seq_len + 2 * heads * config.head_dim * seq_len**2
+        assert (layer.shape.num_heads, layer.shape.num_kv_heads, layer.shape.num_columns) == (heads, kv_heads, columns)
+        biases = sum(p.numel() for name, p in module.named_parameters() if name.endswith("bias"))
+        assert layer.parameters == matrices + norms + biases

@@ -1,0 +1,168 @@
+"""Sizes of a model, or of two side by side with their measured speed.
+
+    python test_flops.py --base_model OUT/pruned_weights
+    python test_flops.py --base_model DENSE --compare OUT/pruned_weights --batch_sizes 1 8 --lengths 128 1024
+
+One model: parameters, multiply-accumulates of a (1, seqlen) forward by torch's own counter, bytes of the weights and of
+the KV cache, and a table of its layers; only its configuration is read. Two models: the same figures beside each other,
+then prefill and decode timed in turns on the device at hand.
+
+Limits: families of the table; the two models have to fit on the device together, unless --skip_latency.
+"""
+
+import argparse
+import logging
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from slim_utils.cli import ArgumentParser, command_line, run_cli
+from slim_utils.errors import UserError
+from slim_utils.latency import Latency, measure_latency
+from slim_utils.model_io import DTYPES, choose_device, load_config, load_model, write_json_atomic
+from slim_utils.model_stats import ModelStats, model_stats
+from slim_utils.run_record import environment
+from slim_utils.side_by_side import Row, side_by_side
+
+logger = logging.getLogger("test_flops")
+
+HEADERS = ("base", "other")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The original's flag, and those added since."""
+    parser = ArgumentParser(prog="test_flops.py", description="MACs, parameters, memory and speed of a model.")
+    parser.add_argument("--base_model", required=True, help="checkpoint folder or hub name")
+    parser.add_argument("--compare", metavar="OTHER", help="a second model, to stand beside the first")
+    parser.add_argument("--seqlen", type=int, default=64, help="tokens of the counted forward (default %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code found in the checkpoint")
+    speed = parser.add_argument_group("speed, with --compare")
+    speed.add_argument("--skip_latency", action="store_true", help="count only; no weights are loaded")
+    speed.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 8], help="sequences at once (default 1 8)")
+    speed.add_argument("--lengths", nargs="+", type=int, default=[128], help="prompt lengths (default 128)")
+    speed.add_argument("--new_tokens", type=int, default=32, help="decoding steps (default %(default)s)")
+    speed.add_argument("--repeats", type=int, default=5, help="the median of so many runs (default %(default)s)")
+    speed.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default %(default)s)")
+    parser.add_argument("--out", type=Path, help="json to write the figures to")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
+    return parser
+
+
+def process_args(args: argparse.Namespace) -> argparse.Namespace:
+    """Check ``args`` before anything is loaded.
+
+    Raises:
+        UserError: naming the flag to change.
+    """
+    for name in ("seqlen", "new_tokens", "repeats"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: at least 1")
+    for name in ("batch_sizes", "lengths"):
+        if min(getattr(args, name)) < 1:
+            raise UserError(f"--{name}: at least 1")
+    if args.out and args.out.exists() and not args.overwrite:
+        raise UserError(f"--out {args.out}: exists; choose another or pass --overwrite")
+    if args.out and not args.out.absolute().parent.is_dir():
+        raise UserError(f"--out {args.out}: no folder {args.out.absolute().parent}")
+    args.device = choose_device(args.device)
+    return args
+
+
+def size_figures(stats: ModelStats, seqlen: int) -> dict[str, float]:
+    """The figures of a whole model, by the name and unit they are printed under."""
+    return {
+        "parameters (M)": stats.parameters / 1e6,
+        f"MACs, {seqlen} tokens (G)": stats.macs / 1e9,
+        "weights (MiB)": stats.weight_bytes / (1 << 20),
+        "KV cache (KiB/token)": stats.kv_cache_bytes / (1 << 10),
+    }
+
+
+def layer_table(stats: ModelStats) -> str:
+    """A line a layer."""
+    lines = [
+        f"{'layer':>5}  {'heads':>5}  {'kv heads':>8}  {'columns':>7}  {'params (M)':>10}  {'MACs (M)':>9}  KV bytes"
+    ]
+    for index, layer in enumerate(stats.layers):
+        shape = layer.shape
+        lines.append(
+            f"{index:5}  {shape.num_heads:5}  {shape.num_kv_heads:8}  {shape.num_columns:7}  "
+            f"{layer.parameters / 1e6:10.3f}  {layer.macs / 1e6:9.2f}  {layer.kv_cache_bytes:8}"
+        )
+    return "\n".join(lines)
+
+
+def latency_rows(latencies: list[Latency], batch_size: int, length: int) -> list[Row]:
+    """Rows of one batch size and prompt length; ``latencies`` are the two models'."""
+    setting = f"batch {batch_size}, {length} tokens"
+    prefill = [latency.prefill_seconds for latency in latencies]
+    decode = [latency.decode_seconds for latency in latencies]
+    return [
+        (f"{setting}: prefill (ms)", *(1e3 * seconds for seconds in prefill)),
+        (f"{setting}: prefill (tokens/s)", *(batch_size * length / seconds for seconds in prefill)),
+        (f"{setting}: decode (ms/step)", *(1e3 * seconds for seconds in decode)),
+        (f"{setting}: decode (tokens/s)", *(batch_size / seconds for seconds in decode)),
+    ]
+
+
+def latency_record(latency: Latency) -> dict[str, Any]:
+    """Medians and single runs, for ``--out``."""
+    medians = {"prefill_seconds": latency.prefill_seconds, "decode_seconds": latency.decode_seconds}
+    return {**medians, **asdict(latency)}
+
+
+def measure(args: argparse.Namespace, configs: list[PreTrainedConfig]) -> list[dict[str, Any]]:
+    """Latencies of both models at every batch size and prompt length."""
+    longest = max(args.lengths) + args.new_tokens
+    positions = min(config.max_position_embeddings for config in configs)
+    if longest > positions:
+        raise UserError(f"--lengths and --new_tokens: {longest} tokens, but the models have {positions} positions")
+    models = [
+        load_model(path, args.dtype, args.trust_remote_code).to(args.device) for path in (args.base_model, args.compare)
+    ]
+    results = []
+    for batch_size, length in product(args.batch_sizes, args.lengths):
+        logger.info("timing batch %d, prompts of %d tokens", batch_size, length)
+        latencies = measure_latency(models, batch_size, length, args.new_tokens, args.repeats)
+        results.append({"batch_size": batch_size, "length": length, "latencies": latencies})
+    return results
+
+
+def main(args: argparse.Namespace) -> None:
+    """Count, measure, print, write."""
+    args = process_args(args)
+    paths = [args.base_model, *([args.compare] if args.compare else [])]
+    configs = [load_config(path, args.trust_remote_code) for path in paths]
+    dtype = None if args.dtype == "auto" else DTYPES[args.dtype]
+    stats = [model_stats(config, args.seqlen, dtype) for config in configs]
+    figures = [size_figures(one, args.seqlen) for one in stats]
+    timings = measure(args, configs) if args.compare and not args.skip_latency else []
+    if args.compare:
+        rows = [(name, value, figures[1][name]) for name, value in figures[0].items()]
+        for timing in timings:
+            rows += latency_rows(**timing)
+        print(side_by_side(rows, HEADERS))
+    else:
+        print(layer_table(stats[0]), end="\n\n")
+        print("\n".join(f"{name:24}{value:12.2f}" for name, value in figures[0].items()))
+    if args.out:
+        record = {
+            "command": command_line(),
+            **environment(args.device),
+            "seqlen": args.seqlen,
+            "new_tokens": args.new_tokens,
+            "repeats": args.repeats,
+            "models": {path: asdict(one) for path, one in zip(paths, stats, strict=True)},
+            "timings": [
+                {**timing, "latencies": [latency_record(one) for one in timing["latencies"]]} for timing in timings
+            ],
+        }
+        write_json_atomic(args.out, record)
+
+
+if __name__ == "__main__":
+    run_cli(lambda: main(build_parser().parse_args()), "test_flops.py")
