@@ -15,12 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppl_eval.ppl_dataset import EVAL_SPLITS, eval_windows, load_eval_tokens, parse_eval_dataset
-from ppl_eval.ppl_eval import perplexity
+from ppl_eval.ppl_dataset import EVAL_SPLITS, load_eval_sets, parse_eval_dataset
+from ppl_eval.ppl_eval import evaluate
 from slim_utils.cli import ArgumentParser, command_line, run_cli
 from slim_utils.errors import UserError
 from slim_utils.families import Family, find_family
@@ -49,9 +47,7 @@ from slim_utils.text_source import CALIBRATION_DATASETS
 
 logger = logging.getLogger("model_slimming")
 
-DEFAULT_EVAL_SEQLENS = (128, 2048)
 SMALL_MODEL_FOLDER = "pruned_weights"
-EVAL_TOKENS_PER_FORWARD = 4096
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -138,37 +134,6 @@ def choose_ratios(args: argparse.Namespace, num_layers: int) -> list[float]:
     return layer_ratios(layers, num_layers, ratios)
 
 
-def load_eval_sets(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, max_positions: int
-) -> dict[tuple[str, int], Tensor]:
-    """Windows (count, seqlen) by name and window length; read before the long work, so that it cannot fail after it."""
-    windows = {}
-    for spec in args.eval_datasets:
-        name, _ = parse_eval_dataset(spec)
-        tokens = load_eval_tokens(spec, tokenizer)
-        for seqlen in args.eval_seqlens or DEFAULT_EVAL_SEQLENS:
-            if seqlen <= max_positions:
-                windows[name, seqlen] = eval_windows(tokens, seqlen, name)
-            elif args.eval_seqlens:
-                raise UserError(f"--eval_seqlens {seqlen}: the model has {max_positions} positions")
-            else:
-                logger.warning("no perplexity at seqlen %d: the model has %d positions", seqlen, max_positions)
-    return windows
-
-
-def evaluate(
-    model: PreTrainedModel, eval_sets: dict[tuple[str, int], Tensor], device: torch.device
-) -> list[dict[str, Any]]:
-    """Perplexity of ``model`` on every set of windows, a log line each."""
-    model.to(device)
-    results = []
-    for (name, seqlen), windows in eval_sets.items():
-        value = perplexity(model, windows, batch_size=max(1, EVAL_TOKENS_PER_FORWARD // seqlen))
-        logger.info("perplexity %s seqlen %d: %.4f (%d windows)", name, seqlen, value, len(windows))
-        results.append({"dataset": name, "seqlen": seqlen, "windows": len(windows), "perplexity": value})
-    return results
-
-
 def save(
     args: argparse.Namespace,
     model: PreTrainedModel,
@@ -214,14 +179,17 @@ def main(args: argparse.Namespace) -> None:
     args = process_args(args)
     config = load_config(args.model_path, args.trust_remote_code)
     family = find_family(config)
-    if args.seqlen > config.max_position_embeddings:
-        raise UserError(f"--seqlen {args.seqlen}: the model has {config.max_position_embeddings} positions")
+    positions = config.max_position_embeddings
+    if args.seqlen > positions:
+        raise UserError(f"--seqlen {args.seqlen}: the model has {positions} positions")
     ratios = choose_ratios(args, config.num_hidden_layers)
     if not any(ratios):
         logger.warning("nothing to prune: all ratios are 0; set --sparsity, or --non_uniform with --max_sparsity")
     tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
     data = load_calibration(args.dataset, args.data_file, tokenizer, args.num_samples, args.seqlen, args.seed)
-    eval_sets = {} if args.skip_evaluate else load_eval_sets(args, tokenizer, config.max_position_embeddings)
+    eval_sets = (
+        {} if args.skip_evaluate else load_eval_sets(args.eval_datasets, tokenizer, args.eval_seqlens, positions)
+    )
     model = load_model(args.model_path, args.dtype, args.trust_remote_code)
     if args.save_dir:
         warn_if_short_of_space(Path(args.save_dir), model, copies=1 + args.save_pruned_weights)
@@ -242,7 +210,7 @@ def main(args: argparse.Namespace) -> None:
     if args.save_dir:
         save(args, model, tokenizer, family, masks, record)
     if eval_sets:
-        record["perplexity"] = evaluate(model, eval_sets, args.device)
+        record["perplexity"] = evaluate(model.to(args.device), eval_sets)
         record["peak_memory_mib"] = peak_memory_mib(args.device)
         if args.save_dir:
             write_json_atomic(Path(args.save_dir) / RUN_FILE, record)

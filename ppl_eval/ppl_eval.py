@@ -1,7 +1,9 @@
 """Perplexity: exp of the mean negative log-likelihood over all targets of all windows."""
 
+import logging
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +11,11 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppl_eval.ppl_dataset import eval_windows, load_eval_tokens, parse_eval_dataset
+from ppl_eval.ppl_dataset import EvalSets, eval_windows, load_eval_tokens, parse_eval_dataset
+
+logger = logging.getLogger(__name__)
+
+TOKENS_PER_FORWARD = 4096
 
 
 def ppl_metric(
@@ -36,6 +42,16 @@ def ppl_metric(
         name, _ = parse_eval_dataset(spec)
         windows = eval_windows(load_eval_tokens(spec, tokenizer), seq_len, name)
         results[name] = perplexity(model, windows, batch_size)
+    return results
+
+
+def evaluate(model: PreTrainedModel, eval_sets: EvalSets) -> list[dict[str, Any]]:
+    """Perplexity of ``model`` on every set of windows: a log line and an entry of ``run.json`` each."""
+    results = []
+    for (name, seqlen), windows in eval_sets.items():
+        value = perplexity(model, windows, batch_size=max(1, TOKENS_PER_FORWARD // seqlen))
+        logger.info("perplexity %s seqlen %d: %.4f (%d windows)", name, seqlen, value, len(windows))
+        results.append({"dataset": name, "seqlen": seqlen, "windows": len(windows), "perplexity": value})
     return results
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 from torch import Tensor
@@ -20,33 +21,38 @@ HUB_SOURCES: dict[str, dict[str, str]] = {
         "data_files": "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/penn_treebank/validation/0000.parquet",
     },
     "c4": {"path": "json", "data_files": "hf://datasets/allenai/c4/en/c4-train.00000-of-01024.json.gz"},
-    "alpaca": {"path": "tatsu-lab/alpaca"},
+    "alpaca": {"path": "yahma/alpaca-cleaned"},
     "gpt4_alpaca": {"path": "vicgalle/alpaca-gpt4"},
 }
+Row = dict[str, Any]
 _BUILDERS = {".json": "json", ".jsonl": "json", ".json.gz": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
 
 
 def hub_documents(name: str, split: str) -> Iterator[str]:
-    """Stream the documents of a known data set from the hub.
+    """Stream the documents of a data set from the hub (see ``hub_rows``)."""
+    return map(row_text, hub_rows(name, split))
+
+
+def hub_rows(name: str, split: str) -> Iterator[Row]:
+    """Stream the rows of a data set from the hub.
 
     Args:
-        name: a key of ``HUB_SOURCES``.
+        name: a key of ``HUB_SOURCES``, or the hub's own name of a data set.
         split: its split; a source given as files has only ``"train"``.
 
     Raises:
-        UserError: if the hub cannot be reached, at the first document.
+        UserError: if the hub cannot be reached, at the first row.
     """
-    source = HUB_SOURCES[name]
+    source = HUB_SOURCES.get(name, {"path": name})
     try:
-        yield from map(row_text, datasets.load_dataset(**source, split=split, streaming=True))
-    except UserError:
-        raise
+        yield from datasets.load_dataset(**source, split=split, streaming=True)
     except Exception as error:
         # The hub's clients raise a dozen unrelated classes; to the user they all mean the same.
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise UserError(
             f"data set '{name}' could not be read from the hub ({reason}); give a local file instead: --data_file FILE "
-            f"for calibration, --eval_datasets {name}=FILE (or --skip_evaluate) for evaluation"
+            f"for calibration, --data_path FILE for training, --eval_datasets or --extra_val_set {name}=FILE (or "
+            "--skip_evaluate) for evaluation"
         ) from error
 
 
@@ -59,31 +65,44 @@ def file_documents(path: Path) -> Iterator[str]:
     Raises:
         UserError: if the file is missing, unreadable, or has none of these columns.
     """
+    for row in file_rows(path):
+        try:
+            text = row_text(row)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        yield text
+
+
+def file_rows(path: Path) -> Iterator[Row]:
+    """Stream the rows of a local json, jsonl (also gzipped) or parquet file; any other is one row with a ``text``.
+
+    Raises:
+        UserError: if the file is missing or unreadable.
+    """
     if not path.is_file():
-        raise UserError(f"{path}: no such file (--data_file, --eval_datasets)")
+        raise UserError(f"{path}: no such file (--data_file, --data_path, --eval_datasets, --extra_val_set)")
     builder = next((_BUILDERS[suffix] for suffix in _BUILDERS if path.name.lower().endswith(suffix)), None)
     try:
         if builder is None:
-            yield path.read_text(encoding="utf-8")
+            yield {"text": path.read_text(encoding="utf-8")}
         else:
-            yield from map(
-                row_text, datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
-            )
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+            yield from datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
     except Exception as error:
         # Readers of json, gzip and parquet each have errors of their own.
         kinds = "txt, json, jsonl, json.gz or parquet"
         raise UserError(f"{path}: cannot be read as {kinds} ({type(error).__name__})") from error
 
 
-def row_text(row: dict) -> str:
-    """Text of a row: its ``text`` or ``sentence``, or its instruction, input and output, newline-joined."""
+def row_text(row: Row) -> str:
+    """Text of a row: its instruction, input and output, newline-joined, or else its ``text`` or ``sentence``.
+
+    Instruction data sets often carry a ``text`` too, with a prompt template around the three; that one is not meant.
+    """
+    if "instruction" in row and "output" in row:
+        return "\n".join(row.get(column) or "" for column in ("instruction", "input", "output"))
     for column in ("text", "sentence"):
         if isinstance(row.get(column), str):
             return row[column]
-    if "instruction" in row and "output" in row:
-        return "\n".join(row.get(column) or "" for column in ("instruction", "input", "output"))
     raise UserError(f"no column text, sentence or instruction/output among: {', '.join(row)}")
 
 

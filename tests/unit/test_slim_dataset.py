@@ -70,8 +70,13 @@ def write_rows(path, rows):
 @pytest.mark.parametrize("ending", ["json", "jsonl", "json.gz", "jsonl.gz", "parquet"])
 @pytest.mark.parametrize(
     ("rows", "texts"),
-    [(TEXT_ROWS, ["w3 w4", "w5"]), (ALPACA_ROWS, ALPACA_TEXTS), ([{"sentence": "w9"}], ["w9"])],
-    ids=["text", "alpaca", "sentence"],
+    [
+        (TEXT_ROWS, ["w3 w4", "w5"]),
+        (ALPACA_ROWS, ALPACA_TEXTS),
+        ([{**row, "text": "a prompt around the three"} for row in ALPACA_ROWS], ALPACA_TEXTS),
+        ([{"sentence": "w9"}], ["w9"]),
+    ],
+    ids=["text", "alpaca", "alpaca with text", "sentence"],
 )
 def test_every_kind_of_file(tmp_path, ending, rows, texts):
     path = tmp_path / f"data.{ending}"
