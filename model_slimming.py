@@ -26,6 +26,7 @@ from slim_utils.layer_walk import LayerReport, WalkSettings, prune_layers
 from slim_utils.model_io import (
     DTYPES,
     RUN_FILE,
+    SMALL_MODEL_FOLDER,
     atomic_folder,
     check_output,
     choose_device,
@@ -39,15 +40,13 @@ from slim_utils.model_io import (
 )
 from slim_utils.model_stats import count_parameters, removed_share
 from slim_utils.params_remove import shrink, zero_removed
-from slim_utils.pruning_record import LayerMask, write_pruning
+from slim_utils.pruning_record import PRUNING_FILE, LayerMask, write_pruning
 from slim_utils.run_record import calibration_record, environment, layer_record
 from slim_utils.slim_dataset import CalibrationData, load_calibration
 from slim_utils.sparsity_schedule import STRATEGIES, layer_range, layer_ratios, non_uniform_ratios
 from slim_utils.text_source import CALIBRATION_DATASETS
 
 logger = logging.getLogger("model_slimming")
-
-SMALL_MODEL_FOLDER = "pruned_weights"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -149,7 +148,7 @@ def save(
         if args.save_pruned_weights:
             small = shrink(model, family, masks)
             save_checkpoint(small, tokenizer, folder / SMALL_MODEL_FOLDER)
-        write_pruning(folder / "pruning.json", masks, model.config.model_type)
+        write_pruning(folder / PRUNING_FILE, masks, model.config.model_type)
         write_json_atomic(folder / RUN_FILE, record)
     logger.info("saved %s", args.save_dir)
 
@@ -217,4 +216,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(lambda: main(build_parser().parse_args()), "model_slimming.py")
+    run_cli(
+        lambda: main(build_parser().parse_args()),
+        "model_slimming.py",
+        memory_advice="use --cache_dev cpu, lower --batch_samples, or use --device cpu",
+        output_flag="--save_dir",
+    )

@@ -3,9 +3,11 @@
 import argparse
 import errno
 import logging
+import os
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -28,15 +30,28 @@ class ArgumentParser(argparse.ArgumentParser):
 def setup_logging() -> None:
     """Send one line a message to stderr, fit for ``tee``, and silence progress bars where no one watches them."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    # The libraries' warnings about each other's spellings are not the user's.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     for noisy in ("httpx", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    if not torch.accelerator.is_available():
+        # Where DeepSpeed is installed, it warns of this as soon as accelerate looks at it.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
 
 
-def run_cli(main: Callable[[], None], prog: str) -> NoReturn:
+def run_cli(
+    main: Callable[[], None], prog: str, memory_advice: str = "use --device cpu", output_flag: str = "--out"
+) -> NoReturn:
     """Run ``main`` and leave the process with one clear line instead of a traceback.
+
+    Args:
+        main: the script.
+        prog: its name.
+        memory_advice: what to do where the GPU's memory is full.
+        output_flag: what chooses where it writes.
 
     Exit codes: 0 done, 1 the machine gave out (disk full, memory), 2 wrong input, 130 Ctrl-C, 143 terminated.
     SIGTERM is raised as ``SystemExit`` so that temporary folders are removed on the way out.
@@ -50,11 +65,11 @@ def run_cli(main: Callable[[], None], prog: str) -> NoReturn:
     except KeyboardInterrupt:
         _fail(prog, "interrupted; nothing half-written is left behind", 130)
     except torch.OutOfMemoryError:
-        _fail(prog, "the GPU's memory is full; use --cache_dev cpu, lower --batch_samples, or use --device cpu", 1)
+        _fail(prog, f"the GPU's memory is full; {memory_advice}", 1)
     except (OSError, SafetensorError) as error:
         if not is_disk_full(error):
             raise
-        _fail(prog, f"the disk is full, nothing was saved ({error}); free space or choose another --save_dir", 1)
+        _fail(prog, f"the disk is full, nothing was saved ({error}); free space or choose another {output_flag}", 1)
     sys.exit(0)
 
 

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RUN_FILE = "run.json"
+SMALL_MODEL_FOLDER = "pruned_weights"
 
 
 def choose_device(name: str, flag: str = "--device") -> torch.device:
@@ -86,8 +87,8 @@ def _loading(model_path: str) -> Iterator[None]:
         raise UserError(f"model {model_path}: cannot be loaded: {reason}") from error
 
 
-def check_output(save_dir: Path, overwrite: bool) -> None:
-    """Make sure, before any long work, that ``save_dir`` can be written.
+def check_output(save_dir: Path, overwrite: bool, flag: str = "--save_dir") -> None:
+    """Make sure, before any long work, that ``save_dir``, given as ``flag``, can be written.
 
     Raises:
         UserError: if it exists and ``overwrite`` is not set, or is not an earlier run's, or cannot be written.
@@ -95,15 +96,15 @@ def check_output(save_dir: Path, overwrite: bool) -> None:
     if save_dir.exists():
         occupied = not save_dir.is_dir() or any(save_dir.iterdir())
         if occupied and not overwrite:
-            raise UserError(f"--save_dir {save_dir}: exists; choose another or pass --overwrite")
+            raise UserError(f"{flag} {save_dir}: exists; choose another or pass --overwrite")
         if occupied and not (save_dir / RUN_FILE).is_file():
-            raise UserError(f"--save_dir {save_dir}: not the output of an earlier run (no {RUN_FILE}); not overwritten")
+            raise UserError(f"{flag} {save_dir}: not the output of an earlier run (no {RUN_FILE}); not overwritten")
     try:
         save_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--save_dir {save_dir}: {error.strerror}") from error
+        raise UserError(f"{flag} {save_dir}: {error.strerror}") from error
     if not os.access(save_dir.absolute().parent, os.W_OK):
-        raise UserError(f"--save_dir {save_dir}: {save_dir.absolute().parent} is not writable")
+        raise UserError(f"{flag} {save_dir}: {save_dir.absolute().parent} is not writable")
 
 
 def warn_if_short_of_space(save_dir: Path, model: PreTrainedModel, copies: int) -> None:
@@ -133,6 +134,23 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             old.rename(target)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def atomic_entries(target: Path) -> Iterator[Path]:
+    """A temporary folder whose entries move into the folder ``target`` when the block ends well.
+
+    Each entry is whole or absent, replaces its namesake, and ``RUN_FILE`` comes last: where it is, all are.
+    """
+    target = target.absolute()
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.partial-", dir=target.parent) as name:
+        partial = Path(name)
+        yield partial
+        for entry in sorted(partial.iterdir(), key=lambda path: path.name == RUN_FILE):
+            old = target / entry.name
+            if old.is_dir():
+                shutil.rmtree(old)
+            entry.replace(old)
 
 
 def write_text_atomic(path: Path, text: str) -> None:

@@ -33,15 +33,18 @@ def kept_indices(family: Family, mask: LayerMask) -> dict[str, tuple[int, Tensor
     }
 
 
+def removed_indices(family: Family, mask: LayerMask) -> dict[str, tuple[int, Tensor]]:
+    """``kept_indices`` of what goes."""
+    return kept_indices(family, mask.removed())
+
+
 @torch.no_grad()
 def zero_removed(model: PreTrainedModel, family: Family, masks: list[LayerMask]) -> None:
     """Zero the removed columns and the rows (and their biases) that fed them, in place; the logits do not change."""
     for layer, mask in zip(family.decoder_layers(model), masks, strict=True):
-        for name, (dim, kept) in kept_indices(family, mask).items():
+        for name, (dim, indices) in removed_indices(family, mask).items():
             linear = layer.get_submodule(name)
-            removed = torch.ones(linear.weight.shape[dim], dtype=torch.bool)
-            removed[kept] = False
-            removed = removed.nonzero().flatten().to(linear.weight.device)
+            removed = indices.to(linear.weight.device)
             linear.weight.index_fill_(dim, removed, 0)
             if dim == 0 and linear.bias is not None:
                 linear.bias.index_fill_(0, removed, 0)

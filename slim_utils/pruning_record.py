@@ -5,9 +5,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from slim_utils.errors import UserError
-from slim_utils.families import LayerShape
+from slim_utils.families import Family, LayerShape
 
 FORMAT_VERSION = 1
+PRUNING_FILE = "pruning.json"
+
+
+def _others(units: list[int], total: int) -> list[int]:
+    return sorted(set(range(total)) - set(units))
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,16 @@ class LayerMask:
         heads = [group * size + i for group in kept_groups for i in range(size)]
         return cls(shape, heads, kept_groups, kept_columns)
 
+    def removed(self) -> "LayerMask":
+        """The mask that keeps what this one removes."""
+        shape = self.shape
+        return LayerMask(
+            shape,
+            _others(self.kept_heads, shape.num_heads),
+            _others(self.kept_kv_heads, shape.num_kv_heads),
+            _others(self.kept_columns, shape.num_columns),
+        )
+
     def removed_share(self) -> tuple[float, float]:
         """Removed share of the query heads and of the FFN columns."""
         heads = 1 - len(self.kept_heads) / self.shape.num_heads
@@ -41,14 +56,10 @@ def pruning_to_json(masks: list[LayerMask], model_type: str) -> dict:
     """The content of ``pruning.json``: per layer, its shape and the kept and removed indices of each kind of unit."""
     layers = []
     for index, mask in enumerate(masks):
-        units = {
-            "heads": (mask.kept_heads, mask.shape.num_heads),
-            "kv_heads": (mask.kept_kv_heads, mask.shape.num_kv_heads),
-            "columns": (mask.kept_columns, mask.shape.num_columns),
-        }
+        removed = mask.removed()
         layer = {"layer": index, "shape": asdict(mask.shape)}
-        for name, (kept, total) in units.items():
-            layer[name] = {"kept": kept, "removed": sorted(set(range(total)) - set(kept))}
+        for name in ("heads", "kv_heads", "columns"):
+            layer[name] = {"kept": getattr(mask, f"kept_{name}"), "removed": getattr(removed, f"kept_{name}")}
         layers.append(layer)
     return {"format": FORMAT_VERSION, "model_type": model_type, "layers": layers}
 
@@ -84,3 +95,43 @@ def read_pruning(path: Path) -> list[LayerMask]:
         raise UserError(f"{path}: no such file") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a pruning.json of this suite ({type(error).__name__}: {error})") from None
+
+
+def read_masks(path: Path, family: Family, shapes: list[LayerShape]) -> list[LayerMask]:
+    """Masks of a model of ``shapes``, from a ``pruning.json``, its folder, or a mask file of the original.
+
+    The original's json maps the name of each o_proj and down_proj weight to the removed heads and columns.
+
+    Raises:
+        UserError: if there is no such file, or it is of a model of other shapes.
+    """
+    path = path / PRUNING_FILE if path.is_dir() else path
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--mask_config_dir {path}: cannot be read ({type(error).__name__}: {error})") from None
+    if "format" in content:
+        masks = read_pruning(path)
+    else:
+        masks = [_original_mask(content, family, index, shape, path) for index, shape in enumerate(shapes)]
+    if [mask.shape for mask in masks] != shapes:
+        raise UserError(
+            f"{path}: the masks are of a model of other shapes; give the zeroed model (save_dir/), not a small one"
+        )
+    return masks
+
+
+def _original_mask(content: dict, family: Family, index: int, shape: LayerShape, path: Path) -> LayerMask:
+    """One layer of the original's mask file, where heads are whole kv groups."""
+    removed = {}
+    for name, total in ((family.attention_out, shape.num_heads), (family.mlp_out, shape.num_columns)):
+        key = f"{family.layers}.{index}.{name}.weight"
+        removed[name] = content.get(key)
+        if not isinstance(removed[name], list) or not set(removed[name]) <= set(range(total)):
+            raise UserError(f"{path}: {key} is not a list of indices below {total}")
+    heads, size = set(removed[family.attention_out]), shape.heads_per_group
+    groups = [group for group in range(shape.num_kv_heads) if not heads & set(range(group * size, (group + 1) * size))]
+    mask = LayerMask.from_groups(shape, groups, _others(removed[family.mlp_out], shape.num_columns))
+    if heads != set(mask.removed().kept_heads):
+        raise UserError(f"{path}: layer {index}: heads {sorted(heads)} are not whole kv groups of {size} heads")
+    return mask

@@ -3,6 +3,7 @@
 import os
 import platform
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
 import datasets
@@ -14,14 +15,15 @@ from slim_utils.slim_dataset import CalibrationData
 from slim_utils.slimgpt import PruneResult
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware of this run."""
+def environment(device: torch.device, *packages: str) -> dict[str, Any]:
+    """Versions, also of further ``packages``, and hardware of this run."""
     return {
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "datasets": datasets.__version__,
+            **{name: version(name) for name in packages},
         },
         "hardware": {
             "machine": platform.machine(),

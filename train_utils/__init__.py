@@ -1,0 +1,1 @@
+"""Instruction data, LoRA and mask-preserving training of pruned models."""

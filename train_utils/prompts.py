@@ -1,0 +1,60 @@
+"""Prompt templates: how an instruction becomes the text before the answer."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from slim_utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Template:
+    """Prompts of a row with and without an ``input``."""
+
+    with_input: str
+    without_input: str
+
+    def prompt(self, instruction: str, context: str) -> str:
+        """The text before the answer."""
+        chosen = self.with_input if context else self.without_input
+        return chosen.format(instruction=instruction, input=context)
+
+
+# The prompts of Stanford Alpaca, and the same in Chinese.
+_ALPACA = Template(
+    with_input=(
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    ),
+    without_input=(
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Response:\n"
+    ),
+)
+_ALPACA_ZH = Template(
+    with_input=(
+        "以下是一条描述任务的指令，并附有提供更多背景的输入。请写出恰当完成该请求的回答。\n\n"
+        "### 指令：\n{instruction}\n\n### 输入：\n{input}\n\n### 回答：\n"
+    ),
+    without_input="以下是一条描述任务的指令。请写出恰当完成该请求的回答。\n\n### 指令：\n{instruction}\n\n### 回答：\n",
+)
+_NONE = Template(with_input="{instruction}\n{input}\n", without_input="{instruction}\n")
+
+CHAT = "chat"
+TEMPLATES: dict[str, Template | None] = {"alpaca": _ALPACA, "alpaca_zh": _ALPACA_ZH, "none": _NONE, CHAT: None}
+
+
+def chat_texts(tokenizer: PreTrainedTokenizerBase, instruction: str, context: str, answer: str) -> tuple[str, str]:
+    """Prompt, and prompt with answer, by the tokenizer's own chat template.
+
+    Raises:
+        UserError: if the tokenizer has none.
+    """
+    if not tokenizer.chat_template:
+        raise UserError("--prompt_template_name chat: the tokenizer has no chat template; choose alpaca")
+    question = {"role": "user", "content": f"{instruction}\n{context}" if context else instruction}
+    prompt = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+    reply = {"role": "assistant", "content": answer}
+    return prompt, tokenizer.apply_chat_template([question, reply], tokenize=False)
