@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import json
 import random
 from pathlib import Path
 
@@ -94,4 +95,20 @@ def checkpoint(tmp_path_factory, tokenizer) -> Path:
     model.generation_config.max_new_tokens = 7
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def instruction_file(tmp_path_factory) -> Path:
+    """48 rows of instruction, input and output; every other one without input."""
+    path = tmp_path_factory.mktemp("data") / "alpaca.jsonl"
+    rows = [
+        {
+            "instruction": random_text(5, index),
+            "input": random_text(3, index + 100) if index % 2 else "",
+            "output": random_text(2 + index % 7, index + 200),
+        }
+        for index in range(48)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

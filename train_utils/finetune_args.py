@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,9 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
+        if self.ddp_find_unused_parameters is None:
+            # Every trained parameter takes part in every forward.
+            self.ddp_find_unused_parameters = False
         super().__post_init__()
 
 
@@ -140,6 +144,7 @@ class FinetuneArguments:
         for group in (self.model, self.data, self.training, self.sparse):
             for option in dataclasses.fields(group):
                 value = getattr(group, option.name)
+                value = value.value if isinstance(value, Enum) else value
                 if option.init and value != option.default:
                     values[option.name] = value if isinstance(value, (int, float, list, type(None))) else str(value)
         return values
@@ -163,10 +168,15 @@ def parse_args(words: list[str] | None = None) -> FinetuneArguments:
     """
     words = modern_spelling(sys.argv[1:] if words is None else words)
     provide_single_process_group(words)
+    parser = build_parser()
     try:
-        parsed = build_parser().parse_args_into_dataclasses(words, look_for_args_file=False)
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            words, return_remaining_strings=True, look_for_args_file=False
+        )
     except (ValueError, OSError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from error
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args = FinetuneArguments(*parsed)
     check_args(args)
     return args

@@ -1,0 +1,320 @@
+"""``model_finetune.py`` run as a user runs it."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import model_finetune
+import model_slimming
+from slim_utils.errors import UserError
+from slim_utils.families import find_family
+from slim_utils.params_remove import shrink
+from slim_utils.pruning_record import read_pruning
+from tests.unit.test_sparse_trainer import removed_weights
+from train_utils.finetune_args import parse_args
+
+ROOT = Path(__file__).resolve().parents[2]
+# The original's README, but for the sizes and the files.
+RECIPE = shlex.split(
+    "--per_device_train_batch_size 4 --gradient_accumulation_steps 2 --num_train_epochs 1 --lr_scheduler_type cosine "
+    "--learning_rate 1e-2 --warmup_steps 1 --logging_steps 2 --logging_first_step true --evaluation_strategy steps "
+    "--eval_steps 4 --max_length 64 --cache_dataset false --optim adamw_hf --val_dataset_size 8"
+)
+
+
+@pytest.fixture(scope="module")
+def slim(tmp_path_factory, checkpoint, text_file) -> Path:
+    """A pruned model: zeroed, and small in ``pruned_weights``."""
+    save_dir = tmp_path_factory.mktemp("runs") / "slim"
+    words = [checkpoint, "--data_file", text_file, "--num_samples", 16, "--seqlen", 32, "--sparsity", 0.5]
+    words += ["--skip_evaluate", "--save_pruned_weights", "--save_dir", save_dir]
+    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, words))))
+    return save_dir
+
+
+@pytest.fixture
+def words(instruction_file, text_file, tmp_path):
+    """The recipe on local files, with a model and any further flags."""
+
+    def build(model, *further) -> list[str]:
+        files = ["--data_path", instruction_file, "--extra_val_set", f"wikitext2={text_file}", "--prompt_template_name"]
+        sizes = ["none", "--extra_val_seqlen", 16, "--eval_seqlens", 16, 32, "--save_strategy", "no"]
+        output = ["--model_name_or_path", model, "--output_dir", tmp_path / "out"]
+        return [*RECIPE, *map(str, [*files, *sizes, *output, *further])]
+
+    return build
+
+
+def main(words: list[str]) -> None:
+    """Run the script in this process."""
+    model_finetune.main(parse_args(words))
+
+
+def run(words: list[str], *launcher: str, **options) -> subprocess.CompletedProcess:
+    """Run the script in processes of its own."""
+    command = [*(launcher or [sys.executable]), "model_finetune.py", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300, **options)
+
+
+def logits(path: Path, samples: torch.Tensor) -> torch.Tensor:
+    """Logits of a checkpoint."""
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(path).eval()(samples).logits
+
+
+def losses(output: Path) -> dict[int, float]:
+    """Training loss by step."""
+    record = json.loads((output / "run.json").read_text())
+    return {entry["step"]: entry["loss"] for entry in record["log"] if "loss" in entry}
+
+
+def test_lora_on_the_small_model(slim, words, tmp_path, samples, capsys):
+    base, out = slim / "pruned_weights", tmp_path / "out"
+    main(words(base, "--use_lora", "true", "--is_mask_training", "false"))
+    assert "perplexity wikitext2, seqlen 16" in capsys.readouterr().out
+    fused = out / "lora_fused_model"
+    assert {path.name for path in base.iterdir()} == {path.name for path in fused.iterdir()}
+    assert json.loads((base / "config.json").read_text()) == json.loads((fused / "config.json").read_text())
+
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out).eval()
+    with torch.no_grad():
+        expected = adapted(input_ids=samples).logits
+    assert (logits(fused, samples) - expected).abs().max() < 1e-4
+    assert (logits(base, samples) - expected).abs().max() > 1e-2
+    assert AutoTokenizer.from_pretrained(fused).chat_template == AutoTokenizer.from_pretrained(base).chat_template
+
+    record = json.loads((out / "run.json").read_text())
+    assert record["finished"] is True
+    assert {entry["seqlen"] for entry in record["perplexity"]["after"]} == {16, 32}
+    before, after = (entry[0]["perplexity"] for entry in record["perplexity"].values())
+    assert before != after
+    assert record["arguments"]["optim"] == "adamw_torch"
+    watched = [entry for entry in record["log"] if "eval_wikitext2_loss" in entry]
+    assert watched and any("eval_validation_loss" in entry for entry in record["log"])
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_fused_model_loads_without_the_repository(slim, words, tmp_path):
+    main(words(slim / "pruned_weights", "--use_lora", "true"))
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM;"
+        "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)).__name__)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out" / "lora_fused_model")]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "SlimLlamaForCausalLM"
+
+
+@pytest.mark.parametrize("lora", ["true", "false"])
+def test_mask_training_keeps_zeros_at_every_step(slim, words, tmp_path, samples, monkeypatch, lora):
+    family, masks = None, read_pruning(slim / "pruning.json")
+    steps = []
+
+    class Watching(model_finetune.MaskCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            # Before anything is put back.
+            steps.append(self.nonzeros())
+            super().on_optimizer_step()
+
+    monkeypatch.setattr(model_finetune, "MaskCallback", Watching)
+    main(words(slim, "--use_lora", lora, "--is_mask_training", "true", "--weight_decay", 0.2))
+    assert steps == [0] * 5
+    out = tmp_path / "out"
+    record = json.loads((out / "run.json").read_text())
+    assert (record["mask"]["nonzero_after_training"], record["mask"]["moved_by_optimizer"]) == (0, 0)
+
+    trained_dir = out / "lora_fused_model" if lora == "true" else out
+    trained = AutoModelForCausalLM.from_pretrained(trained_dir).eval()
+    assert all(not weights.any() for weights in removed_weights(trained, masks))
+    assert read_pruning(trained_dir / "pruning.json") == masks
+    family = find_family(trained.config)
+    expected = logits(trained_dir, samples)
+    with torch.no_grad():
+        assert (shrink(trained, family, masks)(samples).logits - expected).abs().max() < 1e-4
+    assert (logits(trained_dir / "pruned_weights", samples) - expected).abs().max() < 1e-4
+    assert (logits(slim, samples) - expected).abs().max() > 1e-2
+
+
+def test_masks_in_the_originals_format(slim, words, tmp_path):
+    masks = read_pruning(slim / "pruning.json")
+    original = {}
+    for index, mask in enumerate(masks):
+        removed = mask.removed()
+        original[f"model.layers.{index}.self_attn.o_proj.weight"] = removed.kept_heads
+        original[f"model.layers.{index}.mlp.down_proj.weight"] = removed.kept_columns
+    file = tmp_path / "mask.json"
+    file.write_text(json.dumps(original))
+    main(words(slim, "--is_mask_training", "true", "--mask_config_dir", file))
+    assert read_pruning(tmp_path / "out" / "pruning.json") == masks
+
+    original["model.layers.1.self_attn.o_proj.weight"] = [0]
+    file.write_text(json.dumps(original))
+    with pytest.raises(UserError, match=r"layer 1: heads \[0\] are not whole kv groups of 3 heads"):
+        main(words(slim, "--is_mask_training", "true", "--mask_config_dir", file, "--overwrite", "true"))
+    original["model.layers.1.self_attn.o_proj.weight"] = [6]
+    file.write_text(json.dumps(original))
+    with pytest.raises(UserError, match=r"o_proj\.weight is not a list of indices below 6"):
+        main(words(slim, "--is_mask_training", "true", "--mask_config_dir", file, "--overwrite", "true"))
+
+
+@pytest.mark.parametrize("mask", ["true", "false"])
+def test_resume_continues_the_same_run(slim, words, tmp_path, mask):
+    flags = ["--use_lora", "true", "--save_strategy", "steps", "--save_steps", 2, "--logging_steps", 1]
+    flags += ["--is_mask_training", mask]
+    model, out = slim if mask == "true" else slim / "pruned_weights", tmp_path / "out"
+    main(words(model, *flags))
+    whole, weights = losses(out), load_file(out / "adapter_model.safetensors")
+    # As a run killed while it wrote the checkpoint of step 4 leaves it.
+    shutil.rmtree(out / "lora_fused_model")
+    shutil.rmtree(out / "checkpoint-5")
+    (out / "checkpoint-4" / "trainer_state.json").unlink()
+    (out / "adapter_model.safetensors").unlink()
+
+    main(words(model, *flags, "--resume_from_checkpoint", "true"))
+    assert losses(out) == pytest.approx(whole, rel=1e-6)
+    again = load_file(out / "adapter_model.safetensors")
+    assert all(torch.allclose(again[name], weights[name], atol=1e-7) for name in weights)
+    assert (out / "lora_fused_model" / "model.safetensors").is_file()
+
+
+def test_an_output_is_never_overwritten_silently(slim, words, tmp_path):
+    arguments = words(slim / "pruned_weights", "--use_lora", "true")
+    main(arguments)
+    with pytest.raises(UserError, match=r"--output_dir .*: exists; choose another or pass --overwrite"):
+        main(arguments)
+    (tmp_path / "out" / "stale").mkdir()
+    main([*arguments, "--overwrite_output_dir", "true"])
+    assert not (tmp_path / "out" / "stale").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(UserError, match="not the output of an earlier run"):
+        main([*arguments, "--output_dir", str(tmp_path / "mine"), "--overwrite", "true"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--quantization_bit 8", "--quantization_bit 8: quantised weights cannot be trained"),
+        ("--auto_load true", "--auto_load True: use --resume_from_checkpoint true"),
+        ("--is_sparse_training true", "--is_sparse_training True: there is no sparsity penalty"),
+        ("--coef 0.1", "--coef 0.1: there is no sparsity penalty"),
+        ("--lr_multi 10", "--lr_multi 10.0: there is no sparsity penalty"),
+        ("--extra_trainset true", "--extra_trainset True: put all rows into one file"),
+        ("--mask_config_dir x", "--mask_config_dir has no effect without --is_mask_training true"),
+        ("--peft_lora_bias some", "--peft_lora_bias some: choose one of none, all, lora_only"),
+        ("--peft_lora_r 0", "--peft_lora_r 0: at least 1"),
+        ("--prompt_template_name vicuna", "--prompt_template_name vicuna: choose one of alpaca, alpaca_zh, none, chat"),
+        ("--max_length 1", "--max_length 1: at least 2"),
+        ("--extra_val_set c4", "--extra_val_set c4: neither one of wikitext2, ptb nor an existing file"),
+        ("--eval_seqlens 1", "--eval_seqlens: at least 2"),
+        ("--eval_seqlens 128", "--eval_seqlens 128: the model has 64 positions"),
+        ("--val_dataset_size 48", "48 samples, 48 of them held out; lower --val_dataset_size"),
+        ("--data_path none.json", "none.json: no such file"),
+        ("--peft_target_modules w_proj", "--peft_target_modules w_proj: "),
+        ("--resume_from_checkpoint true", "--resume_from_checkpoint true: no whole checkpoint in"),
+        ("--resume_from_checkpoint nowhere", "--resume_from_checkpoint nowhere: no trainer_state.json there"),
+        ("--use_focal_loss true --label_smoothing_factor 0.1", "exclude each other"),
+        ("--model_name_or_path /none", "model /none: no such folder"),
+        ("--is_mask_training true", "--mask_config_dir .*pruning.json: cannot be read"),
+        ("--output_dir=", "give the folder to write: --output_dir DIR"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(slim, words, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        main([*words(slim / "pruned_weights", "--use_lora", "true"), *flags.split()])
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_masks_of_another_model(slim, words):
+    small = slim / "pruned_weights"
+    with pytest.raises(UserError, match="the masks are of a model of other shapes; give the zeroed model"):
+        main(words(small, "--is_mask_training", "true", "--mask_config_dir", slim))
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_line(slim, words, tmp_path):
+    with pytest.raises(UserError, match=r"step \d: the loss is (nan|inf); lower --learning_rate"):
+        main(words(slim / "pruned_weights", "--learning_rate", 1e30, "--max_grad_norm", 0))
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"] is False
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_focal_loss_changes_the_training(slim, words, tmp_path):
+    main(words(slim / "pruned_weights", "--use_lora", "true"))
+    plain = losses(tmp_path / "out")
+    main(words(slim / "pruned_weights", "--use_lora", "true", "--use_focal_loss", "true", "--overwrite", "true"))
+    focal = losses(tmp_path / "out")
+    assert 0 < focal[1] < plain[1]
+
+
+def test_wrong_flags_exit_with_2_and_one_line(words):
+    process = run(words("/none", "--no_such_flag", 1))
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1].startswith(
+        "model_finetune.py: error: unrecognized arguments: --no_such_flag"
+    )
+    assert "Traceback" not in process.stderr
+
+
+def test_the_originals_recipe_on_two_processes(slim, words, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--master_port=29713", "--master_addr=127.0.0.1"]
+    launcher += ["--nproc_per_node=2", "--nnodes=1", "--node_rank=0"]
+    process = run(words(slim, "--use_lora", "true", "--bf16", "true", "--is_mask_training", "true"), *launcher)
+    assert process.returncode == 0, process.stderr
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["processes"] == 2
+    assert record["mask"]["nonzero_after_training"] == record["mask"]["moved_by_optimizer"] == 0
+    assert process.stderr.count("saved") == 1
+    # Both processes take part: 40 samples, 2 × 4 × 2 a step.
+    assert max(losses(tmp_path / "out")) <= 3 <= record["mask"]["optimizer_steps"]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_run_leaves_no_half_result(slim, words, tmp_path, stop):
+    command = [sys.executable, "model_finetune.py", *words(slim / "pruned_weights", "--num_train_epochs", 2000)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "step 2:" in line:
+            break
+    process.send_signal(stop)
+    remaining = process.stderr.read()
+    code = process.wait(timeout=60)
+    assert code == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[stop]
+    assert "Traceback" not in remaining
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"] is False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_deepspeed_zero_2(slim, words, tmp_path, processes):
+    """Compiles an extension the first time, about two minutes."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--master_port=29714", f"--nproc_per_node={processes}"]
+    flags = ["--deepspeed", "configs/deepspeed.json", "--bf16", "true", "--is_mask_training", "true"]
+    start = time.perf_counter()
+    process = run(words(slim, *flags, "--weight_decay", 0.2), *launcher)
+    assert process.returncode == 0, process.stderr
+    assert time.perf_counter() - start < 300
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["processes"] == processes
+    assert record["mask"]["nonzero_after_training"] == record["mask"]["moved_by_optimizer"] == 0
+    assert "deepspeed" in record["versions"]
+
+
+def test_rank_environment_is_left_alone_without_deepspeed(slim, words):
+    parse_args(words(slim))
+    assert "RANK" not in os.environ
