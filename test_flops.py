@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 from slim_utils.cli import ArgumentParser, command_line, run_cli
 from slim_utils.errors import UserError
 from slim_utils.latency import Latency, measure_latency
-from slim_utils.model_io import DTYPES, choose_device, load_config, load_model, write_json_atomic
+from slim_utils.model_io import DTYPES, check_output_file, choose_device, load_config, load_model, write_json_atomic
 from slim_utils.model_stats import ModelStats, model_stats
 from slim_utils.run_record import environment
 from slim_utils.side_by_side import Row, side_by_side
@@ -64,10 +64,8 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
     for name in ("batch_sizes", "lengths"):
         if min(getattr(args, name)) < 1:
             raise UserError(f"--{name}: at least 1")
-    if args.out and args.out.exists() and not args.overwrite:
-        raise UserError(f"--out {args.out}: exists; choose another or pass --overwrite")
-    if args.out and not args.out.absolute().parent.is_dir():
-        raise UserError(f"--out {args.out}: no folder {args.out.absolute().parent}")
+    if args.out:
+        check_output_file(args.out, args.overwrite, "--out")
     args.device = choose_device(args.device)
     return args
 

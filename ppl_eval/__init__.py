@@ -1,1 +1,1 @@
-"""Perplexity on wikitext2, ptb and local text."""
+"""Perplexity on wikitext2, ptb and local text; zero-shot tasks."""

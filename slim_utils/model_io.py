@@ -107,6 +107,18 @@ def check_output(save_dir: Path, overwrite: bool, flag: str = "--save_dir") -> N
         raise UserError(f"{flag} {save_dir}: {save_dir.absolute().parent} is not writable")
 
 
+def check_output_file(path: Path, overwrite: bool, flag: str) -> None:
+    """Make sure, before any long work, that the file ``path``, given as ``flag``, can be written.
+
+    Raises:
+        UserError: if it exists and ``overwrite`` is not set, or its folder does not.
+    """
+    if path.exists() and not overwrite:
+        raise UserError(f"{flag} {path}: exists; choose another or pass --overwrite")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{flag} {path}: no folder {path.absolute().parent}")
+
+
 def warn_if_short_of_space(save_dir: Path, model: PreTrainedModel, copies: int) -> None:
     """Say, before any long work, that ``copies`` checkpoints of the size of ``model`` may not fit."""
     needed = copies * sum(parameter.nbytes for parameter in model.parameters())

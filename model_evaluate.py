@@ -1,0 +1,199 @@
+"""Zero-shot accuracy of a model by the lm-eval package: dense, zeroed, small or fused, all alike.
+
+    python model_evaluate.py --model SFT/lora_fused_model --tasks openbookqa,arc_easy,winogrande,piqa \
+        --device cuda:0 --batch_size 32 --output_path SFT.json --no_cache
+    python model_evaluate.py --model OUT/pruned_weights --data_dir tasks --batch_size auto
+
+Prints the results as JSON, then as a table with acc, acc_norm and their averages. Prompts and metrics are lm-eval's
+own, also on the local files of --data_dir (DIR/TASK/{validation,test}.jsonl in the columns of the hub's data set).
+
+Limits: one process; tasks that run generated code are refused.
+"""
+
+import argparse
+import json
+import logging
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import make_table
+
+import models  # noqa: F401 - registers the classes of pruned checkpoints
+from ppl_eval.zero_shot import (
+    README_TASKS,
+    averages,
+    evaluated_split,
+    load_tasks,
+    match_task_names,
+    plain_metrics,
+    quieten_progress,
+    results_table,
+    task_specs,
+)
+from slim_utils.cli import ArgumentParser, command_line, run_cli
+from slim_utils.errors import UserError
+from slim_utils.model_io import (
+    DTYPES,
+    check_output_file,
+    choose_device,
+    load_model,
+    load_tokenizer,
+    peak_memory_mib,
+    write_json_atomic,
+)
+from slim_utils.run_record import environment
+
+logger = logging.getLogger("model_evaluate")
+
+# A CPU gains nothing from larger ones, and has no out-of-memory error that a search could stop at.
+CPU_AUTO_BATCH = 16
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag of the original, and those added since."""
+    parser = ArgumentParser(prog="model_evaluate.py", description="Zero-shot accuracy of a model by lm-eval.")
+    parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
+    parser.add_argument("--tasks", default=",".join(README_TASKS), help="names or patterns (default: %(default)s)")
+    parser.add_argument("--data_dir", type=Path, help="read the tasks' rows from DIR/TASK/{train,validation,test}.*")
+    parser.add_argument("--num_fewshot", type=int, default=0, help="solved examples in a prompt (default %(default)s)")
+    parser.add_argument("--batch_size", default="1", help="requests at once, or auto (default %(default)s)")
+    parser.add_argument("--max_batch_size", type=int, default=64, help="where auto begins (default %(default)s)")
+    parser.add_argument("--limit", type=float, help="only so many rows of a task, or such a share where below 1")
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code found in the checkpoint")
+    parser.add_argument("--write_out", action="store_true", help="show the first prompts of every task")
+    parser.add_argument("--no_cache", action="store_true", help="of the original; answers are never cached today")
+    parser.add_argument("--output_path", type=Path, help="json to write the results to")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --output_path")
+    return parser
+
+
+def process_args(args: argparse.Namespace) -> argparse.Namespace:
+    """Check ``args`` before anything is loaded.
+
+    Raises:
+        UserError: naming the flag to change.
+    """
+    if args.num_fewshot < 0:
+        raise UserError(f"--num_fewshot {args.num_fewshot}: at least 0")
+    if args.limit is not None and args.limit <= 0:
+        raise UserError(f"--limit {args.limit:g}: above 0")
+    if args.max_batch_size < 1:
+        raise UserError(f"--max_batch_size {args.max_batch_size}: at least 1")
+    args.tasks = [name for name in args.tasks.split(",") if name]
+    if not args.tasks:
+        raise UserError("--tasks: give at least one")
+    if args.data_dir and not args.data_dir.is_dir():
+        raise UserError(f"--data_dir {args.data_dir}: no such folder")
+    if args.output_path:
+        check_output_file(args.output_path, args.overwrite, "--output_path")
+    args.device = choose_device(args.device)
+    args.batch_size = choose_batch_size(args.batch_size, args.device)
+    if args.no_cache:
+        logger.info("--no_cache has nothing to turn off: answers are never cached")
+    return args
+
+
+def choose_batch_size(asked: str, device: torch.device) -> int | str:
+    """A number, or ``auto`` for the package's search on a GPU.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    if asked.partition(":")[0] == "auto":
+        if device.type != "cpu":
+            return asked
+        logger.info("--batch_size auto: %d on a CPU", CPU_AUTO_BATCH)
+        return CPU_AUTO_BATCH
+    if not asked.isdecimal() or int(asked) < 1:
+        raise UserError(f"--batch_size {asked}: a number from 1, or auto")
+    return int(asked)
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``simple_evaluate`` returns, with ``splits``; the tasks are loaded before the model."""
+    manager = TaskManager()
+    names = match_task_names(manager, args.tasks)
+    with ExitStack() as stack:
+        specs = stack.enter_context(task_specs(manager, names, args.data_dir))
+        loaded = load_tasks(manager, specs, args.data_dir)
+    splits = {name: evaluated_split(task) for name, task in loaded["tasks"].items()}
+    logger.info("tasks: %s", ", ".join(f"{name} ({split})" for name, split in splits.items()))
+    lm = HFLM(
+        pretrained=load_model(args.model, args.dtype, args.trust_remote_code).to(args.device),
+        tokenizer=load_tokenizer(args.model, args.trust_remote_code),
+        batch_size=args.batch_size,
+        max_batch_size=args.max_batch_size,
+    )
+    results = simple_evaluate(
+        model=lm,
+        tasks=[*loaded["groups"].values(), *ungrouped(loaded)],
+        num_fewshot=args.num_fewshot,
+        batch_size=args.batch_size,
+        limit=args.limit,
+        write_out=args.write_out,
+        log_samples=False,
+        task_manager=manager,
+    )
+    return results | {"splits": splits}
+
+
+def ungrouped(loaded: dict[str, Any]) -> list[Any]:
+    """Tasks that were asked for by name, not as members of a group."""
+    grouped = {task.task_name for group in loaded["groups"].values() for task in group.get_all_tasks()}
+    return [task for name, task in loaded["tasks"].items() if name not in grouped]
+
+
+def main(args: argparse.Namespace) -> None:
+    """Evaluate, print, write."""
+    args = process_args(args)
+    quieten_progress()
+    logging.getLogger("lm_eval").setLevel(logging.INFO if args.write_out else logging.ERROR)
+    start = time.perf_counter()
+    results = evaluate(args)
+    metrics = plain_metrics(results["results"])
+    counts = {name: samples["effective"] for name, samples in results["n-samples"].items()}
+    record = {
+        "results": metrics,
+        "averages": averages({name: metrics[name] for name in results["splits"]}),
+        "versions": results["versions"],
+        "samples": counts,
+        "splits": results["splits"],
+        "config": {
+            "model": args.model,
+            "num_fewshot": args.num_fewshot,
+            "batch_size": args.batch_size,
+            "limit": args.limit,
+            "dtype": args.dtype,
+            "device": str(args.device),
+            "data_dir": str(args.data_dir) if args.data_dir else None,
+            "seeds": {name: results["config"][name] for name in ("random_seed", "numpy_seed", "torch_seed")},
+        },
+        "command": command_line(),
+        "environment": environment(args.device, "lm-eval"),
+        "seconds": round(time.perf_counter() - start, 2),
+        "peak_memory_mib": peak_memory_mib(args.device),
+    }
+    print(json.dumps(record, indent=2))
+    if args.output_path:
+        write_json_atomic(args.output_path, record)
+    print()
+    print(results_table(metrics, counts, record["averages"]))
+    if any("acc" not in values for values in metrics.values()):
+        print(make_table(results))
+
+
+if __name__ == "__main__":
+    run_cli(
+        lambda: main(build_parser().parse_args()),
+        "model_evaluate.py",
+        memory_advice="lower --batch_size or --max_batch_size, or use --device cpu",
+        output_flag="--output_path",
+    )

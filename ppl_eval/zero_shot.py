@@ -1,0 +1,189 @@
+"""Zero-shot tasks of the ``lm-eval`` package: their names, local data for them, and their results as a table."""
+
+import difflib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import lm_eval.api.model
+import lm_eval.api.task
+import lm_eval.models.huggingface
+import yaml
+from lm_eval.tasks import TaskManager
+from tqdm import tqdm
+
+from slim_utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+README_TASKS = ("openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "boolq")
+# Papers on pruned LLaMAs (LLM-Pruner and after it) average acc_norm of these and acc of the others.
+ACC_NORM_IN_PAPERS = ("openbookqa", "hellaswag", "arc_challenge")
+SPLIT_KEYS = {"train": "training_split", "validation": "validation_split", "test": "test_split"}
+_BUILDERS = {".jsonl": "json", ".json": "json", ".json.gz": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
+
+
+class _WatchedTqdm(tqdm):
+    """A progress bar that is quiet where no one watches it, whatever the package asks for."""
+
+    def __init__(self, *args: Any, disable: bool | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, disable=disable or None, **kwargs)
+
+
+def quieten_progress() -> None:
+    """Make the package's progress bars those of this suite."""
+    for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
+        module.tqdm = _WatchedTqdm
+
+
+def match_task_names(manager: TaskManager, names: list[str]) -> list[str]:
+    """The tasks, groups and tags that ``names`` (or patterns with ``*``) mean.
+
+    Raises:
+        UserError: with the nearest names, for one that means nothing.
+    """
+    matched = []
+    for name in names:
+        found = manager.match_tasks([name])
+        if not found:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=5, cutoff=0.5)
+            hint = f"; nearest: {', '.join(near)}" if near else ""
+            raise UserError(f"--tasks {name}: no such task{hint}")
+        matched += found
+    return list(dict.fromkeys(matched))
+
+
+@contextmanager
+def task_specs(manager: TaskManager, names: list[str], data_dir: Path | None) -> Iterator[list[str]]:
+    """What to give the package as tasks: ``names``, or files of tasks that read their data from ``data_dir``.
+
+    Such a file includes the package's own definition of the task and changes nothing but where its rows come from, so
+    prompts and metrics stay the package's.
+
+    Raises:
+        UserError: if ``data_dir`` lacks a task's files.
+    """
+    if data_dir is None:
+        yield names
+        return
+    with TemporaryDirectory() as folder:
+        specs = []
+        for name in names:
+            definition = local_definition(manager, name, data_dir)
+            path = Path(folder) / f"{name}.yaml"
+            path.write_text(yaml.safe_dump(definition), encoding="utf-8")
+            specs.append(str(path))
+        yield specs
+
+
+def local_definition(manager: TaskManager, name: str, data_dir: Path) -> dict[str, Any]:
+    """The definition of task ``name`` on the files ``data_dir/name/{train,validation,test}.*``.
+
+    Raises:
+        UserError: if there is none of these, or they are of different kinds, or ``name`` is a group of tasks.
+    """
+    source = manager.task_index[name].yaml_path
+    if name not in manager.all_subtasks or source is None:
+        raise UserError(f"--tasks {name}: a group; with --data_dir, name its tasks")
+    files = {
+        split: path
+        for split in SPLIT_KEYS
+        for suffix in _BUILDERS
+        if (path := data_dir / name / f"{split}{suffix}").is_file()
+    }
+    if not files.keys() & {"validation", "test"}:
+        raise UserError(
+            f"--data_dir {data_dir}: no {name}/validation or {name}/test as {', '.join(_BUILDERS)}; leave {name} out "
+            "of --tasks, or leave --data_dir out to read the hub"
+        )
+    builders = {_BUILDERS["".join(path.suffixes)] for path in files.values()}
+    if len(builders) > 1:
+        raise UserError(f"--data_dir {data_dir}: the files of {name} are of different kinds; give one kind")
+    definition = {
+        "include": str(source),
+        "task": name,
+        "dataset_path": builders.pop(),
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: str(path.absolute()) for split, path in files.items()}},
+    }
+    # A split that is not there must not be asked for; one that the task never had stays out.
+    missing = {key: None for split, key in SPLIT_KEYS.items() if split not in files}
+    return definition | missing
+
+
+def load_tasks(manager: TaskManager, specs: list[str], data_dir: Path | None) -> dict[str, Any]:
+    """The package's task objects.
+
+    Raises:
+        UserError: if the data of a task cannot be read.
+    """
+    try:
+        return manager.load(specs)
+    except Exception as error:
+        # Hub clients, file readers and templates each raise classes of their own; to the user it is the data.
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        way_out = "look at the columns of its files" if data_dir else "give local files by --data_dir DIR"
+        raise UserError(f"the data of {', '.join(Path(spec).stem for spec in specs)}: {reason}; {way_out}") from error
+
+
+def evaluated_split(task: Any) -> str:
+    """Name of the split that ``task`` is measured on."""
+    return "test" if task.has_test_docs() else "validation"
+
+
+def plain_metrics(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Metrics by task under their plain names (``acc``, ``acc_stderr``, …), without the package's filter names."""
+    return {
+        name: {
+            metric.partition(",")[0]: value
+            for metric, value in values.items()
+            if isinstance(value, (int, float)) and "," in metric
+        }
+        for name, values in results.items()
+    }
+
+
+def averages(metrics: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Means over the tasks that have an ``acc``.
+
+    Returns:
+        ``acc``; ``acc_norm``, with acc where a task has no other; ``papers``, the choice of ``ACC_NORM_IN_PAPERS``.
+    """
+    scored = {name: values for name, values in metrics.items() if "acc" in values}
+    if not scored:
+        return {}
+    normed = {name: values.get("acc_norm", values["acc"]) for name, values in scored.items()}
+    papers = [normed[name] if name in ACC_NORM_IN_PAPERS else values["acc"] for name, values in scored.items()]
+    return {
+        "acc": sum(values["acc"] for values in scored.values()) / len(scored),
+        "acc_norm": sum(normed.values()) / len(scored),
+        "papers": sum(papers) / len(scored),
+    }
+
+
+def results_table(metrics: dict[str, dict[str, float]], counts: dict[str, int], means: dict[str, float]) -> str:
+    """A line a task with ``acc`` and ``acc_norm`` and their standard errors, in percent, and their ``means``.
+
+    A star marks the figure that papers average.
+    """
+    lines = [f"{'task':20} {'samples':>7}  {'acc':>7} {'stderr':>7}  {'acc_norm':>8} {'stderr':>7}"]
+    for name, values in metrics.items():
+        starred = "acc_norm" if name in ACC_NORM_IN_PAPERS else "acc"
+        cells = []
+        for metric, width in (("acc", 7), ("acc_norm", 8)):
+            star = "*" if metric == starred else ""
+            value = f"{100 * values[metric]:.2f}{star}" if metric in values else "-"
+            error = f"{100 * values[f'{metric}_stderr']:.2f}" if _is_number(values.get(f"{metric}_stderr")) else "-"
+            cells.append(f"{value:>{width}} {error:>7}")
+        lines.append(f"{name:20} {counts.get(name, 0):7}  {'  '.join(cells)}")
+    if means:
+        lines.append(f"{'average':20} {'':7}  {100 * means['acc']:7.2f} {'':7}  {100 * means['acc_norm']:8.2f}")
+        lines.append(f"{'average of *':20} {'':7}  {100 * means['papers']:7.2f}")
+    return "\n".join(lines)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))

@@ -1,0 +1,209 @@
+"""``model_evaluate.py`` against the lm-eval package's own command line, and run as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import lm_eval.tasks
+import pytest
+import yaml
+
+import model_evaluate
+import model_slimming
+from ppl_eval.zero_shot import README_TASKS, averages, results_table
+from slim_utils.errors import UserError
+from tests.conftest import random_text
+
+ROOT = Path(__file__).resolve().parents[2]
+TASKS = Path(lm_eval.tasks.__file__).parent
+DEFINITIONS = {
+    "openbookqa": "openbookqa/openbookqa.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "boolq": "super_glue/boolq/default.yaml",
+}
+ROWS = 12
+
+
+def choices(index: int) -> dict:
+    """Four answers of unlike lengths, in the schema of ARC and OpenBookQA."""
+    texts = [random_text(1 + (index + i) % 3, 10 * index + i) for i in range(4)]
+    return {"text": texts, "label": ["A", "B", "C", "D"]}
+
+
+def row(task: str, i: int) -> dict:
+    """Row ``i`` of ``task`` in the column schema of the hub's data set."""
+    if task == "openbookqa":
+        return {"id": str(i), "question_stem": random_text(5, i), "choices": choices(i), "answerKey": "ABCD"[i % 4]}
+    if task.startswith("arc"):
+        return {"id": str(i), "question": random_text(4, i), "choices": choices(i), "answerKey": "ABCD"[i % 4]}
+    if task == "winogrande":
+        sentence = f"{random_text(3, i)} _ {random_text(2, i + 50)}"
+        return {"sentence": sentence, "option1": f"w{3 + i}", "option2": f"w{20 + i}", "answer": str(1 + i % 2)}
+    if task == "piqa":
+        return {"goal": random_text(3, i), "sol1": random_text(2, i + 30), "sol2": random_text(3, i), "label": i % 2}
+    if task == "boolq":
+        return {"question": random_text(3, i), "passage": random_text(8, i + 9), "idx": i, "label": i % 2}
+    endings = [random_text(1 + j % 2, 7 * i + j) for j in range(4)]
+    context = {"ctx_a": random_text(3, i), "ctx_b": random_text(1, i + 5), "activity_label": "w9"}
+    return {**context, "endings": endings, "label": str(i % 4), "ind": i, "source_id": str(i), "split_type": "x"}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+    """All tasks of the original's README as local files."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for task in README_TASKS:
+        has_test = task in ("openbookqa", "arc_easy", "arc_challenge")
+        (folder / task).mkdir()
+        lines = "".join(json.dumps(row(task, i)) + "\n" for i in range(ROWS))
+        (folder / task / f"{'test' if has_test else 'validation'}.jsonl").write_text(lines)
+    return folder
+
+
+def main(*words) -> None:
+    """Run the script in this process."""
+    model_evaluate.main(model_evaluate.build_parser().parse_args(list(map(str, words))))
+
+
+def run(*words, **options) -> subprocess.CompletedProcess:
+    """Run the script in a process of its own."""
+    command = [sys.executable, "model_evaluate.py", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory, checkpoint, data_dir) -> tuple[dict, str, subprocess.CompletedProcess]:
+    """The json, the printed text and the process of the README's command line on local files."""
+    path = tmp_path_factory.mktemp("results") / "result.json"
+    process = run(
+        *["--model", checkpoint, "--tasks", ",".join(README_TASKS), "--device", "cpu", "--batch_size", 4],
+        *["--output_path", path, "--no_cache", "--data_dir", data_dir],
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(path.read_text()), process.stdout, process
+
+
+def test_the_numbers_are_those_of_the_packages_own_command_line(result, checkpoint, data_dir, tmp_path):
+    for task, definition in DEFINITIONS.items():
+        source = {path.stem: str(path) for path in (data_dir / task).iterdir()}
+        content = {"include": str(TASKS / definition), "task": f"mine_{task}", "dataset_path": "json"}
+        content |= {"dataset_name": None, "dataset_kwargs": {"data_files": source}, "training_split": None}
+        content |= {f"{split}_split": None for split in ("validation", "test") if split not in source}
+        (tmp_path / f"{task}.yaml").write_text(yaml.safe_dump(content))
+    names = ",".join(f"mine_{task}" for task in DEFINITIONS)
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={checkpoint}"]
+    command += ["--tasks", names, "--include_path", str(tmp_path), "--device", "cpu", "--batch_size", "4"]
+    command += ["--num_fewshot", "0", "--output_path", str(tmp_path / "out")]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    (file,) = (tmp_path / "out").rglob("*.json")
+    expected = json.loads(file.read_text())["results"]
+    for task in README_TASKS:
+        theirs = expected[f"mine_{task}"]
+        ours = result[0]["results"][task]
+        assert ours["acc"] == theirs["acc,none"], task
+        assert ours["acc_stderr"] == pytest.approx(theirs["acc_stderr,none"])
+        assert ours.get("acc_norm") == theirs.get("acc_norm,none"), task
+    # The files give the tasks something to differ by.
+    assert len({values["acc"] for values in result[0]["results"].values()}) > 2
+
+
+def test_json_then_table(result):
+    record, printed, process = result
+    counts = record["samples"]
+    table = results_table(record["results"], counts, record["averages"])
+    assert printed.endswith(f"\n\n{table}\n")
+    assert json.loads(printed.removesuffix(f"\n\n{table}\n")) == record
+    assert record["splits"] == {
+        task: "test" if task in ("openbookqa", "arc_easy", "arc_challenge") else "validation" for task in README_TASKS
+    }
+    assert set(counts.values()) == {ROWS}
+    assert record["environment"]["versions"]["lm-eval"]
+    assert set(record["versions"]) == set(README_TASKS)
+    assert "--no_cache has nothing to turn off" in process.stderr
+    assert "it/s" not in process.stderr
+
+
+def test_averages():
+    metrics = {
+        "hellaswag": {"acc": 0.3, "acc_norm": 0.5},
+        "arc_easy": {"acc": 0.6, "acc_norm": 0.4},
+        "boolq": {"acc": 0.9},
+        "gsm8k": {"exact_match": 0.1},
+    }
+    assert averages(metrics) == pytest.approx({"acc": 0.6, "acc_norm": 0.6, "papers": 2 / 3})
+    assert averages({"gsm8k": {"exact_match": 0.1}}) == {}
+    table = results_table(metrics, {}, averages(metrics))
+    assert "50.00*" in table and "60.00*" in table and "90.00*" in table and "40.00*" not in table
+
+
+def test_zeroed_and_small_models_agree(tmp_path, checkpoint, text_file, data_dir):
+    slim = tmp_path / "slim"
+    words = [checkpoint, "--data_file", text_file, "--num_samples", 16, "--seqlen", 32, "--sparsity", 0.5]
+    words += ["--skip_evaluate", "--save_pruned_weights", "--save_dir", slim]
+    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, words))))
+    results = []
+    for model in (slim, slim / "pruned_weights"):
+        out = tmp_path / "result.json"
+        words = ["--model", model, "--tasks", "arc_easy,piqa", "--data_dir", data_dir, "--device", "cpu", "--limit", 8]
+        main(*words, "--batch_size", "auto", "--output_path", out, "--overwrite", "--num_fewshot", 1)
+        results.append(json.loads(out.read_text()))
+    assert results[0]["results"] == results[1]["results"]
+    assert results[0]["samples"] == {"arc_easy": 8, "piqa": 8}
+    assert results[0]["config"]["num_fewshot"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "arc_esy"], r"--tasks arc_esy: no such task; nearest: .*arc_easy"),
+        (["--tasks", "qqqqzzzz"], "--tasks qqqqzzzz: no such task$"),
+        (["--tasks", "ai2_arc"], "--tasks ai2_arc: a group; with --data_dir, name its tasks"),
+        (["--tasks", "lambada_openai"], "no lambada_openai/validation or lambada_openai/test"),
+    ],
+)
+def test_tasks_that_cannot_be_run(checkpoint, data_dir, words, message):
+    with pytest.raises(UserError, match=message) as error:
+        main("--model", checkpoint, "--data_dir", data_dir, "--device", "cpu", *words)
+    assert "\n" not in str(error.value)
+
+
+def test_rows_in_another_schema_and_an_unreachable_hub(checkpoint, tmp_path):
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa" / "validation.jsonl").write_text('{"question": "w3"}\n')
+    with pytest.raises(UserError, match=r"the data of piqa: .*; look at the columns of its files"):
+        main("--model", checkpoint, "--data_dir", tmp_path, "--tasks", "piqa", "--device", "cpu")
+    with pytest.raises(UserError, match=r"the data of piqa: .*; give local files by --data_dir DIR"):
+        main("--model", checkpoint, "--tasks", "piqa", "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch_size", "many"], "--batch_size many: a number from 1, or auto"),
+        (["--batch_size", "0"], "--batch_size 0: a number from 1, or auto"),
+        (["--max_batch_size", "0"], "--max_batch_size 0: at least 1"),
+        (["--limit", "0"], "--limit 0: above 0"),
+        (["--num_fewshot", "-1"], "--num_fewshot -1: at least 0"),
+        (["--tasks", ","], "--tasks: give at least one"),
+        (["--data_dir", "/none"], "--data_dir /none: no such folder"),
+        (["--device", "tpu"], "--device tpu: choose auto"),
+        (["--output_path", "/none/x.json"], "--output_path /none/x.json: no folder /none"),
+        (["--output_path", "README.md"], "--output_path README.md: exists; choose another or pass --overwrite"),
+    ],
+)
+def test_bad_flags(words, message):
+    with pytest.raises(UserError, match=message):
+        main("--model", "x", *words)
+
+
+def test_a_missing_model_is_one_line():
+    process = run("--model", "/none", "--batch_size", "x")
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1].startswith("model_evaluate.py: error: --batch_size x")
+    assert "Traceback" not in process.stderr
