@@ -38,9 +38,8 @@ done
 case $save_dir in /*) ;; *) save_dir=$here/$save_dir ;; esac
 
 make_venv requirements.txt
-cache=${SLIMGPT_CACHE:-$HOME/.cache/slimgpt}
 if [ -z "$model" ] || [ -z "$dataset" ]; then
-    .venv/bin/python -m scripts.fetch_smollm2 "$cache"
+    fetch_smollm2
     [ -n "$dataset" ] || evaluation=${evaluation:-wiki=$cache/wiki.evaluation.txt}
     model=${model:-$cache/SmolLM2-135M-Instruct}
     dataset=${dataset:-$cache/wiki.calibration.txt}

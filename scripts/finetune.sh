@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Stage 2: recover a pruned model with LoRA on instructions.
+#
+#   MODEL=out/pruned/pruned_weights OUT=out/sft NPROC=2 bash scripts/finetune.sh
+#   bash scripts/finetune.sh --smoke   three short steps, of SmolLM2-135M unless MODEL says otherwise
+set -euo pipefail
+MODEL=${MODEL:-}                       # checkpoint folder, mostly a run's pruned_weights
+DATA=${DATA:-}                         # json or jsonl file, or hub name (default: alpaca)
+EVAL=${EVAL:-}                         # wikitext2 (default), ptb, a file, or NAME=FILE
+OUT=${OUT:-out/sft}                    # written: OUT/ (adapters), OUT/lora_fused_model/, OUT.log
+NPROC=${NPROC:-1}                      # processes, one a GPU; more than one run under DeepSpeed
+FLAGS=${FLAGS:-}                       # further flags, e.g. "--resume_from_checkpoint true"
+
+root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
+source "$root/scripts/env.sh"
+MODEL=$(local_or_name "$MODEL") DATA=$(local_or_name "$DATA") EVAL=$(local_or_name "$EVAL") OUT=$(realpath -m "$OUT")
+cd "$root"
+make_venv requirements.txt
+sizes=(--per_device_train_batch_size 16 --gradient_accumulation_steps $((4 / NPROC > 0 ? 4 / NPROC : 1)) --warmup_steps 10
+    --num_train_epochs 1 --logging_steps 50 --eval_steps 100 --max_length 256)
+if smoke_mode "$@"; then
+    sizes=(--per_device_train_batch_size 2 --gradient_accumulation_steps 2 --warmup_steps 1 --max_steps 3
+        --logging_steps 1 --eval_steps 2 --max_length 64 --val_dataset_size 4 --extra_val_seqlen 32 --eval_seqlens 32)
+    if [ -z "$MODEL" ] || [ -z "$DATA" ] || [ -z "$EVAL" ]; then
+        smoke_inputs
+        MODEL=${MODEL:-$smoke_model} DATA=${DATA:-$smoke_data/alpaca.jsonl} EVAL=${EVAL:-wiki=$smoke_data/evaluation.txt}
+    fi
+fi
+
+launcher=(.venv/bin/python) distributed=()
+if [ "$NPROC" -gt 1 ]; then
+    launcher=(.venv/bin/torchrun "--nproc_per_node=$NPROC" --nnodes=1) distributed=(--deepspeed configs/deepspeed.json)
+fi
+mkdir -p "$(dirname "$OUT")"
+"${launcher[@]}" model_finetune.py --model_name_or_path "${MODEL:?set MODEL to a checkpoint folder or hub name}" \
+    --data_path "${DATA:-alpaca}" "${distributed[@]}" --bf16 true "${sizes[@]}" --lr_scheduler_type cosine \
+    --learning_rate 1e-4 --logging_first_step true --evaluation_strategy steps --cache_dataset false --optim adamw_hf \
+    --extra_val_set "${EVAL:-wikitext2}" --use_lora true --is_mask_training false --output_dir "$OUT" $FLAGS \
+    2>&1 | tee -i "$OUT.log"

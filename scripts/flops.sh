@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Parameters, MACs, memory and measured speed of a model beside another.
+#
+#   MODEL=meta-llama/Llama-2-7b-hf DATA=out/pruned/pruned_weights bash scripts/flops.sh
+#   bash scripts/flops.sh --smoke      short prompts, of SmolLM2-135M unless MODEL says otherwise
+set -euo pipefail
+MODEL=${MODEL:-}                       # checkpoint folder or hub name
+DATA=${DATA:-}                         # the model to set beside it, mostly pruned from it (default: none, a layer table)
+OUT=${OUT:-out/flops.json}             # written: OUT, and the log OUT.log
+BATCH_SIZES=${BATCH_SIZES:-1 8} LENGTHS=${LENGTHS:-128 1024}
+
+root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
+source "$root/scripts/env.sh"
+MODEL=$(local_or_name "$MODEL") DATA=$(local_or_name "$DATA") OUT=$(realpath -m "$OUT")
+cd "$root"
+make_venv requirements.txt
+repeats=5 new_tokens=32
+if smoke_mode "$@"; then
+    BATCH_SIZES=1 LENGTHS=8 repeats=1 new_tokens=2
+    [ -n "$MODEL" ] || { smoke_inputs && MODEL=$smoke_model; }
+    DATA=${DATA:-$MODEL}
+fi
+
+flags=()
+[ -n "$DATA" ] && flags=(--compare "$DATA")
+mkdir -p "$(dirname "$OUT")"
+.venv/bin/python test_flops.py --base_model "${MODEL:?set MODEL to a checkpoint folder or hub name}" "${flags[@]}" \
+    --batch_sizes $BATCH_SIZES --lengths $LENGTHS --repeats $repeats --new_tokens $new_tokens --out "$OUT" \
+    2>&1 | tee -i "$OUT.log"

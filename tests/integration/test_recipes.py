@@ -1,0 +1,82 @@
+"""The recipes in ``scripts/`` with ``--smoke``: on a tiny model always, on SmolLM2 in the slow tier."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import random_text
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ("prune.sh", "finetune.sh", "evaluate.sh", "flops.sh", "llama_7b_p20.sh")
+VARIABLES = ("MODEL", "DATA", "EVAL", "OUT", "SFT_DATA", "TASK_DATA", "TASKS")
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / ".venv" / "bin" / "python").exists(), reason="needs scripts/test.sh's .venv"
+)
+
+
+def run(recipe: str, *flags: str, **variables: object) -> subprocess.CompletedProcess:
+    """Run a recipe with nothing but the given variables set, offline."""
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    environment |= {name: str(value) for name, value in variables.items()}
+    command = ["bash", str(ROOT / "scripts" / recipe), *flags]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def task_dir(tmp_path_factory) -> Path:
+    """Rows of PIQA's columns."""
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "piqa").mkdir()
+    rows = [{"goal": random_text(3, i), "sol1": "w3", "sol2": "w4 w5", "label": i % 2} for i in range(10)]
+    (folder / "piqa" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_the_whole_recipe_on_a_tiny_model(checkpoint, text_file, instruction_file, task_dir, tmp_path):
+    """``llama_7b_p20.sh`` runs all four stage recipes."""
+    out = tmp_path / "new" / "p20"
+    variables = {"MODEL": checkpoint, "DATA": text_file, "EVAL": f"wikitext2={text_file}", "TASK_DATA": task_dir}
+    process = run("llama_7b_p20.sh", "--smoke", **variables, SFT_DATA=instruction_file, OUT=out)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert (out / "pruned_weights" / "model.safetensors").is_file()
+    assert (out.parent / "p20_sft" / "lora_fused_model" / "model.safetensors").is_file()
+    assert "perplexity wikitext2 seqlen 32" in (out.parent / "p20.ppl").read_text()
+    assert "step 3: loss" in (out.parent / "p20_sft.log").read_text()
+    for name in ("p20_zero_shot.json", "p20_sft_zero_shot.json"):
+        assert json.loads((out.parent / name).read_text())["samples"] == {"piqa": 8}
+    assert "decode (tokens/s)" in (out.parent / "p20_flops.json.log").read_text()
+    assert len(json.loads((out.parent / "p20_flops.json").read_text())["models"]) == 2
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_wrong_use_is_one_line(recipe):
+    process = run(recipe, "--fast")
+    assert process.returncode == 2
+    line = process.stderr.splitlines()[-1]
+    assert line.endswith("error: --fast: the only flag is --smoke; set the variables at the top")
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "llama_7b_p20.sh"])
+def test_a_missing_model_is_said(recipe):
+    process = run(recipe)
+    assert process.returncode != 0
+    assert "set MODEL to a checkpoint folder or hub name" in process.stderr
+
+
+def test_a_failing_stage_fails_the_recipe(tmp_path):
+    process = run("prune.sh", MODEL="/none", DATA="c4", OUT=tmp_path / "out")
+    assert process.returncode == 2
+    assert "model /none: no such folder" in (tmp_path / "out.ppl").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_on_smollm2(recipe, tmp_path):
+    """Fetches SmolLM2-135M into ``$SLIMGPT_CACHE`` the first time."""
+    process = run(recipe, "--smoke", OUT=tmp_path / "out")
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert list(tmp_path.iterdir())
