@@ -15,6 +15,7 @@ import json
 import logging
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,11 @@ def run(*words: Any) -> None:
         raise UserError(f"{command[0]} failed")
 
 
+def words(flags: dict[str, Any]) -> list[Any]:
+    """Flags and values one after the other."""
+    return list(chain.from_iterable(flags.items()))
+
+
 def finished(folder: Path) -> bool:
     """Whether a stage has written ``folder`` to its end."""
     record = folder / "run.json"
@@ -97,17 +103,10 @@ def prune(args: argparse.Namespace, share: float) -> Path:
     folder = args.work_dir / f"pruned_{share:g}"
     if not finished(folder):
         top = ratios_for_share(load_model(args.model, "auto", False), share)[-1]
-        flags = ["--data_file", args.calib_file, "--num_samples", NUM_SAMPLES, "--seqlen", SEQLEN]
-        flags += [
-            "--percdamp",
-            PERCDAMP,
-            "--non_uniform",
-            "--min_sparsity",
-            MIN_SPARSITY,
-            "--max_sparsity",
-            f"{top:.4f}",
-        ]
-        run("model_slimming.py", args.model, *flags, "--skip_evaluate", "--save_pruned_weights", "--save_dir", folder)
+        flags = {"--data_file": args.calib_file, "--num_samples": NUM_SAMPLES, "--seqlen": SEQLEN}
+        flags |= {"--percdamp": PERCDAMP, "--min_sparsity": MIN_SPARSITY, "--max_sparsity": f"{top:.4f}"}
+        switches = ["--non_uniform", "--skip_evaluate", "--save_pruned_weights"]
+        run("model_slimming.py", args.model, *words(flags), *switches, "--save_dir", folder)
     return folder / "pruned_weights"
 
 
@@ -115,30 +114,13 @@ def finetune(args: argparse.Namespace, model: Path, texts: dict[str, Path], shar
     """``run.json`` of the LoRA run on the model pruned by ``share``; the fused model is beside it."""
     folder = args.work_dir / f"lora_{share:g}"
     if not finished(folder):
-        flags = [
-            "--data_path",
-            texts["train"],
-            "--max_length",
-            MAX_LENGTH,
-            "--cache_dataset",
-            "false",
-            "--bf16",
-            "true",
-        ]
-        flags += [
-            "--val_dataset_size",
-            0,
-            "--use_lora",
-            "true",
-            "--learning_rate",
-            LEARNING_RATE,
-            "--max_steps",
-            args.steps,
-        ]
-        flags += ["--lr_scheduler_type", "cosine", "--warmup_steps", 5, "--per_device_train_batch_size", BATCH]
-        flags += ["--logging_steps", 5, "--save_strategy", "no", "--extra_val_set", ",".join(eval_specs(texts))]
-        flags += ["--eval_seqlens", *EVAL_SEQLENS, "--overwrite", "true"]
-        run("model_finetune.py", "--model_name_or_path", model, *flags, "--output_dir", folder)
+        flags = {"--data_path": texts["train"], "--max_length": MAX_LENGTH, "--val_dataset_size": 0}
+        flags |= {"--use_lora": "true", "--bf16": "true", "--cache_dataset": "false", "--save_strategy": "no"}
+        flags |= {"--learning_rate": LEARNING_RATE, "--lr_scheduler_type": "cosine", "--warmup_steps": 5}
+        flags |= {"--max_steps": args.steps, "--per_device_train_batch_size": BATCH, "--logging_steps": 5}
+        flags |= {"--extra_val_set": ",".join(eval_specs(texts)), "--overwrite": "true"}
+        lengths = ["--eval_seqlens", *EVAL_SEQLENS]
+        run("model_finetune.py", "--model_name_or_path", model, *words(flags), *lengths, "--output_dir", folder)
     return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
 
