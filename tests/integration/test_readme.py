@@ -3,9 +3,15 @@
 import json
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
+import pytest
+
+import model_evaluate
 import model_slimming
+import test_flops
+from train_utils import finetune_args
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,6 +34,34 @@ def test_pruning_commands_are_understood():
         assert args.save_dir == "OUT"
 
 
+@pytest.mark.parametrize(("script", "count"), [(model_evaluate, 1), (test_flops, 2)])
+def test_measuring_commands_are_understood(script, count):
+    found = commands(f"python {script.__name__}.py")
+    assert len(found) == count
+    for command in found:
+        script.build_parser().parse_args(shlex.split(command)[2:])
+
+
+def test_fine_tuning_command_is_understood(monkeypatch):
+    monkeypatch.setattr(finetune_args, "provide_single_process_group", lambda words: None)
+    (command,) = commands("torchrun")
+    words = shlex.split(command.partition("2>&1")[0])
+    words = words[words.index("model_finetune.py") + 1 :]
+    at = words.index("--deepspeed")
+    assert (ROOT / words[at + 1]).is_file()
+    # Setting DeepSpeed up takes a process group.
+    args = finetune_args.parse_args(words[:at] + words[at + 2 :])
+    assert args.model.use_lora and args.training.output_dir == "SFT"
+
+
+def test_recipes_are_named_with_variables_they_have():
+    for command in re.findall(r"^.*bash scripts/\w+\.sh$", README, flags=re.MULTILINE):
+        *variables, _, script = shlex.split(command)
+        text = (ROOT / script).read_text(encoding="utf-8")
+        for variable in variables:
+            assert f"{variable.partition('=')[0]}=${{" in text, command
+
+
 def test_files_and_scripts_exist():
     for path in re.findall(r"(?:scripts|benchmarks|tests)/[\w/.]+\.(?:sh|py|json)", README):
         assert (ROOT / path).is_file(), path
@@ -35,11 +69,18 @@ def test_files_and_scripts_exist():
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
 
 
-def test_every_flag_is_listed():
-    for action in model_slimming.build_parser()._actions:
+@pytest.mark.parametrize("script", [model_slimming, model_evaluate, test_flops])
+def test_every_flag_is_listed(script):
+    for action in script.build_parser()._actions:
         for flag in action.option_strings:
             if flag.startswith("--") and flag != "--help":
                 assert flag in README, flag
+
+
+def test_every_flag_of_fine_tuning_is_listed():
+    for group in (finetune_args.ModelArguments, finetune_args.DataArguments, finetune_args.SparseArguments):
+        for option in fields(group):
+            assert (f"--{option.name}" in README) != (option.name in finetune_args.REFUSED_FLAGS), option.name
 
 
 def test_results_are_those_of_the_file():
