@@ -92,6 +92,22 @@ def test_results_are_those_of_the_file():
         assert line in README
 
 
+def test_speed_table_is_that_of_the_file():
+    result = json.loads((RESULTS / "quickstart_speed.json").read_text())
+    dense, pruned = result["models"].values()
+    rows = [("parameters (M)", "parameters", 1e6), ("MACs, 64 tokens (G)", "macs", 1e9)]
+    figures = [(name, dense[key] / unit, pruned[key] / unit) for name, key, unit in rows]
+    figures.append(("weights (MiB)", dense["weight_bytes"] / (1 << 20), pruned["weight_bytes"] / (1 << 20)))
+    caches = [sum(layer["kv_cache_bytes"] for layer in model["layers"]) / (1 << 10) for model in (dense, pruned)]
+    figures.append(("KV cache (KiB/token)", *caches))
+    for timing in result["timings"]:
+        setting = f"batch {timing['batch_size']}, {timing['length']} tokens"
+        for name, key in (("prefill (ms)", "prefill_seconds"), ("decode (ms/step)", "decode_seconds")):
+            figures.append((f"{setting}: {name}", *(1e3 * latency[key] for latency in timing["latencies"])))
+    for name, a, b in figures:
+        assert f"| {name} | {a:.2f} | {b:.2f} | {b / a:.3f} |" in README
+
+
 def test_quick_start_table_is_that_of_the_file():
     from scripts.compare_models import table
 
