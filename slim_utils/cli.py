@@ -15,9 +15,12 @@ from typing import NoReturn
 import datasets
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from slim_utils.errors import UserError
+
+
+# The second is all that torch.save says of a write that fell short.
+_DISK_FULL_MESSAGES = ("No space left", "inline_container.cc")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -66,7 +69,7 @@ def run_cli(
         _fail(prog, "interrupted; nothing half-written is left behind", 130)
     except torch.OutOfMemoryError:
         _fail(prog, f"the GPU's memory is full; {memory_advice}", 1)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         if not is_disk_full(error):
             raise
         _fail(prog, f"the disk is full, nothing was saved ({error}); free space or choose another {output_flag}", 1)
@@ -78,9 +81,16 @@ def command_line() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def is_disk_full(error: Exception) -> bool:
-    """Whether ``error`` says that no space (or quota) is left, also where a library wraps it in its own class."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+def is_disk_full(error: BaseException) -> bool:
+    """Whether ``error``, or one it was raised in the handling of, says that no space (or quota) is left."""
+    while error is not None:
+        # Libraries wrap it in classes of their own.
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(message in str(error) for message in _DISK_FULL_MESSAGES):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _fail(prog: str, message: str, code: int) -> NoReturn:

@@ -2,9 +2,11 @@
 
 import logging
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -194,3 +196,12 @@ class SlimTrainer(Seq2SeqTrainer):
                 "--max_grad_norm, or use --bf16 true instead of --fp16 true"
             )
         return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint, or remove what was written of it (full disk, Ctrl-C, SIGTERM)."""
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except BaseException:
+            if self.args.process_index == 0:
+                shutil.rmtree(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", ignore_errors=True)
+            raise

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model_finetune
 import model_slimming
+from slim_utils.cli import is_disk_full
 from slim_utils.errors import UserError
 from slim_utils.families import find_family
 from slim_utils.params_remove import shrink
@@ -318,3 +319,19 @@ def test_deepspeed_zero_2(slim, words, tmp_path, processes):
 def test_rank_environment_is_left_alone_without_deepspeed(slim, words):
     parse_args(words(slim))
     assert "RANK" not in os.environ
+
+
+def test_a_checkpoint_that_the_disk_has_no_room_for_is_removed(slim, words, tmp_path, monkeypatch):
+    real = torch.save
+
+    def save(content, path, *args, **kwargs):
+        if "checkpoint-4" in str(path):
+            Path(path).write_bytes(b"half")
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+        real(content, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(RuntimeError) as error:
+        main(words(slim / "pruned_weights", "--use_lora", "true", "--save_strategy", "steps", "--save_steps", 2))
+    assert is_disk_full(error.value)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json", "checkpoint-2"}
