@@ -18,7 +18,6 @@ import transformers
 
 from slim_utils.errors import UserError
 
-
 # The second is all that torch.save says of a write that fell short.
 _DISK_FULL_MESSAGES = ("No space left", "inline_container.cc")
 

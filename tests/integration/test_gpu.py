@@ -1,11 +1,18 @@
-"""The walk on a CUDA device against the CPU."""
+"""The walk on a CUDA device against the CPU, and the later stages on one."""
+
+import json
 
 import pytest
 import torch
 
+import model_evaluate
+import model_finetune
+import model_slimming
+
 from slim_utils.families import find_family
 from slim_utils.layer_walk import WalkSettings, prune_layers
 from tests.conftest import make_llama
+from train_utils.finetune_args import parse_args
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,3 +33,28 @@ def test_same_units_and_weights_as_on_the_cpu(samples, cache_dev):
     assert on_gpu.device.type == "cpu"
     for name, expected in on_cpu.state_dict().items():
         assert torch.allclose(on_gpu.state_dict()[name], expected, rtol=1e-3, atol=1e-3), name
+
+
+@pytest.mark.parametrize("lora", ["true", "false"])
+def test_mask_training_and_evaluation(checkpoint, text_file, instruction_file, tmp_path, lora):
+    slim, out = tmp_path / "slim", tmp_path / "out"
+    words = [checkpoint, "--data_file", text_file, "--num_samples", 16, "--seqlen", 32, "--sparsity", 0.5]
+    words += ["--skip_evaluate", "--save_pruned_weights", "--save_dir", slim]
+    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, words))))
+
+    words = ["--model_name_or_path", slim, "--output_dir", out, "--data_path", instruction_file, "--bf16", "true"]
+    words += ["--use_lora", lora, "--is_mask_training", "true", "--learning_rate", 1e-2, "--val_dataset_size", 8]
+    words += ["--extra_val_set", f"wikitext2={text_file}", "--eval_seqlens", 16, 32, "--extra_val_seqlen", 16]
+    words += ["--prompt_template_name", "none", "--cache_dataset", "false", "--gradient_accumulation_steps", 2]
+    model_finetune.main(parse_args(list(map(str, words))))
+    record = json.loads((out / "run.json").read_text())
+    assert record["mask"]["nonzero_after_training"] == record["mask"]["moved_by_optimizer"] == 0
+    assert record["peak_memory_mib"]["gpu"] > 0
+
+    (tmp_path / "tasks" / "piqa").mkdir(parents=True)
+    rows = [{"goal": f"w{i + 3}", "sol1": "w3", "sol2": "w4 w5", "label": i % 2} for i in range(10)]
+    file = tmp_path / "tasks" / "piqa" / "validation.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = out / "lora_fused_model" if lora == "true" else out
+    words = ["--model", model, "--tasks", "piqa", "--data_dir", tmp_path / "tasks", "--batch_size", "auto"]
+    model_evaluate.main(model_evaluate.build_parser().parse_args(list(map(str, words))))
