@@ -8,7 +8,6 @@ import torch
 import model_evaluate
 import model_finetune
 import model_slimming
-
 from slim_utils.families import find_family
 from slim_utils.layer_walk import WalkSettings, prune_layers
 from tests.conftest import make_llama
