@@ -1,11 +1,31 @@
 """Thin model classes of pruned checkpoints, registered so that the suite loads them without remote code."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from models.modeling_slim_llama import SlimLlamaConfig, SlimLlamaForCausalLM, SlimLlamaModel
+from models.modeling_slim_gemma2 import SlimGemma2Config, SlimGemma2ForCausalLM
+from models.modeling_slim_gemma3 import SlimGemma3Config, SlimGemma3ForCausalLM
+from models.modeling_slim_granite import SlimGraniteConfig, SlimGraniteForCausalLM
+from models.modeling_slim_llama import SlimLlamaConfig, SlimLlamaForCausalLM
+from models.modeling_slim_mistral import SlimMistralConfig, SlimMistralForCausalLM
+from models.modeling_slim_phi3 import SlimPhi3Config, SlimPhi3ForCausalLM
+from models.modeling_slim_qwen2 import SlimQwen2Config, SlimQwen2ForCausalLM
+from models.modeling_slim_qwen3 import SlimQwen3Config, SlimQwen3ForCausalLM
+from models.modeling_slim_smollm3 import SlimSmolLM3Config, SlimSmolLM3ForCausalLM
 
-AutoConfig.register(SlimLlamaConfig.model_type, SlimLlamaConfig)
-AutoModel.register(SlimLlamaConfig, SlimLlamaModel)
-AutoModelForCausalLM.register(SlimLlamaConfig, SlimLlamaForCausalLM)
+# By the model type of the family before pruning.
+SLIM_CLASSES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
+    "llama": (SlimLlamaConfig, SlimLlamaForCausalLM),
+    "smollm3": (SlimSmolLM3Config, SlimSmolLM3ForCausalLM),
+    "mistral": (SlimMistralConfig, SlimMistralForCausalLM),
+    "qwen2": (SlimQwen2Config, SlimQwen2ForCausalLM),
+    "qwen3": (SlimQwen3Config, SlimQwen3ForCausalLM),
+    "gemma2": (SlimGemma2Config, SlimGemma2ForCausalLM),
+    "gemma3_text": (SlimGemma3Config, SlimGemma3ForCausalLM),
+    "granite": (SlimGraniteConfig, SlimGraniteForCausalLM),
+    "phi3": (SlimPhi3Config, SlimPhi3ForCausalLM),
+}
 
-__all__ = ["SlimLlamaConfig", "SlimLlamaForCausalLM", "SlimLlamaModel"]
+for _config, _model in SLIM_CLASSES.values():
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model.model_class)
+    AutoModelForCausalLM.register(_config, _model)

@@ -1,12 +1,16 @@
 """The table of model families: what the walk and the removal have to know of each. A new family is one row here."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from models import SlimLlamaConfig, SlimLlamaForCausalLM
+from models import SLIM_CLASSES
 from slim_utils.errors import UserError
+
+# What the rows of a linear map are made of, in the order they are stacked.
+HEADS, KV_HEADS, COLUMNS = "heads", "kv_heads", "columns"
 
 
 @dataclass(frozen=True)
@@ -18,32 +22,50 @@ class Family:
         slim_model: its causal language model, shipped inside the checkpoint.
         layers: name of the list of decoder layers in the causal language model.
         attention_out: linear map whose input columns are the query heads side by side.
-        query_rows: linear maps whose output rows are the query heads.
-        kv_rows: linear maps whose output rows are the key/value heads.
+        attention_rows: linear maps that feed it, and what their output rows are.
         mlp_out: linear map whose input columns are the FFN's intermediate columns.
-        mlp_rows: linear maps whose output rows are those columns.
+        mlp_rows: linear maps that feed it, and what their output rows are.
     """
 
     slim_config: type[PreTrainedConfig]
     slim_model: type[PreTrainedModel]
     layers: str = "model.layers"
     attention_out: str = "self_attn.o_proj"
-    query_rows: tuple[str, ...] = ("self_attn.q_proj",)
-    kv_rows: tuple[str, ...] = ("self_attn.k_proj", "self_attn.v_proj")
+    attention_rows: tuple[tuple[str, tuple[str, ...]], ...] = (
+        ("self_attn.q_proj", (HEADS,)),
+        ("self_attn.k_proj", (KV_HEADS,)),
+        ("self_attn.v_proj", (KV_HEADS,)),
+    )
     mlp_out: str = "mlp.down_proj"
-    mlp_rows: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    mlp_rows: tuple[tuple[str, tuple[str, ...]], ...] = (
+        ("mlp.gate_proj", (COLUMNS,)),
+        ("mlp.up_proj", (COLUMNS,)),
+    )
 
     def decoder_layers(self, model: PreTrainedModel) -> nn.ModuleList:
         """The decoder layers of ``model``."""
         return model.get_submodule(self.layers)
 
 
-_LLAMA = Family(slim_config=SlimLlamaConfig, slim_model=SlimLlamaForCausalLM)
-
-FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
-    SlimLlamaConfig.model_type: _LLAMA,
+# What differs from LLaMA, by model type.
+_DIFFERENCES: dict[str, dict[str, Any]] = {
+    "phi3": {
+        "attention_rows": (("self_attn.qkv_proj", (HEADS, KV_HEADS, KV_HEADS)),),
+        "mlp_rows": (("mlp.gate_up_proj", (COLUMNS, COLUMNS)),),
+    },
 }
+
+
+def _table() -> dict[str, Family]:
+    """A row for every model type, before pruning and after it."""
+    table = {}
+    for model_type, (config, model) in SLIM_CLASSES.items():
+        row = Family(slim_config=config, slim_model=model, **_DIFFERENCES.get(model_type, {}))
+        table |= {model_type: row, config.model_type: row}
+    return table
+
+
+FAMILIES = _table()
 
 
 @dataclass(frozen=True)
@@ -69,7 +91,7 @@ def find_family(config: PreTrainedConfig) -> Family:
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise UserError(f"model type '{config.model_type}' is not supported; supported: {', '.join(FAMILIES)}")
+        raise UserError(f"model type '{config.model_type}' is not supported; supported: {', '.join(SLIM_CLASSES)}")
     if getattr(config, "quantization_config", None):
         raise UserError("the model's weights are quantised; give the unquantised checkpoint")
     return family
@@ -81,7 +103,7 @@ def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
         LayerShape(
             num_heads=layer.num_attention_heads,
             num_kv_heads=layer.num_key_value_heads,
-            head_dim=layer.head_dim,
+            head_dim=getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads,
             num_columns=layer.intermediate_size,
         )
         for layer in config.per_layer_config

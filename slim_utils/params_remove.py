@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from slim_utils.families import Family, layer_shapes
+from slim_utils.families import COLUMNS, HEADS, KV_HEADS, Family, layer_shapes
 from slim_utils.pruning_record import LayerMask
 
 # Written anew for the small model, or meaningless in it.
@@ -21,15 +21,25 @@ def kept_indices(family: Family, mask: LayerMask) -> dict[str, tuple[int, Tensor
 
     Rows carry their bias along; a column has none.
     """
-    heads = expand(mask.kept_heads, mask.shape.head_dim)
-    kv_heads = expand(mask.kept_kv_heads, mask.shape.head_dim)
-    columns = expand(mask.kept_columns, 1)
+    shape = mask.shape
+    kept = {
+        HEADS: (expand(mask.kept_heads, shape.head_dim), shape.num_heads * shape.head_dim),
+        KV_HEADS: (expand(mask.kept_kv_heads, shape.head_dim), shape.num_kv_heads * shape.head_dim),
+        COLUMNS: (expand(mask.kept_columns, 1), shape.num_columns),
+    }
+
+    def stacked(kinds: tuple[str, ...]) -> Tensor:
+        parts, offset = [], 0
+        for kind in kinds:
+            indices, size = kept[kind]
+            parts.append(indices + offset)
+            offset += size
+        return torch.cat(parts)
+
     return {
-        family.attention_out: (1, heads),
-        **{name: (0, heads) for name in family.query_rows},
-        **{name: (0, kv_heads) for name in family.kv_rows},
-        family.mlp_out: (1, columns),
-        **{name: (0, columns) for name in family.mlp_rows},
+        family.attention_out: (1, kept[HEADS][0]),
+        family.mlp_out: (1, kept[COLUMNS][0]),
+        **{name: (0, stacked(kinds)) for name, kinds in family.attention_rows + family.mlp_rows},
     }
 
 
@@ -100,8 +110,8 @@ def shrink(model: PreTrainedModel, family: Family, masks: list[LayerMask]) -> Pr
     with torch.device("meta"):
         small = family.slim_model(config)
     small.load_state_dict(state, assign=True)
-    small.tie_weights()
     _adopt_buffers(small, model)
+    small.tie_weights()
     small.generation_config = model.generation_config
     return small.eval()
 

@@ -7,11 +7,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB = 64
 
@@ -33,27 +34,56 @@ TINY_VARIANTS = {
 }
 
 
-def make_llama(variant: str = "mha", dtype: torch.dtype = torch.float32, **overrides) -> LlamaForCausalLM:
-    """A random LLaMA of 4 layers; weights and biases large enough for every unit to matter."""
-    config = {
-        "vocab_size": VOCAB,
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 6,
-        "head_dim": 4,
-        "max_position_embeddings": 64,
-        **TINY_VARIANTS[variant],
-        **overrides,
-    }
+TINY = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WINDOWS = ["sliding_attention", "full_attention"] * 2
+# Configurations of the other families, by model type; each with what sets it apart.
+TINY_FAMILIES = {
+    "smollm3": {"no_rope_layers": [1, 1, 0, 1]},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 8, "layer_types": WINDOWS},
+    "gemma2": {"num_key_value_heads": 2, "sliding_window": 8, "layer_types": WINDOWS, "query_pre_attn_scalar": 4},
+    "gemma3_text": {"num_key_value_heads": 3, "sliding_window": 8, "layer_types": WINDOWS, "query_pre_attn_scalar": 4},
+    "granite": {"num_key_value_heads": 2, "attention_multiplier": 0.3, "residual_multiplier": 0.7},
+    "phi3": {"num_key_value_heads": 2},
+}
+ALL_TINY = [*TINY_VARIANTS, *TINY_FAMILIES]
+
+
+def make_tiny(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    """A random model of 4 layers: a variant of LLaMA, or another family; large enough weights for every unit to matter.
+
+    Some end in grouped-query attention, biases, tied embeddings or sliding windows.
+    """
+    family = name if name in TINY_FAMILIES else "llama"
+    differences = TINY_FAMILIES.get(name) or TINY_VARIANTS.get(name, {})
+    config = AutoConfig.for_model(family, **{**TINY, **differences, **overrides})
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**config))
+    model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
         # Not model.to(dtype), which would round the rotary frequencies too; from_pretrained leaves them in fp32.
         parameter.data = parameter.data.to(dtype)
     return model.eval()
+
+
+def set_attention(model: PreTrainedModel, implementation: str) -> None:
+    """Choose the attention of ``model``; skips the test where its family has no such one."""
+    if implementation == "sdpa" and not model._supports_sdpa:
+        pytest.skip("the family has no sdpa attention")
+    model.set_attn_implementation(implementation)
 
 
 @pytest.fixture
@@ -91,7 +121,7 @@ def text_file(tmp_path_factory) -> Path:
 def checkpoint(tmp_path_factory, tokenizer) -> Path:
     """A tiny grouped-query LLaMA on disk, with tokenizer and generation config."""
     path = tmp_path_factory.mktemp("models") / "tiny-llama"
-    model = make_llama("gqa")
+    model = make_tiny("gqa")
     model.generation_config.max_new_tokens = 7
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -10,7 +10,7 @@ import model_finetune
 import model_slimming
 from slim_utils.families import find_family
 from slim_utils.layer_walk import WalkSettings, prune_layers
-from tests.conftest import make_llama
+from tests.conftest import make_tiny
 from train_utils.finetune_args import parse_args
 
 pytestmark = [
@@ -21,7 +21,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("cache_dev", ["cuda", "cpu"])
 def test_same_units_and_weights_as_on_the_cpu(samples, cache_dev):
-    on_cpu, on_gpu = make_llama("gqa"), make_llama("gqa")
+    on_cpu, on_gpu = make_tiny("gqa"), make_tiny("gqa")
     ratios = [0.3, 0.5, 0.6, 0.7]
     devices = {on_cpu: ("cpu", "cpu"), on_gpu: ("cuda", cache_dev)}
     masks = []

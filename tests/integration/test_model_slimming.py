@@ -17,7 +17,7 @@ import model_slimming
 from slim_utils import text_source
 from slim_utils.errors import UserError
 from slim_utils.pruning_record import read_pruning
-from tests.conftest import VOCAB, make_llama, random_text
+from tests.conftest import VOCAB, make_tiny, random_text
 
 ROOT = Path(__file__).resolve().parents[2]
 README_FLAGS = (
@@ -145,7 +145,7 @@ def test_the_originals_command_line_runs_as_spelled(tmp_path, tokenizer, monkeyp
     """On a model of another depth than 32, with C4 as the hub streams it."""
     model = tmp_path / "model"
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 3}
-    make_llama("mha", max_position_embeddings=2048, **heads).save_pretrained(model)
+    make_tiny("mha", max_position_embeddings=2048, **heads).save_pretrained(model)
     tokenizer.save_pretrained(model)
     rows = {"json": [{"text": random_text(1000)}] * 10_000, "Salesforce/wikitext": [{"text": random_text(1000)}] * 4}
     monkeypatch.setattr(text_source.datasets, "load_dataset", lambda **kwargs: rows[kwargs["path"]])
@@ -280,7 +280,7 @@ def test_full_disk_leaves_nothing(small_run, tmp_path, monkeypatch):
 def test_a_killed_run_leaves_no_output(tmp_path, tokenizer, text_file, signum, code):
     """Killed while it prunes: a deep enough model takes a while."""
     model = tmp_path / "model"
-    make_llama("mha", num_hidden_layers=200, intermediate_size=400).save_pretrained(model)
+    make_tiny("mha", num_hidden_layers=200, intermediate_size=400).save_pretrained(model)
     tokenizer.save_pretrained(model)
     command = [sys.executable, "model_slimming.py", str(model), "--data_file", str(text_file), "--num_samples", "64"]
     command += ["--seqlen", "32", "--sparsity", "0.5", "--skip_evaluate", "--save_dir", str(tmp_path / "out")]

@@ -11,7 +11,7 @@ import torch
 import test_flops
 from slim_utils.errors import UserError
 from slim_utils.latency import measure_latency
-from tests.conftest import make_llama
+from tests.conftest import make_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +26,7 @@ def run(*arguments) -> subprocess.CompletedProcess:
 def smaller(tmp_path_factory) -> Path:
     """A model with half the FFN columns of ``checkpoint``."""
     path = tmp_path_factory.mktemp("models") / "smaller"
-    make_llama("gqa", intermediate_size=20).save_pretrained(path)
+    make_tiny("gqa", intermediate_size=20).save_pretrained(path)
     return path
 
 
@@ -96,7 +96,7 @@ def test_wrong_input_is_one_line(tmp_path):
 
 def test_timed_steps_are_greedy_generation(samples, monkeypatch):
     """The timed loop does the work of ``generate``: the same tokens come out of it."""
-    model = make_llama("gqa")
+    model = make_tiny("gqa")
     monkeypatch.setattr(torch, "randint", lambda *_, **__: samples[:2])
     steps = []
     monkeypatch.setattr(model, "forward", recording(model.forward, steps))

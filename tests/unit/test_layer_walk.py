@@ -13,7 +13,7 @@ from slim_utils.errors import UserError
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layer_walk import WalkSettings, prune_layers
 from tests import reference_slimgpt
-from tests.conftest import TINY_VARIANTS, make_llama
+from tests.conftest import ALL_TINY, make_tiny, set_attention
 
 CPU = torch.device("cpu")
 RATIOS = [0.2, 0.35, 0.5, 0.6]
@@ -25,10 +25,10 @@ def walk(model, samples, ratios=RATIOS, **settings):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("variant", TINY_VARIANTS)
+@pytest.mark.parametrize("variant", ALL_TINY)
 def test_same_model_as_the_plain_walk(variant, implementation, samples):
-    model, expected = make_llama(variant, torch.float64), make_llama(variant, torch.float64)
-    model.set_attn_implementation(implementation)
+    model, expected = make_tiny(variant, torch.float64), make_tiny(variant, torch.float64)
+    set_attention(model, implementation)
     masks, reports = walk(model, samples, percdamp=0.01)
     removed = reference_slimgpt.prune_model(expected, samples, RATIOS, percdamp=0.01)
     for report, (groups, columns) in zip(reports, removed, strict=True):
@@ -43,7 +43,7 @@ def test_same_model_as_the_plain_walk(variant, implementation, samples):
 
 @pytest.mark.parametrize(("batch_samples", "tokens_per_forward"), [(128, 8192), (3, 8192), (128, 32), (5, 48), (1, 1)])
 def test_batches_do_not_matter(monkeypatch, samples, batch_samples, tokens_per_forward):
-    whole, parts = make_llama("gqa"), make_llama("gqa")
+    whole, parts = make_tiny("gqa"), make_tiny("gqa")
     expected, _ = walk(whole, samples)
     monkeypatch.setattr(layer_walk, "TOKENS_PER_FORWARD", tokens_per_forward)
     masks, _ = walk(parts, samples, batch_samples=batch_samples)
@@ -53,7 +53,7 @@ def test_batches_do_not_matter(monkeypatch, samples, batch_samples, tokens_per_f
 
 
 def test_layers_outside_the_range_are_untouched(samples):
-    model, dense = make_llama("mha"), make_llama("mha")
+    model, dense = make_tiny("mha"), make_tiny("mha")
     masks, reports = walk(model, samples, [0.0, 0.5, 0.0, 0.0])
     assert [report.layer for report in reports] == [1]
     for index in (0, 2, 3):
@@ -65,14 +65,14 @@ def test_layers_outside_the_range_are_untouched(samples):
 
 
 def test_nothing_to_prune_runs_nothing(samples):
-    model = make_llama("mha")
+    model = make_tiny("mha")
     masks, reports = walk(model, samples, [0.0] * 4)
     assert reports == []
     assert all(len(mask.kept_heads) == 6 for mask in masks)
 
 
 def test_without_compensation_the_rest_stays(samples):
-    model, dense = make_llama("mha"), make_llama("mha")
+    model, dense = make_tiny("mha"), make_tiny("mha")
     masks, reports = walk(model, samples, compensate=False)
     for index, mask in enumerate(masks):
         got, expected = (m.model.layers[index].mlp.down_proj.weight for m in (model, dense))
@@ -82,7 +82,7 @@ def test_without_compensation_the_rest_stays(samples):
 
 def test_every_argument_of_a_layers_call_is_replayed(samples, monkeypatch):
     """A layer that some later version calls with more, by position and by name, is called the same way."""
-    model = make_llama("mha")
+    model = make_tiny("mha")
     seen = []
     original = type(model.model.layers[0]).forward
 
@@ -115,7 +115,7 @@ def test_every_argument_of_a_layers_call_is_replayed(samples, monkeypatch):
 
 
 def test_the_layers_are_themselves_again(samples):
-    model = make_llama("mha")
+    model = make_tiny("mha")
     walk(model, samples)
     for layer in model.model.layers:
         assert inspect.ismethod(layer.forward)
@@ -125,7 +125,7 @@ def test_the_layers_are_themselves_again(samples):
 
 @pytest.mark.parametrize("where", ["model.embed_tokens.weight", "model.layers.1.mlp.gate_proj.weight"])
 def test_non_finite_activations_stop_with_the_layer_named(samples, where):
-    model = make_llama("mha")
+    model = make_tiny("mha")
     model.get_parameter(where).data.fill_(float("inf"))
     with pytest.raises(UserError, match="the embeddings" if "embed" in where else r"layer 1 .*--dtype"):
         walk(model, samples)
@@ -133,7 +133,7 @@ def test_non_finite_activations_stop_with_the_layer_named(samples, where):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype, samples):
-    model = make_llama("gqa", dtype)
+    model = make_tiny("gqa", dtype)
     masks, reports = walk(model, samples)
     assert model.dtype == dtype
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
@@ -146,7 +146,7 @@ def test_half_precision(dtype, samples):
 
 def test_one_log_line_a_layer(samples, caplog):
     with caplog.at_level(logging.INFO):
-        walk(make_llama("gqa"), samples)
+        walk(make_tiny("gqa"), samples)
     lines = [record.getMessage() for record in caplog.records if record.name == "slim_utils.layer_walk"]
     assert len(lines) == 4
     assert lines[2].startswith("layer 2/4 ratio 0.5000: heads −3/6")

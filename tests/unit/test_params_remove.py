@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.model_stats import model_stats, removed_share
 from slim_utils.params_remove import kept_indices, shrink, zero_removed
 from slim_utils.pruning_record import LayerMask, read_pruning, write_pruning
-from tests.conftest import TINY_VARIANTS, make_llama
+from tests.conftest import ALL_TINY, make_tiny, set_attention
 
 
 def some_masks(model) -> list[LayerMask]:
@@ -23,7 +24,7 @@ def some_masks(model) -> list[LayerMask]:
 
 def pruned_pair(variant: str, dtype: torch.dtype):
     """A model zeroed by ``some_masks`` and the small one made of it."""
-    model = make_llama(variant, dtype)
+    model = make_tiny(variant, dtype)
     family, masks = find_family(model.config), some_masks(model)
     small = shrink(model, family, masks)
     zero_removed(model, family, masks)
@@ -31,12 +32,12 @@ def pruned_pair(variant: str, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("variant", TINY_VARIANTS)
+@pytest.mark.parametrize("variant", ALL_TINY)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_small_model_gives_the_logits_of_the_zeroed(variant, dtype, tolerance, implementation, samples):
     zeroed, small, _ = pruned_pair(variant, dtype)
-    zeroed.set_attn_implementation(implementation)
-    small.set_attn_implementation(implementation)
+    set_attention(zeroed, implementation)
+    set_attention(small, implementation)
     with torch.no_grad():
         expected, got = zeroed(samples).logits, small(samples).logits
     assert got.dtype == dtype
@@ -44,9 +45,9 @@ def test_small_model_gives_the_logits_of_the_zeroed(variant, dtype, tolerance, i
 
 
 def test_zeroing_only_columns_would_give_the_same_logits(samples):
-    model = make_llama("biases", torch.float64)
+    model = make_tiny("biases", torch.float64)
     family, masks = find_family(model.config), some_masks(model)
-    zeroed = make_llama("biases", torch.float64)
+    zeroed = make_tiny("biases", torch.float64)
     zero_removed(zeroed, family, masks)
     with torch.no_grad():
         for layer, mask in zip(family.decoder_layers(model), masks, strict=True):
@@ -58,7 +59,7 @@ def test_zeroing_only_columns_would_give_the_same_logits(samples):
         assert torch.allclose(model(samples).logits, zeroed(samples).logits, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("variant", TINY_VARIANTS)
+@pytest.mark.parametrize("variant", ALL_TINY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_save_and_reload(variant, dtype, samples, tmp_path):
     _, small, masks = pruned_pair(variant, dtype)
@@ -70,15 +71,28 @@ def test_save_and_reload(variant, dtype, samples, tmp_path):
     assert again.config.layer_head_num == [len(mask.kept_heads) for mask in masks]
     assert again.config.layer_inter_size == [len(mask.kept_columns) for mask in masks]
     assert set(again.config.auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
-    assert (again.lm_head.weight is again.model.embed_tokens.weight) == (variant == "tied")
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == small.config.tie_word_embeddings
     assert not list(tmp_path.glob("*.bin"))
 
 
-def test_generate_with_cache_equals_without(samples):
-    _, small, _ = pruned_pair("gqa", torch.float32)
+@pytest.mark.parametrize("variant", ALL_TINY)
+def test_generate_with_cache_equals_without(samples, variant):
+    _, small, _ = pruned_pair(variant, torch.float32)
     prompt = samples[:2, :5]
     options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
     assert torch.equal(small.generate(prompt, **options), small.generate(prompt, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("variant", ALL_TINY)
+def test_lora_trains_and_fuses(samples, variant):
+    _, small, _ = pruned_pair(variant, torch.float32)
+    adapted = get_peft_model(small, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).eval()
+    adapted(input_ids=samples, labels=samples).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapted.parameters() if p.requires_grad)
+    with torch.no_grad():
+        expected = adapted(input_ids=samples).logits
+        fused = adapted.merge_and_unload()
+        assert (fused(samples).logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_a_small_model_can_be_pruned_again(samples):
@@ -94,20 +108,20 @@ def test_a_small_model_can_be_pruned_again(samples):
 
 
 def test_masks_of_another_model_are_refused():
-    model = make_llama("gqa")
+    model = make_tiny("gqa")
     with pytest.raises(ValueError, match="other shapes"):
-        shrink(model, find_family(model.config), some_masks(make_llama("mha")))
+        shrink(model, find_family(model.config), some_masks(make_tiny("mha")))
 
 
 def test_pruning_json_round_trip(tmp_path):
-    masks = some_masks(make_llama("gqa"))
+    masks = some_masks(make_tiny("gqa"))
     write_pruning(tmp_path / "pruning.json", masks, "llama")
     assert read_pruning(tmp_path / "pruning.json") == masks
 
 
-@pytest.mark.parametrize("variant", TINY_VARIANTS)
+@pytest.mark.parametrize("variant", ALL_TINY)
 def test_sizes_agree_with_closed_formulas(variant):
-    model = make_llama(variant)
+    model = make_tiny(variant)
     family, masks = find_family(model.config), some_masks(model)
     small = shrink(model, family, masks)
     config, seq_len = model.config, 10
@@ -128,11 +142,12 @@ def test_sizes_agree_with_closed_formulas(variant):
     assert stats.parameters == state
     assert stats.weight_bytes == 4 * state
     assert stats.kv_cache_bytes == 4 * 2 * config.head_dim * sum(len(mask.kept_kv_heads) for mask in masks)
-    norms = 2 * config.hidden_size
     for layer, mask, module in zip(stats.layers, masks, family.decoder_layers(small), strict=True):
         heads, kv_heads, columns = len(mask.kept_heads), len(mask.kept_kv_heads), len(mask.kept_columns)
         matrices = heads * per_head + kv_heads * per_kv + columns * per_column
         assert layer.macs == matrices * seq_len + 2 * heads * config.head_dim * seq_len**2
         assert (layer.shape.num_heads, layer.shape.num_kv_heads, layer.shape.num_columns) == (heads, kv_heads, columns)
         biases = sum(p.numel() for name, p in module.named_parameters() if name.endswith("bias"))
+        norms = sum(p.numel() for name, p in module.named_parameters() if "norm" in name)
+        assert norms % config.head_dim == 0 and norms >= 2 * config.hidden_size
         assert layer.parameters == matrices + norms + biases

@@ -8,11 +8,11 @@ import torch
 from ppl_eval.ppl_dataset import eval_windows, load_eval_tokens, parse_eval_dataset
 from ppl_eval.ppl_eval import perplexity, ppl_metric
 from slim_utils.errors import UserError
-from tests.conftest import make_llama
+from tests.conftest import make_tiny
 
 
 def test_perplexity_is_exp_of_the_models_own_loss(samples):
-    model = make_llama("gqa")
+    model = make_tiny("gqa")
     with torch.no_grad():
         losses = [model(sample[None], labels=sample[None]).loss for sample in samples]
     expected = math.exp(torch.stack(losses).mean())
@@ -27,7 +27,7 @@ def test_windows_do_not_overlap_and_the_tail_is_dropped():
 
 
 def test_ppl_metric_on_a_file(tokenizer, text_file):
-    model = make_llama("gqa")
+    model = make_tiny("gqa")
     results = ppl_metric(model, tokenizer, [f"mine={text_file}", str(text_file)], seq_len=32, batch_size=8)
     assert set(results) == {"mine", text_file.name}
     windows = eval_windows(load_eval_tokens(str(text_file), tokenizer), 32, "x")
@@ -35,7 +35,7 @@ def test_ppl_metric_on_a_file(tokenizer, text_file):
 
 
 def test_an_overflowing_model_has_infinite_perplexity(samples):
-    model = make_llama("gqa")
+    model = make_tiny("gqa")
     model.lm_head.weight.data.mul_(1e6)
     assert perplexity(model, samples) == math.inf
 

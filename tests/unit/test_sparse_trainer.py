@@ -10,7 +10,7 @@ from torch.nn import functional
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.params_remove import shrink, zero_removed
 from slim_utils.pruning_record import LayerMask
-from tests.conftest import make_llama
+from tests.conftest import make_tiny
 from train_utils.finetune_dataset import IGNORED_LABEL
 from train_utils.sparse_trainer import MaskCallback, focal_loss, masked_slices
 
@@ -37,7 +37,7 @@ def masks_of(config) -> list[LayerMask]:
 
 def zeroed(variant: str):
     """A random model, its family and masks, the removed weights zero."""
-    model = make_llama(variant)
+    model = make_tiny(variant)
     family, masks = find_family(model.config), masks_of(model.config)
     zero_removed(model, family, masks)
     return model, family, masks

@@ -1,0 +1,31 @@
+"""Gemma 2 whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
+
+from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model
+from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
+
+from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
+
+
+class SlimGemma2Config(SlimConfigMixin, Gemma2Config):
+    """``Gemma2Config`` with heads, kv heads and ``intermediate_size`` per layer."""
+
+    model_type = "slim_gemma2"
+
+
+class SlimGemma2Model(SlimModelMixin, Gemma2Model):
+    """``Gemma2Model`` of unlike layers."""
+
+    config: SlimGemma2Config
+    layer_class = Gemma2DecoderLayer
+
+
+class SlimGemma2ForCausalLM(SlimForCausalLMMixin, Gemma2ForCausalLM):
+    """``Gemma2ForCausalLM`` around :class:`SlimGemma2Model`."""
+
+    config: SlimGemma2Config
+    model_class = SlimGemma2Model
+
+
+SlimGemma2Config.register_for_auto_class("AutoConfig")
+SlimGemma2Model.register_for_auto_class("AutoModel")
+SlimGemma2ForCausalLM.register_for_auto_class("AutoModelForCausalLM")

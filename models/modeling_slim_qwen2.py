@@ -1,0 +1,31 @@
+"""Qwen2 and Qwen2.5 whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
+
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
+
+
+class SlimQwen2Config(SlimConfigMixin, Qwen2Config):
+    """``Qwen2Config`` with heads, kv heads and ``intermediate_size`` per layer."""
+
+    model_type = "slim_qwen2"
+
+
+class SlimQwen2Model(SlimModelMixin, Qwen2Model):
+    """``Qwen2Model`` of unlike layers."""
+
+    config: SlimQwen2Config
+    layer_class = Qwen2DecoderLayer
+
+
+class SlimQwen2ForCausalLM(SlimForCausalLMMixin, Qwen2ForCausalLM):
+    """``Qwen2ForCausalLM`` around :class:`SlimQwen2Model`."""
+
+    config: SlimQwen2Config
+    model_class = SlimQwen2Model
+
+
+SlimQwen2Config.register_for_auto_class("AutoConfig")
+SlimQwen2Model.register_for_auto_class("AutoModel")
+SlimQwen2ForCausalLM.register_for_auto_class("AutoModelForCausalLM")

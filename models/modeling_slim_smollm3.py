@@ -1,0 +1,31 @@
+"""SmolLM3 whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
+
+from transformers import SmolLM3Config, SmolLM3ForCausalLM, SmolLM3Model
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer
+
+from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
+
+
+class SlimSmolLM3Config(SlimConfigMixin, SmolLM3Config):
+    """``SmolLM3Config`` with heads, kv heads and ``intermediate_size`` per layer."""
+
+    model_type = "slim_smollm3"
+
+
+class SlimSmolLM3Model(SlimModelMixin, SmolLM3Model):
+    """``SmolLM3Model`` of unlike layers."""
+
+    config: SlimSmolLM3Config
+    layer_class = SmolLM3DecoderLayer
+
+
+class SlimSmolLM3ForCausalLM(SlimForCausalLMMixin, SmolLM3ForCausalLM):
+    """``SmolLM3ForCausalLM`` around :class:`SlimSmolLM3Model`."""
+
+    config: SlimSmolLM3Config
+    model_class = SlimSmolLM3Model
+
+
+SlimSmolLM3Config.register_for_auto_class("AutoConfig")
+SlimSmolLM3Model.register_for_auto_class("AutoModel")
+SlimSmolLM3ForCausalLM.register_for_auto_class("AutoModelForCausalLM")

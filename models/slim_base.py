@@ -1,0 +1,80 @@
+"""What the classes of all families share: decoder layers that differ in heads and FFN width.
+
+This file travels with a pruned checkpoint, beside the family's own. It depends on ``transformers`` (>= 5.15, for
+``per_layer_config``) alone, and adds no modeling code: every layer is the library's own, built from that layer's entry.
+"""
+
+import logging
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+# The library reads the top-level values itself when it validates or saves a config, and then warns about its own reads.
+logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(
+    lambda record: not record.getMessage().startswith("Reading global config value for per-layer attribute")
+)
+
+
+class SlimConfigMixin:
+    """A family's configuration with heads, kv heads and FFN width per layer.
+
+    The values at the top level are those of the model before pruning; each layer's own are in ``per_layer_config``.
+    """
+
+    allow_global_per_layer_attribute_access = True
+    serialize_explicit_per_layer_config = True
+
+
+class LayerConfigView:
+    """The shared configuration with one layer's own sizes.
+
+    ``per_layer_config[i]`` is a copy, where a later ``set_attn_implementation`` would not show.
+    """
+
+    def __init__(self, shared: PreTrainedConfig, index: int) -> None:
+        own = shared.per_layer_config[index]
+        self.shared = shared
+        self.num_attention_heads = own.num_attention_heads
+        self.num_key_value_heads = own.num_key_value_heads
+        self.intermediate_size = own.intermediate_size
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "shared":
+            # Only while a copy is being made.
+            raise AttributeError(name)
+        return getattr(self.shared, name)
+
+
+class SlimModelMixin:
+    """A family's model that builds layer ``i`` from ``config.per_layer_config[i]``.
+
+    Attributes:
+        layer_class: the library's decoder layer of the family.
+    """
+
+    layer_class: type[nn.Module]
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.layers = nn.ModuleList(
+            self.layer_class(config.per_layer_config[i], i) for i in range(config.num_hidden_layers)
+        )
+        for i, layer in enumerate(self.layers):
+            layer.self_attn.config = LayerConfigView(config, i)
+        self.post_init()
+
+
+class SlimForCausalLMMixin:
+    """A family's causal language model around its slim model.
+
+    Attributes:
+        model_class: the slim model.
+    """
+
+    model_class: type[nn.Module]
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.post_init()
