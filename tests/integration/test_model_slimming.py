@@ -61,7 +61,7 @@ def test_outputs_are_complete(pruned):
     names = {path.name for path in save_dir.iterdir()}
     assert names == WEIGHT_FILES | TOKENIZER_FILES | {"pruning.json", "run.json", "pruned_weights"}
     names = {path.name for path in (save_dir / "pruned_weights").iterdir()}
-    assert names == WEIGHT_FILES | TOKENIZER_FILES | {"modeling_slim_llama.py"}
+    assert names == WEIGHT_FILES | TOKENIZER_FILES | {"modeling_slim_llama.py", "slim_base.py"}
     assert [path.name for path in save_dir.parent.iterdir()] == ["out"]
     for folder in (save_dir, save_dir / "pruned_weights"):
         generation = json.loads((folder / "generation_config.json").read_text())

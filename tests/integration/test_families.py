@@ -1,0 +1,62 @@
+"""Every family from checkpoint to checkpoint, and its small model loaded where the repository is not."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from slim_utils.errors import UserError
+from slim_utils.families import find_family
+from slim_utils.layer_walk import WalkSettings, prune_layers
+from slim_utils.params_remove import shrink, zero_removed
+from tests.conftest import TINY_FAMILIES, make_tiny
+
+# Loads every folder given, in a process that knows nothing of this repository, and compares logits and generation.
+LOADER = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM
+for folder in map(Path, sys.argv[1:]):
+    expected = load_file(folder.parent / "expected.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert AutoModel.from_pretrained(folder, trust_remote_code=True).layers, folder
+    with torch.no_grad():
+        assert torch.equal(model(expected["samples"]).logits, expected["logits"]), folder
+    prompt = expected["samples"][:2, :5]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    cached, plain = (model.generate(prompt, use_cache=use_cache, **options) for use_cache in (True, False))
+    assert torch.equal(cached, plain), folder
+print("loaded", len(sys.argv) - 1)
+"""
+
+
+def test_small_models_of_every_family_load_without_the_repository(tmp_path, samples):
+    cpu, folders = torch.device("cpu"), []
+    for name in TINY_FAMILIES:
+        model = make_tiny(name)
+        family = find_family(model.config)
+        masks, _ = prune_layers(model, family, samples, [0.2, 0.35, 0.5, 0.6], WalkSettings(cpu, cpu))
+        zero_removed(model, family, masks)
+        small = shrink(model, family, masks)
+        small.save_pretrained(tmp_path / name / "small")
+        with torch.no_grad():
+            zeroed, logits = model(samples).logits, small(samples).logits
+        assert (logits - zeroed).abs().max() <= 1e-4 * zeroed.abs().max()
+        save_file({"samples": samples, "logits": logits}, tmp_path / name / "expected.safetensors")
+        folders.append(str(tmp_path / name / "small"))
+    process = subprocess.run(
+        [sys.executable, "-c", LOADER, *folders], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == f"loaded {len(TINY_FAMILIES)}"
+
+
+def test_a_family_that_is_not_in_the_table_names_those_that_are():
+    model = make_tiny("gqa")
+    model.config.model_type = "mamba"
+    with pytest.raises(UserError, match="model type 'mamba' is not supported; supported: llama, smollm3, mistral"):
+        find_family(model.config)
