@@ -7,6 +7,8 @@ from models.modeling_slim_gemma3 import SlimGemma3Config, SlimGemma3ForCausalLM
 from models.modeling_slim_granite import SlimGraniteConfig, SlimGraniteForCausalLM
 from models.modeling_slim_llama import SlimLlamaConfig, SlimLlamaForCausalLM
 from models.modeling_slim_mistral import SlimMistralConfig, SlimMistralForCausalLM
+from models.modeling_slim_olmo2 import SlimOlmo2Config, SlimOlmo2ForCausalLM
+from models.modeling_slim_opt import SlimOPTConfig, SlimOPTForCausalLM
 from models.modeling_slim_phi3 import SlimPhi3Config, SlimPhi3ForCausalLM
 from models.modeling_slim_qwen2 import SlimQwen2Config, SlimQwen2ForCausalLM
 from models.modeling_slim_qwen3 import SlimQwen3Config, SlimQwen3ForCausalLM
@@ -21,8 +23,10 @@ SLIM_CLASSES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = 
     "qwen3": (SlimQwen3Config, SlimQwen3ForCausalLM),
     "gemma2": (SlimGemma2Config, SlimGemma2ForCausalLM),
     "gemma3_text": (SlimGemma3Config, SlimGemma3ForCausalLM),
+    "olmo2": (SlimOlmo2Config, SlimOlmo2ForCausalLM),
     "granite": (SlimGraniteConfig, SlimGraniteForCausalLM),
     "phi3": (SlimPhi3Config, SlimPhi3ForCausalLM),
+    "opt": (SlimOPTConfig, SlimOPTForCausalLM),
 }
 
 for _config, _model in SLIM_CLASSES.values():

@@ -15,6 +15,8 @@ logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
     lambda record: not record.getMessage().startswith("Reading global config value for per-layer attribute")
 )
 
+PER_LAYER_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "ffn_dim")
+
 
 class SlimConfigMixin:
     """A family's configuration with heads, kv heads and FFN width per layer.
@@ -33,11 +35,11 @@ class LayerConfigView:
     """
 
     def __init__(self, shared: PreTrainedConfig, index: int) -> None:
-        own = shared.per_layer_config[index]
         self.shared = shared
-        self.num_attention_heads = own.num_attention_heads
-        self.num_key_value_heads = own.num_key_value_heads
-        self.intermediate_size = own.intermediate_size
+        own = shared.per_layer_config[index]
+        for name in PER_LAYER_SIZES:
+            if hasattr(own, name):
+                setattr(self, name, getattr(own, name))
 
     def __getattr__(self, name: str) -> Any:
         if name == "shared":

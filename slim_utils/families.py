@@ -25,6 +25,8 @@ class Family:
         attention_rows: linear maps that feed it, and what their output rows are.
         mlp_out: linear map whose input columns are the FFN's intermediate columns.
         mlp_rows: linear maps that feed it, and what their output rows are.
+        head_norms: RMS norms that run over all heads at once, and what their weights stand for.
+        columns_key: name of the FFN's width in the configuration.
     """
 
     slim_config: type[PreTrainedConfig]
@@ -41,6 +43,8 @@ class Family:
         ("mlp.gate_proj", (COLUMNS,)),
         ("mlp.up_proj", (COLUMNS,)),
     )
+    head_norms: tuple[tuple[str, str], ...] = ()
+    columns_key: str = "intermediate_size"
 
     def decoder_layers(self, model: PreTrainedModel) -> nn.ModuleList:
         """The decoder layers of ``model``."""
@@ -52,6 +56,14 @@ _DIFFERENCES: dict[str, dict[str, Any]] = {
     "phi3": {
         "attention_rows": (("self_attn.qkv_proj", (HEADS, KV_HEADS, KV_HEADS)),),
         "mlp_rows": (("mlp.gate_up_proj", (COLUMNS, COLUMNS)),),
+    },
+    "olmo2": {"head_norms": (("self_attn.q_norm", HEADS), ("self_attn.k_norm", KV_HEADS))},
+    "opt": {
+        "layers": "model.decoder.layers",
+        "attention_out": "self_attn.out_proj",
+        "mlp_out": "fc2",
+        "mlp_rows": (("fc1", (COLUMNS,)),),
+        "columns_key": "ffn_dim",
     },
 }
 
@@ -99,12 +111,13 @@ def find_family(config: PreTrainedConfig) -> Family:
 
 def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
     """Sizes of every decoder layer, whether all alike or per layer."""
+    key = FAMILIES[config.model_type].columns_key
     return [
         LayerShape(
             num_heads=layer.num_attention_heads,
-            num_kv_heads=layer.num_key_value_heads,
+            num_kv_heads=getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads,
             head_dim=getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads,
-            num_columns=layer.intermediate_size,
+            num_columns=getattr(layer, key),
         )
         for layer in config.per_layer_config
     ]

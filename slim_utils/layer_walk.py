@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from slim_utils.errors import UserError
 from slim_utils.families import Family, LayerShape, layer_shapes
 from slim_utils.model_io import peak_memory_mib
+from slim_utils.params_remove import settle_heads
 from slim_utils.pruning_record import LayerMask
 from slim_utils.slimgpt import PruneResult, SlimGPT
 
@@ -172,6 +173,7 @@ def _prune_layer(
         return result
 
     attention = prune(family.attention_out, shape.head_dim * shape.heads_per_group)
+    settle_heads(layer, family, LayerMask.from_groups(shape, attention.kept_units, list(range(shape.num_columns))))
     mlp = prune(family.mlp_out, 1)
     mask = LayerMask.from_groups(shape, attention.kept_units, mlp.kept_units)
     seconds = time.perf_counter() - start

@@ -103,9 +103,10 @@ def _count_forward(model: PreTrainedModel, seq_len: int) -> FlopCounterMode:
     with torch.device("meta"):
         tokens = torch.zeros(1, seq_len, dtype=torch.long)
         # A mask of four dimensions is taken as it is; making one would look at values, which are not there.
+        positions = torch.arange(seq_len)[None]
         mask = torch.zeros(1, 1, seq_len, seq_len, dtype=model.dtype)
         with FlopCounterMode(display=False) as counter:
-            model(input_ids=tokens, attention_mask=mask, use_cache=False)
+            model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False)
     return counter
 
 

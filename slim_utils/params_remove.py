@@ -1,7 +1,9 @@
 """Removing what was pruned: zeros in the original shapes, or a small model whose layers differ in shape."""
 
+import math
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from slim_utils.families import COLUMNS, HEADS, KV_HEADS, Family, layer_shapes
@@ -21,12 +23,7 @@ def kept_indices(family: Family, mask: LayerMask) -> dict[str, tuple[int, Tensor
 
     Rows carry their bias along; a column has none.
     """
-    shape = mask.shape
-    kept = {
-        HEADS: (expand(mask.kept_heads, shape.head_dim), shape.num_heads * shape.head_dim),
-        KV_HEADS: (expand(mask.kept_kv_heads, shape.head_dim), shape.num_kv_heads * shape.head_dim),
-        COLUMNS: (expand(mask.kept_columns, 1), shape.num_columns),
-    }
+    kept = _kept_by_kind(mask)
 
     def stacked(kinds: tuple[str, ...]) -> Tensor:
         parts, offset = [], 0
@@ -43,6 +40,16 @@ def kept_indices(family: Family, mask: LayerMask) -> dict[str, tuple[int, Tensor
     }
 
 
+def _kept_by_kind(mask: LayerMask) -> dict[str, tuple[Tensor, int]]:
+    """Indices that stay, and how many there were, of rows that are heads, kv heads or columns."""
+    shape = mask.shape
+    return {
+        HEADS: (expand(mask.kept_heads, shape.head_dim), shape.num_heads * shape.head_dim),
+        KV_HEADS: (expand(mask.kept_kv_heads, shape.head_dim), shape.num_kv_heads * shape.head_dim),
+        COLUMNS: (expand(mask.kept_columns, 1), shape.num_columns),
+    }
+
+
 def removed_indices(family: Family, mask: LayerMask) -> dict[str, tuple[int, Tensor]]:
     """``kept_indices`` of what goes."""
     return kept_indices(family, mask.removed())
@@ -52,12 +59,32 @@ def removed_indices(family: Family, mask: LayerMask) -> dict[str, tuple[int, Ten
 def zero_removed(model: PreTrainedModel, family: Family, masks: list[LayerMask]) -> None:
     """Zero the removed columns and the rows (and their biases) that fed them, in place; the logits do not change."""
     for layer, mask in zip(family.decoder_layers(model), masks, strict=True):
-        for name, (dim, indices) in removed_indices(family, mask).items():
-            linear = layer.get_submodule(name)
-            removed = indices.to(linear.weight.device)
-            linear.weight.index_fill_(dim, removed, 0)
-            if dim == 0 and linear.bias is not None:
-                linear.bias.index_fill_(0, removed, 0)
+        _zero_layer(layer, family, mask)
+
+
+def _zero_layer(layer: nn.Module, family: Family, mask: LayerMask) -> None:
+    for name, (dim, indices) in removed_indices(family, mask).items():
+        linear = layer.get_submodule(name)
+        removed = indices.to(linear.weight.device)
+        linear.weight.index_fill_(dim, removed, 0)
+        if dim == 0 and linear.bias is not None:
+            linear.bias.index_fill_(0, removed, 0)
+
+
+@torch.no_grad()
+def settle_heads(layer: nn.Module, family: Family, mask: LayerMask) -> None:
+    """Zero what fed the heads that ``mask`` removes, once, where queries and keys are normed over all heads.
+
+    There the zeros count in the mean square of the heads that stay, which is made good in the norm's weight. Elsewhere
+    there is nothing to do: what feeds a removed head reaches no other.
+    """
+    if not family.head_norms:
+        return
+    _zero_layer(layer, family, mask)
+    kept = _kept_by_kind(mask)
+    for name, kind in family.head_norms:
+        indices, total = kept[kind]
+        layer.get_submodule(name).weight.mul_(math.sqrt(len(indices) / total))
 
 
 def slim_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask]) -> PreTrainedConfig:
@@ -70,8 +97,8 @@ def slim_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask]
     per_layer = {
         index: {
             "num_attention_heads": len(mask.kept_heads),
-            "num_key_value_heads": len(mask.kept_kv_heads),
-            "intermediate_size": len(mask.kept_columns),
+            **({"num_key_value_heads": len(mask.kept_kv_heads)} if hasattr(config, "num_key_value_heads") else {}),
+            family.columns_key: len(mask.kept_columns),
         }
         for index, mask in enumerate(masks)
     }
@@ -105,6 +132,11 @@ def shrink(model: PreTrainedModel, family: Family, masks: list[LayerMask]) -> Pr
             state[f"{prefix}.weight"] = _select(state[f"{prefix}.weight"], dim, kept)
             if dim == 0 and f"{prefix}.bias" in state:
                 state[f"{prefix}.bias"] = _select(state[f"{prefix}.bias"], 0, kept)
+        for name, kind in family.head_norms:
+            indices, total = _kept_by_kind(mask)[kind]
+            key = f"{family.layers}.{index}.{name}.weight"
+            # The mean square is over fewer heads from here on.
+            state[key] = _select(state[key], 0, indices) * math.sqrt(total / len(indices))
     config = slim_config(model.config, family, masks)
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):

@@ -58,6 +58,8 @@ TINY_FAMILIES = {
     "gemma3_text": {"num_key_value_heads": 3, "sliding_window": 8, "layer_types": WINDOWS, "query_pre_attn_scalar": 4},
     "granite": {"num_key_value_heads": 2, "attention_multiplier": 0.3, "residual_multiplier": 0.7},
     "phi3": {"num_key_value_heads": 2},
+    "olmo2": {"num_key_value_heads": 2},
+    "opt": {"ffn_dim": 40, "word_embed_proj_dim": 24, "dropout": 0.0, "activation_function": "gelu"},
 }
 ALL_TINY = [*TINY_VARIANTS, *TINY_FAMILIES]
 

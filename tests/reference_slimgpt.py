@@ -56,10 +56,15 @@ def prune_model(model: nn.Module, samples: Tensor, ratios: list[float], percdamp
     """Prune a LLaMA-like model in place, each Hessian from a forward of the whole model; the removed units a layer."""
     removed = []
     config = model.config
-    group = config.head_dim * config.num_attention_heads // config.num_key_value_heads
-    for layer, ratio in zip(model.model.layers, ratios, strict=True):
+    if config.model_type == "opt":
+        layers, names, group = model.model.decoder.layers, ("self_attn.out_proj", "fc2"), config.head_dim
+    else:
+        layers, names = model.model.layers, ("self_attn.o_proj", "mlp.down_proj")
+        group = config.head_dim * config.num_attention_heads // config.num_key_value_heads
+    for layer, ratio in zip(layers, ratios, strict=True):
         units = []
-        for linear, unit in ((layer.self_attn.o_proj, group), (layer.mlp.down_proj, 1)):
+        for name, unit in zip(names, (group, 1), strict=True):
+            linear = layer.get_submodule(name)
             seen = []
             handle = linear.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
             with torch.no_grad():

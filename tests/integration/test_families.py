@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 for folder in map(Path, sys.argv[1:]):
     expected = load_file(folder.parent / "expected.safetensors")
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    assert AutoModel.from_pretrained(folder, trust_remote_code=True).layers, folder
+    assert AutoModel.from_pretrained(folder, trust_remote_code=True).config.layer_head_num, folder
     with torch.no_grad():
         assert torch.equal(model(expected["samples"]).logits, expected["logits"]), folder
     prompt = expected["samples"][:2, :5]

@@ -41,6 +41,9 @@ def test_small_model_gives_the_logits_of_the_zeroed(variant, dtype, tolerance, i
     with torch.no_grad():
         expected, got = zeroed(samples).logits, small(samples).logits
     assert got.dtype == dtype
+    if variant == "olmo2":
+        # Its norms over all heads compute in fp32 whatever the weights are, and sum more zeros in one of the models.
+        tolerance = max(tolerance, 1e-6)
     assert (got - expected).abs().max() <= tolerance * expected.abs().max()
 
 
@@ -71,7 +74,7 @@ def test_save_and_reload(variant, dtype, samples, tmp_path):
     assert again.config.layer_head_num == [len(mask.kept_heads) for mask in masks]
     assert again.config.layer_inter_size == [len(mask.kept_columns) for mask in masks]
     assert set(again.config.auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
-    assert (again.lm_head.weight is again.model.embed_tokens.weight) == small.config.tie_word_embeddings
+    assert (again.lm_head.weight is again.get_input_embeddings().weight) == small.config.tie_word_embeddings
     assert not list(tmp_path.glob("*.bin"))
 
 
@@ -128,8 +131,8 @@ def test_sizes_agree_with_closed_formulas(variant):
     block_total = block_kept = attention = 0
     for mask in masks:
         shape = mask.shape
-        per_head, per_kv = 2 * config.hidden_size * config.head_dim, 2 * config.hidden_size * config.head_dim
-        per_column = 3 * config.hidden_size
+        per_head = per_kv = 2 * config.hidden_size * config.head_dim
+        per_column = (2 if variant == "opt" else 3) * config.hidden_size
         block_total += shape.num_heads * per_head + shape.num_kv_heads * per_kv + shape.num_columns * per_column
         block_kept += len(mask.kept_heads) * per_head + len(mask.kept_kv_heads) * per_kv
         block_kept += len(mask.kept_columns) * per_column
@@ -147,7 +150,7 @@ def test_sizes_agree_with_closed_formulas(variant):
         matrices = heads * per_head + kv_heads * per_kv + columns * per_column
         assert layer.macs == matrices * seq_len + 2 * heads * config.head_dim * seq_len**2
         assert (layer.shape.num_heads, layer.shape.num_kv_heads, layer.shape.num_columns) == (heads, kv_heads, columns)
-        biases = sum(p.numel() for name, p in module.named_parameters() if name.endswith("bias"))
+        biases = sum(p.numel() for name, p in module.named_parameters() if name.endswith("bias") and "norm" not in name)
         norms = sum(p.numel() for name, p in module.named_parameters() if "norm" in name)
         assert norms % config.head_dim == 0 and norms >= 2 * config.hidden_size
         assert layer.parameters == matrices + norms + biases
