@@ -22,7 +22,7 @@ from ppl_eval.ppl_eval import evaluate
 from slim_utils.cli import ArgumentParser, command_line, run_cli
 from slim_utils.errors import UserError
 from slim_utils.families import Family, find_family
-from slim_utils.layer_walk import LayerReport, WalkSettings, prune_layers
+from slim_utils.layer_walk import GQA_UNITS, LayerReport, WalkSettings, prune_layers
 from slim_utils.model_io import (
     DTYPES,
     RUN_FILE,
@@ -65,6 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     prune.add_argument("--non_uniform_strategy", choices=STRATEGIES, default="log_increase")
     prune.add_argument("--min_sparsity", type=float, default=0, help="lowest ratio of a layer with --non_uniform")
     prune.add_argument("--max_sparsity", type=float, default=0, help="highest ratio of a layer with --non_uniform")
+    prune.add_argument(
+        "--gqa_unit", choices=GQA_UNITS, default="kv_group", help="what goes where query heads share key/value heads"
+    )
     prune.add_argument("--minlayer", type=int, default=-1, help="first layer to prune")
     prune.add_argument("--maxlayer", type=int, default=1000, help="layer to stop before")
     prune.add_argument("--no_compensate", action="store_true", help="only zero, leave the other weights as they are")
@@ -196,7 +199,7 @@ def main(args: argparse.Namespace) -> None:
 
     start = time.perf_counter()
     settings = WalkSettings(
-        args.device, args.cache_dev, args.batch_samples, args.percdamp, compensate=not args.no_compensate
+        args.device, args.cache_dev, args.batch_samples, args.percdamp, not args.no_compensate, args.gqa_unit
     )
     masks, reports = prune_layers(model, family, data.samples, ratios, settings)
     seconds = time.perf_counter() - start

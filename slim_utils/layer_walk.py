@@ -28,6 +28,7 @@ from slim_utils.slimgpt import PruneResult, SlimGPT
 logger = logging.getLogger(__name__)
 
 TOKENS_PER_FORWARD = 8192
+GQA_UNITS = ("kv_group", "query_head")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class WalkSettings:
         batch_samples: samples brought from ``cache_dev`` to ``device`` at once.
         percdamp: damping, as a share of the mean of the Hessian's diagonal.
         compensate: whether the remaining weights are updated.
+        gqa_unit: what goes where query heads share key/value heads, one of ``GQA_UNITS``: whole kv groups, or equally
+            many query heads of every group, whose key/value head stays.
     """
 
     device: torch.device
@@ -47,6 +50,7 @@ class WalkSettings:
     batch_samples: int = 128
     percdamp: float = 0.01
     compensate: bool = True
+    gqa_unit: str = "kv_group"
 
 
 @dataclass(frozen=True)
@@ -163,19 +167,23 @@ def _prune_layer(
     """Prune the heads of a layer, then, on what its pruned attention puts out, its FFN columns."""
     settings, start = inputs.settings, time.perf_counter()
 
-    def prune(name: str, unit_size: int) -> PruneResult:
+    def prune(name: str, unit_size: int, num_groups: int = 1) -> PruneResult:
         linear = layer.get_submodule(name)
         pruner = SlimGPT(linear, f"layer {index} {name}")
         for batch in inputs.inputs_of(linear, layer):
             pruner.add_batch(batch)
-        result = pruner.struct_prune(ratio, unit_size, settings.percdamp, settings.compensate)
+        result = pruner.struct_prune(ratio, unit_size, settings.percdamp, settings.compensate, num_groups)
         pruner.free()
         return result
 
-    attention = prune(family.attention_out, shape.head_dim * shape.heads_per_group)
-    settle_heads(layer, family, LayerMask.from_groups(shape, attention.kept_units, list(range(shape.num_columns))))
+    if settings.gqa_unit == "query_head" and shape.heads_per_group > 1:
+        attention, keep = prune(family.attention_out, shape.head_dim, shape.num_kv_heads), LayerMask.from_heads
+    else:
+        attention = prune(family.attention_out, shape.head_dim * shape.heads_per_group)
+        keep = LayerMask.from_groups
+    settle_heads(layer, family, keep(shape, attention.kept_units, list(range(shape.num_columns))))
     mlp = prune(family.mlp_out, 1)
-    mask = LayerMask.from_groups(shape, attention.kept_units, mlp.kept_units)
+    mask = keep(shape, attention.kept_units, mlp.kept_units)
     seconds = time.perf_counter() - start
     return LayerReport(index, ratio, mask, attention, mlp, seconds, peak_memory_mib(settings.device))
 

@@ -36,6 +36,19 @@ class LayerMask:
         heads = [group * size + i for group in kept_groups for i in range(size)]
         return cls(shape, heads, kept_groups, kept_columns)
 
+    @classmethod
+    def from_heads(cls, shape: LayerShape, kept_heads: list[int], kept_columns: list[int]) -> "LayerMask":
+        """Keep these query heads, and the key/value heads that any of them needs.
+
+        Raises:
+            ValueError: if kv heads would be left with unequally many query heads.
+        """
+        kept_groups = [head // shape.heads_per_group for head in kept_heads]
+        groups = sorted(set(kept_groups))
+        if len({kept_groups.count(group) for group in groups}) > 1:
+            raise ValueError("kv heads with unequally many query heads")
+        return cls(shape, kept_heads, groups, kept_columns)
+
     def removed(self) -> "LayerMask":
         """The mask that keeps what this one removes."""
         shape = self.shape
@@ -122,16 +135,17 @@ def read_masks(path: Path, family: Family, shapes: list[LayerShape]) -> list[Lay
 
 
 def _original_mask(content: dict, family: Family, index: int, shape: LayerShape, path: Path) -> LayerMask:
-    """One layer of the original's mask file, where heads are whole kv groups."""
+    """One layer of the original's mask file."""
     removed = {}
     for name, total in ((family.attention_out, shape.num_heads), (family.mlp_out, shape.num_columns)):
         key = f"{family.layers}.{index}.{name}.weight"
         removed[name] = content.get(key)
         if not isinstance(removed[name], list) or not set(removed[name]) <= set(range(total)):
             raise UserError(f"{path}: {key} is not a list of indices below {total}")
-    heads, size = set(removed[family.attention_out]), shape.heads_per_group
-    groups = [group for group in range(shape.num_kv_heads) if not heads & set(range(group * size, (group + 1) * size))]
-    mask = LayerMask.from_groups(shape, groups, _others(removed[family.mlp_out], shape.num_columns))
-    if heads != set(mask.removed().kept_heads):
-        raise UserError(f"{path}: layer {index}: heads {sorted(heads)} are not whole kv groups of {size} heads")
-    return mask
+    heads = removed[family.attention_out]
+    try:
+        return LayerMask.from_heads(
+            shape, _others(heads, shape.num_heads), _others(removed[family.mlp_out], shape.num_columns)
+        )
+    except ValueError as error:
+        raise UserError(f"{path}: layer {index}: removing heads {sorted(heads)} leaves {error}") from None

@@ -73,7 +73,12 @@ class SlimGPT:
 
     @torch.no_grad()
     def struct_prune(
-        self, sparsity: float, unit_size: int = 1, percdamp: float = 0.01, compensate: bool = True
+        self,
+        sparsity: float,
+        unit_size: int = 1,
+        percdamp: float = 0.01,
+        compensate: bool = True,
+        num_groups: int = 1,
     ) -> PruneResult:
         """Zero ``round(units · sparsity)`` units of columns (never all) and compensate in the others.
 
@@ -85,6 +90,7 @@ class SlimGPT:
             unit_size: columns of a unit, side by side: 1, ``head_dim``, or ``head_dim`` · heads of a kv group.
             percdamp: damping added to the diagonal of the Hessian, as a share of its mean.
             compensate: whether the remaining weights take over what was removed.
+            num_groups: groups of units, side by side, that have to lose equally many each, and never all.
 
         Raises:
             UserError: if the activations seen were not finite, or no damping helps.
@@ -98,12 +104,13 @@ class SlimGPT:
         weight[:, dead] = 0
 
         num_units = self.columns // unit_size
-        target = min(round(num_units * sparsity), num_units - 1)
+        group_size = num_units // num_groups
+        target = num_groups * min(round(group_size * sparsity), group_size - 1)
         for damping in damping_steps(percdamp):
             damped = hessian.clone()
             damped.diagonal().add_(damping * hessian.diagonal().mean())
             pruned_weight = weight.clone()
-            units = greedy_obs(pruned_weight, damped, target, unit_size, compensate)
+            units = greedy_obs(pruned_weight, damped, target, unit_size, compensate, num_groups)
             if units is None:
                 continue
             error_zeroed, error = relative_errors(weight, pruned_weight, hessian, unit_columns(units, unit_size))
@@ -178,8 +185,12 @@ def unit_scores(weight: Tensor, inverse: Tensor, unit_size: int) -> Tensor:
     return (weight.square().sum(dim=0) / pivots).view(-1, unit_size).sum(dim=1)
 
 
-def greedy_obs(weight: Tensor, hessian: Tensor, target: int, unit_size: int, compensate: bool) -> Tensor | None:
+def greedy_obs(
+    weight: Tensor, hessian: Tensor, target: int, unit_size: int, compensate: bool, num_groups: int = 1
+) -> Tensor | None:
     """Remove ``target`` units from ``weight`` (out × in, in place), those of lowest score at each step.
+
+    Of several groups of units, only those that have lost the fewest so far are looked at.
 
     After a step that removes ``S`` the inverse Hessian of the remaining columns is got by the block downdate
     ``H⁻¹ − H⁻¹_:,S (H⁻¹_SS)⁻¹ H⁻¹_S,:`` rather than by another factorisation.
@@ -195,7 +206,9 @@ def greedy_obs(weight: Tensor, hessian: Tensor, target: int, unit_size: int, com
     pruned = torch.zeros(weight.shape[1] // unit_size, dtype=torch.bool, device=weight.device)
     order: list[Tensor] = []
     for count in group_sizes(target, unit_size):
-        scores = unit_scores(weight, inverse, unit_size).masked_fill(pruned, torch.inf)
+        losses = pruned.view(num_groups, -1).sum(dim=1, keepdim=True)
+        closed = pruned | (losses > losses.min()).expand(num_groups, len(pruned) // num_groups).flatten()
+        scores = unit_scores(weight, inverse, unit_size).masked_fill(closed, torch.inf)
         if scores.isnan().any() or (scores < 0).any():
             return None
         units = scores.argsort(stable=True)[:count]

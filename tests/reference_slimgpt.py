@@ -11,21 +11,29 @@ def hessian_of(inputs: Tensor) -> Tensor:
 
 
 def struct_prune(
-    weight: Tensor, hessian: Tensor, sparsity: float, unit: int = 1, percdamp: float = 0.0, compensate: bool = True
+    weight: Tensor,
+    hessian: Tensor,
+    sparsity: float,
+    unit: int = 1,
+    percdamp: float = 0.0,
+    compensate: bool = True,
+    groups: int = 1,
 ) -> tuple[Tensor, list[int]]:
-    """The pruned weight and the removed units, sorted."""
+    """The pruned weight and the removed units, sorted; of several groups of units each loses as many."""
     weight, hessian = weight.clone(), hessian.clone()
     columns = weight.shape[1]
     dead = torch.diag(hessian) == 0
     hessian[dead, dead] = 1
     weight[:, dead] = 0
     hessian += percdamp * torch.diag(hessian).mean() * torch.eye(columns, dtype=hessian.dtype)
-    target = round(columns // unit * sparsity)
+    per_group = columns // unit // groups
+    target = groups * round(per_group * sparsity)
     removed: list[int] = []
     size = (target - 512) // 2
     while len(removed) < target:
         inverse = torch.linalg.inv(hessian)
-        left = [u for u in range(columns // unit) if u not in removed]
+        lost = [sum(u // per_group == group for u in removed) for group in range(groups)]
+        left = [u for u in range(columns // unit) if u not in removed and lost[u // per_group] == min(lost)]
         scores = {u: _score(weight, inverse, u, unit) for u in left}
         best = sorted(left, key=scores.__getitem__)
         count = 1 if unit > 1 else min(target - len(removed), max(size, 64), 1024)
@@ -52,7 +60,9 @@ def _score(weight: Tensor, inverse: Tensor, index: int, unit: int) -> float:
     return (weight[:, span] ** 2 / pivots).sum().item()
 
 
-def prune_model(model: nn.Module, samples: Tensor, ratios: list[float], percdamp: float) -> list[tuple[list, list]]:
+def prune_model(
+    model: nn.Module, samples: Tensor, ratios: list[float], percdamp: float, query_heads: bool = False
+) -> list[tuple[list, list]]:
     """Prune a LLaMA-like model in place, each Hessian from a forward of the whole model; the removed units a layer."""
     removed = []
     config = model.config
@@ -61,16 +71,19 @@ def prune_model(model: nn.Module, samples: Tensor, ratios: list[float], percdamp
     else:
         layers, names = model.model.layers, ("self_attn.o_proj", "mlp.down_proj")
         group = config.head_dim * config.num_attention_heads // config.num_key_value_heads
+    units_of = (((config.head_dim, config.num_key_value_heads) if query_heads else (group, 1)), (1, 1))
     for layer, ratio in zip(layers, ratios, strict=True):
         units = []
-        for name, unit in zip(names, (group, 1), strict=True):
+        for name, (unit, groups) in zip(names, units_of, strict=True):
             linear = layer.get_submodule(name)
             seen = []
             handle = linear.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
             with torch.no_grad():
                 model(samples)
             handle.remove()
-            pruned, gone = struct_prune(linear.weight.data, hessian_of(torch.cat(seen)), ratio, unit, percdamp)
+            pruned, gone = struct_prune(
+                linear.weight.data, hessian_of(torch.cat(seen)), ratio, unit, percdamp, True, groups
+            )
             linear.weight.data = pruned
             units.append(gone)
         removed.append(tuple(units))

@@ -162,7 +162,7 @@ def test_masks_in_the_originals_format(slim, words, tmp_path):
 
     original["model.layers.1.self_attn.o_proj.weight"] = [0]
     file.write_text(json.dumps(original))
-    with pytest.raises(UserError, match=r"layer 1: heads \[0\] are not whole kv groups of 3 heads"):
+    with pytest.raises(UserError, match=r"layer 1: removing heads \[0\] leaves kv heads with unequally"):
         main(words(slim, "--is_mask_training", "true", "--mask_config_dir", file, "--overwrite", "true"))
     original["model.layers.1.self_attn.o_proj.weight"] = [6]
     file.write_text(json.dumps(original))

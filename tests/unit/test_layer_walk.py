@@ -42,6 +42,22 @@ def test_same_model_as_the_plain_walk(variant, implementation, samples):
     assert [mask.shape for mask in masks] == layer_shapes(model.config)
 
 
+def test_query_heads_as_units(samples):
+    model, expected = make_tiny("gqa", torch.float64), make_tiny("gqa", torch.float64)
+    masks, _ = walk(model, samples, RATIOS, gqa_unit="query_head")
+    reference_slimgpt.prune_model(expected, samples, RATIOS, percdamp=0.01, query_heads=True)
+    # Three query heads a group: round(3 · ratio) of each go.
+    assert [len(mask.kept_heads) for mask in masks] == [4, 4, 2, 2]
+    assert all(mask.kept_kv_heads == [0, 1] for mask in masks)
+    for name, weight in expected.state_dict().items():
+        assert torch.allclose(model.state_dict()[name], weight, rtol=1e-4, atol=1e-4 * weight.abs().max().item()), name
+
+
+def test_multi_head_attention_has_one_unit(samples):
+    whole, single = make_tiny("mha"), make_tiny("mha")
+    assert walk(whole, samples)[0] == walk(single, samples, gqa_unit="query_head")[0]
+
+
 @pytest.mark.parametrize(("batch_samples", "tokens_per_forward"), [(128, 8192), (3, 8192), (128, 32), (5, 48), (1, 1)])
 def test_batches_do_not_matter(monkeypatch, samples, batch_samples, tokens_per_forward):
     whole, parts = make_tiny("gqa"), make_tiny("gqa")

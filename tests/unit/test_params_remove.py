@@ -110,6 +110,35 @@ def test_a_small_model_can_be_pruned_again(samples):
         assert torch.allclose(smaller(samples).logits, small(samples).logits, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("variant", ["gqa", "biases", "qwen3", "gemma2", "phi3", "olmo2"])
+def test_query_heads_go_and_their_key_value_head_stays(variant, samples, tmp_path):
+    model = make_tiny(variant, torch.float64)
+    family = find_family(model.config)
+    masks = []
+    for index, shape in enumerate(layer_shapes(model.config)):
+        size = shape.heads_per_group
+        gone = [group * size + (group + index) % size for group in range(shape.num_kv_heads)] if index else []
+        heads = [head for head in range(shape.num_heads) if head not in gone]
+        masks.append(LayerMask.from_heads(shape, heads, list(range(shape.num_columns))))
+        assert masks[-1].kept_kv_heads == list(range(shape.num_kv_heads))
+    small = shrink(model, family, masks)
+    zero_removed(model, family, masks)
+    small.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(samples).logits
+        for got in (small, AutoModelForCausalLM.from_pretrained(tmp_path)):
+            assert (got(samples).logits - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert small.config.layer_head_num == [6, *[6 - model.config.num_key_value_heads] * 3]
+
+
+def test_kv_heads_keep_equally_many_query_heads():
+    shape = layer_shapes(make_tiny("gqa").config)[0]
+    assert LayerMask.from_heads(shape, [3, 4, 5], [0]) == LayerMask.from_groups(shape, [1], [0])
+    assert LayerMask.from_heads(shape, [1, 2, 3, 5], [0]).kept_kv_heads == [0, 1]
+    with pytest.raises(ValueError, match="unequally many"):
+        LayerMask.from_heads(shape, [1, 3, 5], [0])
+
+
 def test_masks_of_another_model_are_refused():
     model = make_tiny("gqa")
     with pytest.raises(ValueError, match="other shapes"):

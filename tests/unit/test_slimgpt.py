@@ -150,6 +150,26 @@ def test_dead_columns_go_first():
     assert result.error == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize(("groups", "sparsity"), [(2, 0.3), (3, 0.5), (4, 0.4), (6, 0.7)])
+@pytest.mark.parametrize("seed", range(3))
+def test_groups_lose_equally_many_units(groups, sparsity, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight, inputs = torch.randn(8, 24, dtype=torch.float64, generator=generator), random_inputs(24, seed=seed)
+    pruner = make_pruner(weight, inputs)
+    result = pruner.struct_prune(sparsity, unit_size=2, percdamp=0.01, num_groups=groups)
+    expected, removed = struct_prune(weight, hessian_of(inputs), sparsity, 2, 0.01, groups=groups)
+    assert result.pruned_units == removed
+    assert torch.allclose(pruner.linear.weight, expected, rtol=1e-6, atol=1e-6)
+    size = 12 // groups
+    losses = [sum(unit // size == group for unit in removed) for group in range(groups)]
+    assert losses == [min(round(size * sparsity), size - 1)] * groups
+
+
+def test_never_all_units_of_a_group():
+    pruner = make_pruner(torch.randn(4, 12, dtype=torch.float64), random_inputs(12))
+    assert len(pruner.struct_prune(0.99, unit_size=2, num_groups=3).kept_units) == 3
+
+
 def test_never_all_units():
     pruner = make_pruner(torch.randn(4, 12, dtype=torch.float64), random_inputs(12))
     assert pruner.struct_prune(0.99, unit_size=4).kept_units != []
