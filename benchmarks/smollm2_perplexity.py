@@ -5,8 +5,8 @@
 
 The protocol: fp32; 32 windows × 512 tokens of the calibration text, drawn with seed 0 after one tokenizer call; the
 first 8 × 1024 tokens of the evaluation text, no special tokens, 1023 targets a window; ratios from 0.0625 up to
-whatever removes the share asked; damping 0.01. Run on the model as it is (grouped-query attention, whole kv groups
-go) and on the same model with its kv heads repeated to plain multi-head attention.
+whatever removes the share asked; damping 0.01. Run on the model as it is (grouped-query attention), by whole kv groups
+and by query heads, and on the same model with its kv heads repeated to plain multi-head attention.
 """
 
 import argparse
@@ -38,6 +38,8 @@ logger = logging.getLogger("smollm2_perplexity")
 MIN_SPARSITY = 0.0625
 PERCDAMP = 0.01
 NUM_SAMPLES, SEQLEN, SEED = 32, 512, 0
+# Plain multi-head attention; and as it is, by whole kv groups or by equally many query heads of each.
+HEADS = ("repeated", "native", "native_query_head")
 EVAL_WINDOWS, EVAL_SEQLEN = 8, 1024
 
 
@@ -48,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--calib_file", type=Path, required=True)
     parser.add_argument("--eval_file", type=Path, required=True)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.33])
-    parser.add_argument("--heads", nargs="+", choices=("native", "repeated"), default=["repeated", "native"])
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=HEADS)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, required=True, help="json to write")
     return parser
@@ -70,7 +72,7 @@ def repeat_kv_heads(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return model
 
 
-def ratios_for_share(model: PreTrainedModel, share: float) -> list[float]:
+def ratios_for_share(model: PreTrainedModel, share: float, gqa_unit: str = "kv_group") -> list[float]:
     """``log_increase`` ratios from ``MIN_SPARSITY`` up that come nearest to removing ``share`` of the block weights."""
     family, shapes = find_family(model.config), layer_shapes(model.config)
 
@@ -80,9 +82,14 @@ def ratios_for_share(model: PreTrainedModel, share: float) -> list[float]:
     def removed(max_sparsity: float) -> float:
         masks = []
         for shape, ratio in zip(shapes, ratios(max_sparsity), strict=True):
-            groups = shape.num_kv_heads - min(round(shape.num_kv_heads * ratio), shape.num_kv_heads - 1)
-            columns = shape.num_columns - round(shape.num_columns * ratio)
-            masks.append(LayerMask.from_groups(shape, list(range(groups)), list(range(columns))))
+            columns = list(range(shape.num_columns - round(shape.num_columns * ratio)))
+            size, groups = shape.heads_per_group, shape.num_kv_heads
+            if gqa_unit == "query_head" and size > 1:
+                kept = range(size - min(round(size * ratio), size - 1))
+                masks.append(LayerMask.from_heads(shape, [g * size + i for g in range(groups) for i in kept], columns))
+            else:
+                kept = range(groups - min(round(groups * ratio), groups - 1))
+                masks.append(LayerMask.from_groups(shape, list(kept), columns))
         return removed_share(family.decoder_layers(model), family, masks)
 
     grid = [MIN_SPARSITY + i * 1e-3 for i in range(int((0.95 - MIN_SPARSITY) / 1e-3))]
@@ -99,10 +106,12 @@ def measure(args: argparse.Namespace, heads: str, share: float | None, eval_set:
     row: dict[str, Any] = {"heads": heads, "share_asked": share or 0.0}
     if share is not None:
         data = load_calibration(None, args.calib_file, tokenizer, NUM_SAMPLES, SEQLEN, SEED)
-        ratios = ratios_for_share(model, share)
+        unit = "query_head" if heads == "native_query_head" else "kv_group"
+        ratios = ratios_for_share(model, share, unit)
         family = find_family(model.config)
         start = time.perf_counter()
-        masks, _ = prune_layers(model, family, data.samples, ratios, WalkSettings(device, device, percdamp=PERCDAMP))
+        settings = WalkSettings(device, device, percdamp=PERCDAMP, gqa_unit=unit)
+        masks, _ = prune_layers(model, family, data.samples, ratios, settings)
         row["pruning_seconds"] = round(time.perf_counter() - start, 1)
         row["min_sparsity"], row["max_sparsity"] = ratios[0], ratios[-1]
         row["share_removed"] = removed_share(family.decoder_layers(model), family, masks)
