@@ -11,6 +11,7 @@ Limits: LLaMA-family models; the whole model has to fit in host memory, one laye
 
 import argparse
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from ppl_eval.ppl_dataset import EVAL_SPLITS, load_eval_sets, parse_eval_dataset
 from ppl_eval.ppl_eval import evaluate
 from slim_utils.cli import ArgumentParser, command_line, run_cli
 from slim_utils.errors import UserError
-from slim_utils.families import Family, find_family
-from slim_utils.layer_walk import GQA_UNITS, LayerReport, WalkSettings, prune_layers
+from slim_utils.families import Family, find_family, layer_shapes
+from slim_utils.layer_walk import GQA_UNITS, LayerReport, WalkSettings, planned_masks, prune_layers
 from slim_utils.model_io import (
     DTYPES,
     RUN_FILE,
@@ -39,7 +40,7 @@ from slim_utils.model_io import (
     write_json_atomic,
 )
 from slim_utils.model_stats import count_parameters, removed_share
-from slim_utils.params_remove import shrink, zero_removed
+from slim_utils.params_remove import shrink, stock_config, zero_removed
 from slim_utils.pruning_record import PRUNING_FILE, LayerMask, write_pruning
 from slim_utils.run_record import calibration_record, environment, layer_record
 from slim_utils.slim_dataset import CalibrationData, load_calibration
@@ -68,6 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--gqa_unit", choices=GQA_UNITS, default="kv_group", help="what goes where query heads share key/value heads"
     )
+    prune.add_argument("--multiple_of", type=int, default=1, help="every layer keeps a multiple of N FFN columns")
+    prune.add_argument("--even_heads", action="store_true", help="every layer keeps an even number of kv heads")
+    prune.add_argument("--tp_size", type=int, default=1, help="kv heads and columns divide by so many GPUs")
     prune.add_argument("--minlayer", type=int, default=-1, help="first layer to prune")
     prune.add_argument("--maxlayer", type=int, default=1000, help="layer to stop before")
     prune.add_argument("--no_compensate", action="store_true", help="only zero, leave the other weights as they are")
@@ -81,6 +85,9 @@ def build_parser() -> argparse.ArgumentParser:
     output = parser.add_argument_group("output")
     output.add_argument("--save_dir", default="", help="folder to write (default: nothing is saved)")
     output.add_argument("--save_pruned_weights", action="store_true", help="save the small model too")
+    output.add_argument(
+        "--uniform_shapes", action="store_true", help="the small model is a stock one, without code of its own"
+    )
     output.add_argument("--overwrite", action="store_true", help="replace an earlier run's --save_dir")
     output.add_argument("--skip_evaluate", action="store_true", help="no perplexity afterwards")
     output.add_argument(
@@ -98,7 +105,7 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
     """
     if args.dataset is None and args.data_file is None:
         raise UserError(f"give a data set ({', '.join(CALIBRATION_DATASETS)}) or --data_file FILE")
-    for name, lowest in (("num_samples", 1), ("seqlen", 2), ("batch_samples", 1)):
+    for name, lowest in (("num_samples", 1), ("seqlen", 2), ("batch_samples", 1), ("multiple_of", 1), ("tp_size", 1)):
         if getattr(args, name) < lowest:
             raise UserError(f"--{name} {getattr(args, name)}: at least {lowest}")
     for name in ("sparsity", "min_sparsity", "max_sparsity"):
@@ -112,6 +119,10 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
         logger.warning("--sparsity %g has no effect with --non_uniform", args.sparsity)
     if not args.non_uniform and args.max_sparsity:
         logger.warning("--min_sparsity and --max_sparsity have no effect without --non_uniform")
+    if args.uniform_shapes and args.non_uniform:
+        raise UserError("--uniform_shapes wants one ratio for all layers: --sparsity instead of --non_uniform")
+    if args.uniform_shapes and not args.save_pruned_weights:
+        raise UserError("--uniform_shapes is about the small model: add --save_pruned_weights")
     if args.save_pruned_weights and not args.save_dir:
         raise UserError("--save_pruned_weights needs --save_dir DIR")
     if args.save_dir:
@@ -149,11 +160,42 @@ def save(
     with atomic_folder(Path(args.save_dir)) as folder:
         save_checkpoint(model, tokenizer, folder)
         if args.save_pruned_weights:
-            small = shrink(model, family, masks)
+            small = shrink(model, family, masks, args.uniform_shapes)
             save_checkpoint(small, tokenizer, folder / SMALL_MODEL_FOLDER)
         write_pruning(folder / PRUNING_FILE, masks, model.config.model_type)
         write_json_atomic(folder / RUN_FILE, record)
     logger.info("saved %s", args.save_dir)
+
+
+def walk_settings(args: argparse.Namespace) -> WalkSettings:
+    """How to walk."""
+    return WalkSettings(
+        device=args.device,
+        cache_dev=args.cache_dev,
+        batch_samples=args.batch_samples,
+        percdamp=args.percdamp,
+        compensate=not args.no_compensate,
+        gqa_unit=args.gqa_unit,
+        heads_multiple=math.lcm(2 if args.even_heads else 1, args.tp_size),
+        columns_multiple=math.lcm(args.multiple_of, args.tp_size),
+        alike=args.uniform_shapes,
+    )
+
+
+def warn_of_unaligned(masks: list[LayerMask], kv_heads: int, columns: int) -> None:
+    """Say which layers end with kv heads or columns that are not multiples of these."""
+    uneven = [
+        str(index)
+        for index, mask in enumerate(masks)
+        if len(mask.kept_kv_heads) % kv_heads or len(mask.kept_columns) % columns
+    ]
+    if uneven:
+        logger.warning(
+            "layers %s end with kv heads or columns that do not divide by %d and %d",
+            ", ".join(uneven),
+            kv_heads,
+            columns,
+        )
 
 
 def run_record(
@@ -187,6 +229,11 @@ def main(args: argparse.Namespace) -> None:
     ratios = choose_ratios(args, config.num_hidden_layers)
     if not any(ratios):
         logger.warning("nothing to prune: all ratios are 0; set --sparsity, or --non_uniform with --max_sparsity")
+    settings = walk_settings(args)
+    planned = planned_masks(layer_shapes(config), ratios, settings)
+    if args.uniform_shapes:
+        stock_config(config, family, planned)
+    warn_of_unaligned(planned, settings.heads_multiple, settings.columns_multiple)
     tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
     data = load_calibration(args.dataset, args.data_file, tokenizer, args.num_samples, args.seqlen, args.seed)
     eval_sets = (
@@ -198,9 +245,6 @@ def main(args: argparse.Namespace) -> None:
     logger.info("calibration: %d × %d tokens of %s", args.num_samples, args.seqlen, data.source)
 
     start = time.perf_counter()
-    settings = WalkSettings(
-        args.device, args.cache_dev, args.batch_samples, args.percdamp, not args.no_compensate, args.gqa_unit
-    )
     masks, reports = prune_layers(model, family, data.samples, ratios, settings)
     seconds = time.perf_counter() - start
     sizes = {

@@ -23,11 +23,10 @@ from ppl_eval.ppl_dataset import eval_windows
 from ppl_eval.ppl_eval import perplexity
 from slim_utils.cli import ArgumentParser, command_line, run_cli
 from slim_utils.families import find_family, layer_shapes
-from slim_utils.layer_walk import WalkSettings, prune_layers
+from slim_utils.layer_walk import WalkSettings, planned_masks, prune_layers
 from slim_utils.model_io import choose_device, load_model, load_tokenizer, peak_memory_mib, write_json_atomic
 from slim_utils.model_stats import count_parameters, removed_share
 from slim_utils.params_remove import shrink
-from slim_utils.pruning_record import LayerMask
 from slim_utils.run_record import calibration_record, environment
 from slim_utils.slim_dataset import load_calibration
 from slim_utils.sparsity_schedule import non_uniform_ratios
@@ -72,7 +71,7 @@ def repeat_kv_heads(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return model
 
 
-def ratios_for_share(model: PreTrainedModel, share: float, gqa_unit: str = "kv_group") -> list[float]:
+def ratios_for_share(model: PreTrainedModel, share: float, settings: WalkSettings) -> list[float]:
     """``log_increase`` ratios from ``MIN_SPARSITY`` up that come nearest to removing ``share`` of the block weights."""
     family, shapes = find_family(model.config), layer_shapes(model.config)
 
@@ -80,16 +79,7 @@ def ratios_for_share(model: PreTrainedModel, share: float, gqa_unit: str = "kv_g
         return non_uniform_ratios("log_increase", MIN_SPARSITY, max_sparsity, len(shapes))
 
     def removed(max_sparsity: float) -> float:
-        masks = []
-        for shape, ratio in zip(shapes, ratios(max_sparsity), strict=True):
-            columns = list(range(shape.num_columns - round(shape.num_columns * ratio)))
-            size, groups = shape.heads_per_group, shape.num_kv_heads
-            if gqa_unit == "query_head" and size > 1:
-                kept = range(size - min(round(size * ratio), size - 1))
-                masks.append(LayerMask.from_heads(shape, [g * size + i for g in range(groups) for i in kept], columns))
-            else:
-                kept = range(groups - min(round(groups * ratio), groups - 1))
-                masks.append(LayerMask.from_groups(shape, list(kept), columns))
+        masks = planned_masks(shapes, ratios(max_sparsity), settings)
         return removed_share(family.decoder_layers(model), family, masks)
 
     grid = [MIN_SPARSITY + i * 1e-3 for i in range(int((0.95 - MIN_SPARSITY) / 1e-3))]
@@ -107,10 +97,10 @@ def measure(args: argparse.Namespace, heads: str, share: float | None, eval_set:
     if share is not None:
         data = load_calibration(None, args.calib_file, tokenizer, NUM_SAMPLES, SEQLEN, SEED)
         unit = "query_head" if heads == "native_query_head" else "kv_group"
-        ratios = ratios_for_share(model, share, unit)
+        settings = WalkSettings(device, device, percdamp=PERCDAMP, gqa_unit=unit)
+        ratios = ratios_for_share(model, share, settings)
         family = find_family(model.config)
         start = time.perf_counter()
-        settings = WalkSettings(device, device, percdamp=PERCDAMP, gqa_unit=unit)
         masks, _ = prune_layers(model, family, data.samples, ratios, settings)
         row["pruning_seconds"] = round(time.perf_counter() - start, 1)
         row["min_sparsity"], row["max_sparsity"] = ratios[0], ratios[-1]

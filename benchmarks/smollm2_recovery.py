@@ -19,11 +19,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.smollm2_perplexity import MIN_SPARSITY, NUM_SAMPLES, PERCDAMP, SEQLEN, ratios_for_share
 from ppl_eval.ppl_dataset import load_eval_sets
 from ppl_eval.ppl_eval import evaluate
 from slim_utils.cli import ArgumentParser, command_line, run_cli
 from slim_utils.errors import UserError
+from slim_utils.layer_walk import WalkSettings
 from slim_utils.model_io import choose_device, load_model, load_tokenizer, write_json_atomic
 from slim_utils.run_record import environment
 
@@ -102,7 +105,8 @@ def prune(args: argparse.Namespace, share: float) -> Path:
     """The small model of ``share``."""
     folder = args.work_dir / f"pruned_{share:g}"
     if not finished(folder):
-        top = ratios_for_share(load_model(args.model, "auto", False), share)[-1]
+        cpu = torch.device("cpu")
+        top = ratios_for_share(load_model(args.model, "auto", False), share, WalkSettings(cpu, cpu))[-1]
         flags = {"--data_file": args.calib_file, "--num_samples": NUM_SAMPLES, "--seqlen": SEQLEN}
         flags |= {"--percdamp": PERCDAMP, "--min_sparsity": MIN_SPARSITY, "--max_sparsity": f"{top:.4f}"}
         switches = ["--non_uniform", "--skip_evaluate", "--save_pruned_weights"]

@@ -18,6 +18,7 @@ class Family:
     """Where a family keeps what is pruned. Module names are relative to a decoder layer.
 
     Attributes:
+        base_type: the library's model type before pruning.
         slim_config: configuration class of the small model.
         slim_model: its causal language model, shipped inside the checkpoint.
         layers: name of the list of decoder layers in the causal language model.
@@ -27,8 +28,10 @@ class Family:
         mlp_rows: linear maps that feed it, and what their output rows are.
         head_norms: RMS norms that run over all heads at once, and what their weights stand for.
         columns_key: name of the FFN's width in the configuration.
+        heads_fill_hidden: whether the library's own class knows no other heads than those that fill the hidden size.
     """
 
+    base_type: str
     slim_config: type[PreTrainedConfig]
     slim_model: type[PreTrainedModel]
     layers: str = "model.layers"
@@ -45,6 +48,7 @@ class Family:
     )
     head_norms: tuple[tuple[str, str], ...] = ()
     columns_key: str = "intermediate_size"
+    heads_fill_hidden: bool = False
 
     def decoder_layers(self, model: PreTrainedModel) -> nn.ModuleList:
         """The decoder layers of ``model``."""
@@ -64,6 +68,7 @@ _DIFFERENCES: dict[str, dict[str, Any]] = {
         "mlp_out": "fc2",
         "mlp_rows": (("fc1", (COLUMNS,)),),
         "columns_key": "ffn_dim",
+        "heads_fill_hidden": True,
     },
 }
 
@@ -72,7 +77,7 @@ def _table() -> dict[str, Family]:
     """A row for every model type, before pruning and after it."""
     table = {}
     for model_type, (config, model) in SLIM_CLASSES.items():
-        row = Family(slim_config=config, slim_model=model, **_DIFFERENCES.get(model_type, {}))
+        row = Family(base_type=model_type, slim_config=config, slim_model=model, **_DIFFERENCES.get(model_type, {}))
         table |= {model_type: row, config.model_type: row}
     return table
 

@@ -23,7 +23,8 @@ from slim_utils.families import Family, LayerShape, layer_shapes
 from slim_utils.model_io import peak_memory_mib
 from slim_utils.params_remove import settle_heads
 from slim_utils.pruning_record import LayerMask
-from slim_utils.slimgpt import PruneResult, SlimGPT
+from slim_utils.slimgpt import PruneResult, SlimGPT, units_to_remove
+from slim_utils.sparsity_schedule import aligned_ratios
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,9 @@ class WalkSettings:
         compensate: whether the remaining weights are updated.
         gqa_unit: what goes where query heads share key/value heads, one of ``GQA_UNITS``: whole kv groups, or equally
             many query heads of every group, whose key/value head stays.
+        heads_multiple: every layer keeps a multiple of so many kv groups; has no say where query heads are the unit.
+        columns_multiple: every layer keeps a multiple of so many FFN columns.
+        alike: layers of one ratio keep equally many, whatever the multiples leave over.
     """
 
     device: torch.device
@@ -51,6 +55,19 @@ class WalkSettings:
     percdamp: float = 0.01
     compensate: bool = True
     gqa_unit: str = "kv_group"
+    heads_multiple: int = 1
+    columns_multiple: int = 1
+    alike: bool = False
+
+    def by_query_head(self, shape: LayerShape) -> bool:
+        """Whether the unit of a layer of ``shape`` is a query head of a group."""
+        return self.gqa_unit == "query_head" and shape.heads_per_group > 1
+
+    def aligned(self, shapes: list[LayerShape], ratios: list[float]) -> list[tuple[float, float]]:
+        """Ratios of the kv groups and of the FFN columns of every layer that keep the multiples asked."""
+        heads = aligned_ratios(ratios, [shape.num_kv_heads for shape in shapes], self.heads_multiple, self.alike)
+        columns = aligned_ratios(ratios, [shape.num_columns for shape in shapes], self.columns_multiple, self.alike)
+        return list(zip(heads, columns, strict=True))
 
 
 @dataclass(frozen=True)
@@ -143,6 +160,7 @@ def prune_layers(
     pruned = [index for index, ratio in enumerate(ratios) if ratio > 0]
     if not pruned:
         return masks, reports
+    aligned = settings.aligned(shapes, ratios)
     layers = family.decoder_layers(model)
     hidden, calls = capture_layer_calls(model, layers, samples, settings)
     with logging_redirect_tqdm():
@@ -150,7 +168,7 @@ def prune_layers(
             layer = layers[index].to(settings.device)
             inputs = LayerInputs(hidden, send_to_device(calls[index], settings.device), settings)
             if ratios[index] > 0:
-                report = _prune_layer(index, layer, family, shapes[index], ratios[index], inputs)
+                report = _prune_layer(index, layer, family, shapes[index], ratios[index], aligned[index], inputs)
                 masks[index] = report.mask
                 reports.append(report)
                 _log_report(report, len(layers))
@@ -161,13 +179,36 @@ def prune_layers(
     return masks, reports
 
 
+def planned_masks(shapes: list[LayerShape], ratios: list[float], settings: WalkSettings) -> list[LayerMask]:
+    """Masks of the sizes that pruning will give; which units they keep is not known before."""
+    masks = []
+    for shape, ratio, (head_ratio, column_ratio) in zip(shapes, ratios, settings.aligned(shapes, ratios), strict=True):
+        columns = list(range(shape.num_columns - units_to_remove(shape.num_columns, column_ratio)))
+        groups, size = shape.num_kv_heads, shape.heads_per_group
+        if settings.by_query_head(shape):
+            kept = size - units_to_remove(shape.num_heads, ratio, groups) // groups
+            heads = [group * size + i for group in range(groups) for i in range(kept)]
+            masks.append(LayerMask.from_heads(shape, heads, columns))
+        else:
+            masks.append(
+                LayerMask.from_groups(shape, list(range(groups - units_to_remove(groups, head_ratio))), columns)
+            )
+    return masks
+
+
 def _prune_layer(
-    index: int, layer: nn.Module, family: Family, shape: LayerShape, ratio: float, inputs: LayerInputs
+    index: int,
+    layer: nn.Module,
+    family: Family,
+    shape: LayerShape,
+    ratio: float,
+    aligned: tuple[float, float],
+    inputs: LayerInputs,
 ) -> LayerReport:
     """Prune the heads of a layer, then, on what its pruned attention puts out, its FFN columns."""
     settings, start = inputs.settings, time.perf_counter()
 
-    def prune(name: str, unit_size: int, num_groups: int = 1) -> PruneResult:
+    def prune(name: str, ratio: float, unit_size: int, num_groups: int = 1) -> PruneResult:
         linear = layer.get_submodule(name)
         pruner = SlimGPT(linear, f"layer {index} {name}")
         for batch in inputs.inputs_of(linear, layer):
@@ -176,13 +217,14 @@ def _prune_layer(
         pruner.free()
         return result
 
-    if settings.gqa_unit == "query_head" and shape.heads_per_group > 1:
-        attention, keep = prune(family.attention_out, shape.head_dim, shape.num_kv_heads), LayerMask.from_heads
+    if settings.by_query_head(shape):
+        attention = prune(family.attention_out, ratio, shape.head_dim, shape.num_kv_heads)
+        keep = LayerMask.from_heads
     else:
-        attention = prune(family.attention_out, shape.head_dim * shape.heads_per_group)
+        attention = prune(family.attention_out, aligned[0], shape.head_dim * shape.heads_per_group)
         keep = LayerMask.from_groups
     settle_heads(layer, family, keep(shape, attention.kept_units, list(range(shape.num_columns))))
-    mlp = prune(family.mlp_out, 1)
+    mlp = prune(family.mlp_out, aligned[1], 1)
     mask = keep(shape, attention.kept_units, mlp.kept_units)
     seconds = time.perf_counter() - start
     return LayerReport(index, ratio, mask, attention, mlp, seconds, peak_memory_mib(settings.device))

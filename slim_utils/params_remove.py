@@ -1,11 +1,14 @@
 """Removing what was pruned: zeros in the original shapes, or a small model whose layers differ in shape."""
 
 import math
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from slim_utils.errors import UserError
 from slim_utils.families import COLUMNS, HEADS, KV_HEADS, Family, layer_shapes
 from slim_utils.pruning_record import LayerMask
 
@@ -89,24 +92,55 @@ def settle_heads(layer: nn.Module, family: Family, mask: LayerMask) -> None:
 
 def slim_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask]) -> PreTrainedConfig:
     """Configuration of the small model: per-layer shapes, and the lists ``layer_head_num``, ``layer_inter_size``."""
-    # These, not a layer's own, are the sizes of the model before any pruning where it was pruned once already.
-    fields = {key: value for key, value in config.to_dict().items() if key not in _DENSE_ONLY_KEYS}
-    fields["head_dim"] = masks[0].shape.head_dim
-    fields["layer_head_num"] = [len(mask.kept_heads) for mask in masks]
-    fields["layer_inter_size"] = [len(mask.kept_columns) for mask in masks]
-    per_layer = {
-        index: {
-            "num_attention_heads": len(mask.kept_heads),
-            **({"num_key_value_heads": len(mask.kept_kv_heads)} if hasattr(config, "num_key_value_heads") else {}),
-            family.columns_key: len(mask.kept_columns),
-        }
-        for index, mask in enumerate(masks)
-    }
-    slim = family.slim_config(**fields, per_layer_config=per_layer)
+    per_layer = {index: _layer_sizes(config, family, mask) for index, mask in enumerate(masks)}
+    # At the top level are the sizes of the model before any pruning, also where it was pruned once already.
+    slim = family.slim_config(**_shared_fields(config, masks), per_layer_config=per_layer)
     slim.architectures = [family.slim_model.__name__]
     # save_pretrained adds the other two classes; AutoModel is what vLLM asks for.
     slim.auto_map = {"AutoModel": _auto_model_reference(family)}
     return slim
+
+
+def stock_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask]) -> PreTrainedConfig:
+    """Configuration of the small model in the library's own class, for layers that are all alike.
+
+    A LLaMA whose heads do not divide its hidden size takes the form of a Mistral, which has the same weights.
+
+    Raises:
+        UserError: if layers differ, or the library's class refuses their shape.
+    """
+    sizes = [_layer_sizes(config, family, mask) for mask in masks]
+    if any(other != sizes[0] for other in sizes):
+        raise UserError("--uniform_shapes: layers end in different shapes; use --sparsity on all layers")
+    fields = _shared_fields(config, masks) | sizes[0]
+    heads, hidden = sizes[0]["num_attention_heads"], config.hidden_size
+    try:
+        if family.heads_fill_hidden and heads * fields["head_dim"] != hidden:
+            raise ValueError("heads have to fill the hidden size")
+        return AutoConfig.for_model(family.base_type, **fields)
+    except (ValueError, StrictDataclassError) as error:
+        has_biases = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
+        if family.base_type == "llama" and not has_biases:
+            return AutoConfig.for_model("mistral", **fields, sliding_window=None)
+        raise UserError(
+            f"--uniform_shapes: a {family.base_type} cannot have {heads} heads on a hidden size of {hidden}; choose "
+            "another --sparsity, or leave --uniform_shapes out"
+        ) from error
+
+
+def _shared_fields(config: PreTrainedConfig, masks: list[LayerMask]) -> dict[str, Any]:
+    fields = {key: value for key, value in config.to_dict().items() if key not in _DENSE_ONLY_KEYS}
+    fields["head_dim"] = masks[0].shape.head_dim
+    fields["layer_head_num"] = [len(mask.kept_heads) for mask in masks]
+    fields["layer_inter_size"] = [len(mask.kept_columns) for mask in masks]
+    return fields
+
+
+def _layer_sizes(config: PreTrainedConfig, family: Family, mask: LayerMask) -> dict[str, int]:
+    sizes = {"num_attention_heads": len(mask.kept_heads), family.columns_key: len(mask.kept_columns)}
+    if hasattr(config, "num_key_value_heads"):
+        sizes["num_key_value_heads"] = len(mask.kept_kv_heads)
+    return sizes
 
 
 def _auto_model_reference(family: Family) -> str:
@@ -115,13 +149,22 @@ def _auto_model_reference(family: Family) -> str:
 
 
 @torch.no_grad()
-def shrink(model: PreTrainedModel, family: Family, masks: list[LayerMask]) -> PreTrainedModel:
+def shrink(
+    model: PreTrainedModel, family: Family, masks: list[LayerMask], uniform_shapes: bool = False
+) -> PreTrainedModel:
     """The small model: only what ``masks`` keep of ``model``, in its dtype.
 
     The parameters that lose nothing (embeddings, norms) are shared with ``model``, not copied.
 
+    Args:
+        model: zeroed or not.
+        family: its row of the table.
+        masks: a mask a layer.
+        uniform_shapes: make it of the library's own class, of layers all alike.
+
     Raises:
         ValueError: if ``masks`` are not of this model's shape.
+        UserError: if ``uniform_shapes`` cannot be.
     """
     if [mask.shape for mask in masks] != layer_shapes(model.config):
         raise ValueError("the masks are of a model of other shapes")
@@ -137,10 +180,9 @@ def shrink(model: PreTrainedModel, family: Family, masks: list[LayerMask]) -> Pr
             key = f"{family.layers}.{index}.{name}.weight"
             # The mean square is over fewer heads from here on.
             state[key] = _select(state[key], 0, indices) * math.sqrt(total / len(indices))
-    config = slim_config(model.config, family, masks)
-    config._attn_implementation = model.config._attn_implementation
+    config = (stock_config if uniform_shapes else slim_config)(model.config, family, masks)
     with torch.device("meta"):
-        small = family.slim_model(config)
+        small = AutoModelForCausalLM.from_config(config, attn_implementation=model.config._attn_implementation)
     small.load_state_dict(state, assign=True)
     _adopt_buffers(small, model)
     small.tie_weights()

@@ -104,8 +104,7 @@ class SlimGPT:
         weight[:, dead] = 0
 
         num_units = self.columns // unit_size
-        group_size = num_units // num_groups
-        target = num_groups * min(round(group_size * sparsity), group_size - 1)
+        target = units_to_remove(num_units, sparsity, num_groups)
         for damping in damping_steps(percdamp):
             damped = hessian.clone()
             damped.diagonal().add_(damping * hessian.diagonal().mean())
@@ -130,6 +129,12 @@ class SlimGPT:
     def free(self) -> None:
         """Let go of the Hessian."""
         self.hessian = None
+
+
+def units_to_remove(num_units: int, sparsity: float, num_groups: int = 1) -> int:
+    """``round(units · sparsity)``, equally many of every group, and never all."""
+    group_size = num_units // num_groups
+    return num_groups * min(round(group_size * sparsity), group_size - 1)
 
 
 def damping_steps(percdamp: float) -> Iterator[float]:

@@ -210,6 +210,19 @@ WRONG = {
         ["{model}", "--data_file", "{text}", "--seqlen", "32", "--skip_evaluate"],
         "4000 tokens, but --num_samples 1024 × --seqlen 32 ask for 32768",
     ),
+    "unit": (["{model}", "c4", "--multiple_of", "0"], "--multiple_of 0: at least 1"),
+    "uniform and not": (
+        ["{model}", "c4", "--uniform_shapes", "--non_uniform", "--save_pruned_weights"],
+        "--uniform_shapes wants one ratio for all layers",
+    ),
+    "uniform zeroed": (["{model}", "c4", "--uniform_shapes"], "--uniform_shapes is about the small model"),
+    "uniform layers": (
+        [
+            *["{model}", "--data_file", "{text}", "--seqlen", "32", "--minlayer", "1", "--sparsity", ".5"],
+            *["--uniform_shapes", "--save_pruned_weights"],
+        ],
+        "--uniform_shapes: layers end in different shapes",
+    ),
     "eval data": (["{model}", "--data_file", "{text}", "--eval_datasets", "c5"], "--eval_datasets c5"),
     "eval length": (
         [
@@ -294,6 +307,31 @@ def test_a_killed_run_leaves_no_output(tmp_path, tokenizer, text_file, signum, c
     assert process.wait(timeout=60) == code
     assert "Traceback" not in rest
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_uniform_shapes_make_a_stock_checkpoint(small_run, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--uniform_shapes", "--multiple_of", 8, "--skip_evaluate", "--save_pruned_weights", "--save_dir", out]
+    main(*small_run, "--sparsity", 0.5, *flags)
+    small = out / "pruned_weights"
+    assert {path.name for path in small.iterdir()} == WEIGHT_FILES | TOKENIZER_FILES
+    config = json.loads((small / "config.json").read_text())
+    assert (config["model_type"], config["num_attention_heads"], config["intermediate_size"]) == ("llama", 3, 16)
+    assert config["layer_head_num"] == [3] * 4
+    model = AutoModelForCausalLM.from_pretrained(small)
+    assert type(model).__module__ == "transformers.models.llama.modeling_llama"
+
+
+def test_shapes_that_run_fast(small_run, tmp_path, caplog):
+    flags = ["--non_uniform", "--min_sparsity", 0.1, "--max_sparsity", 0.6, "--skip_evaluate"]
+    flags += ["--gqa_unit", "query_head", "--multiple_of", 4, "--tp_size", 2]
+    main(*small_run, *flags, "--save_dir", tmp_path / "out")
+    masks = read_pruning(tmp_path / "out" / "pruning.json")
+    assert all(len(mask.kept_columns) % 4 == 0 and len(mask.kept_kv_heads) == 2 for mask in masks)
+    assert {len(mask.kept_heads) for mask in masks} == {2, 4, 6}
+    assert "do not divide by" not in caplog.text
+    main(*small_run, *flags, "--tp_size", 4, "--save_dir", tmp_path / "other")
+    assert "layers 0, 1, 2, 3 end with kv heads or columns that do not divide by 4 and 4" in caplog.text
 
 
 def test_vocabulary_of_the_tests_matches(checkpoint):

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from slim_utils import layer_walk
 from slim_utils.errors import UserError
 from slim_utils.families import find_family, layer_shapes
-from slim_utils.layer_walk import WalkSettings, prune_layers
+from slim_utils.layer_walk import WalkSettings, planned_masks, prune_layers
 from tests import reference_slimgpt
 from tests.conftest import ALL_TINY, make_tiny, set_attention
 
@@ -51,6 +51,31 @@ def test_query_heads_as_units(samples):
     assert all(mask.kept_kv_heads == [0, 1] for mask in masks)
     for name, weight in expected.state_dict().items():
         assert torch.allclose(model.state_dict()[name], weight, rtol=1e-4, atol=1e-4 * weight.abs().max().item()), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gqa_unit": "query_head"},
+        {"heads_multiple": 2, "columns_multiple": 8},
+        {"columns_multiple": 16, "alike": True},
+        {"heads_multiple": 4},
+    ],
+)
+@pytest.mark.parametrize("variant", ["mha", "gqa"])
+def test_pruning_gives_the_sizes_planned(samples, variant, settings):
+    model = make_tiny(variant)
+    planned = planned_masks(layer_shapes(model.config), RATIOS, WalkSettings(CPU, CPU, **settings))
+    masks, _ = walk(model, samples, **settings)
+    for plan, mask in zip(planned, masks, strict=True):
+        assert [len(plan.kept_heads), len(plan.kept_kv_heads), len(plan.kept_columns)] == [
+            len(mask.kept_heads),
+            len(mask.kept_kv_heads),
+            len(mask.kept_columns),
+        ]
+    if settings.get("heads_multiple") == 2:
+        assert all(len(mask.kept_kv_heads) % 2 == 0 and len(mask.kept_columns) % 8 == 0 for mask in masks)
 
 
 def test_multi_head_attention_has_one_unit(samples):

@@ -5,11 +5,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from slim_utils.errors import UserError
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.model_stats import model_stats, removed_share
 from slim_utils.params_remove import kept_indices, shrink, zero_removed
 from slim_utils.pruning_record import LayerMask, read_pruning, write_pruning
-from tests.conftest import ALL_TINY, make_tiny, set_attention
+from tests.conftest import ALL_TINY, TINY_VARIANTS, make_tiny, set_attention
 
 
 def some_masks(model) -> list[LayerMask]:
@@ -137,6 +138,46 @@ def test_kv_heads_keep_equally_many_query_heads():
     assert LayerMask.from_heads(shape, [1, 2, 3, 5], [0]).kept_kv_heads == [0, 1]
     with pytest.raises(ValueError, match="unequally many"):
         LayerMask.from_heads(shape, [1, 3, 5], [0])
+
+
+@pytest.mark.parametrize("variant", ALL_TINY)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_layers_all_alike_make_a_stock_model(variant, dtype, samples, tmp_path):
+    model = make_tiny(variant, dtype)
+    family, masks = find_family(model.config), []
+    for index, shape in enumerate(layer_shapes(model.config)):
+        # Of two, three or six groups one goes, another one in each layer.
+        groups = [group for group in range(shape.num_kv_heads) if group != index % shape.num_kv_heads]
+        masks.append(LayerMask.from_groups(shape, groups, [c for c in range(40) if c % 4 != index]))
+    heads = len(masks[0].kept_heads)
+    divides = 24 % heads == 0
+    if (not divides and (variant in ("gemma2", "gemma3_text") or variant == "biases")) or variant == "opt":
+        with pytest.raises(UserError, match=f"--uniform_shapes: a .* cannot have {heads} heads on a hidden size of 24"):
+            shrink(model, family, masks, uniform_shapes=True)
+        return
+    small = shrink(model, family, masks, uniform_shapes=True)
+    zero_removed(model, family, masks)
+    small.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    stock = "mistral" if variant in TINY_VARIANTS and not divides else model.config.model_type
+    assert again.config.model_type == stock
+    assert type(again).__module__.startswith(f"transformers.models.{stock.removesuffix('_text')}.")
+    with torch.no_grad():
+        expected = model(samples).logits
+        # OLMo's norms over all heads have another epsilon in a stock model.
+        tolerance = 1e-4 if dtype == torch.float32 or variant == "olmo2" else 1e-9
+        assert (small(samples).logits - expected).abs().max() <= tolerance * expected.abs().max()
+        assert (again(samples).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    prompt = samples[:2, :5]
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
+    assert torch.equal(again.generate(prompt, **options), again.generate(prompt, use_cache=False, **options))
+
+
+def test_layers_that_differ_make_no_stock_model():
+    model = make_tiny("gqa")
+    with pytest.raises(UserError, match="--uniform_shapes: layers end in different shapes"):
+        shrink(model, find_family(model.config), some_masks(model), uniform_shapes=True)
 
 
 def test_masks_of_another_model_are_refused():
