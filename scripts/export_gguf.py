@@ -1,0 +1,50 @@
+"""Write a LLaMA-like checkpoint, pruned or not, as a GGUF file for llama.cpp.
+
+    python scripts/export_gguf.py OUT/pruned_weights pruned.gguf --outtype q8_0
+
+Layers that differ in shape make a file of llama.cpp's architecture ``deci``, layers all alike one of ``llama``.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import models  # noqa: F401 - registers the classes of pruned checkpoints
+from slim_utils.cli import ArgumentParser, run_cli
+from slim_utils.gguf_export import OUTTYPES, check_exportable, export_gguf
+from slim_utils.model_io import check_output_file, load_config, load_model, load_tokenizer
+
+logger = logging.getLogger("export_gguf")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = ArgumentParser(prog="export_gguf.py", description="A LLaMA-like checkpoint as a GGUF file.")
+    parser.add_argument("model", help="checkpoint folder")
+    parser.add_argument("out", type=Path, help="file to write")
+    parser.add_argument("--outtype", choices=OUTTYPES, default="f16", help="of the matrices (default %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Check, load, write to a temporary name, rename."""
+    check_output_file(args.out, args.overwrite, "OUT")
+    config = load_config(args.model, trust_remote_code=False)
+    check_exportable(config, args.outtype)
+    tokenizer = load_tokenizer(args.model, trust_remote_code=False)
+    model = load_model(args.model, "auto", trust_remote_code=False)
+    partial = args.out.with_name(f".{args.out.name}.partial")
+    try:
+        export_gguf(model, tokenizer, Path(args.model), partial, args.outtype)
+        partial.rename(args.out)
+    finally:
+        partial.unlink(missing_ok=True)
+    logger.info("saved %s: %.1f MiB", args.out, args.out.stat().st_size / (1 << 20))
+
+
+if __name__ == "__main__":
+    run_cli(lambda: main(build_parser().parse_args()), "export_gguf.py", output_flag="OUT")
