@@ -26,6 +26,7 @@ fi
 
 [ -n "$DATA" ] && flags+=(--data_dir "$DATA")
 [ -n "$TASKS" ] && flags+=(--tasks "$TASKS")
+: "${MODEL:?set MODEL to a checkpoint folder or hub name}"
 mkdir -p "$(dirname "$OUT")"
-.venv/bin/python model_evaluate.py --model "${MODEL:?set MODEL to a checkpoint folder or hub name}" "${flags[@]}" \
+.venv/bin/python model_evaluate.py --model "$MODEL" "${flags[@]}" \
     --batch_size "$BATCH_SIZE" --output_path "$OUT" --no_cache 2>&1 | tee -i "$OUT.log"

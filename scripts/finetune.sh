@@ -31,8 +31,9 @@ launcher=(.venv/bin/python) distributed=()
 if [ "$NPROC" -gt 1 ]; then
     launcher=(.venv/bin/torchrun "--nproc_per_node=$NPROC" --nnodes=1) distributed=(--deepspeed configs/deepspeed.json)
 fi
+: "${MODEL:?set MODEL to a checkpoint folder or hub name}"
 mkdir -p "$(dirname "$OUT")"
-"${launcher[@]}" model_finetune.py --model_name_or_path "${MODEL:?set MODEL to a checkpoint folder or hub name}" \
+"${launcher[@]}" model_finetune.py --model_name_or_path "$MODEL" \
     --data_path "${DATA:-alpaca}" "${distributed[@]}" --bf16 true "${sizes[@]}" --lr_scheduler_type cosine \
     --learning_rate 1e-4 --logging_first_step true --evaluation_strategy steps --cache_dataset false --optim adamw_hf \
     --extra_val_set "${EVAL:-wikitext2}" --use_lora true --is_mask_training false --output_dir "$OUT" $FLAGS \

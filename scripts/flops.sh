@@ -23,7 +23,8 @@ fi
 
 flags=()
 [ -n "$DATA" ] && flags=(--compare "$DATA")
+: "${MODEL:?set MODEL to a checkpoint folder or hub name}"
 mkdir -p "$(dirname "$OUT")"
-.venv/bin/python test_flops.py --base_model "${MODEL:?set MODEL to a checkpoint folder or hub name}" "${flags[@]}" \
+.venv/bin/python test_flops.py --base_model "$MODEL" "${flags[@]}" \
     --batch_sizes $BATCH_SIZES --lengths $LENGTHS --repeats $repeats --new_tokens $new_tokens --out "$OUT" \
     2>&1 | tee -i "$OUT.log"

@@ -26,8 +26,9 @@ fi
 
 data=("${DATA:-c4}")
 [ -f "$DATA" ] && data=(--data_file "$DATA")
+: "${MODEL:?set MODEL to a checkpoint folder or hub name}"
 mkdir -p "$(dirname "$OUT")"
-.venv/bin/python model_slimming.py "${MODEL:?set MODEL to a checkpoint folder or hub name}" "${data[@]}" \
+.venv/bin/python model_slimming.py "$MODEL" "${data[@]}" \
     --num_samples "$NUM_SAMPLES" --seqlen "$SEQLEN" --percdamp 0 --non_uniform --non_uniform_strategy log_increase \
     --min_sparsity 0.0625 --max_sparsity "$MAX_SPARSITY" --eval_datasets "${EVAL:-wikitext2}" --eval_seqlens $EVAL_SEQLENS \
     --save_pruned_weights --save_dir "$OUT" 2>&1 | tee -i "$OUT.ppl"

@@ -61,10 +61,11 @@ def test_wrong_use_is_one_line(recipe):
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "llama_7b_p20.sh"])
-def test_a_missing_model_is_said(recipe):
-    process = run(recipe)
+def test_a_missing_model_is_said(recipe, tmp_path):
+    process = run(recipe, OUT=tmp_path / "new" / "out")
     assert process.returncode != 0
     assert "set MODEL to a checkpoint folder or hub name" in process.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failing_stage_fails_the_recipe(tmp_path):
