@@ -3,10 +3,11 @@
     python model_slimming.py MODEL c4 --num_samples 128 --percdamp 0 --non_uniform --min_sparsity 0.0625 \
         --max_sparsity 0.25 --save_pruned_weights --save_dir OUT 2>&1 | tee -i OUT.ppl
 
-Writes OUT/ (original shapes, removed weights zero), OUT/pruned_weights/ (the small model), OUT/pruning.json (what was
-kept and removed) and OUT/run.json (arguments, versions, data, errors and seconds per layer, perplexities).
+Writes OUT/ (original shapes, removed weights zero), OUT/pruned_weights/ (the small model and its card),
+OUT/pruning.json (what was kept and removed) and OUT/run.json (arguments, versions, data, errors and seconds per layer,
+perplexities).
 
-Limits: LLaMA-family models; the whole model has to fit in host memory, one layer and its Hessian on the device.
+Limits: the families of the table; the whole model has to fit in host memory, one layer and its Hessian on the device.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from slim_utils.cli import ArgumentParser, command_line, run_cli
 from slim_utils.errors import UserError
 from slim_utils.families import Family, find_family, layer_shapes
 from slim_utils.layer_walk import GQA_UNITS, LayerReport, WalkSettings, planned_masks, prune_layers
+from slim_utils.model_card import CARD_FILE, copy_license_files, model_card
 from slim_utils.model_io import (
     DTYPES,
     RUN_FILE,
@@ -38,10 +40,12 @@ from slim_utils.model_io import (
     save_checkpoint,
     warn_if_short_of_space,
     write_json_atomic,
+    write_text_atomic,
 )
 from slim_utils.model_stats import count_parameters, removed_share
 from slim_utils.params_remove import shrink, stock_config, zero_removed
 from slim_utils.pruning_record import PRUNING_FILE, LayerMask, write_pruning
+from slim_utils.publishing import check_publishable, publish
 from slim_utils.run_record import calibration_record, environment, layer_record
 from slim_utils.slim_dataset import CalibrationData, load_calibration
 from slim_utils.sparsity_schedule import STRATEGIES, layer_range, layer_ratios, non_uniform_ratios
@@ -67,11 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
     prune.add_argument("--min_sparsity", type=float, default=0, help="lowest ratio of a layer with --non_uniform")
     prune.add_argument("--max_sparsity", type=float, default=0, help="highest ratio of a layer with --non_uniform")
     prune.add_argument(
-        "--gqa_unit", choices=GQA_UNITS, default="kv_group", help="what goes where query heads share key/value heads"
+        "--gqa_unit", choices=GQA_UNITS, default=GQA_UNITS[0], help="what goes where query heads share key/value heads"
     )
     prune.add_argument("--multiple_of", type=int, default=1, help="every layer keeps a multiple of N FFN columns")
-    prune.add_argument("--even_heads", action="store_true", help="every layer keeps an even number of kv heads")
-    prune.add_argument("--tp_size", type=int, default=1, help="kv heads and columns divide by so many GPUs")
+    prune.add_argument("--even_heads", action="store_true", help="every layer keeps an even number of heads")
+    prune.add_argument("--tp_size", type=int, default=1, help="heads and columns divide by so many GPUs")
     prune.add_argument("--minlayer", type=int, default=-1, help="first layer to prune")
     prune.add_argument("--maxlayer", type=int, default=1000, help="layer to stop before")
     prune.add_argument("--no_compensate", action="store_true", help="only zero, leave the other weights as they are")
@@ -89,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--uniform_shapes", action="store_true", help="the small model is a stock one, without code of its own"
     )
     output.add_argument("--overwrite", action="store_true", help="replace an earlier run's --save_dir")
+    output.add_argument("--push_to_hub", metavar="NAME", help="publish the small model, with its card, under this name")
     output.add_argument("--skip_evaluate", action="store_true", help="no perplexity afterwards")
     output.add_argument(
         "--eval_datasets", nargs="+", default=["wikitext2"], help=f"{', '.join(EVAL_SPLITS)}, FILE or NAME=FILE"
@@ -125,8 +130,12 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError("--uniform_shapes is about the small model: add --save_pruned_weights")
     if args.save_pruned_weights and not args.save_dir:
         raise UserError("--save_pruned_weights needs --save_dir DIR")
+    if args.push_to_hub and not args.save_pruned_weights:
+        raise UserError("--push_to_hub publishes the small model: add --save_pruned_weights")
     if args.save_dir:
         check_output(Path(args.save_dir), args.overwrite)
+    if args.push_to_hub:
+        check_publishable(args.push_to_hub, args.overwrite)
     args.device = choose_device(args.device)
     args.cache_dev = choose_device(args.cache_dev, "--cache_dev") if args.cache_dev else args.device
     if any(seqlen < 2 for seqlen in args.eval_seqlens or ()):
@@ -161,10 +170,18 @@ def save(
         save_checkpoint(model, tokenizer, folder)
         if args.save_pruned_weights:
             small = shrink(model, family, masks, args.uniform_shapes)
+            record["sizes"]["parameters_pruned"] = count_parameters(small)
             save_checkpoint(small, tokenizer, folder / SMALL_MODEL_FOLDER)
+            copy_license_files(args.model_path, folder / SMALL_MODEL_FOLDER)
+            write_card(folder, record, family, masks)
         write_pruning(folder / PRUNING_FILE, masks, model.config.model_type)
         write_json_atomic(folder / RUN_FILE, record)
     logger.info("saved %s", args.save_dir)
+
+
+def write_card(folder: Path, record: dict[str, Any], family: Family, masks: list[LayerMask]) -> None:
+    """Write the model card of the small model in the output ``folder``."""
+    write_text_atomic(folder / SMALL_MODEL_FOLDER / CARD_FILE, model_card(record, family, masks))
 
 
 def walk_settings(args: argparse.Namespace) -> WalkSettings:
@@ -182,20 +199,17 @@ def walk_settings(args: argparse.Namespace) -> WalkSettings:
     )
 
 
-def warn_of_unaligned(masks: list[LayerMask], kv_heads: int, columns: int) -> None:
-    """Say which layers end with kv heads or columns that are not multiples of these."""
-    uneven = [
-        str(index)
-        for index, mask in enumerate(masks)
-        if len(mask.kept_kv_heads) % kv_heads or len(mask.kept_columns) % columns
-    ]
+def warn_of_unaligned(masks: list[LayerMask], settings: WalkSettings) -> None:
+    """Say which layers end with heads or columns that are not the multiples asked."""
+    heads, columns = settings.heads_multiple, settings.columns_multiple
+    uneven = []
+    for index, mask in enumerate(masks):
+        kept = mask.kept_heads if settings.by_query_head(mask.shape) else mask.kept_kv_heads
+        if len(kept) % heads or len(mask.columns_by_ffn()[0]) % columns:
+            uneven.append(str(index))
     if uneven:
-        logger.warning(
-            "layers %s end with kv heads or columns that do not divide by %d and %d",
-            ", ".join(uneven),
-            kv_heads,
-            columns,
-        )
+        message = "layers %s end with heads or columns that do not divide by %d and %d"
+        logger.warning(message, ", ".join(uneven), heads, columns)
 
 
 def run_record(
@@ -233,7 +247,7 @@ def main(args: argparse.Namespace) -> None:
     planned = planned_masks(layer_shapes(config), ratios, settings)
     if args.uniform_shapes:
         stock_config(config, family, planned)
-    warn_of_unaligned(planned, settings.heads_multiple, settings.columns_multiple)
+    warn_of_unaligned(planned, settings)
     tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
     data = load_calibration(args.dataset, args.data_file, tokenizer, args.num_samples, args.seqlen, args.seed)
     eval_sets = (
@@ -260,6 +274,10 @@ def main(args: argparse.Namespace) -> None:
         record["peak_memory_mib"] = peak_memory_mib(args.device)
         if args.save_dir:
             write_json_atomic(Path(args.save_dir) / RUN_FILE, record)
+        if args.save_pruned_weights:
+            write_card(Path(args.save_dir), record, family, masks)
+    if args.push_to_hub:
+        logger.info("published %s", publish(Path(args.save_dir) / SMALL_MODEL_FOLDER, args.push_to_hub))
 
 
 if __name__ == "__main__":

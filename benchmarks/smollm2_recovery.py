@@ -4,7 +4,7 @@
         --eval_file wikitext2/test.raw.txt --alpaca_file alpaca/stanford_original.jsonl --task_dir tasks \
         --work_dir recovery --out benchmarks/results/smollm2_recovery.json
 
-Runs the command lines of the three stages as a user would. Pruning: native grouped-query heads, 32 × 512 tokens,
+Runs the command lines of the three stages as a user would. Pruning: whole kv groups, 32 × 512 tokens,
 log_increase from 0.0625, damping 0.01. LoRA: the defaults, bf16 products, batches of 16, cosine from 1e-4. Perplexity:
 the first 300,000 characters of the evaluation text, and the last 200 rows of the instructions, which are not trained
 on. What is finished in --work_dir is not run again.
@@ -36,6 +36,7 @@ TASKS = ("openbookqa", "arc_easy", "winogrande", "piqa")
 EVAL_CHARS, HELD_OUT_ROWS = 300_000, 200
 EVAL_SEQLENS = (128, 2048)
 BATCH, LEARNING_RATE, MAX_LENGTH = 16, 1e-4, 256
+GQA_UNIT = "kv_group"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -105,10 +106,11 @@ def prune(args: argparse.Namespace, share: float) -> Path:
     """The small model of ``share``."""
     folder = args.work_dir / f"pruned_{share:g}"
     if not finished(folder):
-        cpu = torch.device("cpu")
-        top = ratios_for_share(load_model(args.model, "auto", False), share, WalkSettings(cpu, cpu))[-1]
+        settings = WalkSettings(torch.device("cpu"), torch.device("cpu"), gqa_unit=GQA_UNIT)
+        top = ratios_for_share(load_model(args.model, "auto", False), share, settings)[-1]
         flags = {"--data_file": args.calib_file, "--num_samples": NUM_SAMPLES, "--seqlen": SEQLEN}
         flags |= {"--percdamp": PERCDAMP, "--min_sparsity": MIN_SPARSITY, "--max_sparsity": f"{top:.4f}"}
+        flags["--gqa_unit"] = GQA_UNIT
         switches = ["--non_uniform", "--skip_evaluate", "--save_pruned_weights"]
         run("model_slimming.py", args.model, *words(flags), *switches, "--save_dir", folder)
     return folder / "pruned_weights"

@@ -15,7 +15,13 @@ logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
     lambda record: not record.getMessage().startswith("Reading global config value for per-layer attribute")
 )
 
-PER_LAYER_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "ffn_dim")
+PER_LAYER_SIZES = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "ffn_dim",
+)
 
 
 class SlimConfigMixin:
@@ -63,7 +69,10 @@ class SlimModelMixin:
             self.layer_class(config.per_layer_config[i], i) for i in range(config.num_hidden_layers)
         )
         for i, layer in enumerate(self.layers):
-            layer.self_attn.config = LayerConfigView(config, i)
+            view = LayerConfigView(config, i)
+            for module in layer.modules():
+                if isinstance(getattr(module, "config", None), PreTrainedConfig):
+                    module.config = view
         self.post_init()
 
 

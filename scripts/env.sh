@@ -43,3 +43,16 @@ smoke_inputs() {
     .venv/bin/python -m scripts.make_smoke_data "$cache/wiki.calibration.txt" "$cache/smoke"
     smoke_model=$cache/SmolLM2-135M-Instruct smoke_data=$cache/smoke
 }
+
+# make_engine_venv FOLDER REQUIREMENTS [PACKAGE…]: an environment for a serving engine, without the packages named, whose
+# builds need not fit the installed torch and which text does not need.
+make_engine_venv() {
+    local folder=$1 requirements=$2
+    shift 2
+    [ -e "$folder/.installed" ] && return
+    "${PYTHON:-python3}" -m venv "$folder"
+    echo "installing $requirements into $folder" >&2
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    [ $# -eq 0 ] || "$folder/bin/python" -m pip uninstall --quiet --yes "$@"
+    touch "$folder/.installed"
+}

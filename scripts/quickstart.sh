@@ -10,14 +10,14 @@
 #                        test split from the hub, or of --eval FILE (default: Wikipedia prose, disjoint parts)
 # --eval FILE            text for the perplexity
 # --save_dir DIR         where to write                           (default: slimgpt-quickstart, replaced at each run)
-# --max_sparsity R       ratio of the last layer; the first has .0625 (default: 0.23, a fifth of SmolLM2's block weights)
+# --max_sparsity R       ratio of the last layer; the first has .0625 (default: 0.25, a fifth of SmolLM2's block weights)
 # Everything fetched is kept in $SLIMGPT_CACHE (default: ~/.cache/slimgpt) and used again by the next run.
 set -euo pipefail
 here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
 
-model="" dataset="" evaluation="" save_dir="slimgpt-quickstart" max_sparsity=0.23
+model="" dataset="" evaluation="" save_dir="slimgpt-quickstart" max_sparsity=0.25
 num_samples=32 seqlen=512
 while [ $# -gt 0 ]; do
     [ $# -ge 2 ] || { echo "quickstart.sh: error: $1 needs a value, or is not a flag (see the head of the script)" >&2; exit 2; }

@@ -1,17 +1,16 @@
 #!/usr/bin/env bash
-# Makes an environment with a prebuilt llama.cpp and compares what it generates with Transformers.
+# Makes an environment with a prebuilt vLLM and one with a prebuilt llama.cpp, and compares what they generate with
+# Transformers.
 #
-#   bash scripts/test_serving.sh
+#   bash scripts/test_serving.sh                 both engines
+#   bash scripts/test_serving.sh -m vllm         one of them: vllm or llama_cpp; any arguments of pytest
 #
 # SmolLM2-135M is fetched into $SLIMGPT_CACHE (default: ~/.cache/slimgpt) the first time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
 make_venv requirements-dev.txt
-if [ ! -e .venv-llamacpp/.installed ]; then
-    "${PYTHON:-python3}" -m venv .venv-llamacpp
-    .venv-llamacpp/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-llamacpp.txt
-    touch .venv-llamacpp/.installed
-fi
+make_engine_venv .venv-llamacpp requirements-llamacpp.txt
+make_engine_venv .venv-vllm requirements-vllm.txt torchvision torchaudio torchcodec
 fetch_smollm2
-exec .venv/bin/python -m pytest -m llama_cpp "$@"
+exec .venv/bin/python -m pytest -m "llama_cpp or vllm" "$@"

@@ -34,7 +34,7 @@ def setup_logging() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     # The libraries' warnings about each other's spellings are not the user's.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for noisy in ("httpx", "huggingface_hub"):
+    for noisy in ("httpx", "httpx2", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     if not torch.accelerator.is_available():
         # Where DeepSpeed is installed, it warns of this as soon as accelerate looks at it.

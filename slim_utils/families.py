@@ -11,6 +11,10 @@ from slim_utils.errors import UserError
 
 # What the rows of a linear map are made of, in the order they are stacked.
 HEADS, KV_HEADS, COLUMNS = "heads", "kv_heads", "columns"
+# Written as GGUF files for llama.cpp.
+EXPORTED_FAMILIES = ("llama", "mistral")
+# Served by vLLM with layers of unlike shapes, and tested with it.
+SERVED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Family:
         mlp_rows: linear maps that feed it, and what their output rows are.
         head_norms: RMS norms that run over all heads at once, and what their weights stand for.
         columns_key: name of the FFN's width in the configuration.
+        experts: module whose 3-D parameters ``gate_up_proj`` and ``down_proj`` are a mixture of experts, if any.
+        expert_columns_key: name of an expert's width in the configuration; empty in families without experts.
         heads_fill_hidden: whether the library's own class knows no other heads than those that fill the hidden size.
     """
 
@@ -48,11 +54,25 @@ class Family:
     )
     head_norms: tuple[tuple[str, str], ...] = ()
     columns_key: str = "intermediate_size"
+    experts: str = "mlp.experts"
+    expert_columns_key: str = ""
     heads_fill_hidden: bool = False
 
     def decoder_layers(self, model: PreTrainedModel) -> nn.ModuleList:
         """The decoder layers of ``model``."""
         return model.get_submodule(self.layers)
+
+    def num_experts(self, config: PreTrainedConfig, index: int) -> int:
+        """Experts of layer ``index``; 0 where its FFN is an ordinary one."""
+        if not self.expert_columns_key:
+            return 0
+        ordinary = getattr(config, "mlp_only_layers", None) or ()
+        sparse = index not in ordinary and (index + 1) % getattr(config, "decoder_sparse_step", 1) == 0
+        return config.num_experts if sparse else 0
+
+    def width_key(self, num_experts: int) -> str:
+        """Name of the FFN's width in the configuration of a layer of so many experts."""
+        return self.expert_columns_key if num_experts else self.columns_key
 
 
 # What differs from LLaMA, by model type.
@@ -70,6 +90,8 @@ _DIFFERENCES: dict[str, dict[str, Any]] = {
         "columns_key": "ffn_dim",
         "heads_fill_hidden": True,
     },
+    "mixtral": {"expert_columns_key": "intermediate_size"},
+    "qwen3_moe": {"expert_columns_key": "moe_intermediate_size"},
 }
 
 
@@ -87,17 +109,36 @@ FAMILIES = _table()
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of one decoder layer."""
+    """Sizes of one decoder layer.
+
+    Attributes:
+        num_heads: query heads.
+        num_kv_heads: key/value heads.
+        head_dim: of each of them.
+        num_columns: intermediate columns of the FFN, those of all its experts side by side.
+        num_experts: 0 for an ordinary FFN.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     num_columns: int
+    num_experts: int = 0
 
     @property
     def heads_per_group(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def num_ffns(self) -> int:
+        """FFNs that lose equally many columns: the experts, or one."""
+        return self.num_experts or 1
+
+    @property
+    def ffn_width(self) -> int:
+        """Columns of one of them."""
+        return self.num_columns // self.num_ffns
 
 
 def find_family(config: PreTrainedConfig) -> Family:
@@ -116,13 +157,16 @@ def find_family(config: PreTrainedConfig) -> Family:
 
 def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
     """Sizes of every decoder layer, whether all alike or per layer."""
-    key = FAMILIES[config.model_type].columns_key
-    return [
-        LayerShape(
+    family = FAMILIES[config.model_type]
+    shapes = []
+    for index, layer in enumerate(config.per_layer_config):
+        experts = family.num_experts(config, index)
+        shape = LayerShape(
             num_heads=layer.num_attention_heads,
             num_kv_heads=getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads,
             head_dim=getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads,
-            num_columns=getattr(layer, key),
+            num_columns=getattr(layer, family.width_key(experts)) * (experts or 1),
+            num_experts=experts,
         )
-        for layer in config.per_layer_config
-    ]
+        shapes.append(shape)
+    return shapes

@@ -22,12 +22,11 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from slim_utils.errors import UserError
-from slim_utils.families import FAMILIES, LayerShape, layer_shapes
+from slim_utils.families import EXPORTED_FAMILIES, FAMILIES, LayerShape, layer_shapes
 from slim_utils.gguf_vocabulary import write_vocabulary
 
 logger = logging.getLogger(__name__)
 
-EXPORTED_FAMILIES = ("llama", "mistral")
 # The types that the gguf package can make; llama.cpp's own tool makes the others from an f16 file.
 OUTTYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -75,7 +74,7 @@ def export_gguf(
     by layer.
 
     Args:
-        model: of a family of ``EXPORTED_FAMILIES``.
+        model: of one of ``EXPORTED_FAMILIES``.
         tokenizer: the model's.
         folder: of the checkpoint.
         path: to write.

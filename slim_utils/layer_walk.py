@@ -5,6 +5,7 @@ arguments that the model itself called it with.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel
 
 from slim_utils.errors import UserError
+from slim_utils.experts import prune_experts
 from slim_utils.families import Family, LayerShape, layer_shapes
 from slim_utils.model_io import peak_memory_mib
 from slim_utils.params_remove import settle_heads
@@ -29,7 +31,7 @@ from slim_utils.sparsity_schedule import aligned_ratios
 logger = logging.getLogger(__name__)
 
 TOKENS_PER_FORWARD = 8192
-GQA_UNITS = ("kv_group", "query_head")
+GQA_UNITS = ("query_head", "kv_group")
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,9 @@ class WalkSettings:
         batch_samples: samples brought from ``cache_dev`` to ``device`` at once.
         percdamp: damping, as a share of the mean of the Hessian's diagonal.
         compensate: whether the remaining weights are updated.
-        gqa_unit: what goes where query heads share key/value heads, one of ``GQA_UNITS``: whole kv groups, or equally
-            many query heads of every group, whose key/value head stays.
-        heads_multiple: every layer keeps a multiple of so many kv groups; has no say where query heads are the unit.
+        gqa_unit: what goes where query heads share key/value heads, one of ``GQA_UNITS``: equally many query heads of
+            every group, whose key/value head stays, or whole kv groups.
+        heads_multiple: every layer keeps a multiple of so many heads, or kv groups where those are the unit.
         columns_multiple: every layer keeps a multiple of so many FFN columns.
         alike: layers of one ratio keep equally many, whatever the multiples leave over.
     """
@@ -54,7 +56,7 @@ class WalkSettings:
     batch_samples: int = 128
     percdamp: float = 0.01
     compensate: bool = True
-    gqa_unit: str = "kv_group"
+    gqa_unit: str = "query_head"
     heads_multiple: int = 1
     columns_multiple: int = 1
     alike: bool = False
@@ -64,9 +66,16 @@ class WalkSettings:
         return self.gqa_unit == "query_head" and shape.heads_per_group > 1
 
     def aligned(self, shapes: list[LayerShape], ratios: list[float]) -> list[tuple[float, float]]:
-        """Ratios of the kv groups and of the FFN columns of every layer that keep the multiples asked."""
-        heads = aligned_ratios(ratios, [shape.num_kv_heads for shape in shapes], self.heads_multiple, self.alike)
-        columns = aligned_ratios(ratios, [shape.num_columns for shape in shapes], self.columns_multiple, self.alike)
+        """Ratios of the heads (or kv groups) and of the FFN columns of every layer that keep the multiples asked."""
+        units, multiples = [], []
+        for shape in shapes:
+            groups, multiple = shape.num_kv_heads, self.heads_multiple
+            by_head = self.by_query_head(shape)
+            units.append(shape.heads_per_group if by_head else groups)
+            multiples.append(multiple // math.gcd(multiple, groups) if by_head else multiple)
+        heads = aligned_ratios(ratios, units, multiples, self.alike)
+        columns = [shape.ffn_width for shape in shapes]
+        columns = aligned_ratios(ratios, columns, [self.columns_multiple] * len(shapes), self.alike)
         return list(zip(heads, columns, strict=True))
 
 
@@ -107,12 +116,12 @@ class LayerInputs:
         output = layer(batch, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def inputs_of(self, module: nn.Module, layer: nn.Module) -> Iterator[Tensor]:
-        """Inputs of a ``module`` inside ``layer``, batch by batch; the layer runs no further than that."""
-        seen: list[Tensor] = []
+    def inputs_of(self, module: nn.Module, layer: nn.Module) -> Iterator[tuple[Tensor, ...]]:
+        """Arguments of a ``module`` inside ``layer``, batch by batch; the layer runs no further than that."""
+        seen: list[tuple[Tensor, ...]] = []
 
-        def stop(module: nn.Module, args: tuple) -> None:
-            seen.append(args[0])
+        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args)
             raise _InputSeen
 
         handle = module.register_forward_pre_hook(stop)
@@ -182,11 +191,12 @@ def prune_layers(
 def planned_masks(shapes: list[LayerShape], ratios: list[float], settings: WalkSettings) -> list[LayerMask]:
     """Masks of the sizes that pruning will give; which units they keep is not known before."""
     masks = []
-    for shape, ratio, (head_ratio, column_ratio) in zip(shapes, ratios, settings.aligned(shapes, ratios), strict=True):
-        columns = list(range(shape.num_columns - units_to_remove(shape.num_columns, column_ratio)))
+    for shape, (head_ratio, column_ratio) in zip(shapes, settings.aligned(shapes, ratios), strict=True):
+        width = shape.ffn_width - units_to_remove(shape.ffn_width, column_ratio)
+        columns = [ffn * shape.ffn_width + i for ffn in range(shape.num_ffns) for i in range(width)]
         groups, size = shape.num_kv_heads, shape.heads_per_group
         if settings.by_query_head(shape):
-            kept = size - units_to_remove(shape.num_heads, ratio, groups) // groups
+            kept = size - units_to_remove(shape.num_heads, head_ratio, groups) // groups
             heads = [group * size + i for group in range(groups) for i in range(kept)]
             masks.append(LayerMask.from_heads(shape, heads, columns))
         else:
@@ -211,20 +221,26 @@ def _prune_layer(
     def prune(name: str, ratio: float, unit_size: int, num_groups: int = 1) -> PruneResult:
         linear = layer.get_submodule(name)
         pruner = SlimGPT(linear, f"layer {index} {name}")
-        for batch in inputs.inputs_of(linear, layer):
+        for (batch,) in inputs.inputs_of(linear, layer):
             pruner.add_batch(batch)
         result = pruner.struct_prune(ratio, unit_size, settings.percdamp, settings.compensate, num_groups)
         pruner.free()
         return result
 
     if settings.by_query_head(shape):
-        attention = prune(family.attention_out, ratio, shape.head_dim, shape.num_kv_heads)
+        attention = prune(family.attention_out, aligned[0], shape.head_dim, shape.num_kv_heads)
         keep = LayerMask.from_heads
     else:
         attention = prune(family.attention_out, aligned[0], shape.head_dim * shape.heads_per_group)
         keep = LayerMask.from_groups
     settle_heads(layer, family, keep(shape, attention.kept_units, list(range(shape.num_columns))))
-    mlp = prune(family.mlp_out, aligned[1], 1)
+    if shape.num_experts:
+        experts = layer.get_submodule(family.experts)
+        calls = inputs.inputs_of(experts, layer)
+        name = f"layer {index} {family.experts}"
+        mlp = prune_experts(experts, name, calls, aligned[1], settings.percdamp, settings.compensate)
+    else:
+        mlp = prune(family.mlp_out, aligned[1], 1)
     mask = keep(shape, attention.kept_units, mlp.kept_units)
     seconds = time.perf_counter() - start
     return LayerReport(index, ratio, mask, attention, mlp, seconds, peak_memory_mib(settings.device))

@@ -75,8 +75,12 @@ def model_stats(config: PreTrainedConfig, seq_len: int = 64, dtype: torch.dtype 
     config = copy.deepcopy(config)
     with torch.device("meta"):
         # Eager attention is made of matrix products, which the counter knows on every device.
+        # So are experts as batches of them, each token with those it is routed to.
         model = AutoModelForCausalLM.from_config(
-            config, attn_implementation="eager", dtype=dtype or config.dtype or torch.float32
+            config,
+            attn_implementation="eager",
+            experts_implementation="batched_mm",
+            dtype=dtype or config.dtype or torch.float32,
         ).eval()
     counter = _count_forward(model, seq_len)
     macs = {module: sum(operations.values()) // 2 for module, operations in counter.get_flop_counts().items()}
@@ -120,8 +124,10 @@ def removed_share(layers: nn.ModuleList, family: Family, masks: list[LayerMask])
     """
     total = removed = 0.0
     for layer, mask in zip(layers, masks, strict=True):
+        parameters = dict(layer.named_parameters())
         for name, (dim, kept) in kept_indices(family, mask).items():
-            weight = layer.get_submodule(name).weight
-            total += weight.numel()
-            removed += weight.numel() * (1 - len(kept) / weight.shape[dim])
+            if name in parameters and not name.endswith(".bias"):
+                weight = parameters[name]
+                total += weight.numel()
+                removed += weight.numel() * (1 - kept.shape[-1] / weight.shape[dim])
     return removed / total

@@ -22,11 +22,21 @@ def expand(units: list[int], size: int) -> Tensor:
 
 
 def kept_indices(family: Family, mask: LayerMask) -> dict[str, tuple[int, Tensor]]:
-    """For every linear map of a layer that loses something: the weight's dimension (0 rows, 1 columns) and what stays.
+    """For every parameter of a layer that may lose something: its name, the dimension, and the indices that stay.
 
-    Rows carry their bias along; a column has none.
+    Linear maps lose rows (dimension 0), with their biases if there are any, or columns (1); the 3-D parameters of
+    experts either of each expert (1 and 2), whose indices are then (experts, kept).
     """
     kept = _kept_by_kind(mask)
+    parameters = {f"{family.attention_out}.weight": (1, kept[HEADS][0])}
+    rows = family.attention_rows
+    if mask.shape.num_experts:
+        columns = torch.tensor(mask.columns_by_ffn(), dtype=torch.long).view(mask.shape.num_experts, -1)
+        parameters[f"{family.experts}.down_proj"] = (2, columns)
+        parameters[f"{family.experts}.gate_up_proj"] = (1, torch.cat([columns, columns + mask.shape.ffn_width], dim=1))
+    else:
+        parameters[f"{family.mlp_out}.weight"] = (1, kept[COLUMNS][0])
+        rows += family.mlp_rows
 
     def stacked(kinds: tuple[str, ...]) -> Tensor:
         parts, offset = [], 0
@@ -36,11 +46,27 @@ def kept_indices(family: Family, mask: LayerMask) -> dict[str, tuple[int, Tensor
             offset += size
         return torch.cat(parts)
 
-    return {
-        family.attention_out: (1, kept[HEADS][0]),
-        family.mlp_out: (1, kept[COLUMNS][0]),
-        **{name: (0, stacked(kinds)) for name, kinds in family.attention_rows + family.mlp_rows},
-    }
+    for name, kinds in rows:
+        parameters |= dict.fromkeys((f"{name}.weight", f"{name}.bias"), (0, stacked(kinds)))
+    return parameters
+
+
+def select_indices(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
+    """The slices ``indices`` of a ``tensor`` along ``dim``; (experts, n) indices are of each expert's own slices."""
+    indices = indices.to(tensor.device)
+    if indices.dim() == 1:
+        return tensor.index_select(dim, indices)
+    return torch.stack([part.index_select(dim - 1, own) for part, own in zip(tensor, indices, strict=True)])
+
+
+def zero_indices(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
+    """Zero, in place, what :func:`select_indices` selects."""
+    indices = indices.to(tensor.device)
+    if indices.dim() == 1:
+        return tensor.index_fill_(dim, indices, 0)
+    for part, own in zip(tensor, indices, strict=True):
+        part.index_fill_(dim - 1, own, 0)
+    return tensor
 
 
 def _kept_by_kind(mask: LayerMask) -> dict[str, tuple[Tensor, int]]:
@@ -66,12 +92,10 @@ def zero_removed(model: PreTrainedModel, family: Family, masks: list[LayerMask])
 
 
 def _zero_layer(layer: nn.Module, family: Family, mask: LayerMask) -> None:
+    parameters = dict(layer.named_parameters())
     for name, (dim, indices) in removed_indices(family, mask).items():
-        linear = layer.get_submodule(name)
-        removed = indices.to(linear.weight.device)
-        linear.weight.index_fill_(dim, removed, 0)
-        if dim == 0 and linear.bias is not None:
-            linear.bias.index_fill_(0, removed, 0)
+        if name in parameters:
+            zero_indices(parameters[name], dim, indices)
 
 
 @torch.no_grad()
@@ -109,11 +133,14 @@ def stock_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask
     Raises:
         UserError: if layers differ, or the library's class refuses their shape.
     """
-    sizes = [_layer_sizes(config, family, mask) for mask in masks]
-    if any(other != sizes[0] for other in sizes):
-        raise UserError("--uniform_shapes: layers end in different shapes; use --sparsity on all layers")
-    fields = _shared_fields(config, masks) | sizes[0]
-    heads, hidden = sizes[0]["num_attention_heads"], config.hidden_size
+    sizes: dict[str, int] = {}
+    for mask in masks:
+        own = _layer_sizes(config, family, mask)
+        # Ordinary layers and those of experts have widths of their own.
+        if any(sizes.setdefault(key, size) != size for key, size in own.items()):
+            raise UserError("--uniform_shapes: layers end in different shapes; use --sparsity on all layers")
+    fields = _shared_fields(config, masks) | sizes
+    heads, hidden = sizes["num_attention_heads"], config.hidden_size
     try:
         if family.heads_fill_hidden and heads * fields["head_dim"] != hidden:
             raise ValueError("heads have to fill the hidden size")
@@ -132,12 +159,13 @@ def _shared_fields(config: PreTrainedConfig, masks: list[LayerMask]) -> dict[str
     fields = {key: value for key, value in config.to_dict().items() if key not in _DENSE_ONLY_KEYS}
     fields["head_dim"] = masks[0].shape.head_dim
     fields["layer_head_num"] = [len(mask.kept_heads) for mask in masks]
-    fields["layer_inter_size"] = [len(mask.kept_columns) for mask in masks]
+    fields["layer_inter_size"] = [len(mask.columns_by_ffn()[0]) for mask in masks]
     return fields
 
 
 def _layer_sizes(config: PreTrainedConfig, family: Family, mask: LayerMask) -> dict[str, int]:
-    sizes = {"num_attention_heads": len(mask.kept_heads), family.columns_key: len(mask.kept_columns)}
+    width = family.width_key(mask.shape.num_experts)
+    sizes = {"num_attention_heads": len(mask.kept_heads), width: len(mask.columns_by_ffn()[0])}
     if hasattr(config, "num_key_value_heads"):
         sizes["num_key_value_heads"] = len(mask.kept_kv_heads)
     return sizes
@@ -171,15 +199,14 @@ def shrink(
     state = model.state_dict()
     for index, mask in enumerate(masks):
         for name, (dim, kept) in kept_indices(family, mask).items():
-            prefix = f"{family.layers}.{index}.{name}"
-            state[f"{prefix}.weight"] = _select(state[f"{prefix}.weight"], dim, kept)
-            if dim == 0 and f"{prefix}.bias" in state:
-                state[f"{prefix}.bias"] = _select(state[f"{prefix}.bias"], 0, kept)
+            key = f"{family.layers}.{index}.{name}"
+            if key in state:
+                state[key] = select_indices(state[key], dim, kept)
         for name, kind in family.head_norms:
             indices, total = _kept_by_kind(mask)[kind]
             key = f"{family.layers}.{index}.{name}.weight"
             # The mean square is over fewer heads from here on.
-            state[key] = _select(state[key], 0, indices) * math.sqrt(total / len(indices))
+            state[key] = select_indices(state[key], 0, indices) * math.sqrt(total / len(indices))
     config = (stock_config if uniform_shapes else slim_config)(model.config, family, masks)
     with torch.device("meta"):
         small = AutoModelForCausalLM.from_config(config, attn_implementation=model.config._attn_implementation)
@@ -188,10 +215,6 @@ def shrink(
     small.tie_weights()
     small.generation_config = model.generation_config
     return small.eval()
-
-
-def _select(tensor: Tensor, dim: int, kept: Tensor) -> Tensor:
-    return tensor.index_select(dim, kept.to(tensor.device))
 
 
 def _adopt_buffers(small: PreTrainedModel, model: PreTrainedModel) -> None:

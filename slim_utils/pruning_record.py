@@ -17,12 +17,20 @@ def _others(units: list[int], total: int) -> list[int]:
 
 @dataclass(frozen=True)
 class LayerMask:
-    """Kept units of one decoder layer, as ascending indices into its original heads, kv heads and FFN columns."""
+    """Kept units of one decoder layer, as ascending indices into its original heads, kv heads and FFN columns.
+
+    Raises:
+        ValueError: if experts would be left with unequally many columns.
+    """
 
     shape: LayerShape
     kept_heads: list[int]
     kept_kv_heads: list[int]
     kept_columns: list[int]
+
+    def __post_init__(self) -> None:
+        if len(set(map(len, self.columns_by_ffn()))) > 1:
+            raise ValueError("experts with unequally many columns")
 
     @classmethod
     def dense(cls, shape: LayerShape) -> "LayerMask":
@@ -58,6 +66,14 @@ class LayerMask:
             _others(self.kept_kv_heads, shape.num_kv_heads),
             _others(self.kept_columns, shape.num_columns),
         )
+
+    def columns_by_ffn(self) -> list[list[int]]:
+        """Kept columns of every expert, counted in each from 0; of an ordinary FFN, one list."""
+        width = self.shape.ffn_width
+        kept: list[list[int]] = [[] for _ in range(self.shape.num_ffns)]
+        for column in self.kept_columns:
+            kept[column // width].append(column % width)
+        return kept
 
     def removed_share(self) -> tuple[float, float]:
         """Removed share of the query heads and of the FFN columns."""
@@ -106,7 +122,7 @@ def read_pruning(path: Path) -> list[LayerMask]:
         ]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a pruning.json of this suite ({type(error).__name__}: {error})") from None
 
 

@@ -52,24 +52,24 @@ def layer_ratios(layers: range, num_layers: int, pruned_ratios: list[float]) -> 
     return ratios
 
 
-def aligned_ratios(ratios: list[float], totals: list[int], multiple: int, alike: bool = False) -> list[float]:
-    """Ratios that keep a multiple of ``multiple`` units in every pruned layer.
+def aligned_ratios(ratios: list[float], totals: list[int], multiples: list[int], alike: bool = False) -> list[float]:
+    """Ratios that keep a multiple of units in every pruned layer.
 
-    All layers together keep as many units as without it, but for less than ``multiple`` that go beyond what was asked.
+    All layers together keep as many units as without it, but for less than a multiple that goes beyond what was asked.
     Whole multiples that are left over go to the layers that rounding down cost most.
 
     Args:
         ratios: of every layer; one of 0 is left alone.
-        totals: units of every layer; one with fewer than ``multiple`` is left as asked.
-        multiple: at least 1.
+        totals: units of every layer; one with fewer than its multiple is left as asked.
+        multiples: of every layer, at least 1.
         alike: no layer gets a multiple that was left over.
     """
     kept = [total - round(total * ratio) for ratio, total in zip(ratios, totals, strict=True)]
-    layers = [i for i, ratio in enumerate(ratios) if ratio > 0 and totals[i] >= multiple]
-    aligned = {i: max(kept[i] // multiple, 1) * multiple for i in layers}
+    layers = [i for i, ratio in enumerate(ratios) if ratio > 0 and totals[i] >= multiples[i]]
+    aligned = {i: max(kept[i] // multiples[i], 1) * multiples[i] for i in layers}
     spare = 0 if alike else sum(kept[i] - aligned[i] for i in layers)
     for i in sorted(layers, key=lambda i: aligned[i] - kept[i]):
-        if spare >= multiple and aligned[i] + multiple <= totals[i]:
-            aligned[i] += multiple
-            spare -= multiple
+        if spare >= multiples[i] and aligned[i] + multiples[i] <= totals[i]:
+            aligned[i] += multiples[i]
+            spare -= multiples[i]
     return [1 - aligned[i] / totals[i] if i in aligned else ratio for i, ratio in enumerate(ratios)]

@@ -60,6 +60,15 @@ TINY_FAMILIES = {
     "phi3": {"num_key_value_heads": 2},
     "olmo2": {"num_key_value_heads": 2},
     "opt": {"ffn_dim": 40, "word_embed_proj_dim": 24, "dropout": 0.0, "activation_function": "gelu"},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+    },
 }
 ALL_TINY = [*TINY_VARIANTS, *TINY_FAMILIES]
 
@@ -73,7 +82,8 @@ def make_tiny(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -
     differences = TINY_FAMILIES.get(name) or TINY_VARIANTS.get(name, {})
     config = AutoConfig.for_model(family, **{**TINY, **differences, **overrides})
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    # The library's faster ways with experts have no fp64.
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
         # Not model.to(dtype), which would round the rotary frequencies too; from_pretrained leaves them in fp32.

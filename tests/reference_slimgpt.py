@@ -60,6 +60,29 @@ def _score(weight: Tensor, inverse: Tensor, index: int, unit: int) -> float:
     return (weight[:, span] ** 2 / pivots).sum().item()
 
 
+def prune_experts(model: nn.Module, samples: Tensor, experts: nn.Module, sparsity: float, percdamp: float) -> list[int]:
+    """Prune every expert on what the router sends it, a token at a time; removed columns counted through them all."""
+    seen = []
+    handle = experts.register_forward_pre_hook(lambda module, args: seen.append(args))
+    with torch.no_grad():
+        model(samples)
+    handle.remove()
+    removed = []
+    for index, (gate_up, down) in enumerate(zip(experts.gate_up_proj.data, experts.down_proj.data, strict=True)):
+        inputs = []
+        for hidden, chosen, weights in seen:
+            for token, place in (chosen == index).nonzero().tolist():
+                gate, up = (gate_up @ hidden[token]).chunk(2)
+                inputs.append(nn.functional.silu(gate) * up * weights[token, place])
+        columns = down.shape[1]
+        damping = max(percdamp, 1.0) if len(inputs) < columns else percdamp
+        hessian = hessian_of(torch.stack(inputs)[None]) if inputs else torch.eye(columns, dtype=down.dtype)
+        pruned, gone = struct_prune(down, hessian, sparsity, percdamp=damping)
+        down.copy_(pruned)
+        removed += [index * columns + column for column in gone]
+    return removed
+
+
 def prune_model(
     model: nn.Module, samples: Tensor, ratios: list[float], percdamp: float, query_heads: bool = False
 ) -> list[tuple[list, list]]:
@@ -75,6 +98,9 @@ def prune_model(
     for layer, ratio in zip(layers, ratios, strict=True):
         units = []
         for name, (unit, groups) in zip(names, units_of, strict=True):
+            if name == "mlp.down_proj" and hasattr(layer.mlp, "experts"):
+                units.append(prune_experts(model, samples, layer.mlp.experts, ratio, percdamp))
+                continue
             linear = layer.get_submodule(name)
             seen = []
             handle = linear.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))

@@ -27,7 +27,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from slim_utils.errors import UserError
 from slim_utils.families import Family
-from slim_utils.params_remove import removed_indices
+from slim_utils.params_remove import removed_indices, select_indices, zero_indices
 from slim_utils.pruning_record import LayerMask
 from train_utils.finetune_dataset import IGNORED_LABEL
 
@@ -38,7 +38,7 @@ UNTOLD_FIGURES = ("_runtime", "_per_second", "total_flos")
 
 @dataclass(frozen=True)
 class MaskedSlice:
-    """Rows (``dim`` 0) or columns (``dim`` 1) of one parameter that have to stay zero."""
+    """Rows or columns of one parameter, of an expert's slice or a whole one, that have to stay zero."""
 
     parameter: nn.Parameter
     dim: int
@@ -46,15 +46,15 @@ class MaskedSlice:
 
     def zero(self, tensor: Tensor) -> Tensor:
         """A copy of ``tensor``, shaped like the parameter, with the slice at zero."""
-        return tensor.index_fill(self.dim, self.indices.to(tensor.device), 0)
+        return zero_indices(tensor.clone(), self.dim, self.indices)
 
     def nonzeros(self) -> Tensor:
         """How many of the slice's weights are not zero, a scalar on the parameter's device."""
-        return self.parameter.data.index_select(self.dim, self.indices.to(self.parameter.device)).count_nonzero()
+        return select_indices(self.parameter.data, self.dim, self.indices).count_nonzero()
 
     def size(self) -> int:
         """Weights of the slice."""
-        return self.parameter.numel() // self.parameter.shape[self.dim] * len(self.indices)
+        return self.parameter.numel() // self.parameter.shape[self.dim] * self.indices.shape[-1]
 
 
 def masked_slices(model: PreTrainedModel | PeftModel, family: Family, masks: list[LayerMask]) -> Iterator[MaskedSlice]:
@@ -66,17 +66,19 @@ def masked_slices(model: PreTrainedModel | PeftModel, family: Family, masks: lis
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     for layer, mask in zip(family.decoder_layers(base), masks, strict=True):
         for name, (dim, indices) in removed_indices(family, mask).items():
-            if not len(indices):
+            if not indices.numel():
                 continue
-            linear = layer.get_submodule(name)
-            if isinstance(linear, LoraLayer):
-                for adapter in linear.active_adapters:
-                    factor = (linear.lora_A if dim == 1 else linear.lora_B)[adapter]
-                    yield MaskedSlice(factor.weight, dim, indices)
-                linear = linear.get_base_layer()
-            yield MaskedSlice(linear.weight, dim, indices)
-            if dim == 0 and linear.bias is not None:
-                yield MaskedSlice(linear.bias, 0, indices)
+            owner, _, own_name = name.rpartition(".")
+            module = layer.get_submodule(owner)
+            if isinstance(module, LoraLayer):
+                if own_name == "weight":
+                    for adapter in module.active_adapters:
+                        factor = (module.lora_A if dim == 1 else module.lora_B)[adapter]
+                        yield MaskedSlice(factor.weight, dim, indices)
+                module = module.get_base_layer()
+            parameter = getattr(module, own_name)
+            if parameter is not None:
+                yield MaskedSlice(parameter, dim, indices)
 
 
 class MaskCallback(TrainerCallback):
@@ -104,7 +106,7 @@ class MaskCallback(TrainerCallback):
     def put_back(self) -> None:
         """Zero every slice."""
         for masked in self.slices:
-            masked.parameter.index_fill_(masked.dim, masked.indices.to(masked.parameter.device), 0)
+            zero_indices(masked.parameter, masked.dim, masked.indices)
 
     def nonzeros(self) -> int:
         """Weights of the slices that are not zero now."""

@@ -25,6 +25,7 @@ README_FLAGS = (
     "log_increase --min_sparsity 0.0625 --max_sparsity 0.25 --save_pruned_weights"
 )
 WEIGHT_FILES = {"model.safetensors", "config.json", "generation_config.json"}
+CARD = {"README.md"}
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
 
@@ -61,7 +62,7 @@ def test_outputs_are_complete(pruned):
     names = {path.name for path in save_dir.iterdir()}
     assert names == WEIGHT_FILES | TOKENIZER_FILES | {"pruning.json", "run.json", "pruned_weights"}
     names = {path.name for path in (save_dir / "pruned_weights").iterdir()}
-    assert names == WEIGHT_FILES | TOKENIZER_FILES | {"modeling_slim_llama.py", "slim_base.py"}
+    assert names == WEIGHT_FILES | TOKENIZER_FILES | CARD | {"modeling_slim_llama.py", "slim_base.py"}
     assert [path.name for path in save_dir.parent.iterdir()] == ["out"]
     for folder in (save_dir, save_dir / "pruned_weights"):
         generation = json.loads((folder / "generation_config.json").read_text())
@@ -86,7 +87,7 @@ def test_run_json_tells_the_run(pruned):
     assert [layer["layer"] for layer in record["layers"]] == [0, 1, 2, 3]
     for layer in record["layers"]:
         assert layer["ratio_asked"] == 0.4
-        assert layer["attention"]["ratio"] == 0.5  # round(2 · 0.4) of 2 kv groups
+        assert layer["attention"]["ratio"] == pytest.approx(1 / 3)  # round(3 · 0.4) of each kv group's 3 heads
         assert layer["mlp"]["ratio"] == pytest.approx(0.4)
         assert 0 < layer["mlp"]["error_after_compensation"] < layer["mlp"]["error_before_compensation"] < 1
         assert layer["seconds"] > 0
@@ -314,7 +315,7 @@ def test_uniform_shapes_make_a_stock_checkpoint(small_run, tmp_path):
     flags = ["--uniform_shapes", "--multiple_of", 8, "--skip_evaluate", "--save_pruned_weights", "--save_dir", out]
     main(*small_run, "--sparsity", 0.5, *flags)
     small = out / "pruned_weights"
-    assert {path.name for path in small.iterdir()} == WEIGHT_FILES | TOKENIZER_FILES
+    assert {path.name for path in small.iterdir()} == WEIGHT_FILES | TOKENIZER_FILES | CARD
     config = json.loads((small / "config.json").read_text())
     assert (config["model_type"], config["num_attention_heads"], config["intermediate_size"]) == ("llama", 3, 16)
     assert config["layer_head_num"] == [3] * 4
@@ -324,14 +325,14 @@ def test_uniform_shapes_make_a_stock_checkpoint(small_run, tmp_path):
 
 def test_shapes_that_run_fast(small_run, tmp_path, caplog):
     flags = ["--non_uniform", "--min_sparsity", 0.1, "--max_sparsity", 0.6, "--skip_evaluate"]
-    flags += ["--gqa_unit", "query_head", "--multiple_of", 4, "--tp_size", 2]
+    flags += ["--multiple_of", 4, "--tp_size", 2]
     main(*small_run, *flags, "--save_dir", tmp_path / "out")
     masks = read_pruning(tmp_path / "out" / "pruning.json")
     assert all(len(mask.kept_columns) % 4 == 0 and len(mask.kept_kv_heads) == 2 for mask in masks)
     assert {len(mask.kept_heads) for mask in masks} == {2, 4, 6}
     assert "do not divide by" not in caplog.text
     main(*small_run, *flags, "--tp_size", 4, "--save_dir", tmp_path / "other")
-    assert "layers 0, 1, 2, 3 end with kv heads or columns that do not divide by 4 and 4" in caplog.text
+    assert "layers 0, 1, 2, 3 end with heads or columns that do not divide by 4 and 4" in caplog.text
 
 
 def test_vocabulary_of_the_tests_matches(checkpoint):

@@ -88,7 +88,7 @@ def test_every_flag_of_fine_tuning_is_listed():
 def test_results_are_those_of_the_file():
     rows = json.loads((RESULTS / "smollm2_perplexity.json").read_text())["rows"]
     rows += json.loads((RESULTS / "smollm2_query_heads.json").read_text())["rows"][1:]
-    names = {"repeated": "multi-head", "native": "grouped-query", "native_query_head": "query heads"}
+    names = {"repeated": "multi-head", "native": "kv groups", "native_query_head": "query heads"}
     for row in rows:
         share, parameters = row.get("share_removed", 0), row["parameters"] / 1e6
         line = f"| {names[row['heads']]} | {100 * share:.1f} % | {parameters:.1f} M | {row['perplexity']:.2f} |"

@@ -1,22 +1,18 @@
-"""GGUF files in a real llama.cpp: the same greedy text as in Transformers, one prompt at a time and several at once."""
+"""GGUF files in a real llama.cpp: the same greedy text as in Transformers, and the same perplexity."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import models  # noqa: F401 - registers the classes of pruned checkpoints
+from ppl_eval.ppl_dataset import eval_windows, load_eval_tokens
+from ppl_eval.ppl_eval import perplexity
+from tests.interop.common import EVALUATION_TEXT, NEW_TOKENS, PROMPTS, ROOT, SHAPES, greedy_tokens, run, smollm2
 
-ROOT = Path(__file__).resolve().parents[2]
-CACHE = Path(os.environ.get("SLIMGPT_CACHE") or Path.home() / ".cache" / "slimgpt")
 PYTHON = ROOT / ".venv-llamacpp" / "bin" / "python"
-PROMPTS = ["The history of the city began in", "Once upon a time there was", "Water boils at", "He wrote a book about"]
-NEW_TOKENS = 24
+# llama.cpp rounds activations to fp16 too.
 NEAR_TIE = 0.02
 
 pytestmark = [
@@ -24,61 +20,35 @@ pytestmark = [
     pytest.mark.skipif(not PYTHON.exists(), reason="run scripts/test_serving.sh"),
 ]
 
-SHAPES = {
-    "dense": None,
-    "per layer": ["--non_uniform", "--min_sparsity", "0.0625", "--max_sparsity", "0.23"],
-    "query heads": ["--non_uniform", "--min_sparsity", "0.1", "--max_sparsity", "0.4", "--gqa_unit", "query_head"],
-    "stock": ["--sparsity", "0.2", "--uniform_shapes", "--multiple_of", "64"],
-}
 
-
-def run(*words: object) -> None:
-    """One of the suite's scripts."""
-    process = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False)
+def llama_cpp(script: str, *words: object, stdin: str = "") -> dict:
+    """What a script of this folder prints under llama.cpp's own environment."""
+    command = [str(PYTHON), str(ROOT / "tests" / "interop" / script), *map(str, words)]
+    process = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def in_llama_cpp(file: Path, *prompts: str) -> list[str]:
     """Greedy texts of ``prompts``, all at once."""
-    script = ROOT / "tests" / "interop" / "llama_cpp_generate.py"
-    command = [str(PYTHON), str(script), str(file), str(NEW_TOKENS), *prompts]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])["texts"]
+    return llama_cpp("llama_cpp_generate.py", file, NEW_TOKENS, *prompts)["texts"]
 
 
-def in_transformers(folder: Path) -> list[str]:
-    """Greedy texts of ``PROMPTS`` with the weights rounded to fp16, as in the file.
-
-    Each ends where the two best tokens are nearer than ``NEAR_TIE``: llama.cpp rounds activations to fp16 too.
-    """
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+def as_in_the_file(folder: Path):
+    """The model with its weights rounded to fp16."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.half().float()
-    texts = []
-    for prompt in PROMPTS:
-        inputs = tokenizer(prompt, return_tensors="pt")
-        with torch.no_grad():
-            output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-            best = model(output).logits[0, :-1].topk(2).values
-        start = inputs.input_ids.shape[1]
-        ties = (best[start - 1 :, 0] - best[start - 1 :, 1] < NEAR_TIE).nonzero().flatten().tolist()
-        end = start + ties[0] if ties else output.shape[1]
-        texts.append(tokenizer.decode(output[0, start:end], skip_special_tokens=True))
-    return texts
+    return model
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_same_greedy_text_as_in_transformers(shape, tmp_path):
-    folder = CACHE / "SmolLM2-135M-Instruct"
-    if SHAPES[shape]:
-        words = [folder, "--data_file", CACHE / "wiki.calibration.txt", "--num_samples", 8, "--seqlen", 256]
-        words += [*SHAPES[shape], "--skip_evaluate", "--save_pruned_weights", "--save_dir", tmp_path / "out"]
-        run("model_slimming.py", *words)
-        folder = tmp_path / "out" / "pruned_weights"
-    file = tmp_path / "model.gguf"
+    folder, file = smollm2(shape, tmp_path / "out"), tmp_path / "model.gguf"
     run("scripts/export_gguf.py", folder, file, "--outtype", "f16")
-    expected = in_transformers(folder)
+    model, tokenizer = as_in_the_file(folder), AutoTokenizer.from_pretrained(folder)
+    tokens = [greedy_tokens(model, tokenizer(prompt).input_ids, NEAR_TIE) for prompt in PROMPTS]
+    expected = [tokenizer.decode(found, skip_special_tokens=True) for found in tokens]
     alone = [in_llama_cpp(file, prompt)[0] for prompt in PROMPTS[:2]]
     for got, text in zip(alone + in_llama_cpp(file, *PROMPTS), expected[:2] + expected, strict=True):
         assert got.startswith(text)
@@ -86,14 +56,23 @@ def test_same_greedy_text_as_in_transformers(shape, tmp_path):
     assert sum(map(len, expected)) > 60
 
 
+@pytest.mark.parametrize("shape", ["dense", "query heads"])
+def test_perplexity_of_the_f16_file_is_that_in_transformers(shape, tmp_path):
+    folder, file = smollm2(shape, tmp_path / "out"), tmp_path / "model.gguf"
+    run("scripts/export_gguf.py", folder, file, "--outtype", "f16")
+    windows = eval_windows(load_eval_tokens(str(EVALUATION_TEXT), AutoTokenizer.from_pretrained(folder)), 128, "text")
+    windows = windows[:2]
+    expected = perplexity(AutoModelForCausalLM.from_pretrained(folder), windows)
+    got = llama_cpp("llama_cpp_perplexity.py", file, stdin=json.dumps(windows.tolist()))
+    assert got["targets"] == 2 * 127
+    assert got["perplexity"] == pytest.approx(expected, rel=0.01)
+
+
 def test_a_quantised_file_answers(tmp_path):
-    words = [CACHE / "SmolLM2-135M-Instruct", "--data_file", CACHE / "wiki.calibration.txt", "--num_samples", 8]
-    words += ["--seqlen", 256, "--non_uniform", "--min_sparsity", 0.0625, "--max_sparsity", 0.23, "--multiple_of", 32]
-    run("model_slimming.py", *words, "--skip_evaluate", "--save_pruned_weights", "--save_dir", tmp_path / "out")
-    sizes = []
+    folder, sizes = smollm2("query heads", tmp_path / "out", "--multiple_of", "32"), []
     for outtype in ("f16", "q8_0", "q4_0"):
         file = tmp_path / f"{outtype}.gguf"
-        run("scripts/export_gguf.py", tmp_path / "out" / "pruned_weights", file, "--outtype", outtype)
+        run("scripts/export_gguf.py", folder, file, "--outtype", outtype)
         assert in_llama_cpp(file, PROMPTS[0])[0].strip()
         sizes.append(file.stat().st_size)
     assert sizes[1] < 0.6 * sizes[0] and sizes[2] < 0.35 * sizes[0]

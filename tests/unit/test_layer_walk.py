@@ -30,7 +30,7 @@ def walk(model, samples, ratios=RATIOS, **settings):
 def test_same_model_as_the_plain_walk(variant, implementation, samples):
     model, expected = make_tiny(variant, torch.float64), make_tiny(variant, torch.float64)
     set_attention(model, implementation)
-    masks, reports = walk(model, samples, percdamp=0.01)
+    masks, reports = walk(model, samples, percdamp=0.01, gqa_unit="kv_group")
     removed = reference_slimgpt.prune_model(expected, samples, RATIOS, percdamp=0.01)
     for report, (groups, columns) in zip(reports, removed, strict=True):
         assert (report.attention.pruned_units, report.mlp.pruned_units) == (groups, columns)
@@ -44,7 +44,7 @@ def test_same_model_as_the_plain_walk(variant, implementation, samples):
 
 def test_query_heads_as_units(samples):
     model, expected = make_tiny("gqa", torch.float64), make_tiny("gqa", torch.float64)
-    masks, _ = walk(model, samples, RATIOS, gqa_unit="query_head")
+    masks, _ = walk(model, samples, RATIOS)
     reference_slimgpt.prune_model(expected, samples, RATIOS, percdamp=0.01, query_heads=True)
     # Three query heads a group: round(3 · ratio) of each go.
     assert [len(mask.kept_heads) for mask in masks] == [4, 4, 2, 2]
@@ -57,8 +57,8 @@ def test_query_heads_as_units(samples):
     "settings",
     [
         {},
-        {"gqa_unit": "query_head"},
-        {"heads_multiple": 2, "columns_multiple": 8},
+        {"gqa_unit": "kv_group"},
+        {"gqa_unit": "kv_group", "heads_multiple": 2, "columns_multiple": 8},
         {"columns_multiple": 16, "alike": True},
         {"heads_multiple": 4},
     ],
@@ -76,11 +76,13 @@ def test_pruning_gives_the_sizes_planned(samples, variant, settings):
         ]
     if settings.get("heads_multiple") == 2:
         assert all(len(mask.kept_kv_heads) % 2 == 0 and len(mask.kept_columns) % 8 == 0 for mask in masks)
+    if settings.get("heads_multiple") == 4:
+        assert all(len(mask.kept_heads) == 4 for mask in masks)
 
 
 def test_multi_head_attention_has_one_unit(samples):
     whole, single = make_tiny("mha"), make_tiny("mha")
-    assert walk(whole, samples)[0] == walk(single, samples, gqa_unit="query_head")[0]
+    assert walk(whole, samples)[0] == walk(single, samples, gqa_unit="kv_group")[0]
 
 
 @pytest.mark.parametrize(("batch_samples", "tokens_per_forward"), [(128, 8192), (3, 8192), (128, 32), (5, 48), (1, 1)])
@@ -191,7 +193,7 @@ def test_one_log_line_a_layer(samples, caplog):
         walk(make_tiny("gqa"), samples)
     lines = [record.getMessage() for record in caplog.records if record.name == "slim_utils.layer_walk"]
     assert len(lines) == 4
-    assert lines[2].startswith("layer 2/4 ratio 0.5000: heads −3/6")
+    assert lines[2].startswith("layer 2/4 ratio 0.5000: heads −4/6")
 
 
 def test_unknown_family_names_the_known_ones():
@@ -210,7 +212,7 @@ def test_norms_over_all_heads_keep_their_scale(samples):
     """OLMo 2 after the walk: removed queries are zero, and the others as large as if all heads still counted."""
     model = make_tiny("olmo2", torch.float64)
     dense = make_tiny("olmo2", torch.float64)
-    masks, _ = walk(model, samples, [0.5] * 4)
+    masks, _ = walk(model, samples, [0.5] * 4, gqa_unit="kv_group")
     for layer, old, mask in zip(model.model.layers, dense.model.layers, masks, strict=True):
         assert len(mask.kept_heads) == 3
         rows = [4 * head + i for head in mask.kept_heads for i in range(4)]

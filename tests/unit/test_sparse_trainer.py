@@ -29,7 +29,7 @@ def masks_of(config) -> list[LayerMask]:
         LayerMask.from_groups(
             shape,
             [group for group in range(shape.num_kv_heads) if group != index % shape.num_kv_heads],
-            [column for column in range(shape.num_columns) if column % (index + 2)],
+            [column for column in range(shape.num_columns) if column % shape.ffn_width % (index + 2)],
         )
         for index, shape in enumerate(layer_shapes(config))
     ]
@@ -52,9 +52,16 @@ def removed_weights(model, masks) -> list[torch.Tensor]:
         kv = [h * dim + i for h in range(shape.num_kv_heads) if h not in mask.kept_kv_heads for i in range(dim)]
         columns = [c for c in range(shape.num_columns) if c not in mask.kept_columns]
         attention, mlp = layer.self_attn, layer.mlp
-        removed += [attention.o_proj.weight[:, heads], mlp.down_proj.weight[:, columns]]
+        removed.append(attention.o_proj.weight[:, heads])
         rows = [(attention.q_proj, heads), (attention.k_proj, kv), (attention.v_proj, kv)]
-        rows += [(mlp.gate_proj, columns), (mlp.up_proj, columns)]
+        if shape.num_experts:
+            width = shape.num_columns // shape.num_experts
+            for expert, column in (divmod(column, width) for column in columns):
+                removed += [mlp.experts.down_proj[expert, :, column], mlp.experts.gate_up_proj[expert, column]]
+                removed.append(mlp.experts.gate_up_proj[expert, width + column])
+        else:
+            removed.append(mlp.down_proj.weight[:, columns])
+            rows += [(mlp.gate_proj, columns), (mlp.up_proj, columns)]
         for linear, indices in rows:
             removed.append(linear.weight[indices])
             if linear.bias is not None:
@@ -63,7 +70,7 @@ def removed_weights(model, masks) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("variant", ["gqa", "biases"])
+@pytest.mark.parametrize("variant", ["gqa", "biases", "mixtral"])
 def test_zero_after_every_step_of_any_optimizer(samples, optimizer, variant):
     model, family, masks = zeroed(variant)
     before = [parameter.clone() for parameter in model.parameters()]

@@ -59,7 +59,7 @@ def test_aligned_layers_keep_together_what_was_asked(multiple, seed):
     totals = [160] * 9
     ratios = [0.0 if generator.random() < 0.2 else generator.uniform(0.05, 0.6) for _ in totals]
     kept = [total - round(total * ratio) for total, ratio in zip(totals, ratios, strict=True)]
-    aligned = aligned_ratios(ratios, totals, multiple)
+    aligned = aligned_ratios(ratios, totals, [multiple] * len(totals))
     got = [total - round(total * ratio) for total, ratio in zip(totals, aligned, strict=True)]
     for ratio, before, after in zip(ratios, kept, got, strict=True):
         assert after % multiple == 0 if ratio else after == before
@@ -68,11 +68,11 @@ def test_aligned_layers_keep_together_what_was_asked(multiple, seed):
 
 
 def test_aligned_layers_never_end_empty_and_small_ones_are_left():
-    assert aligned_ratios([0.9, 0.9], [16, 16], 8) == pytest.approx([0.5, 0.5])
-    assert aligned_ratios([0.34, 0.0], [3, 3], 4) == [0.34, 0.0]
+    assert aligned_ratios([0.9, 0.9], [16, 16], [8, 8]) == pytest.approx([0.5, 0.5])
+    assert aligned_ratios([0.34, 0.0], [3, 3], [4, 4]) == [0.34, 0.0]
 
 
 def test_alike_layers_share_no_leftovers():
     ratios = [0.25] * 4
-    assert len(set(aligned_ratios(ratios, [36] * 4, 8))) == 2
-    assert aligned_ratios(ratios, [36] * 4, 8, alike=True) == pytest.approx([1 - 24 / 36] * 4)
+    assert len(set(aligned_ratios(ratios, [36] * 4, [8] * 4))) == 2
+    assert aligned_ratios(ratios, [36] * 4, [8] * 4, alike=True) == pytest.approx([1 - 24 / 36] * 4)

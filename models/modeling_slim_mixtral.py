@@ -1,0 +1,31 @@
+"""Mixtral whose decoder layers differ in heads and experts' width; travels with a pruned checkpoint."""
+
+from transformers import MixtralConfig, MixtralForCausalLM, MixtralModel
+from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
+
+from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
+
+
+class SlimMixtralConfig(SlimConfigMixin, MixtralConfig):
+    """``MixtralConfig`` with heads, kv heads and the experts' ``intermediate_size`` per layer."""
+
+    model_type = "slim_mixtral"
+
+
+class SlimMixtralModel(SlimModelMixin, MixtralModel):
+    """``MixtralModel`` of unlike layers."""
+
+    config: SlimMixtralConfig
+    layer_class = MixtralDecoderLayer
+
+
+class SlimMixtralForCausalLM(SlimForCausalLMMixin, MixtralForCausalLM):
+    """``MixtralForCausalLM`` around :class:`SlimMixtralModel`."""
+
+    config: SlimMixtralConfig
+    model_class = SlimMixtralModel
+
+
+SlimMixtralConfig.register_for_auto_class("AutoConfig")
+SlimMixtralModel.register_for_auto_class("AutoModel")
+SlimMixtralForCausalLM.register_for_auto_class("AutoModelForCausalLM")

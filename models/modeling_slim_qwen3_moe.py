@@ -1,0 +1,31 @@
+"""Qwen3-MoE whose decoder layers differ in heads and experts' width; travels with a pruned checkpoint."""
+
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Qwen3MoeModel
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
+
+from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
+
+
+class SlimQwen3MoeConfig(SlimConfigMixin, Qwen3MoeConfig):
+    """``Qwen3MoeConfig`` with heads, kv heads, ``intermediate_size`` and ``moe_intermediate_size`` per layer."""
+
+    model_type = "slim_qwen3_moe"
+
+
+class SlimQwen3MoeModel(SlimModelMixin, Qwen3MoeModel):
+    """``Qwen3MoeModel`` of unlike layers."""
+
+    config: SlimQwen3MoeConfig
+    layer_class = Qwen3MoeDecoderLayer
+
+
+class SlimQwen3MoeForCausalLM(SlimForCausalLMMixin, Qwen3MoeForCausalLM):
+    """``Qwen3MoeForCausalLM`` around :class:`SlimQwen3MoeModel`."""
+
+    config: SlimQwen3MoeConfig
+    model_class = SlimQwen3MoeModel
+
+
+SlimQwen3MoeConfig.register_for_auto_class("AutoConfig")
+SlimQwen3MoeModel.register_for_auto_class("AutoModel")
+SlimQwen3MoeForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,144 @@
+"""The model card of a pruned checkpoint, made from its run."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from slim_utils.families import EXPORTED_FAMILIES, SERVED_FAMILIES, Family
+from slim_utils.pruning_record import LayerMask
+from slim_utils.text_source import HUB_SOURCES
+
+CARD_FILE = "README.md"
+LICENSE_KEYS = ("license", "license_name", "license_link")
+
+
+def base_card_data(model_path: str) -> dict[str, Any]:
+    """Metadata of the base model's own card, from its folder or the hub; empty where there is none."""
+    path = Path(model_path) / CARD_FILE
+    try:
+        if not Path(model_path).is_dir():
+            path = Path(hf_hub_download(model_path, CARD_FILE))
+        return ModelCard.load(path).data.to_dict()
+    except (OSError, ValueError, HfHubHTTPError):
+        return {}
+
+
+def copy_license_files(model_path: str, folder: Path) -> None:
+    """Copy the licence and notice files of a base model's folder beside the weights made from it."""
+    for path in sorted(Path(model_path).glob("*")):
+        if path.is_file() and path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE")):
+            shutil.copyfile(path, folder / path.name)
+
+
+def model_card(record: dict[str, Any], family: Family, masks: list[LayerMask]) -> str:
+    """Text of the card.
+
+    Args:
+        record: content of ``run.json``; without ``perplexity`` the card says that none was measured.
+        family: the model's row of the table.
+        masks: what each layer keeps.
+    """
+    arguments = record["arguments"]
+    base, is_local = arguments["model_path"], Path(arguments["model_path"]).is_dir()
+    base_data = base_card_data(base)
+    source = HUB_SOURCES.get(arguments["dataset"], {}).get("path", "")
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["slimgpt", "pruned", "structured-pruning"],
+        base_model=base_data.get("base_model") if is_local else base,
+        datasets=[source] if "/" in source else None,
+        language=base_data.get("language"),
+        **{key: base_data[key] for key in LICENSE_KEYS if key in base_data},
+    )
+    name = Path(base).resolve().name if is_local else base
+    license_name = base_data.get("license_name") or base_data.get("license")
+    sections = [
+        f"---\n{data.to_yaml()}\n---\n",
+        f"# {name.rsplit('/', 1)[-1]}, pruned\n",
+        f"{name} without {100 * record['sizes']['block_share_removed']:.1f} % of the weights of its decoder layers: "
+        "attention heads and FFN columns removed by [SlimGPT](https://arxiv.org/abs/2412.18110), layer by layer, "
+        "the weights that stay updated to make up for them; no training.\n",
+        "## Sizes\n",
+        _sizes(record["sizes"], masks),
+        "## Method\n",
+        _method(record),
+        "## Perplexity\n",
+        _perplexities(record.get("perplexity")),
+        "## Use\n",
+        _usage(arguments, family),
+        "## Licence\n",
+        f"That of the base model: {license_name}.\n" if license_name else "That of the base model, whatever it is.\n",
+    ]
+    return "\n".join(sections)
+
+
+def _table(header: tuple[str, ...], rows: list[tuple]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def _sizes(sizes: dict[str, Any], masks: list[LayerMask]) -> str:
+    counts = (f"{sizes['parameters_dense']:,}", f"{sizes['parameters_pruned']:,}")
+    total = _table(("", "base", "pruned"), [("parameters", *counts)])
+    rows = []
+    for index, mask in enumerate(masks):
+        shape = mask.shape
+        heads = f"{len(mask.kept_heads)} of {shape.num_heads}"
+        groups = f"{len(mask.kept_kv_heads)} of {shape.num_kv_heads}"
+        columns = f"{len(mask.columns_by_ffn()[0])} of {shape.ffn_width}"
+        experts = f" (each of {shape.num_experts} experts)" if shape.num_experts else ""
+        rows.append((index, heads, groups, columns + experts))
+    return f"{total}\n{_table(('layer', 'heads', 'key/value heads', 'FFN columns'), rows)}"
+
+
+def _method(record: dict[str, Any]) -> str:
+    arguments, calibration = record["arguments"], record["calibration"]
+    samples = f"{calibration['num_samples']} × {calibration['seqlen']} tokens, seed {record['seed']}"
+    ratio = f"{arguments['sparsity']:g}"
+    if arguments["non_uniform"]:
+        strategy = arguments["non_uniform_strategy"]
+        ratio = f"{arguments['min_sparsity']:g} to {arguments['max_sparsity']:g} ({strategy})"
+    rows = [
+        ("pruning ratio", ratio),
+        ("compensation", "no" if arguments["no_compensate"] else "yes"),
+        ("unit in grouped-query attention", arguments["gqa_unit"]),
+        ("damping", f"{arguments['percdamp']:g}"),
+        ("calibration text", Path(calibration["source"]).name),
+        ("calibration samples", samples),
+        ("their fingerprint (sha256)", calibration["samples_sha256"]),
+        ("versions", ", ".join(f"{package} {version}" for package, version in record["versions"].items())),
+    ]
+    return _table(("", ""), rows)
+
+
+def _perplexities(perplexities: list[dict[str, Any]] | None) -> str:
+    if not perplexities:
+        return "Not measured.\n"
+    rows = [(entry["dataset"], entry["seqlen"], f"{entry['perplexity']:.2f}") for entry in perplexities]
+    return _table(("text", "tokens of a window", "perplexity"), rows)
+
+
+def _usage(arguments: dict[str, Any], family: Family) -> str:
+    model = arguments["push_to_hub"] or "DIR"
+    stock = arguments["uniform_shapes"]
+    remote = "" if stock else ", trust_remote_code=True"
+    parts = [
+        "Transformers"
+        + (":\n" if stock else " (5.15 or newer; the code in this folder builds each layer in its own shape):\n"),
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{model}"{remote})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{model}"{remote})\n```\n',
+    ]
+    if stock or family.base_type in SERVED_FAMILIES:
+        flags = "" if stock else " --model-impl transformers --trust-remote-code"
+        parts.append(f"vLLM:\n\n```bash\nvllm serve {model}{flags}\n```\n")
+    if family.base_type in EXPORTED_FAMILIES:
+        parts.append(
+            "llama.cpp, by a script of the suite that made this model:\n\n"
+            f"```bash\npython scripts/export_gguf.py {model} pruned.gguf\n```\n"
+        )
+    return "\n".join(parts)

@@ -1,0 +1,169 @@
+"""The model card of a run, and publishing to a hub that stands on this machine."""
+
+import base64
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
+
+import model_slimming
+from slim_utils.pruning_record import read_pruning
+from tests.conftest import make_tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE_CARD = "---\nlicense: other\nlicense_name: tiny\nlanguage: en\nbase_model: someone/tiny-base\n---\n# Tiny\n"
+
+
+@pytest.fixture
+def words(tmp_path, tokenizer, text_file) -> list:
+    """Arguments of a run on a model with a card and a licence."""
+    base = tmp_path / "tiny-model"
+    make_tiny("gqa").save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    (base / "README.md").write_text(BASE_CARD)
+    (base / "LICENSE.txt").write_text("the licence")
+    flags = ["--num_samples", 8, "--seqlen", 32, "--sparsity", 0.4, "--save_pruned_weights", "--save_dir"]
+    return [base, "--data_file", text_file, "--device", "cpu", *flags, tmp_path / "out"]
+
+
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """Run the script in a process of its own."""
+    command = [sys.executable, "model_slimming.py", *map(str, arguments)]
+    env = os.environ | environment
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
+
+
+def main(*arguments: object) -> None:
+    """Run the script in this process."""
+    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, arguments))))
+
+
+def test_the_card_tells_the_run(words, text_file, tmp_path):
+    main(*words, "--eval_datasets", f"test={text_file}", "--eval_seqlens", 16)
+    small = tmp_path / "out" / "pruned_weights"
+    card = ModelCard.load(small / "README.md")
+    assert (card.data.license, card.data.license_name, card.data.language) == ("other", "tiny", "en")
+    assert (card.data.base_model, card.data.library_name) == ("someone/tiny-base", "transformers")
+    assert (small / "LICENSE.txt").read_text() == "the licence"
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(small).parameters())
+    assert record["sizes"]["parameters_pruned"] == parameters
+    assert f"| parameters | {record['sizes']['parameters_dense']:,} | {parameters:,} |" in card.content
+    assert f"without {100 * record['sizes']['block_share_removed']:.1f} % of the weights" in card.content
+    for index, mask in enumerate(read_pruning(tmp_path / "out" / "pruning.json")):
+        line = f"| {index} | {len(mask.kept_heads)} of 6 | 2 of 2 | {len(mask.kept_columns)} of 40 |"
+        assert line in card.content
+    assert f"| test | 16 | {record['perplexity'][0]['perplexity']:.2f} |" in card.content
+    assert record["calibration"]["samples_sha256"] in card.content
+    # Nothing of where it was made.
+    assert str(tmp_path) not in card.content and str(text_file.parent) not in card.content
+    for command in ("trust_remote_code=True", "vllm serve DIR --model-impl transformers", "export_gguf.py DIR"):
+        assert command in card.content
+
+
+def test_a_stock_checkpoint_needs_no_code_and_no_base_card_no_licence(words, tmp_path):
+    (words[0] / "README.md").unlink()
+    main(*words, "--uniform_shapes", "--skip_evaluate")
+    content = (tmp_path / "out" / "pruned_weights" / "README.md").read_text()
+    assert "trust_remote_code" not in content and "vllm serve DIR\n" in content
+    assert "license" not in ModelCard(content).data.to_dict()
+    assert "## Perplexity\n\nNot measured." in content
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as an upload asks for."""
+
+    models: dict[str, dict[str, bytes]]
+
+    def answer(self, content: dict, status: int = 200) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        if status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        name = self.path.removeprefix("/api/models/")
+        if self.path == "/api/whoami-v2":
+            logged_in = self.headers.get("Authorization") == "Bearer secret"
+            self.answer({"name": "me", "type": "user"} if logged_in else {"error": "who?"}, 200 if logged_in else 401)
+        elif name in self.models:
+            self.answer({"id": name, "sha": "0" * 40})
+        else:
+            self.answer({"error": "Repository not found"}, 404)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        name = self.path.removeprefix("/api/models/").rpartition("/commit/")[0]
+        url = f"http://{self.headers['Host']}"
+        if self.path == "/api/repos/create":
+            name = json.loads(body)["name"]
+            name = f"{json.loads(body).get('organization') or 'me'}/{name}"
+            self.models.setdefault(name, {})
+            self.answer({"url": f"{url}/{name}", "id": name, "name": name})
+        elif "/preupload/" in self.path:
+            files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+            self.answer({"files": [file | {"shouldIgnore": False} for file in files]})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.models[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            commit = f"{url}/{name}/commit/{'0' * 40}"
+            self.answer({"success": True, "commitUrl": commit, "commitOid": "0" * 40, "hookOutput": ""})
+        else:
+            self.answer({"files": [], "ok": True})
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub():
+    """Address and models of a hub."""
+    handler = type("Hub", (Hub,), {"models": {"me/taken": {}}})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    yield environment | {"HF_TOKEN": "secret", "HF_HUB_DISABLE_XET": "1"}, handler.models
+    server.shutdown()
+
+
+def test_the_small_model_is_published_with_its_card(words, hub, tmp_path):
+    environment, models = hub
+    process = run(*words, "--skip_evaluate", "--push_to_hub", "me/tiny-pruned", **environment)
+    assert process.returncode == 0, process.stderr
+    small = tmp_path / "out" / "pruned_weights"
+    assert models["me/tiny-pruned"] == {path.name: path.read_bytes() for path in small.iterdir()}
+    assert b'from_pretrained("me/tiny-pruned", trust_remote_code=True)' in models["me/tiny-pruned"]["README.md"]
+    assert "published" in process.stderr + process.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("me/taken", {}, "--push_to_hub me/taken: exists; choose another name or pass --overwrite"),
+        ("me/new", {"HF_TOKEN": "wrong"}, "--push_to_hub me/new: .*; log in with 'hf auth login'"),
+        ("me/new", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "--push_to_hub me/new: .*refused"),
+        ("not a name/x/y", {}, "--push_to_hub not a name/x/y: "),
+    ],
+)
+def test_what_cannot_be_published_is_said_before_any_work(words, hub, tmp_path, name, changes, message):
+    environment, _ = hub
+    process = run(*words, "--skip_evaluate", "--push_to_hub", name, **environment | changes)
+    assert process.returncode == 2
+    (line,) = [line for line in process.stderr.splitlines() if "error" in line]
+    assert re.search(message, line), process.stderr
+    assert "Traceback" not in process.stderr
+    assert not (tmp_path / "out").exists()

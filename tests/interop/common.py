@@ -1,0 +1,54 @@
+"""What the comparisons with serving engines share: models to serve, and Transformers' own greedy tokens."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+import models  # noqa: F401 - registers the classes of pruned checkpoints
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = Path(os.environ.get("SLIMGPT_CACHE") or Path.home() / ".cache" / "slimgpt")
+SMOLLM2 = CACHE / "SmolLM2-135M-Instruct"
+CALIBRATION_TEXT = CACHE / "wiki.calibration.txt"
+EVALUATION_TEXT = CACHE / "wiki.evaluation.txt"
+PROMPTS = ["The history of the city began in", "Once upon a time there was", "Water boils at", "He wrote a book about"]
+NEW_TOKENS = 24
+
+# SmolLM2 in every shape that is served; stock ones need no code of their own.
+SHAPES: dict[str, list[str]] = {
+    "dense": [],
+    "kv groups": ["--non_uniform", "--min_sparsity", "0.0625", "--max_sparsity", "0.23", "--gqa_unit", "kv_group"],
+    "query heads": ["--non_uniform", "--min_sparsity", "0.1", "--max_sparsity", "0.4"],
+    "stock": ["--sparsity", "0.2", "--uniform_shapes", "--multiple_of", "64"],
+}
+
+
+def run(*words: object) -> None:
+    """One of the suite's scripts."""
+    process = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+
+
+def smollm2(shape: str, out: Path, *flags: str) -> Path:
+    """SmolLM2 in one of ``SHAPES``, pruned into the folder ``out``."""
+    if not SHAPES[shape]:
+        return SMOLLM2
+    words = [SMOLLM2, "--data_file", CALIBRATION_TEXT, "--num_samples", 8, "--seqlen", 256, *SHAPES[shape], *flags]
+    run("model_slimming.py", *words, "--skip_evaluate", "--save_pruned_weights", "--save_dir", out)
+    return out / "pruned_weights"
+
+
+@torch.no_grad()
+def greedy_tokens(model: PreTrainedModel, prompt: list[int], near_tie: float) -> list[int]:
+    """Greedy continuation of ``prompt``, up to where the two best tokens are nearer than ``near_tie``."""
+    inputs = torch.tensor([prompt])
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    output = model.generate(inputs, attention_mask=torch.ones_like(inputs), **options)
+    best = model(output).logits[0, len(prompt) - 1 : -1].topk(2).values
+    ties = (best[:, 0] - best[:, 1] < near_tie).nonzero().flatten().tolist()
+    new = output[0, len(prompt) :].tolist()
+    return new[: ties[0]] if ties else new

@@ -1,0 +1,92 @@
+"""Checkpoints in a real vLLM: the same greedy tokens as in Transformers, one prompt at a time and several at once."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from slim_utils.families import SERVED_FAMILIES, find_family, layer_shapes
+from slim_utils.params_remove import shrink
+from slim_utils.pruning_record import LayerMask
+from tests.interop.common import NEW_TOKENS, PROMPTS, ROOT, SHAPES, greedy_tokens, smollm2
+
+PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+# Both compute in fp32, in another order.
+NEAR_TIE = 1e-3
+TOKEN_PROMPTS = [[5, 9, 17, 33], [100, 20, 30], list(range(7, 40)), [200]]
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(not PYTHON.exists(), reason="run scripts/test_serving.sh"),
+]
+
+
+def in_vllm(folder: Path, prompts: list[list[int]], shapes: str) -> dict:
+    """What vLLM makes of ``prompts``; ``shapes`` is stock or per_layer."""
+    command = [str(PYTHON), str(ROOT / "tests" / "interop" / "vllm_generate.py"), str(folder), str(NEW_TOKENS), shapes]
+    process = subprocess.run(command, input=json.dumps(prompts), capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def compare(folder: Path, prompts: list[list[int]], shapes: str, architecture: str) -> None:
+    """Tokens of vLLM against those of Transformers."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = [greedy_tokens(model, prompt, NEAR_TIE) for prompt in prompts]
+    got = in_vllm(folder, prompts, shapes)
+    assert got["class"] == architecture
+    for way in ("alone", "together"):
+        for tokens, wanted in zip(got[way], expected, strict=True):
+            assert tokens[: len(wanted)] == wanted
+    # Ties are rare enough for this to be a comparison.
+    assert sum(map(len, expected)) > 0.7 * NEW_TOKENS * len(prompts)
+
+
+def small_model(model_type: str, uniform_shapes: bool):
+    """A random model of a family, of layers that differ in heads, kv heads and columns, or of layers all alike."""
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=256,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    masks = []
+    for index, shape in enumerate(layer_shapes(config)):
+        columns = list(range(0, 192, 2)) if uniform_shapes else [c for c in range(192) if c % (index + 2)]
+        heads = [head for head in range(8) if head % 4 != index]
+        if index == 1 and not uniform_shapes:
+            masks.append(LayerMask.from_groups(shape, [1], columns))
+        else:
+            masks.append(LayerMask.from_heads(shape, heads, columns))
+    return shrink(model, find_family(config), masks, uniform_shapes)
+
+
+@pytest.mark.parametrize("shapes", ["per_layer", "stock"])
+@pytest.mark.parametrize("model_type", SERVED_FAMILIES)
+def test_same_greedy_tokens_as_in_transformers(model_type, shapes, tmp_path):
+    model = small_model(model_type, shapes == "stock")
+    model.save_pretrained(tmp_path)
+    native = "MistralForCausalLM" if model_type == "llama" else type(model).__name__
+    compare(tmp_path, TOKEN_PROMPTS, shapes, "TransformersForCausalLM" if shapes == "per_layer" else native)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_smollm2(shape, tmp_path):
+    folder = smollm2(shape, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    per_layer = shape in ("kv groups", "query heads")
+    architecture = "TransformersForCausalLM" if per_layer else "LlamaForCausalLM"
+    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    compare(folder, prompts, "per_layer" if per_layer else "stock", architecture)
