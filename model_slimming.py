@@ -173,15 +173,16 @@ def save(
             record["sizes"]["parameters_pruned"] = count_parameters(small)
             save_checkpoint(small, tokenizer, folder / SMALL_MODEL_FOLDER)
             copy_license_files(args.model_path, folder / SMALL_MODEL_FOLDER)
-            write_card(folder, record, family, masks)
+            write_card(folder, record, masks)
         write_pruning(folder / PRUNING_FILE, masks, model.config.model_type)
         write_json_atomic(folder / RUN_FILE, record)
     logger.info("saved %s", args.save_dir)
 
 
-def write_card(folder: Path, record: dict[str, Any], family: Family, masks: list[LayerMask]) -> None:
+def write_card(folder: Path, record: dict[str, Any], masks: list[LayerMask]) -> None:
     """Write the model card of the small model in the output ``folder``."""
-    write_text_atomic(folder / SMALL_MODEL_FOLDER / CARD_FILE, model_card(record, family, masks))
+    small = folder / SMALL_MODEL_FOLDER
+    write_text_atomic(small / CARD_FILE, model_card(record, load_config(str(small), False), masks))
 
 
 def walk_settings(args: argparse.Namespace) -> WalkSettings:
@@ -275,7 +276,7 @@ def main(args: argparse.Namespace) -> None:
         if args.save_dir:
             write_json_atomic(Path(args.save_dir) / RUN_FILE, record)
         if args.save_pruned_weights:
-            write_card(Path(args.save_dir), record, family, masks)
+            write_card(Path(args.save_dir), record, masks)
     if args.push_to_hub:
         logger.info("published %s", publish(Path(args.save_dir) / SMALL_MODEL_FOLDER, args.push_to_hub))
 

@@ -1,18 +1,36 @@
 """The model card of a pruned checkpoint, made from its run."""
 
+import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
+from transformers import PreTrainedConfig
 
-from slim_utils.families import EXPORTED_FAMILIES, SERVED_FAMILIES, Family
+from slim_utils.families import EXPORTED_FAMILIES, FAMILIES, SERVED_FAMILIES, layer_shapes
 from slim_utils.pruning_record import LayerMask
 from slim_utils.text_source import HUB_SOURCES
 
 CARD_FILE = "README.md"
 LICENSE_KEYS = ("license", "license_name", "license_link")
+
+
+def vllm_options(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """Arguments of ``vllm.LLM`` that serve a small model of this configuration; ``None`` for families not tested there.
+
+    vLLM's own Qwen2 knows no other heads than those that fill the hidden size, but its LLaMA has Qwen2's biases too.
+    """
+    if FAMILIES[config.model_type].base_type not in SERVED_FAMILIES:
+        return None
+    if config.model_type not in SERVED_FAMILIES:
+        return {"model_impl": "transformers", "trust_remote_code": True}
+    shape = layer_shapes(config)[0]
+    if config.model_type == "qwen2" and shape.num_heads * shape.head_dim != config.hidden_size:
+        return {"hf_overrides": {"architectures": ["LlamaForCausalLM"], "qkv_bias": True}}
+    return {}
 
 
 def base_card_data(model_path: str) -> dict[str, Any]:
@@ -33,12 +51,12 @@ def copy_license_files(model_path: str, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def model_card(record: dict[str, Any], family: Family, masks: list[LayerMask]) -> str:
+def model_card(record: dict[str, Any], config: PreTrainedConfig, masks: list[LayerMask]) -> str:
     """Text of the card.
 
     Args:
         record: content of ``run.json``; without ``perplexity`` the card says that none was measured.
-        family: the model's row of the table.
+        config: of the small model.
         masks: what each layer keeps.
     """
     arguments = record["arguments"]
@@ -69,7 +87,7 @@ def model_card(record: dict[str, Any], family: Family, masks: list[LayerMask]) -
         "## Perplexity\n",
         _perplexities(record.get("perplexity")),
         "## Use\n",
-        _usage(arguments, family),
+        _usage(arguments["push_to_hub"] or "DIR", config),
         "## Licence\n",
         f"That of the base model: {license_name}.\n" if license_name else "That of the base model, whatever it is.\n",
     ]
@@ -122,9 +140,9 @@ def _perplexities(perplexities: list[dict[str, Any]] | None) -> str:
     return _table(("text", "tokens of a window", "perplexity"), rows)
 
 
-def _usage(arguments: dict[str, Any], family: Family) -> str:
-    model = arguments["push_to_hub"] or "DIR"
-    stock = arguments["uniform_shapes"]
+def _usage(model: str, config: PreTrainedConfig) -> str:
+    base_type = FAMILIES[config.model_type].base_type
+    stock = base_type == config.model_type
     remote = "" if stock else ", trust_remote_code=True"
     parts = [
         "Transformers"
@@ -133,12 +151,21 @@ def _usage(arguments: dict[str, Any], family: Family) -> str:
         f'model = AutoModelForCausalLM.from_pretrained("{model}"{remote})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{model}"{remote})\n```\n',
     ]
-    if stock or family.base_type in SERVED_FAMILIES:
-        flags = "" if stock else " --model-impl transformers --trust-remote-code"
-        parts.append(f"vLLM:\n\n```bash\nvllm serve {model}{flags}\n```\n")
-    if family.base_type in EXPORTED_FAMILIES:
+    options = vllm_options(config)
+    if options is not None:
+        parts.append(f"vLLM:\n\n```bash\nvllm serve {model}{_vllm_flags(options)}\n```\n")
+    if base_type in EXPORTED_FAMILIES:
         parts.append(
             "llama.cpp, by a script of the suite that made this model:\n\n"
             f"```bash\npython scripts/export_gguf.py {model} pruned.gguf\n```\n"
         )
     return "\n".join(parts)
+
+
+def _vllm_flags(options: dict[str, Any]) -> str:
+    words = []
+    for name, value in options.items():
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words.append(value if isinstance(value, str) else shlex.quote(json.dumps(value)))
+    return "".join(f" {word}" for word in words)

@@ -1,9 +1,9 @@
 """Run with vLLM's own environment: greedy tokens of a checkpoint, and tokens a second.
 
-    python vllm_generate.py DIR NEW_TOKENS {stock,per_layer} < PROMPTS.json
+    python vllm_generate.py DIR NEW_TOKENS OPTIONS < PROMPTS.json
 
-PROMPTS.json is a list of lists of token ids. Prints one json line: tokens of every prompt alone and of all at once,
-the implementation that vLLM chose, seconds and tokens of the batch.
+OPTIONS is json of further arguments of ``vllm.LLM``, PROMPTS.json a list of lists of token ids. Prints one json line:
+tokens of every prompt alone and of all at once, the class that vLLM chose, seconds and tokens of the batch.
 """
 
 import json
@@ -17,9 +17,8 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 from vllm import LLM, SamplingParams
 
-folder, new_tokens, shapes = sys.argv[1:]
+folder, new_tokens, options = sys.argv[1:]
 prompts = [{"prompt_token_ids": tokens} for tokens in json.load(sys.stdin)]
-options = {"model_impl": "transformers", "trust_remote_code": True} if shapes == "per_layer" else {}
 llm = LLM(
     model=folder,
     dtype="float32",
@@ -27,7 +26,7 @@ llm = LLM(
     max_model_len=256,
     enforce_eager=True,
     disable_log_stats=True,
-    **options,
+    **json.loads(options),
 )
 sampling = SamplingParams(temperature=0, max_tokens=int(new_tokens), ignore_eos=True, detokenize=False)
 
