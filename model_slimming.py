@@ -24,7 +24,7 @@ from ppl_eval.ppl_eval import evaluate
 from slim_utils.cli import ArgumentParser, command_line, run_cli
 from slim_utils.errors import UserError
 from slim_utils.families import Family, find_family, layer_shapes
-from slim_utils.layer_walk import GQA_UNITS, LayerReport, WalkSettings, planned_masks, prune_layers
+from slim_utils.layer_walk import LayerReport, planned_masks, prune_layers
 from slim_utils.model_card import CARD_FILE, copy_license_files, model_card
 from slim_utils.model_io import (
     DTYPES,
@@ -50,6 +50,7 @@ from slim_utils.run_record import calibration_record, environment, layer_record
 from slim_utils.slim_dataset import CalibrationData, load_calibration
 from slim_utils.sparsity_schedule import STRATEGIES, layer_range, layer_ratios, non_uniform_ratios
 from slim_utils.text_source import CALIBRATION_DATASETS
+from slim_utils.walk_settings import GQA_UNITS, WalkSettings
 
 logger = logging.getLogger("model_slimming")
 

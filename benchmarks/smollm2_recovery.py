@@ -26,9 +26,9 @@ from ppl_eval.ppl_dataset import load_eval_sets
 from ppl_eval.ppl_eval import evaluate
 from slim_utils.cli import ArgumentParser, command_line, run_cli
 from slim_utils.errors import UserError
-from slim_utils.layer_walk import WalkSettings
 from slim_utils.model_io import choose_device, load_model, load_tokenizer, write_json_atomic
 from slim_utils.run_record import environment
+from slim_utils.walk_settings import WalkSettings
 
 logger = logging.getLogger("smollm2_recovery")
 

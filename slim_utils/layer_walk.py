@@ -1,82 +1,30 @@
 """The layer walk: one decoder layer after another, each on the outputs of the pruned ones before it.
 
-The walk knows no family: it asks the table's row for the names of two linear maps, and replays a layer with exactly the
-arguments that the model itself called it with.
+The walk knows no family: it asks the table's row for the names of two linear maps.
 """
 
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel
 
-from slim_utils.errors import UserError
 from slim_utils.experts import prune_experts
 from slim_utils.families import Family, LayerShape, layer_shapes
+from slim_utils.layer_replay import LayerReplay, capture_layer_calls, check_finite
 from slim_utils.model_io import peak_memory_mib
 from slim_utils.params_remove import settle_heads
 from slim_utils.pruning_record import LayerMask
 from slim_utils.slimgpt import PruneResult, SlimGPT, units_to_remove
-from slim_utils.sparsity_schedule import aligned_ratios
+from slim_utils.walk_settings import WalkSettings
 
 logger = logging.getLogger(__name__)
-
-TOKENS_PER_FORWARD = 8192
-GQA_UNITS = ("query_head", "kv_group")
-
-
-@dataclass(frozen=True)
-class WalkSettings:
-    """How to walk.
-
-    Attributes:
-        device: where layers are run and pruned; a layer is moved there and back.
-        cache_dev: where the activations between layers are kept.
-        batch_samples: samples brought from ``cache_dev`` to ``device`` at once.
-        percdamp: damping, as a share of the mean of the Hessian's diagonal.
-        compensate: whether the remaining weights are updated.
-        gqa_unit: what goes where query heads share key/value heads, one of ``GQA_UNITS``: equally many query heads of
-            every group, whose key/value head stays, or whole kv groups.
-        heads_multiple: every layer keeps a multiple of so many heads, or kv groups where those are the unit.
-        columns_multiple: every layer keeps a multiple of so many FFN columns.
-        alike: layers of one ratio keep equally many, whatever the multiples leave over.
-    """
-
-    device: torch.device
-    cache_dev: torch.device
-    batch_samples: int = 128
-    percdamp: float = 0.01
-    compensate: bool = True
-    gqa_unit: str = "query_head"
-    heads_multiple: int = 1
-    columns_multiple: int = 1
-    alike: bool = False
-
-    def by_query_head(self, shape: LayerShape) -> bool:
-        """Whether the unit of a layer of ``shape`` is a query head of a group."""
-        return self.gqa_unit == "query_head" and shape.heads_per_group > 1
-
-    def aligned(self, shapes: list[LayerShape], ratios: list[float]) -> list[tuple[float, float]]:
-        """Ratios of the heads (or kv groups) and of the FFN columns of every layer that keep the multiples asked."""
-        units, multiples = [], []
-        for shape in shapes:
-            groups, multiple = shape.num_kv_heads, self.heads_multiple
-            by_head = self.by_query_head(shape)
-            units.append(shape.heads_per_group if by_head else groups)
-            multiples.append(multiple // math.gcd(multiple, groups) if by_head else multiple)
-        heads = aligned_ratios(ratios, units, multiples, self.alike)
-        columns = [shape.ffn_width for shape in shapes]
-        columns = aligned_ratios(ratios, columns, [self.columns_multiple] * len(shapes), self.alike)
-        return list(zip(heads, columns, strict=True))
 
 
 @dataclass(frozen=True)
@@ -90,58 +38,6 @@ class LayerReport:
     mlp: PruneResult
     seconds: float
     peak_memory_mib: dict[str, float]
-
-
-# Positional and keyword arguments, besides the hidden states, that the model calls a layer with, by batch size.
-LayerCalls = dict[int, tuple[tuple, dict[str, Any]]]
-
-
-@dataclass(frozen=True)
-class LayerInputs:
-    """What one layer is run on.
-
-    Attributes:
-        hidden: (num_samples, seqlen, hidden) its inputs, on ``settings.cache_dev``.
-        calls: its other arguments, on ``settings.device``.
-        settings: how to walk.
-    """
-
-    hidden: Tensor
-    calls: LayerCalls
-    settings: WalkSettings
-
-    def run(self, layer: nn.Module, batch: Tensor) -> Tensor:
-        """Output (samples, seqlen, hidden) of ``layer`` on a batch of its inputs, called as the model does."""
-        args, kwargs = self.calls[batch.shape[0]]
-        output = layer(batch, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-    def inputs_of(self, module: nn.Module, layer: nn.Module) -> Iterator[tuple[Tensor, ...]]:
-        """Arguments of a ``module`` inside ``layer``, batch by batch; the layer runs no further than that."""
-        seen: list[tuple[Tensor, ...]] = []
-
-        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.append(args)
-            raise _InputSeen
-
-        handle = module.register_forward_pre_hook(stop)
-        try:
-            for batch in _batches(self.hidden, self.settings):
-                with suppress(_InputSeen):
-                    self.run(layer, batch)
-                yield seen.pop()
-        finally:
-            handle.remove()
-
-    def advance(self, layer: nn.Module) -> None:
-        """Replace the cached inputs of ``layer`` by its outputs."""
-        for chunk in self.hidden.split(self.settings.batch_samples):
-            batches = chunk.to(self.settings.device).split(_samples_per_forward(chunk))
-            chunk.copy_(torch.cat([self.run(layer, batch) for batch in batches]))
-
-
-class _InputSeen(Exception):  # noqa: N818 - not an error
-    """Raised to stop a layer once the input of the module of interest was seen."""
 
 
 @torch.no_grad()
@@ -175,16 +71,19 @@ def prune_layers(
     with logging_redirect_tqdm():
         for index in tqdm(range(pruned[-1] + 1), desc="layers", unit="layer", disable=None):
             layer = layers[index].to(settings.device)
-            inputs = LayerInputs(hidden, send_to_device(calls[index], settings.device), settings)
+            start = time.perf_counter()
+            replay = LayerReplay(layer, family, hidden, send_to_device(calls[index], settings.device), settings)
             if ratios[index] > 0:
-                report = _prune_layer(index, layer, family, shapes[index], ratios[index], aligned[index], inputs)
-                masks[index] = report.mask
+                masks[index], attention, mlp = _prune_layer(index, replay, shapes[index], aligned[index])
+            if index < pruned[-1]:
+                replay.advance()
+                check_finite(hidden, f"layer {index}")
+            layer.to("cpu")
+            if ratios[index] > 0:
+                seconds, peak = time.perf_counter() - start, peak_memory_mib(settings.device)
+                report = LayerReport(index, ratios[index], masks[index], attention, mlp, seconds, peak)
                 reports.append(report)
                 _log_report(report, len(layers))
-            if index < pruned[-1]:
-                inputs.advance(layer)
-                _check_finite(hidden, f"layer {index}")
-            layer.to("cpu")
     return masks, reports
 
 
@@ -207,101 +106,33 @@ def planned_masks(shapes: list[LayerShape], ratios: list[float], settings: WalkS
 
 
 def _prune_layer(
-    index: int,
-    layer: nn.Module,
-    family: Family,
-    shape: LayerShape,
-    ratio: float,
-    aligned: tuple[float, float],
-    inputs: LayerInputs,
-) -> LayerReport:
+    index: int, replay: LayerReplay, shape: LayerShape, aligned: tuple[float, float]
+) -> tuple[LayerMask, PruneResult, PruneResult]:
     """Prune the heads of a layer, then, on what its pruned attention puts out, its FFN columns."""
-    settings, start = inputs.settings, time.perf_counter()
+    settings, layer, family = replay.settings, replay.layer, replay.family
 
-    def prune(name: str, ratio: float, unit_size: int, num_groups: int = 1) -> PruneResult:
-        linear = layer.get_submodule(name)
-        pruner = SlimGPT(linear, f"layer {index} {name}")
-        for (batch,) in inputs.inputs_of(linear, layer):
+    def prune(name: str, inputs: Iterator[Tensor], ratio: float, unit_size: int, num_groups: int = 1) -> PruneResult:
+        pruner = SlimGPT(layer.get_submodule(name), f"layer {index} {name}")
+        for batch in inputs:
             pruner.add_batch(batch)
         result = pruner.struct_prune(ratio, unit_size, settings.percdamp, settings.compensate, num_groups)
         pruner.free()
         return result
 
     if settings.by_query_head(shape):
-        attention = prune(family.attention_out, aligned[0], shape.head_dim, shape.num_kv_heads)
-        keep = LayerMask.from_heads
+        unit_size, num_groups, keep = shape.head_dim, shape.num_kv_heads, LayerMask.from_heads
     else:
-        attention = prune(family.attention_out, aligned[0], shape.head_dim * shape.heads_per_group)
-        keep = LayerMask.from_groups
+        unit_size, num_groups, keep = shape.head_dim * shape.heads_per_group, 1, LayerMask.from_groups
+    attention = prune(family.attention_out, replay.attention_inputs(), aligned[0], unit_size, num_groups)
     settle_heads(layer, family, keep(shape, attention.kept_units, list(range(shape.num_columns))))
+    replay.finish_attention()
     if shape.num_experts:
-        experts = layer.get_submodule(family.experts)
-        calls = inputs.inputs_of(experts, layer)
-        name = f"layer {index} {family.experts}"
+        experts, name = layer.get_submodule(family.experts), f"layer {index} {family.experts}"
+        calls = replay.expert_calls()
         mlp = prune_experts(experts, name, calls, aligned[1], settings.percdamp, settings.compensate)
     else:
-        mlp = prune(family.mlp_out, aligned[1], 1)
-    mask = keep(shape, attention.kept_units, mlp.kept_units)
-    seconds = time.perf_counter() - start
-    return LayerReport(index, ratio, mask, attention, mlp, seconds, peak_memory_mib(settings.device))
-
-
-def capture_layer_calls(
-    model: PreTrainedModel, layers: nn.ModuleList, samples: Tensor, settings: WalkSettings
-) -> tuple[Tensor, list[LayerCalls]]:
-    """Run the model with its layers passed over, and record what each would have been called with.
-
-    Windows have one length and no padding, so calls differ between batches by nothing but the batch size.
-
-    Returns:
-        The first layer's inputs (num_samples, seqlen, hidden) on ``cache_dev``, and the calls of every layer.
-    """
-    first_inputs: list[Tensor] = []
-    with _layers_passed_over(layers, first_inputs) as calls:
-        for batch in _batches(samples, settings):
-            model.base_model(input_ids=batch.to(model.device), use_cache=False)
-    hidden = torch.cat([batch.to(settings.cache_dev) for batch in first_inputs])
-    _check_finite(hidden, "the embeddings")
-    return hidden, calls
-
-
-@contextmanager
-def _layers_passed_over(layers: nn.ModuleList, first_inputs: list[Tensor]) -> Iterator[list[LayerCalls]]:
-    calls: list[LayerCalls] = [{} for _ in layers]
-
-    def recorder(index: int) -> Callable[..., Tensor]:
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            hidden = args[0] if args else kwargs.pop("hidden_states")
-            if index == 0:
-                first_inputs.append(hidden)
-            calls[index][hidden.shape[0]] = (args[1:], kwargs)
-            return hidden
-
-        return forward
-
-    for index, layer in enumerate(layers):
-        layer.forward = recorder(index)
-    try:
-        yield calls
-    finally:
-        for layer in layers:
-            # Removes the recorder from the instance; the class's own method shows again.
-            del layer.forward
-
-
-def _batches(samples: Tensor, settings: WalkSettings) -> Iterator[Tensor]:
-    """``samples`` (num_samples, seqlen, …) in batches on the device, the same ones each time."""
-    for chunk in samples.split(settings.batch_samples):
-        yield from chunk.to(settings.device).split(_samples_per_forward(samples))
-
-
-def _samples_per_forward(samples: Tensor) -> int:
-    return max(1, TOKENS_PER_FORWARD // samples.shape[1])
-
-
-def _check_finite(hidden: Tensor, where: str) -> None:
-    if not all(torch.isfinite(sample).all() for sample in hidden):
-        raise UserError(f"{where}: non-finite activations; try --dtype bfloat16 or float32")
+        mlp = prune(family.mlp_out, replay.column_inputs(), aligned[1], 1)
+    return keep(shape, attention.kept_units, mlp.kept_units), attention, mlp
 
 
 def _log_report(report: LayerReport, num_layers: int) -> None:

@@ -209,7 +209,11 @@ def shrink(
             state[key] = select_indices(state[key], 0, indices) * math.sqrt(total / len(indices))
     config = (stock_config if uniform_shapes else slim_config)(model.config, family, masks)
     with torch.device("meta"):
-        small = AutoModelForCausalLM.from_config(config, attn_implementation=model.config._attn_implementation)
+        small = AutoModelForCausalLM.from_config(
+            config,
+            attn_implementation=model.config._attn_implementation,
+            experts_implementation=model.config._experts_implementation,
+        )
     small.load_state_dict(state, assign=True)
     _adopt_buffers(small, model)
     small.tie_weights()

@@ -6,6 +6,7 @@ with the optimal change of what remains costs ``tr(W_S (H⁻¹_SS)⁻¹ W_Sᵀ)`
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 SOLVE_DTYPE = torch.float64
 FIRST_RAISED_PERCDAMP = 1e-6
 LARGEST_PERCDAMP = 1.0
+# Blocks of a Gram matrix that only its upper ones are computed of: so many a row, none narrower than this.
+GRAM_BLOCKS, GRAM_BLOCK = 8, 256
 
 
 @dataclass(frozen=True)
@@ -52,24 +55,36 @@ class SlimGPT:
         self.linear = linear
         self.name = name
         self.columns = linear.in_features
-        self.hessian: Tensor | None = torch.zeros(
+        self.num_samples = 0
+        # The upper triangle of Σ x xᵀ, and what was made of it.
+        self._gram: Tensor | None = torch.zeros(
             self.columns, self.columns, dtype=torch.float32, device=linear.weight.device
         )
-        self.num_samples = 0
+        self._hessian: Tensor | None = None
+
+    @property
+    def hessian(self) -> Tensor:
+        """``(2/n) Σ x xᵀ`` (in, in) of all batches, n counting samples, in fp32; zero where there were none."""
+        if self._hessian is None:
+            upper = self._gram.triu_().mul_(2 / max(self.num_samples, 1))
+            self._hessian = upper + upper.triu(1).T
+            self._gram = None
+        return self._hessian
+
+    @hessian.setter
+    def hessian(self, hessian: Tensor) -> None:
+        self._hessian, self._gram = hessian, None
 
     def add_batch(self, inputs: Tensor) -> None:
-        """Add the outer products of a batch of inputs to the Hessian, in fp32.
+        """Add the outer products of a batch of inputs to the Hessian, in fp32; not after it was looked at.
 
         Args:
             inputs: (samples, tokens, in) or (tokens, in; counted as one sample), any floating dtype.
         """
         if inputs.dim() == 2:
             inputs = inputs.unsqueeze(0)
-        total = self.num_samples + inputs.shape[0]
-        tokens = inputs.reshape(-1, self.columns).float()
-        self.hessian.mul_(self.num_samples / total)
-        self.hessian.addmm_(tokens.T, tokens, alpha=2 / total)
-        self.num_samples = total
+        add_gram(self._gram, inputs.reshape(-1, self.columns))
+        self.num_samples += inputs.shape[0]
 
     @torch.no_grad()
     def struct_prune(
@@ -128,7 +143,27 @@ class SlimGPT:
 
     def free(self) -> None:
         """Let go of the Hessian."""
-        self.hessian = None
+        self._gram = self._hessian = None
+
+
+def add_gram(gram: Tensor, tokens: Tensor) -> None:
+    """Add ``tokensᵀ tokens`` to the upper triangle of ``gram`` (in, in), in place; what is below it is of no use.
+
+    Rows of blocks from the diagonal on: little more than half the products. Half-precision tokens on a GPU go through
+    its tensor cores, whose products of two are exact in fp32; everything else is computed in fp32.
+    """
+    exact = tokens.is_cuda and tokens.dtype in (torch.bfloat16, torch.float16)
+    if not exact:
+        tokens = tokens.float()
+    columns = tokens.shape[1]
+    size = max(GRAM_BLOCK, math.ceil(columns / GRAM_BLOCKS))
+    for start in range(0, columns, size):
+        rows, rest = tokens[:, start : start + size].T, tokens[:, start:]
+        block = gram[start : start + size, start:]
+        if exact:
+            block.add_(torch.mm(rows, rest, out_dtype=torch.float32))
+        else:
+            block.addmm_(rows, rest)
 
 
 def units_to_remove(num_units: int, sparsity: float, num_groups: int = 1) -> int:
@@ -209,31 +244,30 @@ def greedy_obs(
         return None
     inverse = torch.cholesky_inverse(factor)
     pruned = torch.zeros(weight.shape[1] // unit_size, dtype=torch.bool, device=weight.device)
+    # Looked at once, at the end, so that nothing waits for the device at each step.
+    sound = torch.ones((), dtype=torch.bool, device=weight.device)
     order: list[Tensor] = []
     for count in group_sizes(target, unit_size):
         losses = pruned.view(num_groups, -1).sum(dim=1, keepdim=True)
         closed = pruned | (losses > losses.min()).expand(num_groups, len(pruned) // num_groups).flatten()
         scores = unit_scores(weight, inverse, unit_size).masked_fill(closed, torch.inf)
-        if scores.isnan().any() or (scores < 0).any():
-            return None
         units = scores.argsort(stable=True)[:count]
-        if not remove_columns(weight, inverse, unit_columns(units, unit_size), compensate):
-            return None
+        sound &= (scores >= 0).all() & remove_columns(weight, inverse, unit_columns(units, unit_size), compensate)
         pruned[units] = True
         order.append(units)
+    if not sound:
+        return None
     return torch.cat(order) if order else torch.empty(0, dtype=torch.long, device=weight.device)
 
 
-def remove_columns(weight: Tensor, inverse: Tensor, columns: Tensor, compensate: bool) -> bool:
+def remove_columns(weight: Tensor, inverse: Tensor, columns: Tensor, compensate: bool) -> Tensor:
     """One OBS step: zero ``columns`` of ``weight``, compensate, and downdate ``inverse``; all in place.
 
     Returns:
-        False where the block of ``inverse`` is not positive-definite; nothing is changed then.
+        Whether the block of ``inverse`` was positive-definite, a bool on the device; both are of no use otherwise.
     """
     rows = inverse[columns]
     factor, info = torch.linalg.cholesky_ex(rows[:, columns])
-    if info != 0:
-        return False
     solved = torch.cholesky_solve(rows, factor)
     if compensate:
         weight.addmm_(weight[:, columns], solved, alpha=-1)
@@ -242,7 +276,7 @@ def remove_columns(weight: Tensor, inverse: Tensor, columns: Tensor, compensate:
     inverse[columns] = 0
     inverse[:, columns] = 0
     inverse[columns, columns] = 1
-    return True
+    return info == 0
 
 
 def relative_errors(dense: Tensor, pruned: Tensor, hessian: Tensor, columns: Tensor) -> tuple[float, float]:

@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 
 from slim_utils.errors import UserError
 from slim_utils.families import find_family
-from slim_utils.layer_walk import WalkSettings, prune_layers
+from slim_utils.layer_walk import prune_layers
 from slim_utils.params_remove import shrink, zero_removed
+from slim_utils.walk_settings import WalkSettings
 from tests.conftest import TINY_FAMILIES, make_tiny
 
 # Loads every folder given, in a process that knows nothing of this repository, and compares logits and generation.

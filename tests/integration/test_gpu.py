@@ -9,7 +9,8 @@ import model_evaluate
 import model_finetune
 import model_slimming
 from slim_utils.families import find_family
-from slim_utils.layer_walk import WalkSettings, prune_layers
+from slim_utils.layer_walk import prune_layers
+from slim_utils.walk_settings import WalkSettings
 from tests.conftest import make_tiny
 from train_utils.finetune_args import parse_args
 

@@ -129,3 +129,12 @@ def test_recovery_table_is_that_of_the_file():
         figures.append(f"{100 * row['zero_shot']['averages']['papers']:.1f}")
         share = f"{100 * row.get('share_removed', 0):.1f} %"
         assert f"| {row['model']} | {share} | {' | '.join(figures)} |" in README
+
+
+def test_serving_table_is_that_of_the_file():
+    rows = json.loads((RESULTS / "serving_speed.json").read_text())["rows"]
+    for start, name in ((0, "Transformers"), (3, "vLLM"), (6, "llama.cpp, f16")):
+        dense, *pruned = rows[start : start + 3]
+        cells = [f"{dense['tokens_per_second']:.1f}"]
+        cells += [f"{row['tokens_per_second']:.1f} ({row['ratio']:.2f}×)" for row in pruned]
+        assert f"| {name} | {' | '.join(cells)} |" in README

@@ -31,7 +31,7 @@ def llama_cpp(script: str, *words: object, stdin: str = "") -> dict:
 
 def in_llama_cpp(file: Path, *prompts: str) -> list[str]:
     """Greedy texts of ``prompts``, all at once."""
-    return llama_cpp("llama_cpp_generate.py", file, NEW_TOKENS, *prompts)["texts"]
+    return llama_cpp("llama_cpp_generate.py", file, NEW_TOKENS, stdin=json.dumps(prompts))["texts"]
 
 
 def as_in_the_file(folder: Path):

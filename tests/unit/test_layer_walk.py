@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from slim_utils import layer_walk
+from slim_utils import layer_replay
 from slim_utils.errors import UserError
 from slim_utils.families import find_family, layer_shapes
-from slim_utils.layer_walk import WalkSettings, planned_masks, prune_layers
+from slim_utils.layer_walk import planned_masks, prune_layers
+from slim_utils.walk_settings import WalkSettings
 from tests import reference_slimgpt
 from tests.conftest import ALL_TINY, make_tiny, set_attention
 
@@ -30,7 +31,7 @@ def walk(model, samples, ratios=RATIOS, **settings):
 def test_same_model_as_the_plain_walk(variant, implementation, samples):
     model, expected = make_tiny(variant, torch.float64), make_tiny(variant, torch.float64)
     set_attention(model, implementation)
-    masks, reports = walk(model, samples, percdamp=0.01, gqa_unit="kv_group")
+    masks, reports = walk(model, samples, percdamp=0.01, gqa_unit="kv_group", expert_columns_multiple=1)
     removed = reference_slimgpt.prune_model(expected, samples, RATIOS, percdamp=0.01)
     for report, (groups, columns) in zip(reports, removed, strict=True):
         assert (report.attention.pruned_units, report.mlp.pruned_units) == (groups, columns)
@@ -89,7 +90,7 @@ def test_multi_head_attention_has_one_unit(samples):
 def test_batches_do_not_matter(monkeypatch, samples, batch_samples, tokens_per_forward):
     whole, parts = make_tiny("gqa"), make_tiny("gqa")
     expected, _ = walk(whole, samples)
-    monkeypatch.setattr(layer_walk, "TOKENS_PER_FORWARD", tokens_per_forward)
+    monkeypatch.setattr(layer_replay, "TOKENS_PER_FORWARD", tokens_per_forward)
     masks, _ = walk(parts, samples, batch_samples=batch_samples)
     assert masks == expected
     for name, weight in whole.state_dict().items():

