@@ -317,8 +317,8 @@ def test_uniform_shapes_make_a_stock_checkpoint(small_run, tmp_path):
     small = out / "pruned_weights"
     assert {path.name for path in small.iterdir()} == WEIGHT_FILES | TOKENIZER_FILES | CARD
     config = json.loads((small / "config.json").read_text())
-    assert (config["model_type"], config["num_attention_heads"], config["intermediate_size"]) == ("llama", 3, 16)
-    assert config["layer_head_num"] == [3] * 4
+    assert (config["model_type"], config["num_attention_heads"], config["intermediate_size"]) == ("llama", 2, 16)
+    assert config["layer_head_num"] == [2] * 4
     model = AutoModelForCausalLM.from_pretrained(small)
     assert type(model).__module__ == "transformers.models.llama.modeling_llama"
 
@@ -331,8 +331,8 @@ def test_shapes_that_run_fast(small_run, tmp_path, caplog):
     assert all(len(mask.kept_columns) % 4 == 0 and len(mask.kept_kv_heads) == 2 for mask in masks)
     assert {len(mask.kept_heads) for mask in masks} == {2, 4, 6}
     assert "do not divide by" not in caplog.text
-    main(*small_run, *flags, "--tp_size", 4, "--save_dir", tmp_path / "other")
-    assert "layers 0, 1, 2, 3 end with heads or columns that do not divide by 4 and 4" in caplog.text
+    main(*small_run, *flags, "--tp_size", 8, "--save_dir", tmp_path / "other")
+    assert "layers 0, 1, 2, 3 end with heads or columns that do not divide by 8 and 8" in caplog.text
 
 
 def test_vocabulary_of_the_tests_matches(checkpoint):
