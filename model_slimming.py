@@ -17,34 +17,30 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ppl_eval.ppl_dataset import EVAL_SPLITS, load_eval_sets, parse_eval_dataset
 from ppl_eval.ppl_eval import evaluate
 from slim_utils.cli import ArgumentParser, command_line, run_cli
 from slim_utils.errors import UserError
-from slim_utils.families import Family, find_family, layer_shapes
-from slim_utils.layer_walk import LayerReport, planned_masks, prune_layers
-from slim_utils.model_card import CARD_FILE, copy_license_files, model_card
+from slim_utils.families import find_family, layer_shapes
+from slim_utils.layer_report import LayerReport
+from slim_utils.layer_store import LayerStore, fingerprint
+from slim_utils.layer_walk import planned_masks, prune_layers
 from slim_utils.model_io import (
     DTYPES,
-    RUN_FILE,
     SMALL_MODEL_FOLDER,
-    atomic_folder,
     check_output,
     choose_device,
     load_config,
     load_model,
     load_tokenizer,
     peak_memory_mib,
-    save_checkpoint,
     warn_if_short_of_space,
-    write_json_atomic,
-    write_text_atomic,
 )
 from slim_utils.model_stats import count_parameters, removed_share
-from slim_utils.params_remove import shrink, stock_config, zero_removed
-from slim_utils.pruning_record import PRUNING_FILE, LayerMask, write_pruning
+from slim_utils.params_remove import stock_config
+from slim_utils.pruned_output import write_output, write_record
 from slim_utils.publishing import check_publishable, publish
 from slim_utils.run_record import calibration_record, environment, layer_record
 from slim_utils.slim_dataset import CalibrationData, load_calibration
@@ -53,6 +49,13 @@ from slim_utils.text_source import CALIBRATION_DATASETS
 from slim_utils.walk_settings import GQA_UNITS, WalkSettings
 
 logger = logging.getLogger("model_slimming")
+
+# What a resumed run may not change: all that its weights depend on; the text and the model by what they hold.
+RESUMED_ARGUMENTS = (
+    *("num_samples", "seqlen", "seed", "sparsity", "non_uniform", "non_uniform_strategy", "min_sparsity"),
+    *("max_sparsity", "gqa_unit", "multiple_of", "even_heads", "tp_size", "minlayer", "maxlayer", "no_compensate"),
+    *("percdamp", "batch_samples", "dtype", "uniform_shapes"),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -94,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--uniform_shapes", action="store_true", help="the small model is a stock one, without code of its own"
     )
     output.add_argument("--overwrite", action="store_true", help="replace an earlier run's --save_dir")
+    output.add_argument("--resume", action="store_true", help="go on with an unfinished run of the same --save_dir")
     output.add_argument("--push_to_hub", metavar="NAME", help="publish the small model, with its card, under this name")
     output.add_argument("--skip_evaluate", action="store_true", help="no perplexity afterwards")
     output.add_argument(
@@ -129,12 +133,16 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError("--uniform_shapes wants one ratio for all layers: --sparsity instead of --non_uniform")
     if args.uniform_shapes and not args.save_pruned_weights:
         raise UserError("--uniform_shapes is about the small model: add --save_pruned_weights")
+    if args.resume and not args.save_dir:
+        raise UserError("--resume needs the --save_dir of the run to go on with")
     if args.save_pruned_weights and not args.save_dir:
         raise UserError("--save_pruned_weights needs --save_dir DIR")
     if args.push_to_hub and not args.save_pruned_weights:
         raise UserError("--push_to_hub publishes the small model: add --save_pruned_weights")
     if args.save_dir:
         check_output(Path(args.save_dir), args.overwrite)
+        if LayerStore(Path(args.save_dir)).exists() and not (args.resume or args.overwrite):
+            raise UserError(f"--save_dir {args.save_dir}: a run was cut off; --resume goes on, --overwrite starts anew")
     if args.push_to_hub:
         check_publishable(args.push_to_hub, args.overwrite)
     args.device = choose_device(args.device)
@@ -157,35 +165,6 @@ def choose_ratios(args: argparse.Namespace, num_layers: int) -> list[float]:
     return layer_ratios(layers, num_layers, ratios)
 
 
-def save(
-    args: argparse.Namespace,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    family: Family,
-    masks: list[LayerMask],
-    record: dict[str, Any],
-) -> None:
-    """Write ``--save_dir``, whole or not at all; ``model`` ends zeroed in its original shapes."""
-    zero_removed(model, family, masks)
-    with atomic_folder(Path(args.save_dir)) as folder:
-        save_checkpoint(model, tokenizer, folder)
-        if args.save_pruned_weights:
-            small = shrink(model, family, masks, args.uniform_shapes)
-            record["sizes"]["parameters_pruned"] = count_parameters(small)
-            save_checkpoint(small, tokenizer, folder / SMALL_MODEL_FOLDER)
-            copy_license_files(args.model_path, folder / SMALL_MODEL_FOLDER)
-            write_card(folder, record, masks)
-        write_pruning(folder / PRUNING_FILE, masks, model.config.model_type)
-        write_json_atomic(folder / RUN_FILE, record)
-    logger.info("saved %s", args.save_dir)
-
-
-def write_card(folder: Path, record: dict[str, Any], masks: list[LayerMask]) -> None:
-    """Write the model card of the small model in the output ``folder``."""
-    small = folder / SMALL_MODEL_FOLDER
-    write_text_atomic(small / CARD_FILE, model_card(record, load_config(str(small), False), masks))
-
-
 def walk_settings(args: argparse.Namespace) -> WalkSettings:
     """How to walk."""
     return WalkSettings(
@@ -201,17 +180,13 @@ def walk_settings(args: argparse.Namespace) -> WalkSettings:
     )
 
 
-def warn_of_unaligned(masks: list[LayerMask], settings: WalkSettings) -> None:
-    """Say which layers end with heads or columns that are not the multiples asked."""
-    heads, columns = settings.heads_multiple, settings.columns_multiple
-    uneven = []
-    for index, mask in enumerate(masks):
-        kept = mask.kept_heads if settings.by_query_head(mask.shape) else mask.kept_kv_heads
-        if len(kept) % heads or len(mask.columns_by_ffn()[0]) % columns:
-            uneven.append(str(index))
-    if uneven:
-        message = "layers %s end with heads or columns that do not divide by %d and %d"
-        logger.warning(message, ", ".join(uneven), heads, columns)
+def open_store(args: argparse.Namespace, model: PreTrainedModel, data: CalibrationData) -> LayerStore:
+    """Where finished layers are kept until all are."""
+    store = LayerStore(Path(args.save_dir))
+    settings = {f"--{name}": getattr(args, name) for name in RESUMED_ARGUMENTS}
+    settings |= {"device": str(args.device), "calibration": data.sha256, "model": fingerprint(model)}
+    store.open(settings, args.resume)
+    return store
 
 
 def run_record(
@@ -249,7 +224,7 @@ def main(args: argparse.Namespace) -> None:
     planned = planned_masks(layer_shapes(config), ratios, settings)
     if args.uniform_shapes:
         stock_config(config, family, planned)
-    warn_of_unaligned(planned, settings)
+    settings.warn_of_unaligned(planned)
     tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
     data = load_calibration(args.dataset, args.data_file, tokenizer, args.num_samples, args.seqlen, args.seed)
     eval_sets = (
@@ -261,7 +236,8 @@ def main(args: argparse.Namespace) -> None:
     logger.info("calibration: %d × %d tokens of %s", args.num_samples, args.seqlen, data.source)
 
     start = time.perf_counter()
-    masks, reports = prune_layers(model, family, data.samples, ratios, settings)
+    store = open_store(args, model, data) if args.save_dir else None
+    masks, reports = prune_layers(model, family, data.samples, ratios, settings, store)
     seconds = time.perf_counter() - start
     sizes = {
         "parameters_dense": count_parameters(model),
@@ -270,14 +246,14 @@ def main(args: argparse.Namespace) -> None:
     logger.info("removed %.2f %% of the block weights in %.1f s", 100 * sizes["block_share_removed"], seconds)
     record = run_record(args, data, reports, sizes, seconds)
     if args.save_dir:
-        save(args, model, tokenizer, family, masks, record)
+        write_output(Path(args.save_dir), model, tokenizer, family, masks, record)
+        store.discard()
+        logger.info("saved %s", args.save_dir)
     if eval_sets:
         record["perplexity"] = evaluate(model.to(args.device), eval_sets)
         record["peak_memory_mib"] = peak_memory_mib(args.device)
         if args.save_dir:
-            write_json_atomic(Path(args.save_dir) / RUN_FILE, record)
-        if args.save_pruned_weights:
-            write_card(Path(args.save_dir), record, masks)
+            write_record(Path(args.save_dir), masks, record)
     if args.push_to_hub:
         logger.info("published %s", publish(Path(args.save_dir) / SMALL_MODEL_FOLDER, args.push_to_hub))
 
@@ -288,4 +264,5 @@ if __name__ == "__main__":
         "model_slimming.py",
         memory_advice="use --cache_dev cpu, lower --batch_samples, or use --device cpu",
         output_flag="--save_dir",
+        resume_advice="; --resume goes on after the last finished layer",
     )

@@ -45,7 +45,11 @@ def setup_logging() -> None:
 
 
 def run_cli(
-    main: Callable[[], None], prog: str, memory_advice: str = "use --device cpu", output_flag: str = "--out"
+    main: Callable[[], None],
+    prog: str,
+    memory_advice: str = "use --device cpu",
+    output_flag: str = "--out",
+    resume_advice: str = "",
 ) -> NoReturn:
     """Run ``main`` and leave the process with one clear line instead of a traceback.
 
@@ -54,6 +58,7 @@ def run_cli(
         prog: its name.
         memory_advice: what to do where the GPU's memory is full.
         output_flag: what chooses where it writes.
+        resume_advice: what to do after an interruption, or a full disk with room made.
 
     Exit codes: 0 done, 1 the machine gave out (disk full, memory), 2 wrong input, 130 Ctrl-C, 143 terminated.
     SIGTERM is raised as ``SystemExit`` so that temporary folders are removed on the way out.
@@ -65,13 +70,14 @@ def run_cli(
     except UserError as error:
         _fail(prog, str(error), 2)
     except KeyboardInterrupt:
-        _fail(prog, "interrupted; nothing half-written is left behind", 130)
+        _fail(prog, f"interrupted; nothing half-written is left behind{resume_advice}", 130)
     except torch.OutOfMemoryError:
         _fail(prog, f"the GPU's memory is full; {memory_advice}", 1)
     except Exception as error:
         if not is_disk_full(error):
             raise
-        _fail(prog, f"the disk is full, nothing was saved ({error}); free space or choose another {output_flag}", 1)
+        message = f"the disk is full, nothing was saved ({error}); free space or choose another {output_flag}"
+        _fail(prog, message + resume_advice, 1)
     sys.exit(0)
 
 

@@ -16,7 +16,7 @@ from slim_utils.errors import UserError
 from slim_utils.families import Family
 from slim_utils.walk_settings import WalkSettings
 
-TOKENS_PER_FORWARD = 8192
+TOKENS_PER_FORWARD = 4096
 
 # Positional and keyword arguments, besides the hidden states, that the model calls a layer with, by batch size.
 LayerCalls = dict[int, tuple[tuple, dict[str, Any]]]

@@ -6,7 +6,6 @@ The walk knows no family: it asks the table's row for the names of two linear ma
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from accelerate.utils import send_to_device
@@ -18,6 +17,8 @@ from transformers import PreTrainedModel
 from slim_utils.experts import prune_experts
 from slim_utils.families import Family, LayerShape, layer_shapes
 from slim_utils.layer_replay import LayerReplay, capture_layer_calls, check_finite
+from slim_utils.layer_report import LayerReport
+from slim_utils.layer_store import LayerStore
 from slim_utils.model_io import peak_memory_mib
 from slim_utils.params_remove import settle_heads
 from slim_utils.pruning_record import LayerMask
@@ -27,22 +28,14 @@ from slim_utils.walk_settings import WalkSettings
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """What happened to one layer: the ratio asked, the result of each linear map, seconds and peak memory (MiB)."""
-
-    layer: int
-    ratio: float
-    mask: LayerMask
-    attention: PruneResult
-    mlp: PruneResult
-    seconds: float
-    peak_memory_mib: dict[str, float]
-
-
 @torch.no_grad()
 def prune_layers(
-    model: PreTrainedModel, family: Family, samples: Tensor, ratios: list[float], settings: WalkSettings
+    model: PreTrainedModel,
+    family: Family,
+    samples: Tensor,
+    ratios: list[float],
+    settings: WalkSettings,
+    store: LayerStore | None = None,
 ) -> tuple[list[LayerMask], list[LayerReport]]:
     """Prune ``model`` in place, layer by layer.
 
@@ -52,6 +45,7 @@ def prune_layers(
         samples: (num_samples, seqlen) calibration token ids.
         ratios: pruning ratio of every layer; 0 leaves a layer alone.
         settings: how.
+        store: where finished layers are kept; those that are there already are not pruned again.
 
     Returns:
         The mask of every layer of the model, and a report of every pruned one.
@@ -73,17 +67,22 @@ def prune_layers(
             layer = layers[index].to(settings.device)
             start = time.perf_counter()
             replay = LayerReplay(layer, family, hidden, send_to_device(calls[index], settings.device), settings)
-            if ratios[index] > 0:
-                masks[index], attention, mlp = _prune_layer(index, replay, shapes[index], aligned[index])
+            report = store.restore(index, layer, family) if store else None
+            if ratios[index] > 0 and report is None:
+                mask, attention, mlp = _prune_layer(index, replay, shapes[index], aligned[index])
             if index < pruned[-1]:
                 replay.advance()
                 check_finite(hidden, f"layer {index}")
             layer.to("cpu")
-            if ratios[index] > 0:
+            if ratios[index] > 0 and report is None:
                 seconds, peak = time.perf_counter() - start, peak_memory_mib(settings.device)
-                report = LayerReport(index, ratios[index], masks[index], attention, mlp, seconds, peak)
+                report = LayerReport(index, ratios[index], mask, attention, mlp, seconds, peak)
+                logger.info(report.log_line(len(layers)))
+                if store:
+                    store.save(layer, family, report)
+            if report is not None:
+                masks[index] = report.mask
                 reports.append(report)
-                _log_report(report, len(layers))
     return masks, reports
 
 
@@ -133,24 +132,3 @@ def _prune_layer(
     else:
         mlp = prune(family.mlp_out, replay.column_inputs(), aligned[1], 1)
     return keep(shape, attention.kept_units, mlp.kept_units), attention, mlp
-
-
-def _log_report(report: LayerReport, num_layers: int) -> None:
-    shape = report.mask.shape
-    peaks = ", ".join(f"{name} {mib / 1024:.2f} GiB" for name, mib in report.peak_memory_mib.items())
-    logger.info(
-        "layer %d/%d ratio %.4f: heads −%d/%d error %.2e → %.2e, columns −%d/%d error %.2e → %.2e, %.1f s, peak %s",
-        report.layer,
-        num_layers,
-        report.ratio,
-        shape.num_heads - len(report.mask.kept_heads),
-        shape.num_heads,
-        report.attention.error_zeroed,
-        report.attention.error,
-        shape.num_columns - len(report.mask.kept_columns),
-        shape.num_columns,
-        report.mlp.error_zeroed,
-        report.mlp.error,
-        report.seconds,
-        peaks,
-    )

@@ -10,7 +10,7 @@ import datasets
 import torch
 import transformers
 
-from slim_utils.layer_walk import LayerReport
+from slim_utils.layer_report import LayerReport
 from slim_utils.slim_dataset import CalibrationData
 from slim_utils.slimgpt import PruneResult
 

@@ -127,9 +127,9 @@ class SlimGPT:
             units = greedy_obs(pruned_weight, damped, target, unit_size, compensate, num_groups)
             if units is None:
                 continue
-            error_zeroed, error = relative_errors(weight, pruned_weight, hessian, unit_columns(units, unit_size))
+            error_zeroed, error = relative_errors(weight, pruned_weight, self.hessian, unit_columns(units, unit_size))
             # Exact arithmetic never ends worse than plain zeroing; where it does, the solve was too ill-conditioned.
-            if not error <= error_zeroed * (1 + 1e-6) + 1e-12:
+            if not error <= error_zeroed * (1 + 1e-4) + 1e-12:
                 continue
             if damping != percdamp:
                 logger.warning(
@@ -280,7 +280,11 @@ def remove_columns(weight: Tensor, inverse: Tensor, columns: Tensor, compensate:
 
 
 def relative_errors(dense: Tensor, pruned: Tensor, hessian: Tensor, columns: Tensor) -> tuple[float, float]:
-    """Output error, as a share of the output's energy, of zeroing ``columns`` alone and of the weights ``pruned``."""
+    """Output error, as a share of the output's energy, of zeroing ``columns`` alone and of the weights ``pruned``.
+
+    Computed in the Hessian's own dtype.
+    """
+    dense, pruned = dense.to(hessian.dtype), pruned.to(hessian.dtype)
     energy = ((dense @ hessian) * dense).sum()
     removed = dense[:, columns]
     zeroed = ((removed @ hessian[columns][:, columns]) * removed).sum()

@@ -1,12 +1,16 @@
 """How to walk over the layers of a model."""
 
+import logging
 import math
 from dataclasses import dataclass
 
 import torch
 
 from slim_utils.families import LayerShape
+from slim_utils.pruning_record import LayerMask
 from slim_utils.sparsity_schedule import aligned_ratios
+
+logger = logging.getLogger(__name__)
 
 GQA_UNITS = ("query_head", "kv_group")
 
@@ -64,3 +68,14 @@ class WalkSettings:
             for index, ratio in zip(chosen, own, strict=True):
                 columns[index] = ratio
         return list(zip(heads, columns, strict=True))
+
+    def warn_of_unaligned(self, masks: list[LayerMask]) -> None:
+        """Say which layers end with heads or columns that are not the multiples asked."""
+        uneven = []
+        for index, mask in enumerate(masks):
+            kept = mask.kept_heads if self.by_query_head(mask.shape) else mask.kept_kv_heads
+            if len(kept) % self.heads_multiple or len(mask.columns_by_ffn()[0]) % self.columns_multiple:
+                uneven.append(str(index))
+        if uneven:
+            message = "layers %s end with heads or columns that do not divide by %d and %d"
+            logger.warning(message, ", ".join(uneven), self.heads_multiple, self.columns_multiple)

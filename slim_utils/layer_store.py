@@ -1,0 +1,119 @@
+"""Finished layers of a run that has not finished yet, on disk, so that a killed run goes on from where it was."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from slim_utils.errors import UserError
+from slim_utils.families import Family
+from slim_utils.layer_report import LayerReport
+from slim_utils.model_io import write_json_atomic
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE = "settings.json"
+SAMPLED_VALUES = 64
+
+
+class LayerStore:
+    """A folder beside the output of a run: what the run is, and a file for every layer that is done.
+
+    A layer's file appears whole or not at all. It holds the parameters that pruning changed, and its report.
+
+    Args:
+        save_dir: the output folder of the run.
+    """
+
+    def __init__(self, save_dir: Path) -> None:
+        target = save_dir.absolute()
+        self.folder = target.with_name(f".{target.name}.unfinished")
+        self._leftovers = f".{target.name}.partial-*"
+
+    def exists(self) -> bool:
+        """Whether there is an unfinished run."""
+        return self.folder.exists()
+
+    def open(self, settings: dict[str, Any], resume: bool) -> None:
+        """Begin a run, or, to ``resume``, go on with one of the same settings.
+
+        Raises:
+            UserError: if the unfinished run is another one, with what differs.
+        """
+        for leftover in self.folder.parent.glob(self._leftovers):
+            shutil.rmtree(leftover, ignore_errors=True)
+        path = self.folder / SETTINGS_FILE
+        if not resume:
+            self.discard()
+        elif not path.exists():
+            logger.warning("--resume: nothing to go on with; starting anew")
+        if not path.exists():
+            self.folder.mkdir(exist_ok=True)
+            write_json_atomic(path, settings)
+            return
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changes = [
+            f"{name} was {before.get(name)}, is {settings.get(name)}"
+            for name in sorted(before.keys() | settings.keys())
+            if before.get(name) != settings.get(name)
+        ]
+        if changes:
+            raise UserError(f"--resume: not the same run: {'; '.join(changes)}; --overwrite starts anew")
+
+    def discard(self) -> None:
+        """Remove it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def save(self, layer: nn.Module, family: Family, report: LayerReport) -> None:
+        """Keep a finished layer."""
+        path = self._path(report.layer)
+        partial = path.with_suffix(".partial")
+        tensors = {name: tensor.detach().contiguous() for name, tensor in changed_parameters(layer, family).items()}
+        try:
+            save_file(tensors, partial, metadata={"report": report.to_json()})
+            # On disk before it has its name, so that a machine that goes down does not leave half of it.
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def restore(self, index: int, layer: nn.Module, family: Family) -> LayerReport | None:
+        """Put a finished layer's parameters in place; its report, or ``None`` where it is not finished."""
+        if not self._path(index).exists():
+            return None
+        parameters = changed_parameters(layer, family)
+        with safe_open(self._path(index), "pt") as file, torch.no_grad():
+            for name in file.keys():  # noqa: SIM118 - not a dictionary
+                parameters[name].copy_(file.get_tensor(name))
+            return LayerReport.from_json(file.metadata()["report"])
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"layer_{index:04}.safetensors"
+
+
+def changed_parameters(layer: nn.Module, family: Family) -> dict[str, nn.Parameter]:
+    """Parameters of a layer that the walk changes."""
+    if family.head_norms:
+        return dict(layer.named_parameters())
+    names = (f"{family.attention_out}.weight", f"{family.mlp_out}.weight", f"{family.experts}.down_proj")
+    return {name: parameter for name, parameter in layer.named_parameters() if name in names}
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Hash of a model's configuration and of some values of each of its parameters."""
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()[:: max(1, parameter.numel() // SAMPLED_VALUES)]
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(values.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
