@@ -49,6 +49,13 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 3,
         "vocab_size": 49152,
     },
+    "llama-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+    },
     "llama-7b": {
         "hidden_size": 4096,
         "intermediate_size": 11008,

@@ -29,6 +29,7 @@ KILLER = """
 import os, random, signal, sys, time
 import model_slimming
 from slim_utils.cli import setup_logging
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 def attempt(words, seconds):
     child = os.fork()
@@ -40,18 +41,22 @@ def attempt(words, seconds):
         except BaseException:
             os._exit(1)
         os._exit(0)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 kills, out, words = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
 generator, done, killed = random.Random(0), 0, 0
 start = time.perf_counter()
-assert attempt([*words, "--save_dir", f"{out}-whole"], None) == 0
+assert attempt([*words, "--save_dir", f"{out}-whole"], 60) == 0
 whole = time.perf_counter() - start
 while killed < kills or not done:
-    code = attempt([*words, "--resume", "--save_dir", f"{out}-{done}"], generator.uniform(0.05, 0.8) * whole)
+    code = attempt([*words, "--resume", "--save_dir", f"{out}-{done}"], generator.uniform(0.1, 1) * whole)
     if code == -signal.SIGKILL:
         killed += 1
         if os.path.exists(f"{out}-{done}"):
