@@ -13,10 +13,12 @@ Limits: the families of the table; the whole model has to fit in host memory, on
 import argparse
 import logging
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from ppl_eval.ppl_dataset import EVAL_SPLITS, load_eval_sets, parse_eval_dataset
@@ -47,6 +49,7 @@ from slim_utils.slim_dataset import CalibrationData, load_calibration
 from slim_utils.sparsity_schedule import STRATEGIES, layer_range, layer_ratios, non_uniform_ratios
 from slim_utils.text_source import CALIBRATION_DATASETS
 from slim_utils.walk_settings import GQA_UNITS, WalkSettings
+from slim_utils.world import World
 
 logger = logging.getLogger("model_slimming")
 
@@ -145,6 +148,8 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
             raise UserError(f"--save_dir {args.save_dir}: a run was cut off; --resume goes on, --overwrite starts anew")
     if args.push_to_hub:
         check_publishable(args.push_to_hub, args.overwrite)
+    if args.device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     args.device = choose_device(args.device)
     args.cache_dev = choose_device(args.cache_dev, "--cache_dev") if args.cache_dev else args.device
     if any(seqlen < 2 for seqlen in args.eval_seqlens or ()):
@@ -180,13 +185,16 @@ def walk_settings(args: argparse.Namespace) -> WalkSettings:
     )
 
 
-def open_store(args: argparse.Namespace, model: PreTrainedModel, data: CalibrationData) -> LayerStore:
-    """Where finished layers are kept until all are."""
+def open_store(
+    args: argparse.Namespace, model: PreTrainedModel, data: CalibrationData, world: World
+) -> LayerStore | None:
+    """Where the first process keeps finished layers until all are."""
+    world.wait()
     store = LayerStore(Path(args.save_dir))
     settings = {f"--{name}": getattr(args, name) for name in RESUMED_ARGUMENTS}
     settings |= {"device": str(args.device), "calibration": data.sha256, "model": fingerprint(model)}
-    store.open(settings, args.resume)
-    return store
+    world.once(lambda: store.open(settings, args.resume))
+    return None if world.rank else store
 
 
 def run_record(
@@ -235,10 +243,14 @@ def main(args: argparse.Namespace) -> None:
         warn_if_short_of_space(Path(args.save_dir), model, copies=1 + args.save_pruned_weights)
     logger.info("calibration: %d × %d tokens of %s", args.num_samples, args.seqlen, data.source)
 
+    world = World.join(args.device)
     start = time.perf_counter()
-    store = open_store(args, model, data) if args.save_dir else None
-    masks, reports = prune_layers(model, family, data.samples, ratios, settings, store)
+    store = open_store(args, model, data, world) if args.save_dir else None
+    masks, reports = prune_layers(model, family, world.share(data.samples), ratios, settings, store, world)
     seconds = time.perf_counter() - start
+    world.leave()
+    if world.rank:
+        return
     sizes = {
         "parameters_dense": count_parameters(model),
         "block_share_removed": removed_share(family.decoder_layers(model), family, masks),

@@ -16,7 +16,7 @@ import datasets
 import torch
 import transformers
 
-from slim_utils.errors import UserError
+from slim_utils.errors import ProcessLostError, UserError
 
 # The second is all that torch.save says of a write that fell short.
 _DISK_FULL_MESSAGES = ("No space left", "inline_container.cc")
@@ -31,7 +31,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def setup_logging() -> None:
     """Send one line a message to stderr, fit for ``tee``, and silence progress bars where no one watches them."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    # Of several processes the first one speaks for all.
+    level = logging.ERROR if _rank() else logging.INFO
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     # The libraries' warnings about each other's spellings are not the user's.
     warnings.filterwarnings("ignore", category=FutureWarning)
     for noisy in ("httpx", "httpx2", "huggingface_hub"):
@@ -68,7 +70,12 @@ def run_cli(
     try:
         main()
     except UserError as error:
+        if _rank():
+            # Raised in all processes alike.
+            sys.exit(2)
         _fail(prog, str(error), 2)
+    except ProcessLostError as error:
+        _fail(prog, f"process {_rank()}: {error}{resume_advice}", 1)
     except KeyboardInterrupt:
         _fail(prog, f"interrupted; nothing half-written is left behind{resume_advice}", 130)
     except torch.OutOfMemoryError:
@@ -79,6 +86,11 @@ def run_cli(
         message = f"the disk is full, nothing was saved ({error}); free space or choose another {output_flag}"
         _fail(prog, message + resume_advice, 1)
     sys.exit(0)
+
+
+def _rank() -> int:
+    """Of this process among those that torchrun started."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def command_line() -> str:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slim_utils.slimgpt import PruneResult, SlimGPT
+from slim_utils.world import ALONE, World
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def prune_experts(
     ratio: float,
     percdamp: float,
     compensate: bool,
+    world: World = ALONE,
 ) -> PruneResult:
     """Remove equally many FFN columns of every expert, in place.
 
@@ -62,34 +64,48 @@ def prune_experts(
         ratio: share of each expert's columns to remove.
         percdamp: damping of the Hessians.
         compensate: whether the remaining weights are updated.
+        world: processes that each see some of the calls.
 
     Returns:
         Units counted through all experts; errors as means over the experts, the largest damping.
     """
     num_experts, _, columns = experts.down_proj.shape
     pruners = [SlimGPT(expert_linear(experts, index), f"{name} {index}") for index in range(num_experts)]
-    tokens = [0] * num_experts
+    counts = torch.zeros(num_experts, device=experts.down_proj.device)
     for call in calls:
         for index, inputs in expert_inputs(experts, *call):
             pruners[index].add_batch(inputs)
-            tokens[index] += len(inputs)
+            counts[index] += len(inputs)
+    world.sum(counts)
+    for pruner in pruners:
+        pruner.add_up(world.sum)
+    tokens = [int(count) for count in counts.tolist()]
     starved = [index for index in range(num_experts) if tokens[index] < columns]
     if starved:
         seen = ", ".join(f"{index} ({tokens[index]})" for index in starved)
         message = "%s: fewer tokens than the %d columns came to experts %s; damped by %g; raise --num_samples"
         logger.warning(message, name, columns, seen, STARVED_PERCDAMP)
-    results = []
+
+    def solve() -> PruneResult:
+        return _solve(pruners, tokens, ratio, percdamp, compensate)
+
+    return world.once(solve, [experts.down_proj.data])
+
+
+def _solve(pruners: list[SlimGPT], tokens: list[int], ratio: float, percdamp: float, compensate: bool) -> PruneResult:
+    """Prune expert by expert."""
+    results, columns = [], pruners[0].columns
     for index, pruner in enumerate(pruners):
         if not tokens[index]:
             # Nothing is known: all columns weigh alike.
             pruner.hessian.fill_diagonal_(1)
-        damping = max(percdamp, STARVED_PERCDAMP) if index in starved else percdamp
+        damping = max(percdamp, STARVED_PERCDAMP) if tokens[index] < columns else percdamp
         results.append(pruner.struct_prune(ratio, 1, damping, compensate))
         pruner.free()
     return PruneResult(
         pruned_units=[index * columns + unit for index, result in enumerate(results) for unit in result.pruned_units],
         kept_units=[index * columns + unit for index, result in enumerate(results) for unit in result.kept_units],
-        error_zeroed=sum(result.error_zeroed for result in results) / num_experts,
-        error=sum(result.error for result in results) / num_experts,
+        error_zeroed=sum(result.error_zeroed for result in results) / len(results),
+        error=sum(result.error for result in results) / len(results),
         percdamp=max(result.percdamp for result in results),
     )

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from slim_utils.errors import UserError
 from slim_utils.families import Family
 from slim_utils.walk_settings import WalkSettings
+from slim_utils.world import ALONE, World
 
 TOKENS_PER_FORWARD = 4096
 
@@ -155,7 +156,7 @@ def batch_spans(samples: Tensor, settings: WalkSettings) -> list[tuple[int, int]
 
 
 def capture_layer_calls(
-    model: PreTrainedModel, layers: nn.ModuleList, samples: Tensor, settings: WalkSettings
+    model: PreTrainedModel, layers: nn.ModuleList, samples: Tensor, settings: WalkSettings, world: World = ALONE
 ) -> tuple[Tensor, list[LayerCalls]]:
     """Run the model with its layers passed over, and record what each would have been called with.
 
@@ -183,7 +184,7 @@ def capture_layer_calls(
         for start, stop in batch_spans(samples, settings):
             model.base_model(input_ids=samples[start:stop].to(model.device), use_cache=False)
     hidden = torch.cat(first_inputs)
-    check_finite(hidden, "the embeddings")
+    check_finite(hidden, "the embeddings", world)
     return hidden, calls
 
 
@@ -197,11 +198,11 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
         del module.forward
 
 
-def check_finite(hidden: Tensor, where: str) -> None:
-    """Make sure that activations are finite.
+def check_finite(hidden: Tensor, where: str, world: World = ALONE) -> None:
+    """Make sure that activations are finite in all processes.
 
     Raises:
         UserError: naming ``where`` they are not.
     """
-    if not all(torch.isfinite(sample).all() for sample in hidden):
+    if not world.everywhere(all(torch.isfinite(sample).all() for sample in hidden), hidden.device):
         raise UserError(f"{where}: non-finite activations; try --dtype bfloat16 or float32")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel
@@ -18,12 +18,13 @@ from slim_utils.experts import prune_experts
 from slim_utils.families import Family, LayerShape, layer_shapes
 from slim_utils.layer_replay import LayerReplay, capture_layer_calls, check_finite
 from slim_utils.layer_report import LayerReport
-from slim_utils.layer_store import LayerStore
+from slim_utils.layer_store import LayerStore, changed_parameters
 from slim_utils.model_io import peak_memory_mib
 from slim_utils.params_remove import settle_heads
 from slim_utils.pruning_record import LayerMask
 from slim_utils.slimgpt import PruneResult, SlimGPT, units_to_remove
 from slim_utils.walk_settings import WalkSettings
+from slim_utils.world import ALONE, World
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +37,19 @@ def prune_layers(
     ratios: list[float],
     settings: WalkSettings,
     store: LayerStore | None = None,
+    world: World = ALONE,
 ) -> tuple[list[LayerMask], list[LayerReport]]:
     """Prune ``model`` in place, layer by layer.
 
     Args:
         model: on the CPU; its weights are changed, its shapes are not.
         family: its row of the table.
-        samples: (num_samples, seqlen) calibration token ids.
+        samples: (num_samples, seqlen) calibration token ids, of this process.
         ratios: pruning ratio of every layer; 0 leaves a layer alone.
         settings: how.
-        store: where finished layers are kept; those that are there already are not pruned again.
+        store: where finished layers are kept; those that are there already are not pruned again. In the first process
+            alone.
+        world: the processes that prune the same model, each on its own samples.
 
     Returns:
         The mask of every layer of the model, and a report of every pruned one.
@@ -61,18 +65,18 @@ def prune_layers(
         return masks, reports
     aligned = settings.aligned(shapes, ratios)
     layers = family.decoder_layers(model)
-    hidden, calls = capture_layer_calls(model, layers, samples, settings)
+    hidden, calls = capture_layer_calls(model, layers, samples, settings, world)
     with logging_redirect_tqdm():
-        for index in tqdm(range(pruned[-1] + 1), desc="layers", unit="layer", disable=None):
+        for index in tqdm(range(pruned[-1] + 1), desc="layers", unit="layer", disable=world.rank > 0 or None):
             layer = layers[index].to(settings.device)
             start = time.perf_counter()
             replay = LayerReplay(layer, family, hidden, send_to_device(calls[index], settings.device), settings)
-            report = store.restore(index, layer, family) if store else None
+            report = _restored(index, layer, family, store, world)
             if ratios[index] > 0 and report is None:
-                mask, attention, mlp = _prune_layer(index, replay, shapes[index], aligned[index])
+                mask, attention, mlp = _prune_layer(index, replay, shapes[index], aligned[index], world)
             if index < pruned[-1]:
                 replay.advance()
-                check_finite(hidden, f"layer {index}")
+                check_finite(hidden, f"layer {index}", world)
             layer.to("cpu")
             if ratios[index] > 0 and report is None:
                 seconds, peak = time.perf_counter() - start, peak_memory_mib(settings.device)
@@ -104,17 +108,32 @@ def planned_masks(shapes: list[LayerShape], ratios: list[float], settings: WalkS
     return masks
 
 
+def _restored(
+    index: int, layer: nn.Module, family: Family, store: LayerStore | None, world: World
+) -> LayerReport | None:
+    """The report of a layer that the store holds, whose parameters all processes then have."""
+    report = world.once(lambda: store.restore(index, layer, family) if store else None)
+    if report is not None:
+        world.once(lambda: None, [parameter.data for parameter in changed_parameters(layer, family).values()])
+    return report
+
+
 def _prune_layer(
-    index: int, replay: LayerReplay, shape: LayerShape, aligned: tuple[float, float]
+    index: int, replay: LayerReplay, shape: LayerShape, aligned: tuple[float, float], world: World
 ) -> tuple[LayerMask, PruneResult, PruneResult]:
     """Prune the heads of a layer, then, on what its pruned attention puts out, its FFN columns."""
     settings, layer, family = replay.settings, replay.layer, replay.family
 
     def prune(name: str, inputs: Iterator[Tensor], ratio: float, unit_size: int, num_groups: int = 1) -> PruneResult:
-        pruner = SlimGPT(layer.get_submodule(name), f"layer {index} {name}")
+        linear = layer.get_submodule(name)
+        pruner = SlimGPT(linear, f"layer {index} {name}")
         for batch in inputs:
             pruner.add_batch(batch)
-        result = pruner.struct_prune(ratio, unit_size, settings.percdamp, settings.compensate, num_groups)
+        pruner.add_up(world.sum)
+        result = world.once(
+            lambda: pruner.struct_prune(ratio, unit_size, settings.percdamp, settings.compensate, num_groups),
+            [linear.weight.data],
+        )
         pruner.free()
         return result
 
@@ -128,7 +147,7 @@ def _prune_layer(
     if shape.num_experts:
         experts, name = layer.get_submodule(family.experts), f"layer {index} {family.experts}"
         calls = replay.expert_calls()
-        mlp = prune_experts(experts, name, calls, aligned[1], settings.percdamp, settings.compensate)
+        mlp = prune_experts(experts, name, calls, aligned[1], settings.percdamp, settings.compensate, world)
     else:
         mlp = prune(family.mlp_out, replay.column_inputs(), aligned[1], 1)
     return keep(shape, attention.kept_units, mlp.kept_units), attention, mlp

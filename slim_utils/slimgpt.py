@@ -7,7 +7,7 @@ with the optimal change of what remains costs ``tr(W_S (H⁻¹_SS)⁻¹ W_Sᵀ)`
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +85,13 @@ class SlimGPT:
             inputs = inputs.unsqueeze(0)
         add_gram(self._gram, inputs.reshape(-1, self.columns))
         self.num_samples += inputs.shape[0]
+
+    def add_up(self, add: Callable[[Tensor], None]) -> None:
+        """Add what others have seen to what this one has, by ``add``, which sums a tensor in place over all of them."""
+        count = torch.tensor(float(self.num_samples), device=self._gram.device)
+        add(self._gram)
+        add(count)
+        self.num_samples = int(count.item())
 
     @torch.no_grad()
     def struct_prune(

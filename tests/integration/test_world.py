@@ -1,0 +1,102 @@
+"""Several processes on one model: the same units and weights as one process, and one line when one of them dies."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from slim_utils.errors import UserError
+from slim_utils.world import World
+from tests.conftest import make_tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# The script, in which the second process dies in its second layer.
+DYING = """
+import os, runpy, signal, sys
+sys.path.insert(0, os.getcwd())
+from slim_utils.layer_replay import LayerReplay
+finish, calls = LayerReplay.finish_attention, []
+def die(self):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    finish(self)
+LayerReplay.finish_attention = die
+sys.argv[0] = "model_slimming.py"
+runpy.run_path("model_slimming.py", run_name="__main__")
+"""
+
+
+def run(processes: int, *words: object, script: str = "model_slimming.py") -> subprocess.CompletedProcess:
+    """The script in so many processes, a thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+    command = [sys.executable] if processes == 1 else [*command, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*command, script, *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env, timeout=300)
+
+
+@pytest.fixture
+def words(text_file) -> list:
+    """Flags of a well-conditioned run, so that the order of sums does not matter; without model and output."""
+    flags = ["--num_samples", 62, "--seqlen", 32, "--sparsity", 0.4, "--percdamp", 0.1, "--skip_evaluate"]
+    return ["--data_file", text_file, "--device", "cpu", *flags]
+
+
+@pytest.mark.parametrize("name", ["gqa", "mixtral"])
+def test_same_units_and_weights_as_one_process(name, words, tokenizer, tmp_path):
+    make_tiny(name).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for processes in (1, 2, 4):
+        process = run(processes, tmp_path / "model", *words, "--save_dir", tmp_path / str(processes))
+        assert process.returncode == 0, process.stderr
+        assert process.stderr.count(" INFO layer ") == 4
+    expected = (tmp_path / "1" / "pruning.json").read_text()
+    weights = load_file(tmp_path / "1" / "model.safetensors")
+    for processes in ("2", "4"):
+        assert (tmp_path / processes / "pruning.json").read_text() == expected
+        for key, tensor in load_file(tmp_path / processes / "model.safetensors").items():
+            assert (tensor - weights[key]).abs().max() <= 1e-5 * weights[key].abs().max(), key
+        errors = [
+            [layer["mlp"]["error_after_compensation"] for layer in json.loads(path.read_text())["layers"]]
+            for path in (tmp_path / "1" / "run.json", tmp_path / processes / "run.json")
+        ]
+        assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+
+
+def test_wrong_input_is_said_once(checkpoint, words, tmp_path):
+    process = run(2, checkpoint, *words, "--num_samples", 1, "--save_dir", tmp_path / "out")
+    assert process.returncode != 0
+    assert process.stderr.count("model_slimming.py: error: --num_samples 1: fewer than the 2 processes") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_process_that_dies_ends_all_and_the_run_goes_on(checkpoint, words, tmp_path):
+    script = tmp_path / "dying.py"
+    script.write_text(DYING)
+    arguments = [checkpoint, *words, "--save_dir", tmp_path / "out"]
+    process = run(2, *arguments, script=str(script))
+    assert process.returncode != 0
+    assert process.stderr.count("model_slimming.py: error: process 0: another process has ended") == 1, process.stderr
+    assert not (tmp_path / "out").exists()
+    process = run(2, *arguments, "--resume")
+    assert process.returncode == 0, process.stderr
+    # The first layer is not pruned again.
+    assert process.stderr.count(" INFO layer ") == 3
+    assert run(2, checkpoint, *words, "--save_dir", tmp_path / "whole").returncode == 0
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole")]
+    assert files[0] == files[1]
+
+
+def test_shares_are_all_samples(samples):
+    shares = [World(rank, 3).share(samples) for rank in range(3)]
+    assert [len(share) for share in shares] == [3, 3, 2]
+    assert torch.equal(torch.cat(shares), samples)
+    with pytest.raises(UserError, match="--num_samples 8: fewer than the 9 processes"):
+        World(0, 9).share(samples)
