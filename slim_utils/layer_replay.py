@@ -17,8 +17,6 @@ from slim_utils.families import Family
 from slim_utils.walk_settings import WalkSettings
 from slim_utils.world import ALONE, World
 
-TOKENS_PER_FORWARD = 4096
-
 # Positional and keyword arguments, besides the hidden states, that the model calls a layer with, by batch size.
 LayerCalls = dict[int, tuple[tuple, dict[str, Any]]]
 
@@ -142,17 +140,11 @@ class LayerReplay:
         return self.layer.get_submodule(name) if name else None
 
     def _spans(self) -> list[tuple[int, int]]:
-        return batch_spans(self.hidden, self.settings)
+        return self.settings.spans(self.hidden)
 
     def _batches(self) -> Iterator[Tensor]:
         for start, stop in self._spans():
             yield self.hidden[start:stop].to(self.settings.device)
-
-
-def batch_spans(samples: Tensor, settings: WalkSettings) -> list[tuple[int, int]]:
-    """Samples of each forward: at most ``settings.batch_samples``, or as many as make ``TOKENS_PER_FORWARD``."""
-    step = min(settings.batch_samples, max(1, TOKENS_PER_FORWARD // samples.shape[1]))
-    return [(start, min(start + step, len(samples))) for start in range(0, len(samples), step)]
 
 
 def capture_layer_calls(
@@ -181,7 +173,7 @@ def capture_layer_calls(
     with ExitStack() as passed_over:
         for index, layer in enumerate(layers):
             passed_over.enter_context(_forward_replaced(layer, recorder(index)))
-        for start, stop in batch_spans(samples, settings):
+        for start, stop in settings.spans(samples):
             model.base_model(input_ids=samples[start:stop].to(model.device), use_cache=False)
     hidden = torch.cat(first_inputs)
     check_finite(hidden, "the embeddings", world)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from slim_utils.experts import prune_experts
 from slim_utils.families import Family, LayerShape, layer_shapes
-from slim_utils.layer_replay import LayerReplay, capture_layer_calls, check_finite
+from slim_utils.layer_replay import LayerCalls, LayerReplay, capture_layer_calls, check_finite
 from slim_utils.layer_report import LayerReport
 from slim_utils.layer_store import LayerStore, changed_parameters
 from slim_utils.model_io import peak_memory_mib
@@ -65,18 +65,19 @@ def prune_layers(
         return masks, reports
     aligned = settings.aligned(shapes, ratios)
     layers = family.decoder_layers(model)
-    hidden, calls = capture_layer_calls(model, layers, samples, settings, world)
+    walk = _Walk(model, family, samples, settings, world)
     with logging_redirect_tqdm():
         for index in tqdm(range(pruned[-1] + 1), desc="layers", unit="layer", disable=world.rank > 0 or None):
             layer = layers[index].to(settings.device)
             start = time.perf_counter()
-            replay = LayerReplay(layer, family, hidden, send_to_device(calls[index], settings.device), settings)
             report = _restored(index, layer, family, store, world)
             if ratios[index] > 0 and report is None:
-                mask, attention, mlp = _prune_layer(index, replay, shapes[index], aligned[index], world)
+                replay, (mask, attention, mlp) = walk.prune(index, layer, shapes[index], aligned[index])
+            else:
+                replay = walk.replay(index, layer)
             if index < pruned[-1]:
                 replay.advance()
-                check_finite(hidden, f"layer {index}", world)
+                check_finite(replay.hidden, f"layer {index}", world)
             layer.to("cpu")
             if ratios[index] > 0 and report is None:
                 seconds, peak = time.perf_counter() - start, peak_memory_mib(settings.device)
@@ -106,6 +107,52 @@ def planned_masks(shapes: list[LayerShape], ratios: list[float], settings: WalkS
                 LayerMask.from_groups(shape, list(range(groups - units_to_remove(groups, head_ratio))), columns)
             )
     return masks
+
+
+class _Walk:
+    """Where the walk is: the inputs of the next layer, and how all layers are called; with less memory if need be."""
+
+    def __init__(
+        self, model: PreTrainedModel, family: Family, samples: Tensor, settings: WalkSettings, world: World
+    ) -> None:
+        self.model, self.family, self.samples, self.world = model, family, samples, world
+        self.settings = settings
+        self.hidden, self.calls = self._capture()
+
+    def _capture(self) -> tuple[Tensor, list[LayerCalls]]:
+        layers = self.family.decoder_layers(self.model)
+        return capture_layer_calls(self.model, layers, self.samples, self.settings, self.world)
+
+    def replay(self, index: int, layer: nn.Module) -> LayerReplay:
+        """The next layer on its inputs."""
+        calls = send_to_device(self.calls[index], self.settings.device)
+        return LayerReplay(layer, self.family, self.hidden, calls, self.settings)
+
+    def prune(
+        self, index: int, layer: nn.Module, shape: LayerShape, aligned: tuple[float, float]
+    ) -> tuple[LayerReplay, tuple[LayerMask, PruneResult, PruneResult]]:
+        """Prune the next layer; where the device's memory does not do, once more with smaller batches."""
+        before = {name: value.to("cpu", copy=True) for name, value in changed_parameters(layer, self.family).items()}
+        while True:
+            replay = self.replay(index, layer)
+            try:
+                return replay, _prune_layer(index, replay, shape, aligned, self.world)
+            except torch.OutOfMemoryError:
+                relieved = self.settings.relieved(self.samples)
+                # One process cannot leave the others waiting in the middle of a layer.
+                if relieved is None or self.world.size > 1:
+                    raise
+            # Out of the handler, which holds on to all that the layer had in memory.
+            del replay
+            if self.settings.device.type == "cuda":
+                torch.cuda.empty_cache()
+            message = "layer %d: the device's memory is full; going on with %d samples at once, activations on %s"
+            logger.warning(message, index, relieved.batch_samples, relieved.cache_dev)
+            self.settings = relieved
+            _, self.calls = self._capture()
+            self.hidden = self.hidden.to(relieved.cache_dev)
+            for name, parameter in changed_parameters(layer, self.family).items():
+                parameter.copy_(before[name])
 
 
 def _restored(

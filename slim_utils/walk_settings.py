@@ -2,9 +2,10 @@
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from slim_utils.families import LayerShape
 from slim_utils.pruning_record import LayerMask
@@ -12,6 +13,7 @@ from slim_utils.sparsity_schedule import aligned_ratios
 
 logger = logging.getLogger(__name__)
 
+TOKENS_PER_FORWARD = 4096
 GQA_UNITS = ("query_head", "kv_group")
 
 
@@ -44,6 +46,25 @@ class WalkSettings:
     columns_multiple: int = 1
     expert_columns_multiple: int = 8
     alike: bool = False
+
+    def spans(self, samples: Tensor) -> list[tuple[int, int]]:
+        """Samples of each forward: at most ``batch_samples``, or as many as make ``TOKENS_PER_FORWARD``."""
+        step = self._samples_at_once(samples)
+        return [(start, min(start + step, len(samples))) for start in range(0, len(samples), step)]
+
+    def _samples_at_once(self, samples: Tensor) -> int:
+        return min(self.batch_samples, max(1, TOKENS_PER_FORWARD // samples.shape[1]))
+
+    def relieved(self, samples: Tensor) -> "WalkSettings | None":
+        """Settings that ask less memory of the device: half the samples at once, at one sample activations on the host.
+
+        ``None`` where there is nothing left to give up.
+        """
+        step = self._samples_at_once(samples)
+        if step > 1:
+            return replace(self, batch_samples=step // 2)
+        host = torch.device("cpu")
+        return None if self.cache_dev == host else replace(self, cache_dev=host)
 
     def by_query_head(self, shape: LayerShape) -> bool:
         """Whether the unit of a layer of ``shape`` is a query head of a group."""

@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 import torch
 
-from slim_utils import layer_replay
+from slim_utils import walk_settings
 from slim_utils.families import find_family
-from slim_utils.layer_replay import LayerReplay, batch_spans, capture_layer_calls
+from slim_utils.layer_replay import LayerReplay, capture_layer_calls
 from slim_utils.walk_settings import WalkSettings
 from tests.conftest import ALL_TINY, make_tiny
 
@@ -46,7 +46,7 @@ def plain_forward(model, samples, name: str):
 @pytest.mark.parametrize("cache_dev", [CPU, ELSEWHERE])
 @pytest.mark.parametrize("variant", ALL_TINY)
 def test_parts_are_those_of_the_whole_layer(variant, cache_dev, samples, monkeypatch):
-    monkeypatch.setattr(layer_replay, "TOKENS_PER_FORWARD", 48)
+    monkeypatch.setattr(walk_settings, "TOKENS_PER_FORWARD", 48)
     model = make_tiny(variant, torch.float64)
     replay = first_replay(model, samples, cache_dev)
     family, layer = replay.family, replay.layer
@@ -92,6 +92,6 @@ def test_every_map_is_run_once(cache_dev, times, samples):
     ("batch_samples", "expected"), [(128, [(0, 4), (4, 8)]), (3, [(0, 3), (3, 6), (6, 8)]), (1, None)]
 )
 def test_batches_hold_so_many_tokens_and_samples(monkeypatch, samples, batch_samples, expected):
-    monkeypatch.setattr(layer_replay, "TOKENS_PER_FORWARD", 64)
-    spans = batch_spans(samples, WalkSettings(CPU, CPU, batch_samples=batch_samples))
+    monkeypatch.setattr(walk_settings, "TOKENS_PER_FORWARD", 64)
+    spans = WalkSettings(CPU, CPU, batch_samples=batch_samples).spans(samples)
     assert spans == (expected or [(i, i + 1) for i in range(8)])

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from slim_utils import layer_replay
+from slim_utils import walk_settings
 from slim_utils.errors import UserError
 from slim_utils.families import find_family, layer_shapes
+from slim_utils.layer_replay import LayerReplay
 from slim_utils.layer_walk import planned_masks, prune_layers
 from slim_utils.walk_settings import WalkSettings
 from tests import reference_slimgpt
@@ -90,7 +91,7 @@ def test_multi_head_attention_has_one_unit(samples):
 def test_batches_do_not_matter(monkeypatch, samples, batch_samples, tokens_per_forward):
     whole, parts = make_tiny("gqa"), make_tiny("gqa")
     expected, _ = walk(whole, samples)
-    monkeypatch.setattr(layer_replay, "TOKENS_PER_FORWARD", tokens_per_forward)
+    monkeypatch.setattr(walk_settings, "TOKENS_PER_FORWARD", tokens_per_forward)
     masks, _ = walk(parts, samples, batch_samples=batch_samples)
     assert masks == expected
     for name, weight in whole.state_dict().items():
@@ -223,3 +224,48 @@ def test_norms_over_all_heads_keep_their_scale(samples):
         assert got[:, rows].count_nonzero() == got.count_nonzero()
         # Not the same, since the mean square of some heads stands for that of all; but of the same size.
         assert got[:, rows].norm() == pytest.approx(expected[:, rows].norm().item(), rel=0.2)
+
+
+def full_memory(monkeypatch, fits):
+    """Let the device's memory be full wherever ``fits(replay, batch)`` does not hold; the sizes that were tried."""
+    run, tried = LayerReplay._run, []
+
+    def limited(self, batch):
+        tried.append(len(batch))
+        if not fits(self, batch):
+            raise torch.OutOfMemoryError("full")
+        return run(self, batch)
+
+    monkeypatch.setattr(LayerReplay, "_run", limited)
+    return tried
+
+
+@pytest.mark.parametrize("variant", ["gqa", "mixtral", "olmo2"])
+def test_smaller_batches_where_memory_is_full(variant, samples, monkeypatch, caplog):
+    whole, parts = make_tiny(variant), make_tiny(variant)
+    expected, _ = walk(whole, samples)
+    # The first layer fits; later the heads do, and the columns do not.
+    tried = full_memory(monkeypatch, lambda replay, batch: len(batch) <= 2 or not replay._attention or len(tried) <= 4)
+    masks, reports = walk(parts, samples)
+    assert masks == expected and len(reports) == 4
+    assert sorted(set(tried)) == [2, 4, 8]
+    assert "the device's memory is full; going on with 2 samples at once" in caplog.text
+    for name, weight in whole.state_dict().items():
+        assert torch.allclose(parts.state_dict()[name], weight, rtol=1e-3, atol=1e-3), name
+
+
+def test_activations_go_to_the_host_last(samples, monkeypatch, caplog):
+    elsewhere = torch.device("cpu", 0)
+    full_memory(monkeypatch, lambda replay, batch: replay.settings.cache_dev == CPU)
+    model = make_tiny("gqa")
+    masks, _ = prune_layers(model, find_family(model.config), samples, RATIOS, WalkSettings(CPU, elsewhere))
+    assert masks == walk(make_tiny("gqa"), samples)[0]
+    lines = [line.partition("; ")[2] for line in caplog.messages if "memory is full" in line]
+    sizes = [(4, "cpu:0"), (2, "cpu:0"), (1, "cpu:0"), (1, "cpu")]
+    assert lines == [f"going on with {size} samples at once, activations on {device}" for size, device in sizes]
+
+
+def test_memory_that_never_does_is_an_error(samples, monkeypatch):
+    full_memory(monkeypatch, lambda replay, batch: False)
+    with pytest.raises(torch.OutOfMemoryError):
+        walk(make_tiny("gqa"), samples)
