@@ -29,6 +29,7 @@ from slim_utils.families import find_family, layer_shapes
 from slim_utils.layer_report import LayerReport
 from slim_utils.layer_store import LayerStore, fingerprint
 from slim_utils.layer_walk import planned_masks, prune_layers
+from slim_utils.model_card import base_card_data
 from slim_utils.model_io import (
     DTYPES,
     SMALL_MODEL_FOLDER,
@@ -143,11 +144,13 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
     if args.push_to_hub and not args.save_pruned_weights:
         raise UserError("--push_to_hub publishes the small model: add --save_pruned_weights")
     if args.save_dir:
-        check_output(Path(args.save_dir), args.overwrite)
-        if LayerStore(Path(args.save_dir)).exists() and not (args.resume or args.overwrite):
+        cut_off = LayerStore(Path(args.save_dir)).exists()
+        if cut_off and not (args.resume or args.overwrite):
             raise UserError(f"--save_dir {args.save_dir}: a run was cut off; --resume goes on, --overwrite starts anew")
+        # It may have been cut off when its output was there already, and not evaluated yet.
+        check_output(Path(args.save_dir), args.overwrite or (args.resume and cut_off))
     if args.push_to_hub:
-        check_publishable(args.push_to_hub, args.overwrite)
+        args.push_to_hub = check_publishable(args.push_to_hub, args.overwrite)
     if args.device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     args.device = choose_device(args.device)
@@ -182,6 +185,7 @@ def walk_settings(args: argparse.Namespace) -> WalkSettings:
         heads_multiple=math.lcm(2 if args.even_heads else 1, args.tp_size),
         columns_multiple=math.lcm(args.multiple_of, args.tp_size),
         alike=args.uniform_shapes,
+        tp_size=args.tp_size,
     )
 
 
@@ -193,12 +197,18 @@ def open_store(
     store = LayerStore(Path(args.save_dir))
     settings = {f"--{name}": getattr(args, name) for name in RESUMED_ARGUMENTS}
     settings |= {"device": str(args.device), "calibration": data.sha256, "model": fingerprint(model)}
+    settings["processes"] = world.size
     world.once(lambda: store.open(settings, args.resume))
     return None if world.rank else store
 
 
 def run_record(
-    args: argparse.Namespace, data: CalibrationData, reports: list[LayerReport], sizes: dict[str, Any], seconds: float
+    args: argparse.Namespace,
+    data: CalibrationData,
+    base_card: dict[str, Any],
+    reports: list[LayerReport],
+    sizes: dict[str, Any],
+    seconds: float,
 ) -> dict[str, Any]:
     """The content of ``run.json`` before the evaluation."""
     arguments = {
@@ -211,6 +221,7 @@ def run_record(
         "seed": args.seed,
         **environment(args.device),
         "calibration": calibration_record(data),
+        "base_card": base_card,
         "sizes": sizes,
         "layers": [layer_record(report) for report in reports],
         "pruning_seconds": round(seconds, 2),
@@ -234,13 +245,14 @@ def main(args: argparse.Namespace) -> None:
         stock_config(config, family, planned)
     settings.warn_of_unaligned(planned)
     tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
+    base_card = base_card_data(args.model_path) if args.save_pruned_weights else {}
     data = load_calibration(args.dataset, args.data_file, tokenizer, args.num_samples, args.seqlen, args.seed)
     eval_sets = (
         {} if args.skip_evaluate else load_eval_sets(args.eval_datasets, tokenizer, args.eval_seqlens, positions)
     )
     model = load_model(args.model_path, args.dtype, args.trust_remote_code)
     if args.save_dir:
-        warn_if_short_of_space(Path(args.save_dir), model, copies=1 + args.save_pruned_weights)
+        warn_if_short_of_space(Path(args.save_dir), model, copies=2 + args.save_pruned_weights)
     logger.info("calibration: %d × %d tokens of %s", args.num_samples, args.seqlen, data.source)
 
     world = World.join(args.device)
@@ -256,10 +268,9 @@ def main(args: argparse.Namespace) -> None:
         "block_share_removed": removed_share(family.decoder_layers(model), family, masks),
     }
     logger.info("removed %.2f %% of the block weights in %.1f s", 100 * sizes["block_share_removed"], seconds)
-    record = run_record(args, data, reports, sizes, seconds)
+    record = run_record(args, data, base_card, reports, sizes, seconds)
     if args.save_dir:
         write_output(Path(args.save_dir), model, tokenizer, family, masks, record)
-        store.discard()
         logger.info("saved %s", args.save_dir)
     if eval_sets:
         record["perplexity"] = evaluate(model.to(args.device), eval_sets)
@@ -268,6 +279,8 @@ def main(args: argparse.Namespace) -> None:
             write_record(Path(args.save_dir), masks, record)
     if args.push_to_hub:
         logger.info("published %s", publish(Path(args.save_dir) / SMALL_MODEL_FOLDER, args.push_to_hub))
+    if store:
+        store.discard()
 
 
 if __name__ == "__main__":
@@ -276,5 +289,5 @@ if __name__ == "__main__":
         "model_slimming.py",
         memory_advice="use --cache_dev cpu, lower --batch_samples, or use --device cpu",
         output_flag="--save_dir",
-        resume_advice="; --resume goes on after the last finished layer",
+        resume_advice="; --resume with the same --save_dir goes on after the last finished layer",
     )

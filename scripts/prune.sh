@@ -31,4 +31,4 @@ mkdir -p "$(dirname "$OUT")"
 .venv/bin/python model_slimming.py "$MODEL" "${data[@]}" \
     --num_samples "$NUM_SAMPLES" --seqlen "$SEQLEN" --percdamp 0 --non_uniform --non_uniform_strategy log_increase \
     --min_sparsity 0.0625 --max_sparsity "$MAX_SPARSITY" --eval_datasets "${EVAL:-wikitext2}" --eval_seqlens $EVAL_SEQLENS \
-    --save_pruned_weights --save_dir "$OUT" 2>&1 | tee -i "$OUT.ppl"
+    --save_pruned_weights --save_dir "$OUT" --resume 2>&1 | tee -i "$OUT.ppl"

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from slim_utils.errors import UserError
 from slim_utils.families import Family
+from slim_utils.model_io import free_memory
 from slim_utils.walk_settings import WalkSettings
 from slim_utils.world import ALONE, World
 
@@ -28,8 +29,8 @@ class _InputSeen(Exception):  # noqa: N818 - not an error
 class LayerReplay:
     """A decoder layer and its calibration inputs.
 
-    Where activations are kept on the device that computes, those at the FFN's columns are kept too; where they are kept
-    elsewhere, computing them twice is cheaper than fetching them.
+    Where activations are kept on the device that computes, and it has the memory, those at the FFN's columns are kept
+    too; where they are kept elsewhere, computing them twice is cheaper than fetching them.
 
     Args:
         layer: on ``settings.device``.
@@ -74,8 +75,8 @@ class LayerReplay:
 
     def column_inputs(self) -> Iterator[Tensor]:
         """Inputs (samples, seqlen, columns) of the FFN's output map, after :meth:`finish_attention`."""
-        keep = self.settings.device == self.settings.cache_dev and self._mlp_block() is not None
         columns_to_hidden = self.layer.get_submodule(self.family.mlp_out)
+        keep = self._columns_kept(columns_to_hidden)
         for position, batch in enumerate(self._batches()):
             with self._attention_given(position):
                 (inputs,) = self._arguments(columns_to_hidden, batch)
@@ -133,6 +134,14 @@ class LayerReplay:
         columns_to_hidden = self.layer.get_submodule(self.family.mlp_out)
         inputs = self._columns[position]
         return _forward_replaced(self._mlp_block(), lambda *args, **kwargs: columns_to_hidden(inputs))
+
+    def _columns_kept(self, columns_to_hidden: nn.Linear) -> bool:
+        """Whether the inputs of the FFN's output map are worth keeping, and take no more than half the free memory."""
+        settings = self.settings
+        if settings.device != settings.cache_dev or self._mlp_block() is None:
+            return False
+        needed = self.hidden[..., 0].numel() * columns_to_hidden.in_features * self.hidden.element_size()
+        return needed <= free_memory(settings.device) / 2
 
     def _mlp_block(self) -> nn.Module | None:
         """The module that ends in the FFN's output map; ``None`` where the layer calls that map itself."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from slim_utils.errors import UserError
 from slim_utils.families import Family
 from slim_utils.layer_report import LayerReport
-from slim_utils.model_io import write_json_atomic
+from slim_utils.model_io import clear_leftovers, write_json_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class LayerStore:
     def __init__(self, save_dir: Path) -> None:
         target = save_dir.absolute()
         self.folder = target.with_name(f".{target.name}.unfinished")
-        self._leftovers = f".{target.name}.partial-*"
+        self._target = target
 
     def exists(self) -> bool:
         """Whether there is an unfinished run."""
@@ -49,15 +49,13 @@ class LayerStore:
         Raises:
             UserError: if the unfinished run is another one, with what differs.
         """
-        for leftover in self.folder.parent.glob(self._leftovers):
-            shutil.rmtree(leftover, ignore_errors=True)
         path = self.folder / SETTINGS_FILE
-        if not resume:
+        if not resume or not path.exists():
+            if resume:
+                logger.info("--resume: nothing to go on with; starting anew")
             self.discard()
-        elif not path.exists():
-            logger.warning("--resume: nothing to go on with; starting anew")
-        if not path.exists():
-            self.folder.mkdir(exist_ok=True)
+            clear_leftovers(self._target)
+            self.folder.mkdir()
             write_json_atomic(path, settings)
             return
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -67,11 +65,17 @@ class LayerStore:
             if before.get(name) != settings.get(name)
         ]
         if changes:
-            raise UserError(f"--resume: not the same run: {'; '.join(changes)}; --overwrite starts anew")
+            raise UserError(
+                f"--resume: not the same run: {'; '.join(changes)}; to start anew pass --overwrite, without --resume"
+            )
+        clear_leftovers(self._target)
 
     def discard(self) -> None:
-        """Remove it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove it, what says whose layers they are at the end."""
+        for path in self.folder.glob("layer_*"):
+            path.unlink()
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
 
     def save(self, layer: nn.Module, family: Family, report: LayerReport) -> None:
         """Keep a finished layer."""

@@ -1,13 +1,13 @@
 """The model card of a pruned checkpoint, made from its run."""
 
 import json
+import logging
 import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedConfig
 
 from slim_utils.families import EXPORTED_FAMILIES, FAMILIES, SERVED_FAMILIES, layer_shapes
@@ -16,6 +16,9 @@ from slim_utils.text_source import HUB_SOURCES
 
 CARD_FILE = "README.md"
 LICENSE_KEYS = ("license", "license_name", "license_link")
+CARRIED_KEYS = (*LICENSE_KEYS, "language")
+
+logger = logging.getLogger(__name__)
 
 
 def vllm_options(config: PreTrainedConfig) -> dict[str, Any] | None:
@@ -34,14 +37,16 @@ def vllm_options(config: PreTrainedConfig) -> dict[str, Any] | None:
 
 
 def base_card_data(model_path: str) -> dict[str, Any]:
-    """Metadata of the base model's own card, from its folder or the hub; empty where there is none."""
+    """What carries over of the base model's own card, from its folder or the hub; empty where there is none."""
     path = Path(model_path) / CARD_FILE
     try:
         if not Path(model_path).is_dir():
             path = Path(hf_hub_download(model_path, CARD_FILE))
-        return ModelCard.load(path).data.to_dict()
-    except (OSError, ValueError, HfHubHTTPError):
+        data = ModelCard.load(path).data.to_dict()
+    except Exception as error:
+        logger.info("no card of %s is carried over (%s)", model_path, type(error).__name__)
         return {}
+    return {key: data[key] for key in CARRIED_KEYS if key in data}
 
 
 def copy_license_files(model_path: str, folder: Path) -> None:
@@ -61,13 +66,13 @@ def model_card(record: dict[str, Any], config: PreTrainedConfig, masks: list[Lay
     """
     arguments = record["arguments"]
     base, is_local = arguments["model_path"], Path(arguments["model_path"]).is_dir()
-    base_data = base_card_data(base)
+    base_data = record["base_card"]
     source = HUB_SOURCES.get(arguments["dataset"], {}).get("path", "")
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["slimgpt", "pruned", "structured-pruning"],
-        base_model=base_data.get("base_model") if is_local else base,
+        base_model=None if is_local else base,
         datasets=[source] if "/" in source else None,
         language=base_data.get("language"),
         **{key: base_data[key] for key in LICENSE_KEYS if key in base_data},

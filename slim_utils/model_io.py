@@ -1,5 +1,6 @@
 """Loading models, choosing devices, and writing output folders that appear whole or not at all."""
 
+import glob
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import (
     AutoConfig,
@@ -148,6 +150,16 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def clear_leftovers(target: Path) -> None:
+    """Remove what :func:`atomic_folder` could not when it was killed; what it had put aside comes back."""
+    target = target.absolute()
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-*-old"):
+        if not target.exists():
+            leftover.rename(target)
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 @contextmanager
 def atomic_entries(target: Path) -> Iterator[Path]:
     """A temporary folder whose entries move into the folder ``target`` when the block ends well.
@@ -184,6 +196,11 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """Write weights (safetensors), configuration, generation configuration, tokenizer and chat template."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the GPU, or available on the host."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def peak_memory_mib(device: torch.device) -> dict[str, float]:

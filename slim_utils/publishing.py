@@ -11,24 +11,26 @@ from slim_utils.errors import UserError
 HUB_ERRORS = (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError)
 
 
-def check_publishable(name: str, overwrite: bool) -> None:
-    """Make sure, before any long work, that ``name`` can be published.
+def check_publishable(name: str, overwrite: bool) -> str:
+    """Make sure, before any long work, that ``name`` can be published; the name with its namespace.
 
     Raises:
         UserError: if the hub cannot be reached, knows no login, or has such a model and ``overwrite`` is not set.
     """
     api = HfApi()
     try:
-        api.whoami()
+        user = api.whoami()["name"]
+        name = name if "/" in name else f"{user}/{name}"
         exists = api.repo_exists(name)
     except HUB_ERRORS as error:
         raise UserError(f"--push_to_hub {name}: {_first_line(error)}; log in with 'hf auth login'") from error
     if exists and not overwrite:
         raise UserError(f"--push_to_hub {name}: exists; choose another name or pass --overwrite")
+    return name
 
 
 def publish(folder: Path, name: str) -> str:
-    """Upload all of ``folder`` as the model ``name``; its address.
+    """Upload all of ``folder`` as all there is of the model ``name``; its address.
 
     Raises:
         UserError: if the hub refuses.
@@ -36,7 +38,10 @@ def publish(folder: Path, name: str) -> str:
     api = HfApi()
     try:
         api.create_repo(name, exist_ok=True)
-        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Pruned by SlimGPT").repo_url)
+        commit = api.upload_folder(
+            repo_id=name, folder_path=folder, commit_message="Pruned by SlimGPT", delete_patterns="*"
+        )
+        return str(commit.repo_url)
     except HUB_ERRORS as error:
         raise UserError(f"--push_to_hub {name}: {_first_line(error)}; {folder} is whole and can be uploaded") from error
 

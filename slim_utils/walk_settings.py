@@ -33,6 +33,7 @@ class WalkSettings:
         columns_multiple: every layer keeps a multiple of so many FFN columns.
         expert_columns_multiple: of the columns of every expert besides; the library's grouped products of experts want
             rows of 16 bytes.
+        tp_size: GPUs that key/value heads have to be dealt out to, several to one or one to several.
         alike: layers of one ratio keep equally many, whatever the multiples leave over.
     """
 
@@ -45,6 +46,7 @@ class WalkSettings:
     heads_multiple: int = 1
     columns_multiple: int = 1
     expert_columns_multiple: int = 8
+    tp_size: int = 1
     alike: bool = False
 
     def spans(self, samples: Tensor) -> list[tuple[int, int]]:
@@ -53,7 +55,7 @@ class WalkSettings:
         return [(start, min(start + step, len(samples))) for start in range(0, len(samples), step)]
 
     def _samples_at_once(self, samples: Tensor) -> int:
-        return min(self.batch_samples, max(1, TOKENS_PER_FORWARD // samples.shape[1]))
+        return min(self.batch_samples, len(samples), max(1, TOKENS_PER_FORWARD // samples.shape[1]))
 
     def relieved(self, samples: Tensor) -> "WalkSettings | None":
         """Settings that ask less memory of the device: half the samples at once, at one sample activations on the host.
@@ -95,8 +97,10 @@ class WalkSettings:
         uneven = []
         for index, mask in enumerate(masks):
             kept = mask.kept_heads if self.by_query_head(mask.shape) else mask.kept_kv_heads
-            if len(kept) % self.heads_multiple or len(mask.columns_by_ffn()[0]) % self.columns_multiple:
+            kv_heads = len(mask.kept_kv_heads)
+            dealt = kv_heads % self.tp_size == 0 or self.tp_size % kv_heads == 0
+            if len(kept) % self.heads_multiple or len(mask.columns_by_ffn()[0]) % self.columns_multiple or not dealt:
                 uneven.append(str(index))
         if uneven:
-            message = "layers %s end with heads or columns that do not divide by %d and %d"
+            message = "layers %s end with heads, key/value heads or columns that do not divide by %d and %d"
             logger.warning(message, ", ".join(uneven), self.heads_multiple, self.columns_multiple)

@@ -10,6 +10,7 @@ import model_finetune
 import model_slimming
 from slim_utils.families import find_family
 from slim_utils.layer_walk import prune_layers
+from slim_utils.slimgpt import add_gram
 from slim_utils.walk_settings import WalkSettings
 from tests.conftest import make_tiny
 from train_utils.finetune_args import parse_args
@@ -20,9 +21,21 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [64, 700])
+def test_products_of_half_precision_are_exact(columns, dtype):
+    tokens = torch.randn(300, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    gram = torch.zeros(columns, columns, device="cuda")
+    add_gram(gram, tokens.cuda())
+    add_gram(gram, tokens.cuda())
+    expected = 2 * tokens.double().T @ tokens.double()
+    assert torch.allclose(gram.triu().cpu().double(), expected.triu(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["gqa", "opt", "olmo2", "mixtral"])
 @pytest.mark.parametrize("cache_dev", ["cuda", "cpu"])
-def test_same_units_and_weights_as_on_the_cpu(samples, cache_dev):
-    on_cpu, on_gpu = make_tiny("gqa"), make_tiny("gqa")
+def test_same_units_and_weights_as_on_the_cpu(samples, cache_dev, variant):
+    on_cpu, on_gpu = make_tiny(variant), make_tiny(variant)
     ratios = [0.3, 0.5, 0.6, 0.7]
     devices = {on_cpu: ("cpu", "cpu"), on_gpu: ("cuda", cache_dev)}
     masks = []

@@ -51,7 +51,8 @@ def test_the_card_tells_the_run(words, text_file, tmp_path):
     small = tmp_path / "out" / "pruned_weights"
     card = ModelCard.load(small / "README.md")
     assert (card.data.license, card.data.license_name, card.data.language) == ("other", "tiny", "en")
-    assert (card.data.base_model, card.data.library_name) == ("someone/tiny-base", "transformers")
+    # The base is a folder, of which no hub knows.
+    assert (card.data.base_model, card.data.library_name) == (None, "transformers")
     assert (small / "LICENSE.txt").read_text() == "the licence"
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(small).parameters())
@@ -69,6 +70,14 @@ def test_the_card_tells_the_run(words, text_file, tmp_path):
         assert command in card.content
 
 
+@pytest.mark.parametrize("card", ["---\nlicense: [\n---\n", "---\ntags: 5\n---\n", "---\n1: 2\n---\n", "no card"])
+def test_a_damaged_card_of_the_base_stops_nothing(words, tmp_path, card):
+    (words[0] / "README.md").write_text(card)
+    main(*words, "--skip_evaluate")
+    content = (tmp_path / "out" / "pruned_weights" / "README.md").read_text()
+    assert "license" not in ModelCard(content).data.to_dict()
+
+
 def test_a_stock_checkpoint_needs_no_code_and_no_base_card_no_licence(words, tmp_path):
     (words[0] / "README.md").unlink()
     main(*words, "--uniform_shapes", "--skip_evaluate")
@@ -83,7 +92,7 @@ class Hub(BaseHTTPRequestHandler):
 
     models: dict[str, dict[str, bytes]]
 
-    def answer(self, content: dict, status: int = 200) -> None:
+    def answer(self, content: dict | list, status: int = 200) -> None:
         body = json.dumps(content).encode()
         self.send_response(status)
         if status == 404:
@@ -97,6 +106,9 @@ class Hub(BaseHTTPRequestHandler):
         if self.path == "/api/whoami-v2":
             logged_in = self.headers.get("Authorization") == "Bearer secret"
             self.answer({"name": "me", "type": "user"} if logged_in else {"error": "who?"}, 200 if logged_in else 401)
+        elif "/tree/" in name:
+            files = self.models[name.partition("/tree/")[0]]
+            self.answer([{"type": "file", "path": path, "oid": "0" * 40, "size": 1} for path in files])
         elif name in self.models:
             self.answer({"id": name, "sha": "0" * 40})
         else:
@@ -120,6 +132,8 @@ class Hub(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.models[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "deletedFile":
+                    del self.models[name][line["value"]["path"]]
             commit = f"{url}/{name}/commit/{'0' * 40}"
             self.answer({"success": True, "commitUrl": commit, "commitOid": "0" * 40, "hookOutput": ""})
         else:
@@ -132,7 +146,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub():
     """Address and models of a hub."""
-    handler = type("Hub", (Hub,), {"models": {"me/taken": {}}})
+    handler = type("Hub", (Hub,), {"models": {"me/taken": {"stale.safetensors": b""}}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
@@ -140,19 +154,21 @@ def hub():
     server.shutdown()
 
 
-def test_the_small_model_is_published_with_its_card(words, hub, tmp_path):
+@pytest.mark.parametrize("flags", [["me/tiny-pruned"], ["tiny-pruned"], ["taken", "--overwrite"]])
+def test_the_small_model_is_published_with_its_card(words, hub, tmp_path, flags):
     environment, models = hub
-    process = run(*words, "--skip_evaluate", "--push_to_hub", "me/tiny-pruned", **environment)
+    process = run(*words, "--skip_evaluate", "--push_to_hub", *flags, **environment)
     assert process.returncode == 0, process.stderr
-    small = tmp_path / "out" / "pruned_weights"
-    assert models["me/tiny-pruned"] == {path.name: path.read_bytes() for path in small.iterdir()}
-    assert b'from_pretrained("me/tiny-pruned", trust_remote_code=True)' in models["me/tiny-pruned"]["README.md"]
+    small, name = tmp_path / "out" / "pruned_weights", f"me/{flags[0].removeprefix('me/')}"
+    assert models[name] == {path.name: path.read_bytes() for path in small.iterdir()}
+    assert f'from_pretrained("{name}", trust_remote_code=True)'.encode() in models[name]["README.md"]
     assert "published" in process.stderr + process.stdout
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
+        ("taken", {}, "--push_to_hub me/taken: exists"),
         ("me/taken", {}, "--push_to_hub me/taken: exists; choose another name or pass --overwrite"),
         ("me/new", {"HF_TOKEN": "wrong"}, "--push_to_hub me/new: .*; log in with 'hf auth login'"),
         ("me/new", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "--push_to_hub me/new: .*refused"),

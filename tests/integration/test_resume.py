@@ -16,6 +16,7 @@ from slim_utils.errors import UserError
 from slim_utils.families import find_family
 from slim_utils.layer_store import LayerStore, changed_parameters, fingerprint
 from slim_utils.layer_walk import prune_layers
+from slim_utils.model_io import clear_leftovers
 from slim_utils.walk_settings import WalkSettings
 from tests.conftest import ALL_TINY, make_tiny
 
@@ -152,7 +153,7 @@ def test_a_cut_off_run_is_not_begun_anew_silently(words, tmp_path, monkeypatch):
     assert len(list(store.folder.glob("layer_*.safetensors"))) == 4
     with pytest.raises(UserError, match="a run was cut off; --resume goes on, --overwrite starts anew"):
         main(*words, "--save_dir", out)
-    with pytest.raises(UserError, match=r"--resume: not the same run: --percdamp was 0.01, is 0.1; --overwrite"):
+    with pytest.raises(UserError, match=r"not the same run: --percdamp was 0\.01, is 0\.1; to start"):
         main(*words, "--percdamp", 0.1, "--resume", "--save_dir", out)
     with pytest.raises(UserError, match=r"not the same run: --seed was 0, is 1; calibration was \w+, is \w+"):
         main(*words, "--seed", 1, "--resume", "--save_dir", out)
@@ -167,10 +168,53 @@ def test_a_cut_off_run_is_not_begun_anew_silently(words, tmp_path, monkeypatch):
 def test_overwrite_discards_a_cut_off_run(words, tmp_path):
     store = LayerStore(tmp_path / "out")
     store.open({"--percdamp": 7}, False)
+    with pytest.raises(UserError, match=r"not the same run: .* to start anew pass --overwrite, without --resume"):
+        main(*words, "--overwrite", "--resume", "--save_dir", tmp_path / "out")
     main(*words, "--overwrite", "--save_dir", tmp_path / "out")
     assert not store.exists()
     with pytest.raises(UserError, match="--resume needs the --save_dir"):
         main(*words, "--resume")
+
+
+def test_layers_of_an_unknown_run_are_not_taken(tmp_path):
+    store = LayerStore(tmp_path / "out")
+    store.open({"a": 1}, False)
+    (store.folder / "layer_0000.safetensors").write_bytes(b"of another")
+    (store.folder / "settings.json").unlink()
+    store.open({"a": 1}, True)
+    assert [path.name for path in store.folder.iterdir()] == ["settings.json"]
+
+
+def test_cut_off_while_it_is_evaluated(words, text_file, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    words = [word for word in words if word != "--skip_evaluate"]
+    words += ["--eval_datasets", str(text_file), "--eval_seqlens", "16", "--save_dir", str(out)]
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(model_slimming, "evaluate", stop)
+        main(*words)
+    assert (out / "run.json").is_file()
+    before = contents(out)
+    with pytest.raises(UserError, match="a run was cut off; --resume goes on"):
+        main(*words)
+    main(*words, "--resume")
+    assert json.loads((out / "run.json").read_text())["perplexity"]
+    after = contents(out)
+    assert {name for name in after if after[name] != before.get(name)} == {"pruned_weights/README.md"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_that_was_put_aside_comes_back(tmp_path):
+    target, aside = tmp_path / "out[1]", tmp_path / ".out[1].partial-x-old"
+    aside.mkdir()
+    (aside / "run.json").write_text("{}")
+    (tmp_path / ".out[1].partial-x").mkdir()
+    clear_leftovers(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["out[1]"]
+    assert (target / "run.json").is_file()
 
 
 def test_another_model_has_another_fingerprint():
@@ -201,7 +245,7 @@ def test_a_full_disk_leaves_a_run_that_goes_on(words, small_disk, tmp_path):
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert process.returncode == 1, process.stderr
     error = process.stderr.splitlines()[-1]
-    assert "the disk is full, nothing was saved" in error and "--resume goes on" in error
+    assert "the disk is full, nothing was saved" in error and "--resume with the same --save_dir goes on" in error
     assert "Traceback" not in process.stderr
     assert [path.name for path in disk.iterdir()] == [".out.unfinished"]
     assert not list(disk.rglob("*.partial"))

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from slim_utils import walk_settings
+from slim_utils import layer_replay, walk_settings
 from slim_utils.families import find_family
 from slim_utils.layer_replay import LayerReplay, capture_layer_calls
 from slim_utils.walk_settings import WalkSettings
@@ -86,6 +86,17 @@ def test_every_map_is_run_once(cache_dev, times, samples):
     replay.advance()
     attention = dict.fromkeys([f"self_attn.{part}_proj" for part in "qkvo"], 1)
     assert calls == attention | {"mlp.gate_proj": times, "mlp.up_proj": times, "mlp.down_proj": 1}
+
+
+@torch.no_grad()
+def test_columns_are_kept_only_where_there_is_room(samples, monkeypatch):
+    for free, kept in ((2 * 8 * 16 * 40 * 4, True), (2 * 8 * 16 * 40 * 4 - 1, False)):
+        monkeypatch.setattr(layer_replay, "free_memory", lambda device, free=free: free)
+        replay = first_replay(make_tiny("gqa"), samples)
+        list(replay.attention_inputs())
+        replay.finish_attention()
+        list(replay.column_inputs())
+        assert bool(replay._columns) == kept
 
 
 @pytest.mark.parametrize(
