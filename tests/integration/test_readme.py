@@ -140,3 +140,16 @@ def test_serving_table_is_that_of_the_file():
         cells = [f"{dense['tokens_per_second']:.1f}"]
         cells += [f"{row['tokens_per_second']:.1f} ({row['ratio']:.2f}×)" for row in pruned]
         assert f"| {name} | {' | '.join(cells)} |" in README
+
+
+def test_pruning_seconds_are_those_of_the_files():
+    for name in ("bench_prune_smollm2", "bench_prune_llama_1b"):
+        result = json.loads((RESULTS / f"{name}.json").read_text())
+        seconds = result["median_seconds"]
+        row = f"| {seconds['original']:.1f} | {seconds['ours']:.1f} | {result['speed_up']:.2f}× |"
+        assert row in README
+        operations = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+        for part, figures in result["parts"].items():
+            floor = figures["operations"] / result["gemm_operations_per_second"]["float32"]
+            ratio = figures["seconds"] / floor
+            assert f"| {part} | {figures['seconds']:.1f} | {floor:.1f} | {ratio:.2f} |" in operations
