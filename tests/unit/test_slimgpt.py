@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from slim_utils.errors import UserError
-from slim_utils.slimgpt import SlimGPT, damping_steps, greedy_obs, group_sizes, remove_columns
+from slim_utils.slimgpt import SlimGPT, damping_steps, greedy_obs, group_sizes, inverse_of_factored, remove_columns
 from tests.reference_slimgpt import hessian_of, struct_prune
 
 
@@ -48,6 +48,15 @@ def test_dynamic_group_size_of_a_wide_layer():
     assert list(group_sizes(100, 1)) == [64, 36]
     assert list(group_sizes(3, 64)) == [1, 1, 1]
     assert list(group_sizes(0, 1)) == []
+
+
+@pytest.mark.parametrize("size", [1, 5, 255, 256, 257, 600])
+def test_inverse_by_blocks(size):
+    hessian = hessian_of(random_inputs(size, tokens=2 * size)) + 0.1 * torch.eye(size, dtype=torch.float64)
+    inverse = inverse_of_factored(torch.linalg.cholesky(hessian))
+    expected = torch.linalg.inv(hessian)
+    assert (inverse - expected).norm() <= 1e-9 * expected.norm()
+    assert torch.allclose(inverse, inverse.T, rtol=1e-10, atol=1e-12 * expected.abs().max().item())
 
 
 def test_downdate_equals_refactorising():
