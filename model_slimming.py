@@ -196,8 +196,8 @@ def open_store(
     world.wait()
     store = LayerStore(Path(args.save_dir))
     settings = {f"--{name}": getattr(args, name) for name in RESUMED_ARGUMENTS}
-    settings |= {"device": str(args.device), "calibration": data.sha256, "model": fingerprint(model)}
-    settings["processes"] = world.size
+    settings |= {"device": str(args.device), "processes": world.size}
+    settings |= {"calibration": data.sha256, "model": fingerprint(model)}
     world.once(lambda: store.open(settings, args.resume))
     return None if world.rank else store
 

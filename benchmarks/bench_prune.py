@@ -1,7 +1,9 @@
 """Seconds and memory of pruning: this suite against the original's procedure, in turns in one run.
 
-    python -m benchmarks.bench_prune SmolLM2-135M-Instruct --num_samples 32 --seqlen 512 --layers 6 \
-        --out benchmarks/results/bench_prune_cpu.json
+    python -m benchmarks.bench_prune SmolLM2-135M-Instruct --num_samples 32 --seqlen 512 --layers 12 \
+        --out benchmarks/results/bench_prune_smollm2.json
+    python -m benchmarks.bench_prune llama-1b --num_samples 16 --seqlen 512 --layers 2 \
+        --out benchmarks/results/bench_prune_llama_1b.json
     python -m benchmarks.bench_prune llama-7b --num_samples 128 --seqlen 2048 --layers 32 --dtype bfloat16 \
         --device cuda --out benchmarks/results/bench_prune_gpu.json
 
@@ -103,7 +105,7 @@ def shape_config(args: argparse.Namespace) -> PreTrainedConfig:
 
 
 def make_model(args: argparse.Namespace) -> PreTrainedModel:
-    """The model, on the CPU, and on the device for the original, which expects it there."""
+    """The model, on the CPU."""
     config, dtype = shape_config(args), DTYPES[args.dtype]
     if args.model not in SHAPES:
         return AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=dtype).eval()

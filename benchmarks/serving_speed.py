@@ -73,21 +73,22 @@ def prepare(args: argparse.Namespace) -> dict[str, Path]:
     """Folders of the three models; beside each pruned one, and in the work folder, their GGUF files."""
     folders = {"dense": args.model}
     for name, flags in PRUNED.items():
-        out = args.work_dir / name.replace(", ", "_").replace(" ", "_")
+        out = work_path(args, name)
         if not out.exists():
             words = ["model_slimming.py", args.model, "--data_file", args.calib_file, "--num_samples", 32]
             words += ["--seqlen", 512, *flags, "--skip_evaluate", "--save_pruned_weights", "--save_dir", out]
             run([sys.executable, *words])
         folders[name] = out / "pruned_weights"
     for name, folder in folders.items():
-        if not gguf_file(args, name).exists():
-            run([sys.executable, "scripts/export_gguf.py", folder, gguf_file(args, name)])
+        file = work_path(args, name, ".gguf")
+        if not file.exists():
+            run([sys.executable, "scripts/export_gguf.py", folder, file])
     return folders
 
 
-def gguf_file(args: argparse.Namespace, name: str) -> Path:
-    """The GGUF file of a model."""
-    return args.work_dir / f"{name.replace(', ', '_').replace(' ', '_')}.gguf"
+def work_path(args: argparse.Namespace, name: str, suffix: str = "") -> Path:
+    """Where the model ``name`` is in the work folder: the run's output, or its GGUF file."""
+    return args.work_dir / (name.replace(", ", "_").replace(" ", "_") + suffix)
 
 
 def tokens_per_second(args: argparse.Namespace, engine: str, name: str, folder: Path, prompts: str) -> float:
@@ -97,7 +98,7 @@ def tokens_per_second(args: argparse.Namespace, engine: str, name: str, folder: 
         options = vllm_options(load_config(str(folder), False))
         words = [INTEROP / "vllm_generate.py", folder, NEW_TOKENS, json.dumps(options)]
     elif engine == "llama.cpp":
-        words = [INTEROP / "llama_cpp_generate.py", gguf_file(args, name), NEW_TOKENS]
+        words = [INTEROP / "llama_cpp_generate.py", work_path(args, name, ".gguf"), NEW_TOKENS]
     else:
         words = [INTEROP / "transformers_generate.py", folder, NEW_TOKENS]
     answer = json.loads(run([python, *words], prompts).splitlines()[-1])

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models  # noqa: F401 - registers the classes of pruned checkpoints
 from slim_utils.cli import ArgumentParser, run_cli
 from slim_utils.gguf_export import OUTTYPES, check_exportable, export_gguf
-from slim_utils.model_io import check_output_file, load_config, load_model, load_tokenizer
+from slim_utils.model_io import atomic_file, check_output_file, load_config, load_model, load_tokenizer
 
 logger = logging.getLogger("export_gguf")
 
@@ -37,12 +37,8 @@ def main(args: argparse.Namespace) -> None:
     check_exportable(config, args.outtype)
     tokenizer = load_tokenizer(args.model, trust_remote_code=False)
     model = load_model(args.model, "auto", trust_remote_code=False)
-    partial = args.out.with_name(f".{args.out.name}.partial")
-    try:
+    with atomic_file(args.out) as partial:
         export_gguf(model, tokenizer, Path(args.model), partial, args.outtype)
-        partial.rename(args.out)
-    finally:
-        partial.unlink(missing_ok=True)
     logger.info("saved %s: %.1f MiB", args.out, args.out.stat().st_size / (1 << 20))
 
 

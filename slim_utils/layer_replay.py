@@ -77,20 +77,14 @@ class LayerReplay:
         """Inputs (samples, seqlen, columns) of the FFN's output map, after :meth:`finish_attention`."""
         columns_to_hidden = self.layer.get_submodule(self.family.mlp_out)
         keep = self._columns_kept(columns_to_hidden)
-        for position, batch in enumerate(self._batches()):
-            with self._attention_given(position):
-                (inputs,) = self._arguments(columns_to_hidden, batch)
+        for (inputs,) in self._arguments_after_attention(columns_to_hidden):
             if keep:
                 self._columns.append(inputs)
             yield inputs
 
     def expert_calls(self) -> Iterator[tuple[Tensor, ...]]:
         """Arguments of the layer's experts, after :meth:`finish_attention`."""
-        experts = self.layer.get_submodule(self.family.experts)
-        for position, batch in enumerate(self._batches()):
-            with self._attention_given(position):
-                arguments = self._arguments(experts, batch)
-            yield arguments
+        return self._arguments_after_attention(self.layer.get_submodule(self.family.experts))
 
     def advance(self) -> None:
         """Replace the inputs of the layer by its outputs, and let go of everything else."""
@@ -123,6 +117,13 @@ class LayerReplay:
         finally:
             handle.remove()
         return seen.pop()
+
+    def _arguments_after_attention(self, module: nn.Module) -> Iterator[tuple[Tensor, ...]]:
+        """What ``module`` is called with, batch by batch, on what the attention put out."""
+        for position, batch in enumerate(self._batches()):
+            with self._attention_given(position):
+                arguments = self._arguments(module, batch)
+            yield arguments
 
     def _attention_given(self, position: int) -> Any:
         output = self._attention[position].to(self.settings.device)

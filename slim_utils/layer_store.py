@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from slim_utils.errors import UserError
 from slim_utils.families import Family
 from slim_utils.layer_report import LayerReport
-from slim_utils.model_io import clear_leftovers, write_json_atomic
+from slim_utils.model_io import atomic_file, clear_leftovers, write_json_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -79,17 +79,12 @@ class LayerStore:
 
     def save(self, layer: nn.Module, family: Family, report: LayerReport) -> None:
         """Keep a finished layer."""
-        path = self._path(report.layer)
-        partial = path.with_suffix(".partial")
         tensors = {name: tensor.detach().contiguous() for name, tensor in changed_parameters(layer, family).items()}
-        try:
+        with atomic_file(self._path(report.layer)) as partial:
             save_file(tensors, partial, metadata={"report": report.to_json()})
             # On disk before it has its name, so that a machine that goes down does not leave half of it.
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
-            partial.rename(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def restore(self, index: int, layer: nn.Module, family: Family) -> LayerReport | None:
         """Put a finished layer's parameters in place; its report, or ``None`` where it is not finished."""

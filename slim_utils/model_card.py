@@ -15,8 +15,7 @@ from slim_utils.pruning_record import LayerMask
 from slim_utils.text_source import HUB_SOURCES
 
 CARD_FILE = "README.md"
-LICENSE_KEYS = ("license", "license_name", "license_link")
-CARRIED_KEYS = (*LICENSE_KEYS, "language")
+CARRIED_KEYS = ("license", "license_name", "license_link", "language")
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +73,7 @@ def model_card(record: dict[str, Any], config: PreTrainedConfig, masks: list[Lay
         tags=["slimgpt", "pruned", "structured-pruning"],
         base_model=None if is_local else base,
         datasets=[source] if "/" in source else None,
-        language=base_data.get("language"),
-        **{key: base_data[key] for key in LICENSE_KEYS if key in base_data},
+        **base_data,
     )
     name = Path(base).resolve().name if is_local else base
     license_name = base_data.get("license_name") or base_data.get("license")
@@ -112,7 +110,7 @@ def _sizes(sizes: dict[str, Any], masks: list[LayerMask]) -> str:
         shape = mask.shape
         heads = f"{len(mask.kept_heads)} of {shape.num_heads}"
         groups = f"{len(mask.kept_kv_heads)} of {shape.num_kv_heads}"
-        columns = f"{len(mask.columns_by_ffn()[0])} of {shape.ffn_width}"
+        columns = f"{mask.kept_width} of {shape.ffn_width}"
         experts = f" (each of {shape.num_experts} experts)" if shape.num_experts else ""
         rows.append((index, heads, groups, columns + experts))
     return f"{total}\n{_table(('layer', 'heads', 'key/value heads', 'FFN columns'), rows)}"

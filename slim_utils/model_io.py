@@ -177,14 +177,21 @@ def atomic_entries(target: Path) -> Iterator[Path]:
             entry.replace(old)
 
 
-def write_text_atomic(path: Path, text: str) -> None:
-    """Replace ``path`` by a file with ``text``, whole or not at all."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path`` that takes its place when the block ends well, and is removed otherwise."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replace ``path`` by a file with ``text``, whole or not at all."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json_atomic(path: Path, content: dict[str, Any]) -> None:

@@ -159,13 +159,13 @@ def _shared_fields(config: PreTrainedConfig, masks: list[LayerMask]) -> dict[str
     fields = {key: value for key, value in config.to_dict().items() if key not in _DENSE_ONLY_KEYS}
     fields["head_dim"] = masks[0].shape.head_dim
     fields["layer_head_num"] = [len(mask.kept_heads) for mask in masks]
-    fields["layer_inter_size"] = [len(mask.columns_by_ffn()[0]) for mask in masks]
+    fields["layer_inter_size"] = [mask.kept_width for mask in masks]
     return fields
 
 
 def _layer_sizes(config: PreTrainedConfig, family: Family, mask: LayerMask) -> dict[str, int]:
     width = family.width_key(mask.shape.num_experts)
-    sizes = {"num_attention_heads": len(mask.kept_heads), width: len(mask.columns_by_ffn()[0])}
+    sizes = {"num_attention_heads": len(mask.kept_heads), width: mask.kept_width}
     if hasattr(config, "num_key_value_heads"):
         sizes["num_key_value_heads"] = len(mask.kept_kv_heads)
     return sizes

@@ -75,6 +75,11 @@ class LayerMask:
             kept[column // width].append(column % width)
         return kept
 
+    @property
+    def kept_width(self) -> int:
+        """Columns that the FFN, or each of its experts, keeps."""
+        return len(self.kept_columns) // self.shape.num_ffns
+
     def removed_share(self) -> tuple[float, float]:
         """Removed share of the query heads and of the FFN columns."""
         heads = 1 - len(self.kept_heads) / self.shape.num_heads

@@ -99,7 +99,7 @@ class WalkSettings:
             kept = mask.kept_heads if self.by_query_head(mask.shape) else mask.kept_kv_heads
             kv_heads = len(mask.kept_kv_heads)
             dealt = kv_heads % self.tp_size == 0 or self.tp_size % kv_heads == 0
-            if len(kept) % self.heads_multiple or len(mask.columns_by_ffn()[0]) % self.columns_multiple or not dealt:
+            if len(kept) % self.heads_multiple or mask.kept_width % self.columns_multiple or not dealt:
                 uneven.append(str(index))
         if uneven:
             message = "layers %s end with heads, key/value heads or columns that do not divide by %d and %d"

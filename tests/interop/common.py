@@ -1,9 +1,11 @@
 """What the comparisons with serving engines share: models to serve, and Transformers' own greedy tokens."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -31,6 +33,14 @@ def run(*words: object) -> None:
     """One of the suite's scripts."""
     process = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
+
+
+def engine(python: Path, script: str, *words: object, stdin: str = "") -> dict[str, Any]:
+    """What a script of this folder prints under an engine's own environment."""
+    command = [str(python), str(ROOT / "tests" / "interop" / script), *map(str, words)]
+    process = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def smollm2(shape: str, out: Path, *flags: str) -> Path:

@@ -1,7 +1,6 @@
 """GGUF files in a real llama.cpp: the same greedy text as in Transformers, and the same perplexity."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppl_eval.ppl_dataset import eval_windows, load_eval_tokens
 from ppl_eval.ppl_eval import perplexity
-from tests.interop.common import EVALUATION_TEXT, NEW_TOKENS, PROMPTS, ROOT, SHAPES, greedy_tokens, run, smollm2
+from tests.interop.common import EVALUATION_TEXT, NEW_TOKENS, PROMPTS, ROOT, SHAPES, engine, greedy_tokens, run, smollm2
 
 PYTHON = ROOT / ".venv-llamacpp" / "bin" / "python"
 # llama.cpp rounds activations to fp16 too.
@@ -21,17 +20,9 @@ pytestmark = [
 ]
 
 
-def llama_cpp(script: str, *words: object, stdin: str = "") -> dict:
-    """What a script of this folder prints under llama.cpp's own environment."""
-    command = [str(PYTHON), str(ROOT / "tests" / "interop" / script), *map(str, words)]
-    process = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
-
-
 def in_llama_cpp(file: Path, *prompts: str) -> list[str]:
     """Greedy texts of ``prompts``, all at once."""
-    return llama_cpp("llama_cpp_generate.py", file, NEW_TOKENS, stdin=json.dumps(prompts))["texts"]
+    return engine(PYTHON, "llama_cpp_generate.py", file, NEW_TOKENS, stdin=json.dumps(prompts))["texts"]
 
 
 def as_in_the_file(folder: Path):
@@ -63,7 +54,7 @@ def test_perplexity_of_the_f16_file_is_that_in_transformers(shape, tmp_path):
     windows = eval_windows(load_eval_tokens(str(EVALUATION_TEXT), AutoTokenizer.from_pretrained(folder)), 128, "text")
     windows = windows[:2]
     expected = perplexity(AutoModelForCausalLM.from_pretrained(folder), windows)
-    got = llama_cpp("llama_cpp_perplexity.py", file, stdin=json.dumps(windows.tolist()))
+    got = engine(PYTHON, "llama_cpp_perplexity.py", file, stdin=json.dumps(windows.tolist()))
     assert got["targets"] == 2 * 127
     assert got["perplexity"] == pytest.approx(expected, rel=0.01)
 

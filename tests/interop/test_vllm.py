@@ -1,7 +1,6 @@
 """Checkpoints in a real vLLM: the same greedy tokens as in Transformers, one prompt at a time and several at once."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from slim_utils.families import SERVED_FAMILIES, find_family, layer_shapes
 from slim_utils.model_card import vllm_options
 from slim_utils.params_remove import shrink
 from slim_utils.pruning_record import LayerMask
-from tests.interop.common import NEW_TOKENS, PROMPTS, ROOT, SHAPES, greedy_tokens, smollm2
+from tests.interop.common import NEW_TOKENS, PROMPTS, ROOT, SHAPES, engine, greedy_tokens, smollm2
 
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 # Both compute in fp32, in another order.
@@ -25,20 +24,12 @@ pytestmark = [
 ]
 
 
-def in_vllm(folder: Path, prompts: list[list[int]], options: dict) -> dict:
-    """What vLLM makes of ``prompts``."""
-    script = ROOT / "tests" / "interop" / "vllm_generate.py"
-    command = [str(PYTHON), str(script), str(folder), str(NEW_TOKENS), json.dumps(options)]
-    process = subprocess.run(command, input=json.dumps(prompts), capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
-
-
 def compare(folder: Path, prompts: list[list[int]], architecture: str) -> None:
     """Tokens of vLLM, called as the model card says, against those of Transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     expected = [greedy_tokens(model, prompt, NEAR_TIE) for prompt in prompts]
-    got = in_vllm(folder, prompts, vllm_options(model.config))
+    options = json.dumps(vllm_options(model.config))
+    got = engine(PYTHON, "vllm_generate.py", folder, NEW_TOKENS, options, stdin=json.dumps(prompts))
     assert got["class"] == architecture
     for way in ("alone", "together"):
         for tokens, wanted in zip(got[way], expected, strict=True):
