@@ -7,7 +7,8 @@ Writes OUT/ (original shapes, removed weights zero), OUT/pruned_weights/ (the sm
 OUT/pruning.json (what was kept and removed) and OUT/run.json (arguments, versions, data, errors and seconds per layer,
 perplexities).
 
-Limits: the families of the table; the whole model has to fit in host memory, one layer and its Hessian on the device.
+Limits: the families of the table; one layer and its Hessian have to fit on the device, the whole model in host memory
+unless --stream is given.
 """
 
 import argparse
@@ -15,18 +16,20 @@ import logging
 import math
 import os
 import time
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from ppl_eval.ppl_dataset import EVAL_SPLITS, load_eval_sets, parse_eval_dataset
+from ppl_eval.ppl_dataset import EVAL_SPLITS, EvalSets, load_eval_sets, parse_eval_dataset
 from ppl_eval.ppl_eval import evaluate
-from slim_utils.cli import ArgumentParser, command_line, run_cli
+from ppl_eval.streamed_eval import layers_run_once
+from slim_utils.cli import ArgumentParser, run_cli
 from slim_utils.errors import UserError
 from slim_utils.families import find_family, layer_shapes
-from slim_utils.layer_report import LayerReport
+from slim_utils.layer_host import LayerHost, StreamedHost
 from slim_utils.layer_store import LayerStore, fingerprint
 from slim_utils.layer_walk import planned_masks, prune_layers
 from slim_utils.model_card import base_card_data
@@ -39,15 +42,18 @@ from slim_utils.model_io import (
     load_model,
     load_tokenizer,
     peak_memory_mib,
+    scratch_folder,
     warn_if_short_of_space,
 )
 from slim_utils.model_stats import count_parameters, removed_share
 from slim_utils.params_remove import stock_config
-from slim_utils.pruned_output import write_output, write_record
+from slim_utils.pruned_output import WholeOutput, write_output, write_record
+from slim_utils.pruning_record import LayerMask
 from slim_utils.publishing import check_publishable, publish
-from slim_utils.run_record import calibration_record, environment, layer_record
+from slim_utils.run_record import pruning_record
 from slim_utils.slim_dataset import CalibrationData, load_calibration
 from slim_utils.sparsity_schedule import STRATEGIES, layer_range, layer_ratios, non_uniform_ratios
+from slim_utils.streamed_output import StreamedOutput
 from slim_utils.text_source import CALIBRATION_DATASETS
 from slim_utils.walk_settings import GQA_UNITS, WalkSettings
 from slim_utils.world import World
@@ -58,7 +64,7 @@ logger = logging.getLogger("model_slimming")
 RESUMED_ARGUMENTS = (
     *("num_samples", "seqlen", "seed", "sparsity", "non_uniform", "non_uniform_strategy", "min_sparsity"),
     *("max_sparsity", "gqa_unit", "multiple_of", "even_heads", "tp_size", "minlayer", "maxlayer", "no_compensate"),
-    *("percdamp", "batch_samples", "dtype", "uniform_shapes"),
+    *("percdamp", "batch_samples", "dtype", "uniform_shapes", "stream"),
 )
 
 
@@ -92,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     machine.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default %(default)s)")
     machine.add_argument("--cache_dev", help="cuda or cpu: where activations are kept (default: --device)")
     machine.add_argument("--batch_samples", type=int, default=128, help="samples brought to the device at once")
+    machine.add_argument("--stream", action="store_true", help="for models larger than memory: one layer at a time")
     machine.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")
     machine.add_argument("--trust_remote_code", action="store_true", help="run model code found in the checkpoint")
     output = parser.add_argument_group("output")
@@ -139,6 +146,8 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError("--uniform_shapes is about the small model: add --save_pruned_weights")
     if args.resume and not args.save_dir:
         raise UserError("--resume needs the --save_dir of the run to go on with")
+    if args.stream and not args.save_dir:
+        raise UserError("--stream writes layer by layer as it goes: give --save_dir DIR")
     if args.save_pruned_weights and not args.save_dir:
         raise UserError("--save_pruned_weights needs --save_dir DIR")
     if args.push_to_hub and not args.save_pruned_weights:
@@ -189,43 +198,41 @@ def walk_settings(args: argparse.Namespace) -> WalkSettings:
     )
 
 
-def open_store(
-    args: argparse.Namespace, model: PreTrainedModel, data: CalibrationData, world: World
-) -> LayerStore | None:
+def open_host(args: argparse.Namespace, model_path: str) -> LayerHost:
+    """The model of ``model_path``: whole in memory or, streamed, layer by layer."""
+    if args.stream:
+        return StreamedHost(model_path, args.dtype, args.trust_remote_code, scratch_folder(Path(args.save_dir)))
+    model = load_model(model_path, args.dtype, args.trust_remote_code)
+    return LayerHost(model, find_family(model.config))
+
+
+def open_store(args: argparse.Namespace, host: LayerHost, data: CalibrationData, world: World) -> LayerStore | None:
     """Where the first process keeps finished layers until all are."""
     world.wait()
     store = LayerStore(Path(args.save_dir))
     settings = {f"--{name}": getattr(args, name) for name in RESUMED_ARGUMENTS}
     settings |= {"device": str(args.device), "processes": world.size}
-    settings |= {"calibration": data.sha256, "model": fingerprint(model)}
+    settings |= {"calibration": data.sha256, "model": fingerprint(host.model.config, host.sampled_tensors())}
     world.once(lambda: store.open(settings, args.resume))
     return None if world.rank else store
 
 
-def run_record(
-    args: argparse.Namespace,
-    data: CalibrationData,
-    base_card: dict[str, Any],
-    reports: list[LayerReport],
-    sizes: dict[str, Any],
-    seconds: float,
-) -> dict[str, Any]:
-    """The content of ``run.json`` before the evaluation."""
-    arguments = {
-        name: value if isinstance(value, (int, float, list, type(None))) else str(value)
-        for name, value in vars(args).items()
-    }
-    return {
-        "command": command_line(),
-        "arguments": arguments,
-        "seed": args.seed,
-        **environment(args.device),
-        "calibration": calibration_record(data),
-        "base_card": base_card,
-        "sizes": sizes,
-        "layers": [layer_record(report) for report in reports],
-        "pruning_seconds": round(seconds, 2),
-    }
+def open_output(
+    args: argparse.Namespace, host: LayerHost, store: LayerStore | None, planned: list[LayerMask]
+) -> WholeOutput | StreamedOutput:
+    """What writes the checkpoints: all at the end or, streamed, in the first process, as layers are settled."""
+    if args.stream and store:
+        return StreamedOutput(store.output, host, planned, args.save_pruned_weights, args.uniform_shapes)
+    return WholeOutput(host.model, host.family, args.save_pruned_weights, args.uniform_shapes)
+
+
+def evaluate_pruned(args: argparse.Namespace, host: LayerHost, eval_sets: EvalSets) -> list[dict[str, Any]]:
+    """Perplexities of the pruned model; where it was streamed, of what was saved."""
+    if not args.stream:
+        return evaluate(host.model.to(args.device), eval_sets)
+    host.close()
+    with closing(open_host(args, args.save_dir)) as saved:
+        return evaluate(saved.model, eval_sets, partial(layers_run_once, saved, args.device))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -250,33 +257,34 @@ def main(args: argparse.Namespace) -> None:
     eval_sets = (
         {} if args.skip_evaluate else load_eval_sets(args.eval_datasets, tokenizer, args.eval_seqlens, positions)
     )
-    model = load_model(args.model_path, args.dtype, args.trust_remote_code)
-    if args.save_dir:
-        warn_if_short_of_space(Path(args.save_dir), model, copies=2 + args.save_pruned_weights)
-    logger.info("calibration: %d × %d tokens of %s", args.num_samples, args.seqlen, data.source)
-
-    world = World.join(args.device)
-    start = time.perf_counter()
-    store = open_store(args, model, data, world) if args.save_dir else None
-    masks, reports = prune_layers(model, family, world.share(data.samples), ratios, settings, store, world)
-    seconds = time.perf_counter() - start
-    world.leave()
-    if world.rank:
-        return
-    sizes = {
-        "parameters_dense": count_parameters(model),
-        "block_share_removed": removed_share(family.decoder_layers(model), family, masks),
-    }
-    logger.info("removed %.2f %% of the block weights in %.1f s", 100 * sizes["block_share_removed"], seconds)
-    record = run_record(args, data, base_card, reports, sizes, seconds)
-    if args.save_dir:
-        write_output(Path(args.save_dir), model, tokenizer, family, masks, record)
-        logger.info("saved %s", args.save_dir)
-    if eval_sets:
-        record["perplexity"] = evaluate(model.to(args.device), eval_sets)
-        record["peak_memory_mib"] = peak_memory_mib(args.device)
+    with closing(open_host(args, args.model_path)) as host:
         if args.save_dir:
-            write_record(Path(args.save_dir), masks, record)
+            warn_if_short_of_space(Path(args.save_dir), host.model, copies=2 + args.save_pruned_weights)
+        logger.info("calibration: %d × %d tokens of %s", args.num_samples, args.seqlen, data.source)
+        world = World.join(args.device)
+        start = time.perf_counter()
+        store = open_store(args, host, data, world) if args.save_dir else None
+        output = open_output(args, host, store, planned)
+        samples = world.share(data.samples)
+        masks, reports = prune_layers(host.model, family, samples, ratios, settings, store, world, host)
+        seconds = time.perf_counter() - start
+        world.leave()
+        if world.rank:
+            return
+        sizes = {
+            "parameters_dense": count_parameters(host.model),
+            "block_share_removed": removed_share(host.layers, family, masks),
+        }
+        logger.info("removed %.2f %% of the block weights in %.1f s", 100 * sizes["block_share_removed"], seconds)
+        record = pruning_record(args, data, base_card, reports, sizes, seconds)
+        if args.save_dir:
+            write_output(Path(args.save_dir), output, tokenizer, masks, record)
+            logger.info("saved %s", args.save_dir)
+        if eval_sets:
+            record["perplexity"] = evaluate_pruned(args, host, eval_sets)
+            record["peak_memory_mib"] = peak_memory_mib(args.device)
+            if args.save_dir:
+                write_record(Path(args.save_dir), masks, record)
     if args.push_to_hub:
         logger.info("published %s", publish(Path(args.save_dir) / SMALL_MODEL_FOLDER, args.push_to_hub))
     if store:

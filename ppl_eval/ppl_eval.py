@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -45,11 +46,18 @@ def ppl_metric(
     return results
 
 
-def evaluate(model: PreTrainedModel, eval_sets: EvalSets) -> list[dict[str, Any]]:
-    """Perplexity of ``model`` on every set of windows: a log line and an entry of ``run.json`` each."""
+def evaluate(
+    model: PreTrainedModel, eval_sets: EvalSets, prepared: Callable[[Tensor, int], AbstractContextManager] | None = None
+) -> list[dict[str, Any]]:
+    """Perplexity of ``model`` on every set of windows: a log line and an entry of ``run.json`` each.
+
+    ``prepared`` is given windows and batch size, and in its context the model is ready for them.
+    """
     results = []
     for (name, seqlen), windows in eval_sets.items():
-        value = perplexity(model, windows, batch_size=max(1, TOKENS_PER_FORWARD // seqlen))
+        batch_size = max(1, TOKENS_PER_FORWARD // seqlen)
+        with prepared(windows, batch_size) if prepared else nullcontext():
+            value = perplexity(model, windows, batch_size)
         logger.info("perplexity %s seqlen %d: %.4f (%d windows)", name, seqlen, value, len(windows))
         results.append({"dataset": name, "seqlen": seqlen, "windows": len(windows), "perplexity": value})
     return results

@@ -3,21 +3,20 @@
 import hashlib
 import json
 import logging
-import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from slim_utils.errors import UserError
 from slim_utils.families import Family
 from slim_utils.layer_report import LayerReport
-from slim_utils.model_io import atomic_file, clear_leftovers, write_json_atomic
+from slim_utils.model_io import clear_leftovers, save_tensors_atomic, write_json_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +36,8 @@ class LayerStore:
     def __init__(self, save_dir: Path) -> None:
         target = save_dir.absolute()
         self.folder = target.with_name(f".{target.name}.unfinished")
+        # Checkpoints that are written layer by layer.
+        self.output = self.folder / "output"
         self._target = target
 
     def exists(self) -> bool:
@@ -79,12 +80,7 @@ class LayerStore:
 
     def save(self, layer: nn.Module, family: Family, report: LayerReport) -> None:
         """Keep a finished layer."""
-        tensors = {name: tensor.detach().contiguous() for name, tensor in changed_parameters(layer, family).items()}
-        with atomic_file(self._path(report.layer)) as partial:
-            save_file(tensors, partial, metadata={"report": report.to_json()})
-            # On disk before it has its name, so that a machine that goes down does not leave half of it.
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
+        save_tensors_atomic(changed_parameters(layer, family), self._path(report.layer), {"report": report.to_json()})
 
     def restore(self, index: int, layer: nn.Module, family: Family) -> LayerReport | None:
         """Put a finished layer's parameters in place; its report, or ``None`` where it is not finished."""
@@ -108,10 +104,10 @@ def changed_parameters(layer: nn.Module, family: Family) -> dict[str, nn.Paramet
     return {name: parameter for name, parameter in layer.named_parameters() if name in names}
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(config: PreTrainedConfig, parameters: Iterable[tuple[str, Tensor]]) -> str:
     """Hash of a model's configuration and of some values of each of its parameters."""
-    digest = hashlib.sha256(model.config.to_json_string().encode())
-    for name, parameter in model.named_parameters():
+    digest = hashlib.sha256(config.to_json_string().encode())
+    for name, parameter in parameters:
         values = parameter.detach().flatten()[:: max(1, parameter.numel() // SAMPLED_VALUES)]
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(values.float().cpu().numpy().tobytes())

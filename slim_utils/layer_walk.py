@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from slim_utils.experts import prune_experts
 from slim_utils.families import Family, LayerShape, layer_shapes
+from slim_utils.layer_host import LayerHost
 from slim_utils.layer_replay import LayerCalls, LayerReplay, capture_layer_calls, check_finite
 from slim_utils.layer_report import LayerReport
 from slim_utils.layer_store import LayerStore, changed_parameters
@@ -38,11 +39,12 @@ def prune_layers(
     settings: WalkSettings,
     store: LayerStore | None = None,
     world: World = ALONE,
+    host: LayerHost | None = None,
 ) -> tuple[list[LayerMask], list[LayerReport]]:
     """Prune ``model`` in place, layer by layer.
 
     Args:
-        model: on the CPU; its weights are changed, its shapes are not.
+        model: its weights are changed, its shapes are not.
         family: its row of the table.
         samples: (num_samples, seqlen) calibration token ids, of this process.
         ratios: pruning ratio of every layer; 0 leaves a layer alone.
@@ -50,6 +52,7 @@ def prune_layers(
         store: where finished layers are kept; those that are there already are not pruned again. In the first process
             alone.
         world: the processes that prune the same model, each on its own samples.
+        host: where the model's layers are (default: on the CPU).
 
     Returns:
         The mask of every layer of the model, and a report of every pruned one.
@@ -64,12 +67,12 @@ def prune_layers(
     if not pruned:
         return masks, reports
     aligned = settings.aligned(shapes, ratios)
-    layers = family.decoder_layers(model)
-    walk = _Walk(model, family, samples, settings, world)
+    host = host or LayerHost(model, family)
+    walk = _Walk(host, samples, settings, world)
     with logging_redirect_tqdm():
         for index in tqdm(range(pruned[-1] + 1), desc="layers", unit="layer", disable=world.rank > 0 or None):
-            layer = layers[index].to(settings.device)
             start = time.perf_counter()
+            layer = host.fetch(index, settings.device)
             report = _restored(index, layer, family, store, world)
             if ratios[index] > 0 and report is None:
                 replay, (mask, attention, mlp) = walk.prune(index, layer, shapes[index], aligned[index])
@@ -78,16 +81,16 @@ def prune_layers(
             if index < pruned[-1]:
                 replay.advance()
                 check_finite(replay.hidden, f"layer {index}", world)
-            layer.to("cpu")
             if ratios[index] > 0 and report is None:
                 seconds, peak = time.perf_counter() - start, peak_memory_mib(settings.device)
                 report = LayerReport(index, ratios[index], mask, attention, mlp, seconds, peak)
-                logger.info(report.log_line(len(layers)))
+                logger.info(report.log_line(len(shapes)))
                 if store:
                     store.save(layer, family, report)
             if report is not None:
                 masks[index] = report.mask
                 reports.append(report)
+            host.release(index, masks[index])
     return masks, reports
 
 
@@ -112,16 +115,14 @@ def planned_masks(shapes: list[LayerShape], ratios: list[float], settings: WalkS
 class _Walk:
     """Where the walk is: the inputs of the next layer, and how all layers are called; with less memory if need be."""
 
-    def __init__(
-        self, model: PreTrainedModel, family: Family, samples: Tensor, settings: WalkSettings, world: World
-    ) -> None:
-        self.model, self.family, self.samples, self.world = model, family, samples, world
+    def __init__(self, host: LayerHost, samples: Tensor, settings: WalkSettings, world: World) -> None:
+        self.host, self.family, self.samples, self.world = host, host.family, samples, world
         self.settings = settings
         self.hidden, self.calls = self._capture()
 
     def _capture(self) -> tuple[Tensor, list[LayerCalls]]:
-        layers = self.family.decoder_layers(self.model)
-        return capture_layer_calls(self.model, layers, self.samples, self.settings, self.world)
+        with self.host.outside():
+            return capture_layer_calls(self.host.model, self.host.layers, self.samples, self.settings, self.world)
 
     def replay(self, index: int, layer: nn.Module) -> LayerReplay:
         """The next layer on its inputs."""

@@ -15,6 +15,8 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -64,11 +66,13 @@ def load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedTokeni
         return AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
 
 
-def load_model(model_path: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
-    """Causal language model of a checkpoint, on the CPU, in the given dtype (a key of ``DTYPES``)."""
+def load_model(model_path: str, dtype: str, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
+    """Causal language model of a checkpoint, in the given dtype (a key of ``DTYPES``); on the CPU unless ``options``,
+    those of the library's ``from_pretrained``, say otherwise.
+    """
     with _loading(model_path):
         model = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
+            model_path, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, **options
         )
     return model.eval()
 
@@ -150,6 +154,11 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def scratch_folder(target: Path) -> Path:
+    """A folder beside ``target`` for what a run needs as long as it goes, of each of its processes."""
+    return target.absolute().with_name(f".{target.name}.scratch-{os.environ.get('RANK', '0')}")
+
+
 def clear_leftovers(target: Path) -> None:
     """Remove what :func:`atomic_folder` could not when it was killed; what it had put aside comes back."""
     target = target.absolute()
@@ -199,9 +208,22 @@ def write_json_atomic(path: Path, content: dict[str, Any]) -> None:
     write_text_atomic(path, json.dumps(content, indent=2) + "\n")
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write weights (safetensors), configuration, generation configuration, tokenizer and chat template."""
-    model.save_pretrained(folder)
+def save_tensors_atomic(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all, also where the machine goes down."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with atomic_file(path) as partial:
+        save_file(tensors, partial, metadata=metadata)
+        # On disk before it has its name.
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, **options: Any) -> None:
+    """Write weights (safetensors), configuration, generation configuration, tokenizer and chat template.
+
+    ``options`` are those of the library's ``save_pretrained``.
+    """
+    model.save_pretrained(folder, **options)
     tokenizer.save_pretrained(folder)
 
 

@@ -88,10 +88,12 @@ def removed_indices(family: Family, mask: LayerMask) -> dict[str, tuple[int, Ten
 def zero_removed(model: PreTrainedModel, family: Family, masks: list[LayerMask]) -> None:
     """Zero the removed columns and the rows (and their biases) that fed them, in place; the logits do not change."""
     for layer, mask in zip(family.decoder_layers(model), masks, strict=True):
-        _zero_layer(layer, family, mask)
+        zero_layer(layer, family, mask)
 
 
-def _zero_layer(layer: nn.Module, family: Family, mask: LayerMask) -> None:
+@torch.no_grad()
+def zero_layer(layer: nn.Module, family: Family, mask: LayerMask) -> None:
+    """:func:`zero_removed` of one layer."""
     parameters = dict(layer.named_parameters())
     for name, (dim, indices) in removed_indices(family, mask).items():
         if name in parameters:
@@ -107,7 +109,7 @@ def settle_heads(layer: nn.Module, family: Family, mask: LayerMask) -> None:
     """
     if not family.head_norms:
         return
-    _zero_layer(layer, family, mask)
+    zero_layer(layer, family, mask)
     kept = _kept_by_kind(mask)
     for name, kind in family.head_norms:
         indices, total = kept[kind]
@@ -177,6 +179,41 @@ def _auto_model_reference(family: Family) -> str:
 
 
 @torch.no_grad()
+def shrink_layer(layer: nn.Module, family: Family, mask: LayerMask) -> dict[str, Tensor]:
+    """What ``mask`` keeps of the parameters of ``layer``, by their names in it; those that lose nothing are shared."""
+    state = layer.state_dict()
+    for name, (dim, kept) in kept_indices(family, mask).items():
+        if name in state:
+            state[name] = select_indices(state[name], dim, kept)
+    for norm, kind in family.head_norms:
+        indices, total = _kept_by_kind(mask)[kind]
+        name = f"{norm}.weight"
+        # The mean square is over fewer heads from here on.
+        state[name] = select_indices(state[name], 0, indices) * math.sqrt(total / len(indices))
+    return state
+
+
+def small_on_meta(
+    model: PreTrainedModel, family: Family, masks: list[LayerMask], uniform_shapes: bool = False
+) -> PreTrainedModel:
+    """The small model without weights, on the meta device; which units ``masks`` keep does not matter to it.
+
+    Raises:
+        UserError: if ``uniform_shapes`` cannot be.
+    """
+    config = (stock_config if uniform_shapes else slim_config)(model.config, family, masks)
+    with torch.device("meta"):
+        small = AutoModelForCausalLM.from_config(
+            config,
+            dtype=model.dtype,
+            attn_implementation=model.config._attn_implementation,
+            experts_implementation=model.config._experts_implementation,
+        )
+    small.generation_config = model.generation_config
+    return small.eval()
+
+
+@torch.no_grad()
 def shrink(
     model: PreTrainedModel, family: Family, masks: list[LayerMask], uniform_shapes: bool = False
 ) -> PreTrainedModel:
@@ -197,28 +234,14 @@ def shrink(
     if [mask.shape for mask in masks] != layer_shapes(model.config):
         raise ValueError("the masks are of a model of other shapes")
     state = model.state_dict()
-    for index, mask in enumerate(masks):
-        for name, (dim, kept) in kept_indices(family, mask).items():
-            key = f"{family.layers}.{index}.{name}"
-            if key in state:
-                state[key] = select_indices(state[key], dim, kept)
-        for name, kind in family.head_norms:
-            indices, total = _kept_by_kind(mask)[kind]
-            key = f"{family.layers}.{index}.{name}.weight"
-            # The mean square is over fewer heads from here on.
-            state[key] = select_indices(state[key], 0, indices) * math.sqrt(total / len(indices))
-    config = (stock_config if uniform_shapes else slim_config)(model.config, family, masks)
-    with torch.device("meta"):
-        small = AutoModelForCausalLM.from_config(
-            config,
-            attn_implementation=model.config._attn_implementation,
-            experts_implementation=model.config._experts_implementation,
-        )
+    for index, (layer, mask) in enumerate(zip(family.decoder_layers(model), masks, strict=True)):
+        for name, tensor in shrink_layer(layer, family, mask).items():
+            state[f"{family.layers}.{index}.{name}"] = tensor
+    small = small_on_meta(model, family, masks, uniform_shapes)
     small.load_state_dict(state, assign=True)
     _adopt_buffers(small, model)
     small.tie_weights()
-    small.generation_config = model.generation_config
-    return small.eval()
+    return small
 
 
 def _adopt_buffers(small: PreTrainedModel, model: PreTrainedModel) -> None:

@@ -19,36 +19,56 @@ from slim_utils.model_io import (
 from slim_utils.model_stats import count_parameters
 from slim_utils.params_remove import shrink, zero_removed
 from slim_utils.pruning_record import PRUNING_FILE, LayerMask, write_pruning
+from slim_utils.streamed_output import StreamedOutput
+
+
+class WholeOutput:
+    """The checkpoints of a model that is in host memory as a whole.
+
+    Args:
+        model: pruned; it ends zeroed in its original shapes.
+        family: its row of the table.
+        small_model: write the small model too.
+        uniform_shapes: of the library's own class.
+    """
+
+    def __init__(self, model: PreTrainedModel, family: Family, small_model: bool, uniform_shapes: bool) -> None:
+        self.model, self.family = model, family
+        self.small_model, self.uniform_shapes = small_model, uniform_shapes
+
+    def write(self, folder: Path, masks: list[LayerMask], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
+        """Write them into ``folder``; the small model, if there is one."""
+        zero_removed(self.model, self.family, masks)
+        save_checkpoint(self.model, tokenizer, folder)
+        if not self.small_model:
+            return None
+        small = shrink(self.model, self.family, masks, self.uniform_shapes)
+        save_checkpoint(small, tokenizer, folder / SMALL_MODEL_FOLDER)
+        return small
 
 
 def write_output(
     save_dir: Path,
-    model: PreTrainedModel,
+    output: WholeOutput | StreamedOutput,
     tokenizer: PreTrainedTokenizerBase,
-    family: Family,
     masks: list[LayerMask],
     record: dict[str, Any],
 ) -> None:
-    """Write ``save_dir``, whole or not at all; ``model`` ends zeroed in its original shapes.
+    """Write ``save_dir``, whole or not at all.
 
     Args:
         save_dir: the folder.
-        model: pruned.
+        output: what writes the checkpoints.
         tokenizer: the model's.
-        family: its row of the table.
         masks: a mask a layer.
-        record: content of ``run.json``; its arguments say whether there is a small model, and in what form.
+        record: content of ``run.json``.
     """
-    arguments = record["arguments"]
-    zero_removed(model, family, masks)
     with atomic_folder(save_dir) as folder:
-        save_checkpoint(model, tokenizer, folder)
-        if arguments["save_pruned_weights"]:
-            small = shrink(model, family, masks, arguments["uniform_shapes"])
+        small = output.write(folder, masks, tokenizer)
+        if small is not None:
             record["sizes"]["parameters_pruned"] = count_parameters(small)
-            save_checkpoint(small, tokenizer, folder / SMALL_MODEL_FOLDER)
-            copy_license_files(arguments["model_path"], folder / SMALL_MODEL_FOLDER)
-        write_pruning(folder / PRUNING_FILE, masks, model.config.model_type)
+            copy_license_files(record["arguments"]["model_path"], folder / SMALL_MODEL_FOLDER)
+        write_pruning(folder / PRUNING_FILE, masks, output.model.config.model_type)
         write_record(folder, masks, record)
 
 

@@ -1,5 +1,6 @@
 """``run.json``: what was asked, on what, with which versions, and what came of it."""
 
+import argparse
 import os
 import platform
 from dataclasses import asdict
@@ -10,6 +11,7 @@ import datasets
 import torch
 import transformers
 
+from slim_utils.cli import command_line
 from slim_utils.layer_report import LayerReport
 from slim_utils.slim_dataset import CalibrationData
 from slim_utils.slimgpt import PruneResult
@@ -43,6 +45,32 @@ def calibration_record(data: CalibrationData) -> dict[str, Any]:
         "num_samples": num_samples,
         "seqlen": seqlen,
         "samples_sha256": data.sha256,
+    }
+
+
+def pruning_record(
+    args: argparse.Namespace,
+    data: CalibrationData,
+    base_card: dict[str, Any],
+    reports: list[LayerReport],
+    sizes: dict[str, Any],
+    seconds: float,
+) -> dict[str, Any]:
+    """The content of ``run.json`` of a pruning run, before the evaluation."""
+    arguments = {
+        name: value if isinstance(value, (int, float, list, type(None))) else str(value)
+        for name, value in vars(args).items()
+    }
+    return {
+        "command": command_line(),
+        "arguments": arguments,
+        "seed": args.seed,
+        **environment(args.device),
+        "calibration": calibration_record(data),
+        "base_card": base_card,
+        "sizes": sizes,
+        "layers": [layer_record(report) for report in reports],
+        "pruning_seconds": round(seconds, 2),
     }
 
 

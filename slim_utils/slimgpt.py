@@ -22,7 +22,7 @@ FIRST_RAISED_PERCDAMP = 1e-6
 LARGEST_PERCDAMP = 1.0
 # Blocks of a Gram matrix that only its upper ones are computed of: so many a row, none narrower than this.
 GRAM_BLOCKS, GRAM_BLOCK = 8, 256
-INVERSE_BLOCK = 256
+INVERSE_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,11 @@ class SlimGPT:
 
         num_units = self.columns // unit_size
         target = units_to_remove(num_units, sparsity, num_groups)
+        diagonal = hessian.diagonal().clone()
         for damping in damping_steps(percdamp):
-            damped = hessian.clone()
-            damped.diagonal().add_(damping * hessian.diagonal().mean())
+            hessian.diagonal().copy_(diagonal + damping * diagonal.mean())
             pruned_weight = weight.clone()
-            units = greedy_obs(pruned_weight, damped, target, unit_size, compensate, num_groups)
+            units = greedy_obs(pruned_weight, hessian, target, unit_size, compensate, num_groups)
             if units is None:
                 continue
             error_zeroed, error = relative_errors(weight, pruned_weight, self.hessian, unit_columns(units, unit_size))

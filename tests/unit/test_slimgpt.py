@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from slim_utils import slimgpt
 from slim_utils.errors import UserError
 from slim_utils.slimgpt import SlimGPT, damping_steps, greedy_obs, group_sizes, inverse_of_factored, remove_columns
 from tests.reference_slimgpt import hessian_of, struct_prune
@@ -51,7 +52,8 @@ def test_dynamic_group_size_of_a_wide_layer():
 
 
 @pytest.mark.parametrize("size", [1, 5, 255, 256, 257, 600])
-def test_inverse_by_blocks(size):
+def test_inverse_by_blocks(size, monkeypatch):
+    monkeypatch.setattr(slimgpt, "INVERSE_BLOCK", 256)
     hessian = hessian_of(random_inputs(size, tokens=2 * size)) + 0.1 * torch.eye(size, dtype=torch.float64)
     inverse = inverse_of_factored(torch.linalg.cholesky(hessian))
     expected = torch.linalg.inv(hessian)

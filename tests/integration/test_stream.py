@@ -1,0 +1,164 @@
+"""--stream: one layer at a time from disk to disk, to the same bits, in less memory than the model has."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import model_slimming
+from slim_utils.errors import UserError
+from slim_utils.families import find_family
+from slim_utils.layer_host import StreamedHost
+from slim_utils.layer_store import LayerStore, fingerprint
+from tests.conftest import ALL_TINY, make_tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = ["--num_samples", 16, "--seqlen", 32, "--save_pruned_weights", "--device", "cpu"]
+
+
+def main(*arguments: object) -> None:
+    """Run the script in this process."""
+    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, arguments))))
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything that the safetensors files of a checkpoint hold."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return found
+
+
+def assert_same_output(streamed: Path, whole: Path) -> None:
+    """Same bits, same files but for the shards, same figures."""
+    for folder in (".", "pruned_weights"):
+        got, expected = tensors(streamed / folder), tensors(whole / folder)
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[key], expected[key]) and got[key].dtype == expected[key].dtype for key in expected)
+        index = json.loads((streamed / folder / "model.safetensors.index.json").read_text())
+        assert index["weight_map"].keys() == got.keys()
+        assert (streamed / folder / "config.json").read_text() == (whole / folder / "config.json").read_text()
+        names = [
+            {p.name for p in (path / folder).iterdir() if "safetensors" not in p.name} for path in (streamed, whole)
+        ]
+        assert names[0] == names[1]
+    assert (streamed / "pruning.json").read_text() == (whole / "pruning.json").read_text()
+    records = [json.loads((path / "run.json").read_text()) for path in (streamed, whole)]
+    assert records[0]["sizes"] == records[1]["sizes"]
+    for got, expected in zip(*(record["perplexity"] for record in records), strict=True):
+        assert got["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
+
+
+@pytest.fixture
+def words(text_file) -> list:
+    """Flags of a run; without model, ratio and output."""
+    return ["--data_file", text_file, *FLAGS, "--eval_datasets", text_file, "--eval_seqlens", 16]
+
+
+@pytest.mark.parametrize("variant", ALL_TINY)
+def test_same_bits_for_every_family(variant, words, tokenizer, tmp_path, monkeypatch):
+    make_tiny(variant).save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    # Some families have a tokenizer of their own.
+    monkeypatch.setattr(model_slimming, "load_tokenizer", lambda *args: tokenizer)
+    ratios = ["--non_uniform", "--min_sparsity", 0.2, "--max_sparsity", 0.6]
+    main(tmp_path / "model", *words, *ratios, "--save_dir", tmp_path / "whole")
+    main(tmp_path / "model", *words, *ratios, "--stream", "--save_dir", tmp_path / "streamed")
+    assert_same_output(tmp_path / "streamed", tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "streamed", "whole"]
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed" / "pruned_weights")
+    zeroed = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed")
+    ids = torch.arange(3, 19)[None]
+    with torch.no_grad():
+        assert torch.allclose(small(ids).logits, zeroed(ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--sparsity", 0.4, "--minlayer", 1, "--maxlayer", 3],
+        ["--sparsity", 0.4, "--uniform_shapes", "--multiple_of", 8],
+        ["--sparsity", 0.4, "--dtype", "bfloat16"],
+        ["--sparsity", 0.4, "--cache_dev", "cpu", "--batch_samples", 3],
+    ],
+)
+def test_same_bits_with(flags, checkpoint, words, tmp_path):
+    main(checkpoint, *words, *flags, "--save_dir", tmp_path / "whole")
+    main(checkpoint, *words, *flags, "--stream", "--save_dir", tmp_path / "streamed")
+    assert_same_output(tmp_path / "streamed", tmp_path / "whole")
+
+
+def test_goes_on_after_each_layer_and_each_write(checkpoint, words, tmp_path, monkeypatch):
+    flags = [*words, "--sparsity", 0.4, "--stream"]
+    main(checkpoint, *words, "--sparsity", 0.4, "--save_dir", tmp_path / "whole")
+    writes = 0
+    save = model_slimming.write_output.__globals__["StreamedOutput"].write.__globals__["save_tensors_atomic"]
+    for stop_at in range(12):
+        left = stop_at
+
+        def failing(*args, **kwargs):
+            nonlocal left
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+            save(*args, **kwargs)
+
+        out = tmp_path / f"out-{stop_at}"
+        with monkeypatch.context() as patched:
+            patched.setattr("slim_utils.streamed_output.save_tensors_atomic", failing)
+            try:
+                main(checkpoint, *flags, "--save_dir", out)
+            except KeyboardInterrupt:
+                writes += 1
+                assert not out.exists() and LayerStore(out).exists()
+        if LayerStore(out).exists():
+            main(checkpoint, *flags, "--resume", "--save_dir", out)
+        assert_same_output(out, tmp_path / "whole")
+    # Four layers and the rest, of two checkpoints.
+    assert writes == 10
+
+
+def test_refusals(checkpoint, words, tmp_path):
+    with pytest.raises(UserError, match="--stream writes layer by layer as it goes: give --save_dir DIR"):
+        main(checkpoint, "--data_file", words[1], "--sparsity", 0.4, "--device", "cpu", "--stream")
+    out = tmp_path / "out"
+    LayerStore(out).open({"--stream": False}, False)
+    with pytest.raises(UserError, match=r"--stream was False, is True"):
+        main(checkpoint, *words, "--sparsity", 0.4, "--stream", "--resume", "--save_dir", out)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.unfinished"]
+
+
+@pytest.mark.parametrize("variant", ["gqa", "tied", "mixtral"])
+def test_the_fingerprint_is_of_the_values(variant, tmp_path):
+    model = make_tiny(variant)
+    model.save_pretrained(tmp_path / "model")
+    prints = []
+    for _ in range(2):
+        host = StreamedHost(str(tmp_path / "model"), "auto", False, tmp_path / "scratch")
+        prints.append(fingerprint(host.model.config, host.sampled_tensors()))
+        host.close()
+        model.get_parameter(f"{find_family(model.config).layers}.1.self_attn.o_proj.weight").data.mul_(2)
+        model.save_pretrained(tmp_path / "model")
+    assert prints[0] != prints[1]
+
+
+def test_two_processes(checkpoint, words, tmp_path):
+    flags = [*words, "--sparsity", 0.4, "--percdamp", 0.1, "--num_samples", 62]
+    main(checkpoint, *flags, "--save_dir", tmp_path / "whole")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+    command = [*launch, "--rdzv_endpoint=localhost:0", "model_slimming.py", checkpoint, *flags, "--stream"]
+    command += ["--save_dir", tmp_path / "streamed"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "streamed" / "pruning.json").read_text() == (tmp_path / "whole" / "pruning.json").read_text()
+    expected = tensors(tmp_path / "whole")
+    for key, tensor in tensors(tmp_path / "streamed").items():
+        assert (tensor - expected[key]).abs().max() <= 1e-5 * expected[key].abs().max(), key
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["streamed", "whole"]

@@ -1,0 +1,111 @@
+"""--stream on a model that is larger than the memory it may have."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.conftest import VOCAB
+
+ROOT = Path(__file__).resolve().parents[2]
+MIB = 1 << 20
+LAYERS, LAYER_MIB, LIMIT_MIB = 30, 28, 640
+# Beside three layers: activations, and what the solve holds of one map here (its weights thrice in fp64, the Hessian
+# and its inverse).
+ALLOWANCE_MIB = 40
+
+SCRIPT = r"""
+import re, sys
+from pathlib import Path
+import model_slimming
+from slim_utils.cli import setup_logging
+setup_logging()
+model_slimming.main(model_slimming.build_parser().parse_args(sys.argv[1:]))
+print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
+"""
+
+
+@pytest.fixture(scope="module")
+def large_checkpoint(tmp_path_factory, tokenizer) -> Iterator[Path]:
+    """A LLaMA of 840 MiB in wide, shallow layers, whose Hessians are small beside them."""
+    path = tmp_path_factory.mktemp("models") / "large"
+    sizes = {"hidden_size": 2048, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8}
+    config = LlamaConfig(vocab_size=VOCAB, num_hidden_layers=LAYERS, head_dim=64, max_position_embeddings=64, **sizes)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.to_empty(device="cpu")
+    values = torch.randn(2048 * 512, generator=torch.Generator().manual_seed(0)) * 0.02
+    for index, parameter in enumerate(model.parameters()):
+        # Random numbers are slow; the same ones elsewhere do.
+        parameter.data = (
+            values[: parameter.numel()].roll(index).view(parameter.shape)
+            if parameter.dim() > 1
+            else (torch.ones(parameter.shape))
+        )
+    model.save_pretrained(path, max_shard_size="200MB")
+    tokenizer.save_pretrained(path)
+    assert sum(parameter.nbytes for parameter in model.model.layers.parameters()) > LIMIT_MIB * MIB
+    layer = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
+    assert round(layer / MIB) == LAYER_MIB
+    del model
+    yield path
+    for shard in path.glob("*.safetensors"):
+        shard.unlink()
+
+
+@contextmanager
+def memory_limit(mib: int) -> Iterator[str]:
+    """A file to write a process id to, so that the kernel holds the process to so much memory."""
+    for root, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        group = Path(root) / f"slimgpt-test-{os.getpid()}"
+        try:
+            group.mkdir()
+            (group / limit).write_text(str(mib * MIB))
+            break
+        except OSError:
+            if group.is_dir():
+                group.rmdir()
+    else:
+        pytest.skip("needs the right to limit memory by a control group")
+    try:
+        yield str(group / "cgroup.procs")
+    finally:
+        group.rmdir()
+
+
+def run(checkpoint: Path, text_file: Path, *flags: object, procs: str | None = None) -> subprocess.CompletedProcess:
+    """Prune a quarter and evaluate on a little text, in a process of its own."""
+    short = checkpoint.parent / "short.txt"
+    short.write_text(" ".join(text_file.read_text().split()[:500]))
+    words = [checkpoint, "--data_file", text_file, "--num_samples", 8, "--seqlen", 32, "--sparsity", 0.25]
+    words += ["--device", "cpu", "--save_pruned_weights", "--eval_datasets", short, "--eval_seqlens", 32, *flags]
+    enter = f'echo $$ > "{procs}"; ' if procs else ""
+    command = ["bash", "-c", enter + 'exec "$@"', "bash", sys.executable, "-c", SCRIPT, *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_less_memory_than_the_model_has(large_checkpoint, text_file, tmp_path):
+    with memory_limit(LIMIT_MIB) as procs:
+        whole = run(large_checkpoint, text_file, "--save_dir", tmp_path / "whole", procs=procs)
+        streamed = run(large_checkpoint, text_file, "--stream", "--save_dir", tmp_path / "streamed", procs=procs)
+    # Killed by the kernel.
+    assert whole.returncode == -9
+    assert streamed.returncode == 0, streamed.stderr
+    assert json.loads((tmp_path / "streamed" / "run.json").read_text())["perplexity"]
+
+
+def test_three_layers_are_enough(large_checkpoint, checkpoint, text_file, tmp_path):
+    peaks = []
+    # What the interpreter and its libraries take is that of the same run on a model of next to nothing.
+    for name, model in (("tiny", checkpoint), ("large", large_checkpoint)):
+        process = run(model, text_file, "--stream", "--save_dir", tmp_path / name)
+        assert process.returncode == 0, process.stderr
+        peaks.append(float(process.stdout.splitlines()[-1]))
+    assert peaks[1] - peaks[0] <= 3 * LAYER_MIB + ALLOWANCE_MIB, peaks
