@@ -5,6 +5,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
 from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
+# The library looks for the words @use_experts_implementation in this file before it lets a user choose, as for its own
+# class, how experts are computed; without them the choice would hang on which of the two classes is asked first.
+
 
 class SlimMixtralConfig(SlimConfigMixin, MixtralConfig):
     """``MixtralConfig`` with heads, kv heads and the experts' ``intermediate_size`` per layer."""

@@ -5,6 +5,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLaye
 
 from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
+# The library looks for the words @use_experts_implementation in this file before it lets a user choose, as for its own
+# class, how experts are computed; without them the choice would hang on which of the two classes is asked first.
+
 
 class SlimQwen3MoeConfig(SlimConfigMixin, Qwen3MoeConfig):
     """``Qwen3MoeConfig`` with heads, kv heads, ``intermediate_size`` and ``moe_intermediate_size`` per layer."""

@@ -120,7 +120,7 @@ class SlimGPT:
         """
         if not torch.isfinite(self.hessian).all():
             raise UserError(f"{self.name}: non-finite activations; try --dtype bfloat16 or float32")
-        hessian = self.hessian.to(SOLVE_DTYPE)
+        hessian = self.hessian.to(SOLVE_DTYPE, copy=True)
         weight = self.linear.weight.to(SOLVE_DTYPE, copy=True)
         dead = hessian.diagonal() == 0
         hessian.diagonal()[dead] = 1
