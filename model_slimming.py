@@ -12,8 +12,8 @@ unless --stream is given.
 """
 
 import argparse
+import hashlib
 import logging
-import math
 import os
 import time
 from contextlib import closing
@@ -28,10 +28,10 @@ from ppl_eval.ppl_eval import evaluate
 from ppl_eval.streamed_eval import layers_run_once
 from slim_utils.cli import ArgumentParser, run_cli
 from slim_utils.errors import UserError
-from slim_utils.families import find_family, layer_shapes
+from slim_utils.families import find_family
 from slim_utils.layer_host import LayerHost, StreamedHost
 from slim_utils.layer_store import LayerStore, fingerprint
-from slim_utils.layer_walk import planned_masks, prune_layers
+from slim_utils.layer_walk import prune_layers
 from slim_utils.model_card import base_card_data
 from slim_utils.model_io import (
     DTYPES,
@@ -41,21 +41,22 @@ from slim_utils.model_io import (
     load_config,
     load_model,
     load_tokenizer,
+    model_on_meta,
     peak_memory_mib,
     scratch_folder,
     warn_if_short_of_space,
 )
 from slim_utils.model_stats import count_parameters, removed_share
-from slim_utils.params_remove import stock_config
 from slim_utils.pruned_output import WholeOutput, write_output, write_record
 from slim_utils.pruning_record import LayerMask
 from slim_utils.publishing import check_publishable, publish
 from slim_utils.run_record import pruning_record
 from slim_utils.slim_dataset import CalibrationData, load_calibration
-from slim_utils.sparsity_schedule import STRATEGIES, layer_range, layer_ratios, non_uniform_ratios
+from slim_utils.slimming_args import SEARCH, add_budget_flags, check_budget, plan, walk_settings, weights_to_remove
+from slim_utils.sparsity_schedule import STRATEGIES
 from slim_utils.streamed_output import StreamedOutput
 from slim_utils.text_source import CALIBRATION_DATASETS
-from slim_utils.walk_settings import GQA_UNITS, WalkSettings
+from slim_utils.walk_settings import GQA_UNITS
 from slim_utils.world import World
 
 logger = logging.getLogger("model_slimming")
@@ -64,7 +65,8 @@ logger = logging.getLogger("model_slimming")
 RESUMED_ARGUMENTS = (
     *("num_samples", "seqlen", "seed", "sparsity", "non_uniform", "non_uniform_strategy", "min_sparsity"),
     *("max_sparsity", "gqa_unit", "multiple_of", "even_heads", "tp_size", "minlayer", "maxlayer", "no_compensate"),
-    *("percdamp", "batch_samples", "dtype", "uniform_shapes", "stream"),
+    *("target_ratio", "target_params", "allocation", "percdamp", "exact_heads", "column_group", "batch_samples"),
+    *("dtype", "uniform_shapes", "stream"),
 )
 
 
@@ -84,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     prune.add_argument("--non_uniform_strategy", choices=STRATEGIES, default="log_increase")
     prune.add_argument("--min_sparsity", type=float, default=0, help="lowest ratio of a layer with --non_uniform")
     prune.add_argument("--max_sparsity", type=float, default=0, help="highest ratio of a layer with --non_uniform")
+    add_budget_flags(prune)
     prune.add_argument(
         "--gqa_unit", choices=GQA_UNITS, default=GQA_UNITS[0], help="what goes where query heads share key/value heads"
     )
@@ -94,6 +97,10 @@ def build_parser() -> argparse.ArgumentParser:
     prune.add_argument("--maxlayer", type=int, default=1000, help="layer to stop before")
     prune.add_argument("--no_compensate", action="store_true", help="only zero, leave the other weights as they are")
     prune.add_argument("--percdamp", type=float, default=0.01, help="damping of the Hessian (default %(default)s)")
+    prune.add_argument("--exact_heads", action="store_true", help="score heads by the error that their removal leaves")
+    prune.add_argument(
+        "--column_group", type=int, default=0, help="FFN columns of a step (default: the paper's dynamic group size)"
+    )
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default %(default)s)")
     machine.add_argument("--cache_dev", help="cuda or cpu: where activations are kept (default: --device)")
@@ -132,9 +139,11 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
     for name in ("sparsity", "min_sparsity", "max_sparsity"):
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: at least 0 and less than 1")
-    if args.percdamp < 0:
-        raise UserError(f"--percdamp {args.percdamp}: at least 0")
-    if args.min_sparsity > args.max_sparsity:
+    for name in ("percdamp", "column_group"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} {getattr(args, name)}: at least 0")
+    check_budget(args)
+    if args.min_sparsity > args.max_sparsity and not args.allocation:
         raise UserError(f"--min_sparsity {args.min_sparsity} is above --max_sparsity {args.max_sparsity}")
     if args.non_uniform and args.sparsity:
         logger.warning("--sparsity %g has no effect with --non_uniform", args.sparsity)
@@ -172,32 +181,6 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def choose_ratios(args: argparse.Namespace, num_layers: int) -> list[float]:
-    """Pruning ratio of every layer."""
-    layers = layer_range(args.minlayer, args.maxlayer, num_layers)
-    if args.non_uniform:
-        ratios = non_uniform_ratios(args.non_uniform_strategy, args.min_sparsity, args.max_sparsity, len(layers))
-    else:
-        ratios = [args.sparsity] * len(layers)
-    return layer_ratios(layers, num_layers, ratios)
-
-
-def walk_settings(args: argparse.Namespace) -> WalkSettings:
-    """How to walk."""
-    return WalkSettings(
-        device=args.device,
-        cache_dev=args.cache_dev,
-        batch_samples=args.batch_samples,
-        percdamp=args.percdamp,
-        compensate=not args.no_compensate,
-        gqa_unit=args.gqa_unit,
-        heads_multiple=math.lcm(2 if args.even_heads else 1, args.tp_size),
-        columns_multiple=math.lcm(args.multiple_of, args.tp_size),
-        alike=args.uniform_shapes,
-        tp_size=args.tp_size,
-    )
-
-
 def open_host(args: argparse.Namespace, model_path: str) -> LayerHost:
     """The model of ``model_path``: whole in memory or, streamed, layer by layer."""
     if args.stream:
@@ -211,6 +194,7 @@ def open_store(args: argparse.Namespace, host: LayerHost, data: CalibrationData,
     world.wait()
     store = LayerStore(Path(args.save_dir))
     settings = {f"--{name}": getattr(args, name) for name in RESUMED_ARGUMENTS}
+    settings |= {"--profile": args.profile and hashlib.sha256(args.profile.read_bytes()).hexdigest()}
     settings |= {"device": str(args.device), "processes": world.size}
     settings |= {"calibration": data.sha256, "model": fingerprint(host.model.config, host.sampled_tensors())}
     world.once(lambda: store.open(settings, args.resume))
@@ -243,14 +227,12 @@ def main(args: argparse.Namespace) -> None:
     positions = config.max_position_embeddings
     if args.seqlen > positions:
         raise UserError(f"--seqlen {args.seqlen}: the model has {positions} positions")
-    ratios = choose_ratios(args, config.num_hidden_layers)
-    if not any(ratios):
-        logger.warning("nothing to prune: all ratios are 0; set --sparsity, or --non_uniform with --max_sparsity")
     settings = walk_settings(args)
-    planned = planned_masks(layer_shapes(config), ratios, settings)
-    if args.uniform_shapes:
-        stock_config(config, family, planned)
-    settings.warn_of_unaligned(planned)
+    skeleton = LayerHost(model_on_meta(config, trust_remote_code=args.trust_remote_code), family)
+    if args.allocation != SEARCH:
+        ratios, planned = plan(args, skeleton, settings)
+    else:
+        weights_to_remove(args, skeleton)
     tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
     base_card = base_card_data(args.model_path) if args.save_pruned_weights else {}
     data = load_calibration(args.dataset, args.data_file, tokenizer, args.num_samples, args.seqlen, args.seed)
@@ -264,6 +246,8 @@ def main(args: argparse.Namespace) -> None:
         world = World.join(args.device)
         start = time.perf_counter()
         store = open_store(args, host, data, world) if args.save_dir else None
+        if args.allocation == SEARCH:
+            ratios, planned = plan(args, host, settings, data.samples, store and store.measured)
         output = open_output(args, host, store, planned)
         samples = world.share(data.samples)
         masks, reports = prune_layers(host.model, family, samples, ratios, settings, store, world, host)

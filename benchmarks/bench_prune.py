@@ -4,13 +4,16 @@
         --out benchmarks/results/bench_prune_smollm2.json
     python -m benchmarks.bench_prune llama-1b --num_samples 16 --seqlen 512 --layers 2 \
         --out benchmarks/results/bench_prune_llama_1b.json
+    python -m benchmarks.bench_prune llama-1b --num_samples 16 --seqlen 512 --layers 2 --ways ours ours_fine \
+        --column_group 32 --out benchmarks/results/bench_prune_llama_1b_groups_of_32.json
     python -m benchmarks.bench_prune llama-7b --num_samples 128 --seqlen 2048 --layers 32 --dtype bfloat16 \
         --device cuda --out benchmarks/results/bench_prune_gpu.json
 
 MODEL is a checkpoint folder of the class LLaMA, or a name of ``SHAPES`` with random weights. Only the first
 --layers are made and pruned, by --sparsity, whole kv groups, damping 0.01; loading and saving are apart. Random tokens.
 Each measurement is in a process of its own, --repeats of each in turns, then half the samples and half the layers, to
-show how the cost grows. The parts of ours (forward, Hessian, solve) are beside their floating-point operations.
+show how the cost grows. The parts of ours (forward, Hessian, solve) are beside their floating-point operations. A third
+measurement is ours with exact scores of heads and columns in groups of --column_group.
 """
 
 import argparse
@@ -35,6 +38,7 @@ from slim_utils.cli import ArgumentParser, command_line, run_cli
 from slim_utils.errors import UserError
 from slim_utils.families import find_family
 from slim_utils.model_io import DTYPES, check_output_file, choose_device, peak_memory_mib, write_json_atomic
+from slim_utils.obs import PAPER_CHOICES, Choices
 from slim_utils.run_record import environment
 from slim_utils.slimgpt import SlimGPT
 from slim_utils.walk_settings import WalkSettings
@@ -42,7 +46,9 @@ from slim_utils.walk_settings import WalkSettings
 logger = logging.getLogger("bench_prune")
 
 PERCDAMP, SEED = 0.01, 0
-WAYS = ("original", "ours")
+SETTINGS = ("num_samples", "seqlen", "layers", "sparsity", "dtype", "column_group")
+WAYS = ("original", "ours", "ours_fine")
+
 SHAPES: dict[str, dict[str, int]] = {
     "smollm2-135m": {
         "hidden_size": 576,
@@ -91,6 +97,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--column_group", type=int, default=16, help="of the third way, beside exact scores of heads")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
     return parser
 
@@ -165,7 +173,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         cache_dev = choose_device(args.cache_dev, "--cache_dev") if args.cache_dev else device
         SlimGPT.add_batch = watch.timed("hessian", SlimGPT.add_batch)
         SlimGPT.struct_prune = watch.timed("solve", SlimGPT.struct_prune)
-        settings = WalkSettings(device, cache_dev, percdamp=PERCDAMP, gqa_unit="kv_group")
+        choices = Choices(True, args.column_group) if args.measure == "ours_fine" else PAPER_CHOICES
+        settings = WalkSettings(device, cache_dev, percdamp=PERCDAMP, choices=choices, gqa_unit="kv_group")
         start = watch.now()
         layer_walk.prune_layers(model, find_family(model.config), samples, ratios, settings)
         seconds = watch.now() - start
@@ -197,7 +206,7 @@ def measure_in_new_process(args: argparse.Namespace, way: str, **changes: int) -
     """``measure`` in a process of its own, with some arguments changed."""
     values = {name: changes.get(name, getattr(args, name)) for name in ("num_samples", "seqlen", "layers")}
     command = [sys.executable, "-m", "benchmarks.bench_prune", args.model, "--measure", way, "--dtype", args.dtype]
-    command += ["--sparsity", str(args.sparsity), "--device", args.device]
+    command += ["--sparsity", str(args.sparsity), "--device", args.device, "--column_group", str(args.column_group)]
     command += ["--cache_dev", args.cache_dev] if args.cache_dev else []
     for name, value in values.items():
         command += [f"--{name}", str(value)]
@@ -227,10 +236,12 @@ def main(args: argparse.Namespace) -> None:
         write_json_atomic(args.out, measure(args))
         return
     check_output_file(args.out, args.overwrite, "--out")
+    if "ours" not in args.ways:
+        raise UserError("--ways: the others are compared with ours; name it too")
     if min(args.layers, args.num_samples) < 2 or args.repeats < 1:
         raise UserError("--layers and --num_samples: at least 2, --repeats at least 1")
     device = choose_device(args.device)
-    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in args.ways}
     for _ in range(args.repeats):
         for way, measured in runs.items():
             measured.append(measure_in_new_process(args, way))
@@ -243,10 +254,11 @@ def main(args: argparse.Namespace) -> None:
         "command": command_line(),
         "seed": SEED,
         **environment(device),
-        "settings": {name: getattr(args, name) for name in ("num_samples", "seqlen", "layers", "sparsity", "dtype")},
+        "settings": {name: getattr(args, name) for name in SETTINGS},
         "gemm_operations_per_second": {name: gemm_rate(device, DTYPES[name]) for name in {args.dtype, "float32"}},
         "median_seconds": medians,
-        "speed_up": medians["original"] / medians["ours"],
+        "speed_up": medians["original"] / medians["ours"] if "original" in medians else None,
+        "cost_of_fine_choices": medians["ours_fine"] / medians["ours"] - 1 if "ours_fine" in medians else None,
         "parts": {name: {"seconds": parts[name], "operations": floor[name]} for name in floor},
         "ours_with_less": growth,
         "runs": runs,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slim_utils.slimgpt import group_sizes, unit_columns, unit_scores
+from slim_utils.obs import group_sizes, unit_columns, unit_scores
 
 
 @torch.no_grad()

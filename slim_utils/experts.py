@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slim_utils.slimgpt import PruneResult, SlimGPT
+from slim_utils.walk_settings import WalkSettings
 from slim_utils.world import ALONE, World
 
 logger = logging.getLogger(__name__)
@@ -48,8 +49,7 @@ def prune_experts(
     name: str,
     calls: Iterable[tuple[Tensor, Tensor, Tensor]],
     ratio: float,
-    percdamp: float,
-    compensate: bool,
+    settings: WalkSettings,
     world: World = ALONE,
 ) -> PruneResult:
     """Remove equally many FFN columns of every expert, in place.
@@ -62,8 +62,7 @@ def prune_experts(
         name: what messages call it.
         calls: arguments that ``experts`` is called with, as of :func:`expert_inputs`, batch by batch.
         ratio: share of each expert's columns to remove.
-        percdamp: damping of the Hessians.
-        compensate: whether the remaining weights are updated.
+        settings: how to prune.
         world: processes that each see some of the calls.
 
     Returns:
@@ -87,20 +86,20 @@ def prune_experts(
         logger.warning(message, name, columns, seen, STARVED_PERCDAMP)
 
     def solve() -> PruneResult:
-        return _solve(pruners, tokens, ratio, percdamp, compensate)
+        return _solve(pruners, tokens, ratio, settings)
 
     return world.once(solve, [experts.down_proj.data])
 
 
-def _solve(pruners: list[SlimGPT], tokens: list[int], ratio: float, percdamp: float, compensate: bool) -> PruneResult:
+def _solve(pruners: list[SlimGPT], tokens: list[int], ratio: float, settings: WalkSettings) -> PruneResult:
     """Prune expert by expert."""
     results, columns = [], pruners[0].columns
     for index, pruner in enumerate(pruners):
         if not tokens[index]:
             # Nothing is known: all columns weigh alike.
             pruner.hessian.fill_diagonal_(1)
-        damping = max(percdamp, STARVED_PERCDAMP) if tokens[index] < columns else percdamp
-        results.append(pruner.struct_prune(ratio, 1, damping, compensate))
+        damping = max(settings.percdamp, STARVED_PERCDAMP) if tokens[index] < columns else settings.percdamp
+        results.append(pruner.struct_prune(ratio, 1, damping, settings.compensate, choices=settings.choices))
         pruner.free()
     return PruneResult(
         pruned_units=[index * columns + unit for index, result in enumerate(results) for unit in result.pruned_units],

@@ -4,7 +4,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from slim_utils.errors import UserError
 from slim_utils.families import Family, find_family
 from slim_utils.model_io import load_model
 from slim_utils.pruning_record import LayerMask
@@ -39,11 +40,23 @@ class LayerHost:
     @contextmanager
     def outside(self, device: torch.device = CPU) -> Iterator[None]:
         """While what is outside of the layers (embeddings, last norm, head) is in use, on ``device``."""
-        yield
+        prefix = f"{self.family.layers}."
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
+        moved = [tensor for name, tensor in named if not name.startswith(prefix)]
+        for tensor in moved:
+            tensor.data = tensor.data.to(device)
+        try:
+            yield
+        finally:
+            for tensor in moved:
+                tensor.data = tensor.data.to(CPU)
 
     def fetch(self, index: int, device: torch.device) -> nn.Module:
         """Layer ``index``, on ``device``."""
         return self.layers[index].to(device)
+
+    def give_way(self) -> None:
+        """Let go of all device memory that can be had again."""
 
     def release(self, index: int, mask: LayerMask | None = None) -> None:
         """Take a layer back that :meth:`fetch` gave; ``mask`` is what it keeps for good, if that is settled."""
@@ -71,11 +84,17 @@ class StreamedHost(LayerHost):
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         self._scratch = scratch
-        # The library's and accelerate's remarks on what is wanted here.
-        with _quiet("accelerate.big_modeling", "transformers.distributed.tensor_parallel"):
-            model = load_model(model_path, dtype, trust_remote_code, device_map={"": "disk"}, offload_folder=scratch)
+        try:
+            # The library's and accelerate's remarks on what is wanted here.
+            with _quiet("accelerate.big_modeling", "transformers.distributed.tensor_parallel"):
+                on_disk = {"device_map": {"": "disk"}, "offload_folder": scratch}
+                model = load_model(model_path, dtype, trust_remote_code, **on_disk)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
         # Where the tensor of a parameter is: file, name in it, dtype wanted.
         self._places = _offload_index(model)
+        _check_ties(model, self._places)
         # From here on layers come and go by this class alone.
         remove_hook_from_module(model, recurse=True)
         del model.hf_device_map
@@ -84,6 +103,7 @@ class StreamedHost(LayerHost):
         self._absent = model.state_dict()
         self._reader = ThreadPoolExecutor(max_workers=1)
         self._ahead: tuple[int, torch.device, Future] | None = None
+        self._stream: torch.cuda.Stream | None = None
         # Called with every layer that is settled, while it is in memory.
         self.on_settled: Callable[[int, nn.Module, LayerMask], None] | None = None
 
@@ -117,7 +137,12 @@ class StreamedHost(LayerHost):
         """Layer ``index``, from disk, on ``device``."""
         if self._ahead is None or self._ahead[:2] != (index, device):
             self._read_ahead(index, device)
-        tensors = self._ahead[2].result()
+        try:
+            tensors = self._ahead[2].result()
+        except torch.OutOfMemoryError:
+            # The layer before had no memory to spare; it is done.
+            torch.cuda.empty_cache()
+            tensors = self._read_layer(index, device)
         self._ahead = None
         if index + 1 < len(self.layers):
             self._read_ahead(index + 1, device)
@@ -128,6 +153,13 @@ class StreamedHost(LayerHost):
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
         return layer
+
+    def give_way(self) -> None:
+        """Drop the layer that is read ahead."""
+        if self._ahead is not None and not self._ahead[2].cancel():
+            with suppress(torch.OutOfMemoryError):
+                self._ahead[2].result()
+        self._ahead = None
 
     def release(self, index: int, mask: LayerMask | None = None) -> None:
         """Forget a layer's weights, after ``on_settled`` has seen them where ``mask`` is given."""
@@ -156,23 +188,23 @@ class StreamedHost(LayerHost):
         return [name.removeprefix(prefix) for name in self._places if name.startswith(prefix)]
 
     def _read_ahead(self, index: int, device: torch.device) -> None:
+        self._ahead = index, device, self._reader.submit(self._read_layer, index, device)
+
+    def _read_layer(self, index: int, device: torch.device) -> dict[str, Tensor]:
         prefix = self._prefix(index)
-
-        def read() -> dict[str, Tensor]:
-            tensors = self._read([prefix + name for name in self._layer_names(index)], device)
-            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-
-        self._ahead = index, device, self._reader.submit(read)
+        tensors = self._read([prefix + name for name in self._layer_names(index)], device)
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     def _read(self, names: list[str], device: torch.device) -> dict[str, Tensor]:
         """Tensors of the given names; to a GPU by a stream of its own, beside what that computes."""
         if device.type != "cuda":
             return {name: self._read_one(name) for name in names}
-        stream = torch.cuda.Stream(device)
-        with torch.cuda.stream(stream):
+        # Always the same one: what is freed in a stream is not used again in others.
+        self._stream = self._stream or torch.cuda.Stream(device)
+        with torch.cuda.stream(self._stream):
             staged = {name: self._read_one(name).pin_memory() for name in names}
             tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in staged.items()}
-            stream.synchronize()
+            self._stream.synchronize()
         for tensor in tensors.values():
             # Its memory must not be given to another transfer while the computation still uses it.
             tensor.record_stream(torch.cuda.default_stream(device))
@@ -191,6 +223,24 @@ class StreamedHost(LayerHost):
     def _set_buffer(self, name: str, buffer: Tensor) -> None:
         path, _, own = name.rpartition(".")
         setattr(self.model.get_submodule(path), own, buffer)
+
+
+def _check_ties(model: PreTrainedModel, places: dict[str, dict[str, str]]) -> None:
+    """Make sure that weights which the configuration ties are stored once, or alike; either name may be the stored one.
+
+    Raises:
+        UserError: if they differ: the library then keeps them apart, after comparing them in memory.
+    """
+    for target, source in model.all_tied_weights_keys.items():
+        stored = [places[name] for name in (source, target) if name in places]
+        if source not in places and stored:
+            places[source] = stored[0]
+        tensors = []
+        for place in stored:
+            with safe_open(place["safetensors_file"], "pt") as file:
+                tensors.append(file.get_tensor(place["weight_name"]))
+        if any(not torch.equal(tensors[0], other) for other in tensors[1:]):
+            raise UserError(f"--stream: {target} is tied to {source} by the configuration, but is stored differently")
 
 
 def _offload_index(model: PreTrainedModel) -> dict[str, dict[str, str]]:

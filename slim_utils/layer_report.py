@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from slim_utils.families import LayerShape
 from slim_utils.pruning_record import LayerMask
 from slim_utils.slimgpt import PruneResult
+from slim_utils.sparsity_schedule import LayerRatio
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class LayerReport:
 
     Attributes:
         layer: its index.
-        ratio: that was asked.
+        ratio: of heads and of FFN columns that was asked.
         mask: what it keeps.
         attention: the result of the attention's output map.
         mlp: that of the FFN's.
@@ -23,7 +24,7 @@ class LayerReport:
     """
 
     layer: int
-    ratio: float
+    ratio: LayerRatio
     mask: LayerMask
     attention: PruneResult
     mlp: PruneResult
@@ -40,6 +41,7 @@ class LayerReport:
         content = json.loads(text)
         mask = content.pop("mask")
         shape = LayerShape(**mask.pop("shape"))
+        content["ratio"] = LayerRatio(*content["ratio"])
         attention, mlp = (PruneResult(**content.pop(name)) for name in ("attention", "mlp"))
         return cls(mask=LayerMask(shape, **mask), attention=attention, mlp=mlp, **content)
 
@@ -50,7 +52,7 @@ class LayerReport:
         heads = f"heads −{shape.num_heads - len(mask.kept_heads)}/{shape.num_heads}"
         columns = f"columns −{shape.num_columns - len(mask.kept_columns)}/{shape.num_columns}"
         return (
-            f"layer {self.layer}/{num_layers} ratio {self.ratio:.4f}: "
+            f"layer {self.layer}/{num_layers} ratio {'/'.join(f'{part:.4f}' for part in dict.fromkeys(self.ratio))}: "
             f"{heads} error {self.attention.error_zeroed:.2e} → {self.attention.error:.2e}, "
             f"{columns} error {self.mlp.error_zeroed:.2e} → {self.mlp.error:.2e}, {self.seconds:.1f} s, peak {peaks}"
         )

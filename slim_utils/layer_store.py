@@ -38,6 +38,8 @@ class LayerStore:
         self.folder = target.with_name(f".{target.name}.unfinished")
         # Checkpoints that are written layer by layer.
         self.output = self.folder / "output"
+        # What a search for the allocation has measured.
+        self.measured = self.folder / "measured.json"
         self._target = target
 
     def exists(self) -> bool:

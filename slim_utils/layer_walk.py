@@ -5,7 +5,7 @@ The walk knows no family: it asks the table's row for the names of two linear ma
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from accelerate.utils import send_to_device
@@ -24,6 +24,7 @@ from slim_utils.model_io import peak_memory_mib
 from slim_utils.params_remove import settle_heads
 from slim_utils.pruning_record import LayerMask
 from slim_utils.slimgpt import PruneResult, SlimGPT, units_to_remove
+from slim_utils.sparsity_schedule import LayerRatio
 from slim_utils.walk_settings import WalkSettings
 from slim_utils.world import ALONE, World
 
@@ -35,7 +36,7 @@ def prune_layers(
     model: PreTrainedModel,
     family: Family,
     samples: Tensor,
-    ratios: list[float],
+    ratios: Sequence[float | LayerRatio],
     settings: WalkSettings,
     store: LayerStore | None = None,
     world: World = ALONE,
@@ -63,7 +64,8 @@ def prune_layers(
     shapes = layer_shapes(model.config)
     masks = [LayerMask.dense(shape) for shape in shapes]
     reports: list[LayerReport] = []
-    pruned = [index for index, ratio in enumerate(ratios) if ratio > 0]
+    ratios = [LayerRatio.of(ratio) for ratio in ratios]
+    pruned = [index for index, ratio in enumerate(ratios) if any(ratio)]
     if not pruned:
         return masks, reports
     aligned = settings.aligned(shapes, ratios)
@@ -74,14 +76,14 @@ def prune_layers(
             start = time.perf_counter()
             layer = host.fetch(index, settings.device)
             report = _restored(index, layer, family, store, world)
-            if ratios[index] > 0 and report is None:
+            if index in pruned and report is None:
                 replay, (mask, attention, mlp) = walk.prune(index, layer, shapes[index], aligned[index])
             else:
                 replay = walk.replay(index, layer)
             if index < pruned[-1]:
                 replay.advance()
                 check_finite(replay.hidden, f"layer {index}", world)
-            if ratios[index] > 0 and report is None:
+            if index in pruned and report is None:
                 seconds, peak = time.perf_counter() - start, peak_memory_mib(settings.device)
                 report = LayerReport(index, ratios[index], mask, attention, mlp, seconds, peak)
                 logger.info(report.log_line(len(shapes)))
@@ -94,10 +96,12 @@ def prune_layers(
     return masks, reports
 
 
-def planned_masks(shapes: list[LayerShape], ratios: list[float], settings: WalkSettings) -> list[LayerMask]:
+def planned_masks(
+    shapes: list[LayerShape], ratios: Sequence[float | LayerRatio], settings: WalkSettings
+) -> list[LayerMask]:
     """Masks of the sizes that pruning will give; which units they keep is not known before."""
-    masks = []
-    for shape, (head_ratio, column_ratio) in zip(shapes, settings.aligned(shapes, ratios), strict=True):
+    masks, asked = [], [LayerRatio.of(ratio) for ratio in ratios]
+    for shape, (head_ratio, column_ratio) in zip(shapes, settings.aligned(shapes, asked), strict=True):
         width = shape.ffn_width - units_to_remove(shape.ffn_width, column_ratio)
         columns = [ffn * shape.ffn_width + i for ffn in range(shape.num_ffns) for i in range(width)]
         groups, size = shape.num_kv_heads, shape.heads_per_group
@@ -130,7 +134,7 @@ class _Walk:
         return LayerReplay(layer, self.family, self.hidden, calls, self.settings)
 
     def prune(
-        self, index: int, layer: nn.Module, shape: LayerShape, aligned: tuple[float, float]
+        self, index: int, layer: nn.Module, shape: LayerShape, aligned: LayerRatio
     ) -> tuple[LayerReplay, tuple[LayerMask, PruneResult, PruneResult]]:
         """Prune the next layer; where the device's memory does not do, once more with smaller batches."""
         before = {name: value.to("cpu", copy=True) for name, value in changed_parameters(layer, self.family).items()}
@@ -145,6 +149,7 @@ class _Walk:
                     raise
             # Out of the handler, which holds on to all that the layer had in memory.
             del replay
+            self.host.give_way()
             if self.settings.device.type == "cuda":
                 torch.cuda.empty_cache()
             message = "layer %d: the device's memory is full; going on with %d samples at once, activations on %s"
@@ -166,8 +171,15 @@ def _restored(
     return report
 
 
+def head_unit(shape: LayerShape, settings: WalkSettings) -> tuple[int, int, Callable[..., LayerMask]]:
+    """Columns of a unit of heads, groups of units that lose equally many, and what makes a mask of kept units."""
+    if settings.by_query_head(shape):
+        return shape.head_dim, shape.num_kv_heads, LayerMask.from_heads
+    return shape.head_dim * shape.heads_per_group, 1, LayerMask.from_groups
+
+
 def _prune_layer(
-    index: int, replay: LayerReplay, shape: LayerShape, aligned: tuple[float, float], world: World
+    index: int, replay: LayerReplay, shape: LayerShape, aligned: LayerRatio, world: World
 ) -> tuple[LayerMask, PruneResult, PruneResult]:
     """Prune the heads of a layer, then, on what its pruned attention puts out, its FFN columns."""
     settings, layer, family = replay.settings, replay.layer, replay.family
@@ -179,23 +191,22 @@ def _prune_layer(
             pruner.add_batch(batch)
         pruner.add_up(world.sum)
         result = world.once(
-            lambda: pruner.struct_prune(ratio, unit_size, settings.percdamp, settings.compensate, num_groups),
+            lambda: pruner.struct_prune(
+                ratio, unit_size, settings.percdamp, settings.compensate, num_groups, settings.choices
+            ),
             [linear.weight.data],
         )
         pruner.free()
         return result
 
-    if settings.by_query_head(shape):
-        unit_size, num_groups, keep = shape.head_dim, shape.num_kv_heads, LayerMask.from_heads
-    else:
-        unit_size, num_groups, keep = shape.head_dim * shape.heads_per_group, 1, LayerMask.from_groups
-    attention = prune(family.attention_out, replay.attention_inputs(), aligned[0], unit_size, num_groups)
+    unit_size, num_groups, keep = head_unit(shape, settings)
+    attention = prune(family.attention_out, replay.attention_inputs(), aligned.heads, unit_size, num_groups)
     settle_heads(layer, family, keep(shape, attention.kept_units, list(range(shape.num_columns))))
     replay.finish_attention()
     if shape.num_experts:
         experts, name = layer.get_submodule(family.experts), f"layer {index} {family.experts}"
         calls = replay.expert_calls()
-        mlp = prune_experts(experts, name, calls, aligned[1], settings.percdamp, settings.compensate, world)
+        mlp = prune_experts(experts, name, calls, aligned.columns, settings, world)
     else:
-        mlp = prune(family.mlp_out, replay.column_inputs(), aligned[1], 1)
+        mlp = prune(family.mlp_out, replay.column_inputs(), aligned.columns, 1)
     return keep(shape, attention.kept_units, mlp.kept_units), attention, mlp

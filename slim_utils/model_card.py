@@ -123,10 +123,18 @@ def _method(record: dict[str, Any]) -> str:
     if arguments["non_uniform"]:
         strategy = arguments["non_uniform_strategy"]
         ratio = f"{arguments['min_sparsity']:g} to {arguments['max_sparsity']:g} ({strategy})"
+    if arguments["target_ratio"]:
+        ratio = f"{arguments['target_ratio']:g} of the block weights ({arguments['allocation'] or 'uniform'})"
+    elif arguments["target_params"]:
+        ratio = f"down to {arguments['target_params']:,.0f} parameters ({arguments['allocation'] or 'uniform'})"
+    elif arguments["profile"]:
+        ratio = f"those of {Path(arguments['profile']).name}"
     rows = [
         ("pruning ratio", ratio),
         ("compensation", "no" if arguments["no_compensate"] else "yes"),
         ("unit in grouped-query attention", arguments["gqa_unit"]),
+        ("score of heads", "exact error" if arguments["exact_heads"] else "grouped Cholesky"),
+        ("FFN columns of a step", arguments["column_group"] or "dynamic group size"),
         ("damping", f"{arguments['percdamp']:g}"),
         ("calibration text", Path(calibration["source"]).name),
         ("calibration samples", samples),

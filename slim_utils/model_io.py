@@ -77,6 +77,12 @@ def load_model(model_path: str, dtype: str, trust_remote_code: bool, **options: 
     return model.eval()
 
 
+def model_on_meta(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """The causal language model of a configuration, without weights; ``options`` are those of ``from_config``."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **options).eval()
+
+
 @contextmanager
 def _loading(model_path: str) -> Iterator[None]:
     """Turn the library's errors about a checkpoint into one line.

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from slim_utils.families import Family, LayerShape, find_family, layer_shapes
+from slim_utils.model_io import model_on_meta
 from slim_utils.params_remove import kept_indices
 from slim_utils.pruning_record import LayerMask
 
@@ -73,15 +74,14 @@ def model_stats(config: PreTrainedConfig, seq_len: int = 64, dtype: torch.dtype 
     """
     family = find_family(config)
     config = copy.deepcopy(config)
-    with torch.device("meta"):
-        # Eager attention is made of matrix products, which the counter knows on every device.
-        # So are experts as batches of them, each token with those it is routed to.
-        model = AutoModelForCausalLM.from_config(
-            config,
-            attn_implementation="eager",
-            experts_implementation="batched_mm",
-            dtype=dtype or config.dtype or torch.float32,
-        ).eval()
+    # Eager attention is made of matrix products, which the counter knows on every device.
+    # So are experts as batches of them, each token with those it is routed to.
+    model = model_on_meta(
+        config,
+        attn_implementation="eager",
+        experts_implementation="batched_mm",
+        dtype=dtype or config.dtype or torch.float32,
+    )
     counter = _count_forward(model, seq_len)
     macs = {module: sum(operations.values()) // 2 for module, operations in counter.get_flop_counts().items()}
     layers = [
@@ -122,12 +122,17 @@ def removed_share(layers: nn.ModuleList, family: Family, masks: list[LayerMask])
         family: their row of the table.
         masks: a mask a layer.
     """
-    total = removed = 0.0
-    for layer, mask in zip(layers, masks, strict=True):
-        parameters = dict(layer.named_parameters())
-        for name, (dim, kept) in kept_indices(family, mask).items():
-            if name in parameters and not name.endswith(".bias"):
-                weight = parameters[name]
-                total += weight.numel()
-                removed += weight.numel() * (1 - kept.shape[-1] / weight.shape[dim])
-    return removed / total
+    sizes = [weights_of(layer, family, mask) for layer, mask in zip(layers, masks, strict=True)]
+    return sum(removed for removed, _ in sizes) / sum(total for _, total in sizes)
+
+
+def weights_of(layer: nn.Module, family: Family, mask: LayerMask) -> tuple[int, int]:
+    """Block weights of ``layer`` that ``mask`` removes, and all of them."""
+    parameters = dict(layer.named_parameters())
+    total = removed = 0
+    for name, (dim, kept) in kept_indices(family, mask).items():
+        if name in parameters and not name.endswith(".bias"):
+            weight = parameters[name]
+            total += weight.numel()
+            removed += weight.numel() // weight.shape[dim] * (weight.shape[dim] - kept.shape[-1])
+    return removed, total

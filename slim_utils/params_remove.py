@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from slim_utils.errors import UserError
 from slim_utils.families import COLUMNS, HEADS, KV_HEADS, Family, layer_shapes
+from slim_utils.model_io import model_on_meta
 from slim_utils.pruning_record import LayerMask
 
 # Written anew for the small model, or meaningless in it.
@@ -202,15 +203,14 @@ def small_on_meta(
         UserError: if ``uniform_shapes`` cannot be.
     """
     config = (stock_config if uniform_shapes else slim_config)(model.config, family, masks)
-    with torch.device("meta"):
-        small = AutoModelForCausalLM.from_config(
-            config,
-            dtype=model.dtype,
-            attn_implementation=model.config._attn_implementation,
-            experts_implementation=model.config._experts_implementation,
-        )
+    small = model_on_meta(
+        config,
+        dtype=model.dtype,
+        attn_implementation=model.config._attn_implementation,
+        experts_implementation=model.config._experts_implementation,
+    )
     small.generation_config = model.generation_config
-    return small.eval()
+    return small
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ def layer_record(report: LayerReport) -> dict[str, Any]:
     heads, columns = report.mask.removed_share()
     return {
         "layer": report.layer,
-        "ratio_asked": report.ratio,
+        "ratio_asked": report.ratio.heads if len(set(report.ratio)) == 1 else list(report.ratio),
         "attention": {"ratio": heads, **_errors(report.attention)},
         "mlp": {"ratio": columns, **_errors(report.mlp)},
         "seconds": round(report.seconds, 3),

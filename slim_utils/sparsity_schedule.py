@@ -1,10 +1,23 @@
 """Incremental pruning ratio: how much of each layer goes (paper, section on the incremental pruning ratio)."""
 
 import math
+from typing import NamedTuple
 
 from slim_utils.errors import UserError
 
 STRATEGIES = ("log_increase", "log_decrease", "linear_increase", "linear_decrease")
+
+
+class LayerRatio(NamedTuple):
+    """Pruning ratios of the heads (or kv groups) and of the FFN columns of a layer."""
+
+    heads: float
+    columns: float
+
+    @classmethod
+    def of(cls, ratio: "float | LayerRatio") -> "LayerRatio":
+        """One ratio stands for both."""
+        return ratio if isinstance(ratio, LayerRatio) else cls(ratio, ratio)
 
 
 def layer_range(minlayer: int, maxlayer: int, num_layers: int) -> range:

@@ -1,5 +1,6 @@
 """The checkpoints of a streamed run, written while it goes: a shard a layer, and one for what is outside of them."""
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -29,6 +30,12 @@ class CheckpointShards:
         self.folder, self.model, self.family = folder, model, family
         self._total = len(family.decoder_layers(model)) + 1
         folder.mkdir(parents=True, exist_ok=True)
+        # What a run that was cut off had begun to write beside whole shards.
+        for entry in folder.iterdir():
+            if entry.is_dir() and entry.name != SMALL_MODEL_FOLDER:
+                shutil.rmtree(entry)
+            elif entry.is_file() and entry not in map(self._path, range(self._total)):
+                entry.unlink()
 
     def has_layer(self, index: int) -> bool:
         """Whether that layer was written."""
@@ -83,7 +90,9 @@ class StreamedOutput:
         self.host, self.model, self.family, self.folder = host, host.model, host.family, folder
         self.zeroed = CheckpointShards(folder, host.model, host.family)
         self.small: CheckpointShards | None = None
-        if small_model:
+        if not small_model:
+            shutil.rmtree(folder / SMALL_MODEL_FOLDER, ignore_errors=True)
+        else:
             skeleton = small_on_meta(host.model, host.family, planned, uniform_shapes)
             self.small = CheckpointShards(folder / SMALL_MODEL_FOLDER, skeleton, host.family)
         host.on_settled = self._write_layer

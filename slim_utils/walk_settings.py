@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from slim_utils.families import LayerShape
+from slim_utils.obs import PAPER_CHOICES, Choices
 from slim_utils.pruning_record import LayerMask
-from slim_utils.sparsity_schedule import aligned_ratios
+from slim_utils.sparsity_schedule import LayerRatio, aligned_ratios
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class WalkSettings:
         batch_samples: samples brought from ``cache_dev`` to ``device`` at once.
         percdamp: damping, as a share of the mean of the Hessian's diagonal.
         compensate: whether the remaining weights are updated.
+        choices: how units are chosen.
         gqa_unit: what goes where query heads share key/value heads, one of ``GQA_UNITS``: equally many query heads of
             every group, whose key/value head stays, or whole kv groups.
         heads_multiple: every layer keeps a multiple of so many heads, or kv groups where those are the unit.
@@ -42,6 +44,7 @@ class WalkSettings:
     batch_samples: int = 128
     percdamp: float = 0.01
     compensate: bool = True
+    choices: Choices = PAPER_CHOICES
     gqa_unit: str = "query_head"
     heads_multiple: int = 1
     columns_multiple: int = 1
@@ -72,25 +75,28 @@ class WalkSettings:
         """Whether the unit of a layer of ``shape`` is a query head of a group."""
         return self.gqa_unit == "query_head" and shape.heads_per_group > 1
 
-    def aligned(self, shapes: list[LayerShape], ratios: list[float]) -> list[tuple[float, float]]:
-        """Ratios of the heads (or kv groups) and of the FFN columns of every layer that keep the multiples asked."""
+    def head_units(self, shape: LayerShape) -> int:
+        """What of the heads of a layer of ``shape`` can go one after another: query heads of a group, or kv groups."""
+        return shape.heads_per_group if self.by_query_head(shape) else shape.num_kv_heads
+
+    def aligned(self, shapes: list[LayerShape], ratios: list[LayerRatio]) -> list[LayerRatio]:
+        """Ratios of every layer that keep the multiples asked."""
         units, multiples = [], []
         for shape in shapes:
             groups, multiple = shape.num_kv_heads, self.heads_multiple
-            by_head = self.by_query_head(shape)
-            units.append(shape.heads_per_group if by_head else groups)
-            multiples.append(multiple // math.gcd(multiple, groups) if by_head else multiple)
-        heads = aligned_ratios(ratios, units, multiples, self.alike)
-        columns = list(ratios)
+            units.append(self.head_units(shape))
+            multiples.append(multiple // math.gcd(multiple, groups) if self.by_query_head(shape) else multiple)
+        heads = aligned_ratios([ratio.heads for ratio in ratios], units, multiples, self.alike)
+        columns = [ratio.columns for ratio in ratios]
         for experts in {shape.num_experts for shape in shapes}:
             # A column of as many experts weighs as much in each of these layers, and none of the others make up for it.
             chosen = [index for index, shape in enumerate(shapes) if shape.num_experts == experts]
             multiple = math.lcm(self.columns_multiple, self.expert_columns_multiple if experts else 1)
             widths = [shapes[index].ffn_width for index in chosen]
-            own = aligned_ratios([ratios[i] for i in chosen], widths, [multiple] * len(chosen), self.alike)
+            own = aligned_ratios([columns[i] for i in chosen], widths, [multiple] * len(chosen), self.alike)
             for index, ratio in zip(chosen, own, strict=True):
                 columns[index] = ratio
-        return list(zip(heads, columns, strict=True))
+        return [LayerRatio(*pair) for pair in zip(heads, columns, strict=True)]
 
     def warn_of_unaligned(self, masks: list[LayerMask]) -> None:
         """Say which layers end with heads or columns that are not the multiples asked."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,7 +132,12 @@ def test_refusals(checkpoint, words, tmp_path):
     LayerStore(out).open({"--stream": False}, False)
     with pytest.raises(UserError, match=r"--stream was False, is True"):
         main(checkpoint, *words, "--sparsity", 0.4, "--stream", "--resume", "--save_dir", out)
-    assert [path.name for path in tmp_path.iterdir()] == [".out.unfinished"]
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged)
+    (damaged / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        main(damaged, *words, "--sparsity", 0.4, "--stream", "--save_dir", tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.unfinished", "damaged"]
 
 
 @pytest.mark.parametrize("variant", ["gqa", "tied", "mixtral"])

@@ -57,7 +57,7 @@ def test_an_experts_linear_map_is_its_slice():
 def test_every_expert_by_its_own_tokens():
     experts, dense = tiny_experts(), tiny_experts()
     calls = some_calls(experts, [60, 50, 45, 70])
-    result = prune_experts(experts, "experts", [calls], 0.3, 0.01, True)
+    result = prune_experts(experts, "experts", [calls], 0.3, WalkSettings(CPU, CPU))
     for index, inputs in expert_inputs(dense, *calls):
         hessian = reference_slimgpt.hessian_of(inputs[None])
         expected, removed = reference_slimgpt.struct_prune(dense.down_proj[index].data, hessian, 0.3, percdamp=0.01)
@@ -70,16 +70,16 @@ def test_every_expert_by_its_own_tokens():
 def test_batches_add_up():
     whole, parts = tiny_experts(), tiny_experts()
     calls = some_calls(whole, [60, 50, 45, 70])
-    expected = prune_experts(whole, "experts", [calls], 0.3, 0.01, True)
+    expected = prune_experts(whole, "experts", [calls], 0.3, WalkSettings(CPU, CPU))
     split = [tuple(tensor[start::3] for tensor in calls) for start in range(3)]
-    assert prune_experts(parts, "experts", split, 0.3, 0.01, True).pruned_units == expected.pruned_units
+    assert prune_experts(parts, "experts", split, 0.3, WalkSettings(CPU, CPU)).pruned_units == expected.pruned_units
 
 
 def test_experts_that_saw_few_tokens_are_damped_and_reported(caplog):
     experts, dense = tiny_experts(), tiny_experts()
     calls = some_calls(experts, [60, 0, 3, 39])
     with caplog.at_level(logging.WARNING):
-        result = prune_experts(experts, "layer 4 experts", [calls], 0.5, 0.01, True)
+        result = prune_experts(experts, "layer 4 experts", [calls], 0.5, WalkSettings(CPU, CPU))
     assert caplog.messages == [
         "layer 4 experts: fewer tokens than the 40 columns came to experts 1 (0), 2 (3), 3 (39); damped by 1; raise "
         "--num_samples"

@@ -7,9 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from slim_utils import slimgpt
+from slim_utils import obs
 from slim_utils.errors import UserError
-from slim_utils.slimgpt import SlimGPT, damping_steps, greedy_obs, group_sizes, inverse_of_factored, remove_columns
+from slim_utils.obs import (
+    Choices,
+    damping_steps,
+    greedy_obs,
+    group_sizes,
+    inverse_of_factored,
+    remove_columns,
+    unit_scores,
+)
+from slim_utils.slimgpt import SlimGPT
 from tests.reference_slimgpt import hessian_of, struct_prune
 
 
@@ -49,11 +58,13 @@ def test_dynamic_group_size_of_a_wide_layer():
     assert list(group_sizes(100, 1)) == [64, 36]
     assert list(group_sizes(3, 64)) == [1, 1, 1]
     assert list(group_sizes(0, 1)) == []
+    assert list(group_sizes(2600, 1, 1000)) == [1000, 1000, 600]
+    assert list(group_sizes(3, 64, 1000)) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("size", [1, 5, 255, 256, 257, 600])
 def test_inverse_by_blocks(size, monkeypatch):
-    monkeypatch.setattr(slimgpt, "INVERSE_BLOCK", 256)
+    monkeypatch.setattr(obs, "INVERSE_BLOCK", 256)
     hessian = hessian_of(random_inputs(size, tokens=2 * size)) + 0.1 * torch.eye(size, dtype=torch.float64)
     inverse = inverse_of_factored(torch.linalg.cholesky(hessian))
     expected = torch.linalg.inv(hessian)
@@ -67,7 +78,7 @@ def test_downdate_equals_refactorising():
     inverse = torch.linalg.inv(hessian)
     gone: list[int] = []
     for step in ([3, 50, 7], [1], [20, 21, 22, 23, 59]):
-        assert remove_columns(weight, inverse, torch.tensor(step), compensate=True)
+        assert remove_columns(weight, inverse, torch.tensor(step), compensate=True)[0]
         gone += step
         rest = [i for i in range(60) if i not in gone]
         expected = torch.linalg.inv(hessian[rest][:, rest])
@@ -91,10 +102,43 @@ def test_the_update_is_the_least_squares_optimum_of_every_subset(gone):
     hessian = hessian_of(random_inputs(6))
     best, error = least_squares(weight, hessian, list(gone))
     pruned, inverse, index = weight.clone(), torch.linalg.inv(hessian), torch.tensor(gone)
-    predicted = torch.trace(weight[:, index] @ torch.linalg.inv(inverse[index][:, index]) @ weight[:, index].T)
-    assert remove_columns(pruned, inverse, index, compensate=True)
+    sound, cost = remove_columns(pruned, inverse, index, compensate=True)
+    assert sound
     assert torch.allclose(pruned, best, rtol=1e-8, atol=1e-10)
-    assert predicted.item() == pytest.approx(error, rel=1e-8)
+    assert cost.item() == pytest.approx(error, rel=1e-8)
+
+
+@pytest.mark.parametrize("choices", [Choices(), Choices(exact_heads=True), Choices(column_group=1)])
+@pytest.mark.parametrize("unit", [1, 4])
+def test_costs_of_the_steps_add_up_to_the_error(choices, unit):
+    weight = torch.randn(6, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    hessian = hessian_of(random_inputs(24))
+    pruned = weight.clone()
+    removal = greedy_obs(pruned, hessian, 12 // unit, unit, True, choices=choices)
+    change = weight - pruned
+    assert removal.costs.sum().item() == pytest.approx(((change @ hessian) * change).sum().item(), rel=1e-8)
+    assert sum(removal.steps) == len(removal.units) == len(removal.units.unique()) == 12 // unit
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_exact_scores_are_the_errors_of_removing_each_head_alone(seed):
+    weight = torch.randn(8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    hessian = hessian_of(random_inputs(12, seed=seed))
+    scores = unit_scores(weight, torch.linalg.inv(hessian), 3, exact=True)
+    errors = [least_squares(weight, hessian, [3 * head, 3 * head + 1, 3 * head + 2])[1] for head in range(4)]
+    assert scores.tolist() == pytest.approx(errors, rel=1e-8)
+    chosen = greedy_obs(weight.clone(), hessian, 1, 3, True, choices=Choices(exact_heads=True))
+    assert chosen.units.tolist() == [errors.index(min(errors))]
+
+
+def test_columns_one_by_one_are_no_worse_than_in_groups():
+    weight = torch.randn(16, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    hessian = hessian_of(random_inputs(200, tokens=100))
+    costs = [
+        greedy_obs(weight.clone(), hessian, 100, 1, True, choices=Choices(column_group=group)).costs.sum().item()
+        for group in (1, 16, 64)
+    ]
+    assert costs == sorted(costs)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -103,7 +147,7 @@ def test_a_single_column_is_the_best_of_all(seed):
     hessian = hessian_of(random_inputs(7, seed=seed))
     errors = [least_squares(weight, hessian, [column])[1] for column in range(7)]
     chosen = greedy_obs(weight.clone(), hessian, target=1, unit_size=1, compensate=True)
-    assert chosen.tolist() == [errors.index(min(errors))]
+    assert chosen.units.tolist() == [errors.index(min(errors))]
 
 
 @pytest.mark.parametrize("seed", range(5))

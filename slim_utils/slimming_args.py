@@ -1,0 +1,192 @@
+"""What the flags of ``model_slimming.py`` ask for, in the terms of the walk."""
+
+import argparse
+import logging
+import math
+import os
+from pathlib import Path
+
+from torch import Tensor
+
+from slim_utils.allocation import LayerUnits, allocate, block_weights, layer_units, read_profile, scaled_ratios
+from slim_utils.errors import UserError
+from slim_utils.families import layer_shapes
+from slim_utils.layer_host import LayerHost
+from slim_utils.layer_walk import planned_masks
+from slim_utils.model_stats import count_parameters
+from slim_utils.obs import Choices
+from slim_utils.params_remove import stock_config
+from slim_utils.pruning_record import LayerMask
+from slim_utils.search import loss_curves
+from slim_utils.sparsity_schedule import STRATEGIES, LayerRatio, layer_range, layer_ratios, non_uniform_ratios
+from slim_utils.walk_settings import WalkSettings
+
+logger = logging.getLogger(__name__)
+
+SEARCH = "search"
+ALLOCATIONS = ("uniform", *STRATEGIES, SEARCH)
+
+
+def add_budget_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags that say how much goes instead of the original's ratios."""
+    group.add_argument("--target_ratio", type=float, help="share of the block weights to remove, to one FFN column")
+    group.add_argument("--target_params", type=float, help="parameters to end with (such as 5.4e9), to one FFN column")
+    group.add_argument(
+        "--allocation", choices=ALLOCATIONS, help="how a target is spread over the layers (default: uniform)"
+    )
+    group.add_argument("--profile", type=Path, help="pruning.json of another run, to keep as much of every layer")
+
+
+def check_budget(args: argparse.Namespace) -> None:
+    """Check the flags of :func:`add_budget_flags` against each other and the others.
+
+    Raises:
+        UserError: naming the flag to change.
+    """
+    given = [name for name in ("target_ratio", "target_params", "profile") if getattr(args, name) is not None]
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]} ask for different things; give one of them")
+    ratios = [name for name in ("sparsity", "non_uniform") if getattr(args, name)]
+    if given and ratios:
+        raise UserError(f"--{given[0]} says how much goes; leave --{ratios[0]} out (--allocation has the strategies)")
+    if args.allocation and not (given and given[0] != "profile"):
+        raise UserError("--allocation spreads a target: add --target_ratio or --target_params")
+    if given and args.max_sparsity:
+        raise UserError(f"--{given[0]} says how much goes; leave --max_sparsity out")
+    if given and args.min_sparsity and args.allocation not in STRATEGIES:
+        raise UserError("--min_sparsity is where a strategy begins; add --allocation log_increase, or leave it out")
+    if args.profile and (args.minlayer > 0 or args.maxlayer < 1000):
+        raise UserError("--profile says which layers lose how much; leave --minlayer and --maxlayer out")
+    if args.target_ratio is not None and not 0 < args.target_ratio < 1:
+        raise UserError(f"--target_ratio {args.target_ratio}: more than 0 and less than 1")
+    if args.uniform_shapes and (given and args.allocation not in (None, "uniform")):
+        raise UserError("--uniform_shapes wants one ratio for all layers: --sparsity, or --allocation uniform")
+    if args.allocation == SEARCH:
+        for name, reason in (("stream", "the whole model in memory"), ("no_compensate", "compensation")):
+            if getattr(args, name):
+                raise UserError(f"--allocation search needs {reason}; leave --{name} out")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("--allocation search runs in one process; search without torchrun, then give --profile")
+
+
+def plan(
+    args: argparse.Namespace,
+    host: LayerHost,
+    settings: WalkSettings,
+    samples: Tensor | None = None,
+    measured: Path | None = None,
+) -> tuple[list[LayerRatio], list[LayerMask]]:
+    """Pruning ratios of every layer, and masks of the sizes that they lead to; says what is odd about them.
+
+    Args:
+        args: of the command line.
+        host: of the model; only a search looks at its weights.
+        settings: how to walk.
+        samples: calibration token ids, for a search.
+        measured: file that keeps what a search has measured.
+
+    Raises:
+        UserError: if the target, or a stock checkpoint, cannot be had.
+    """
+    ratios = chosen_ratios(args, host, samples, settings, measured)
+    if not any(map(any, ratios)):
+        logger.warning("nothing to prune: all ratios are 0; set --sparsity, or --non_uniform with --max_sparsity")
+    planned = planned_masks(layer_shapes(host.model.config), ratios, settings)
+    if args.uniform_shapes:
+        stock_config(host.model.config, host.family, planned)
+    settings.warn_of_unaligned(planned)
+    return ratios, planned
+
+
+def chosen_ratios(
+    args: argparse.Namespace, host: LayerHost, samples: Tensor | None, settings: WalkSettings, measured: Path | None
+) -> list[LayerRatio]:
+    """Pruning ratios of every layer; arguments as for :func:`plan`.
+
+    Raises:
+        UserError: if the target cannot be met.
+    """
+    shapes, family = layer_shapes(host.model.config), host.family
+    layers = layer_range(args.minlayer, args.maxlayer, len(shapes))
+    units = layer_units(host.layers, family, shapes, settings)
+    if args.profile:
+        return read_profile(args.profile, units, shapes)
+    if args.target_ratio is None and args.target_params is None:
+        return [LayerRatio.of(ratio) for ratio in original_ratios(args, layers, len(shapes))]
+    budget = weights_to_remove(args, host)
+    if args.allocation == SEARCH:
+        return searched_ratios(host, samples, layers, units, settings, budget, measured)
+
+    def schedule(highest: float) -> list[float]:
+        if args.allocation in (None, "uniform"):
+            ratios = [highest] * len(layers)
+        else:
+            lowest = min(args.min_sparsity, highest)
+            ratios = non_uniform_ratios(args.allocation, lowest, highest, len(layers))
+        return layer_ratios(layers, len(shapes), ratios)
+
+    return scaled_ratios(schedule, units, budget, settings.alike)
+
+
+def weights_to_remove(args: argparse.Namespace, host: LayerHost) -> float:
+    """Block weights that the target asks to remove, of a model whose weights are not looked at.
+
+    Raises:
+        UserError: if the model is smaller than the target, or the search does not know its kind.
+    """
+    shapes = layer_shapes(host.model.config)
+    if args.allocation == SEARCH and any(shape.num_experts for shape in shapes):
+        raise UserError("--allocation search does not know mixtures of experts yet; use --allocation log_increase")
+    if args.target_params is None:
+        return args.target_ratio * block_weights(host.layers, host.family, shapes)
+    budget = count_parameters(host.model) - args.target_params
+    if budget <= 0 or args.target_params <= 0:
+        raise UserError(f"--target_params {args.target_params:g}: the model has {count_parameters(host.model)}")
+    return budget
+
+
+def searched_ratios(
+    host: LayerHost,
+    samples: Tensor,
+    layers: range,
+    units: list[LayerUnits],
+    settings: WalkSettings,
+    budget: float,
+    measured: Path | None,
+) -> list[LayerRatio]:
+    """Ratios of the least loss, measured, that remove ``budget`` block weights of the given layers.
+
+    Raises:
+        UserError: if the layers have fewer weights.
+    """
+    shapes = layer_shapes(host.model.config)
+    curves = loss_curves(host, samples, shapes, units, settings, measured)
+    pruned = [index for index in range(2 * len(shapes)) if index // 2 in layers]
+    counts = dict(zip(pruned, allocate([curves[index] for index in pruned], budget), strict=True))
+    return [own.ratio(counts.get(2 * i, 0), counts.get(2 * i + 1, 0)) for i, own in enumerate(units)]
+
+
+def original_ratios(args: argparse.Namespace, layers: range, num_layers: int) -> list[float]:
+    """Ratio of every layer by the original's flags."""
+    if args.non_uniform:
+        ratios = non_uniform_ratios(args.non_uniform_strategy, args.min_sparsity, args.max_sparsity, len(layers))
+    else:
+        ratios = [args.sparsity] * len(layers)
+    return layer_ratios(layers, num_layers, ratios)
+
+
+def walk_settings(args: argparse.Namespace) -> WalkSettings:
+    """How to walk."""
+    return WalkSettings(
+        device=args.device,
+        cache_dev=args.cache_dev,
+        batch_samples=args.batch_samples,
+        percdamp=args.percdamp,
+        compensate=not args.no_compensate,
+        choices=Choices(args.exact_heads, args.column_group),
+        gqa_unit=args.gqa_unit,
+        heads_multiple=math.lcm(2 if args.even_heads else 1, args.tp_size),
+        columns_multiple=math.lcm(args.multiple_of, args.tp_size),
+        alike=args.uniform_shapes,
+        tp_size=args.tp_size,
+    )

@@ -1,0 +1,231 @@
+"""Where a budget of weights goes: schedules, profiles and the measured search."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+import model_slimming
+from slim_utils.allocation import LossCurve, allocate, block_weights, layer_units, scaled_ratios
+from slim_utils.errors import UserError
+from slim_utils.families import find_family, layer_shapes
+from slim_utils.layer_host import LayerHost
+from slim_utils.layer_store import LayerStore
+from slim_utils.layer_walk import planned_masks
+from slim_utils.model_stats import removed_share
+from slim_utils.obs import Choices
+from slim_utils.search import PROBE_SAMPLES, loss_curves
+from slim_utils.slimgpt import SlimGPT
+from slim_utils.sparsity_schedule import layer_ratios, non_uniform_ratios
+from slim_utils.walk_settings import WalkSettings
+from tests.conftest import make_tiny
+
+CPU = torch.device("cpu")
+MODEL_KINDS = ["mha", "gqa", "phi3", "olmo2", "opt", "mixtral", "qwen3_moe"]
+
+
+def convex(generator: np.random.Generator, units: int) -> np.ndarray:
+    return np.concatenate([[0], np.sort(generator.random(units)).cumsum()])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_columns_alone_are_dealt_out_best(seed):
+    generator = np.random.default_rng(seed)
+    curves = [LossCurve(convex(generator, 4), 3, True) for _ in range(4)]
+    for units in range(17):
+        counts = allocate(curves, 3 * units)
+        assert sum(counts) == units
+        best = min(
+            sum(curve.losses[n] for curve, n in zip(curves, choice, strict=True))
+            for choice in itertools.product(range(5), repeat=4)
+            if sum(choice) == units
+        )
+        assert sum(curve.losses[n] for curve, n in zip(curves, counts, strict=True)) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_heads_and_columns_are_traded_near_the_best(seed):
+    generator = np.random.default_rng(seed)
+    curves = [LossCurve(convex(generator, 3) * 4, 7, False) for _ in range(2)]
+    curves += [LossCurve(convex(generator, 12), 2, True) for _ in range(2)]
+    for budget in (5, 11, 24, 40):
+        counts = allocate(curves, budget)
+        removed = sum(curve.weight * n for curve, n in zip(curves, counts, strict=True))
+        assert budget <= removed < budget + 2
+        best = min(
+            sum(curve.losses[n] for curve, n in zip(curves, choice, strict=True))
+            for choice in itertools.product(range(4), range(4), range(13), range(13))
+            if budget <= sum(curve.weight * n for curve, n in zip(curves, choice, strict=True)) < budget + 2
+        )
+        assert sum(curve.losses[n] for curve, n in zip(curves, counts, strict=True)) <= 1.02 * best
+
+
+def test_more_than_there_is_cannot_go():
+    with pytest.raises(UserError, match="no more than 12 block weights can go, of 13; lower the target"):
+        allocate([LossCurve(np.arange(5.0), 3, True)], 13)
+
+
+@pytest.mark.parametrize("name", MODEL_KINDS)
+@pytest.mark.parametrize("unit", ["query_head", "kv_group"])
+@pytest.mark.parametrize("strategy", ["uniform", "log_increase", "linear_decrease"])
+def test_schedules_meet_a_budget_to_one_column(name, unit, strategy):
+    model = make_tiny(name)
+    family, shapes = find_family(model.config), layer_shapes(model.config)
+    layers, settings = family.decoder_layers(model), WalkSettings(CPU, CPU, gqa_unit=unit, expert_columns_multiple=1)
+    units, total = layer_units(layers, family, shapes, settings), block_weights(layers, family, shapes)
+
+    def schedule(highest: float) -> list[float]:
+        ratios = [highest] * 3 if strategy == "uniform" else non_uniform_ratios(strategy, 0.0, highest, 3)
+        return layer_ratios(range(1, 4), 4, ratios)
+
+    for share in (0.05, 0.15, 0.25):
+        ratios = scaled_ratios(schedule, units, share * total)
+        masks = planned_masks(shapes, ratios, settings)
+        removed = removed_share(layers, family, masks) * total
+        assert share * total - 1e-6 <= removed < share * total + max(own.column_weights for own in units)
+        assert masks[0].kept_heads == list(range(6))
+    with pytest.raises(UserError, match="cannot lose"):
+        scaled_ratios(schedule, units, 0.99 * total)
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa", "opt"])
+def test_curves_are_measured_on_the_whole_model(name, samples):
+    """At the reference count a curve is the divergence of the model with that one map pruned."""
+    model, dense = make_tiny(name, torch.float64), make_tiny(name, torch.float64)
+    family, shapes = find_family(model.config), layer_shapes(model.config)
+    settings = WalkSettings(CPU, CPU, choices=Choices(exact_heads=True, column_group=4))
+    host = LayerHost(model, family)
+    units = layer_units(host.layers, family, shapes, settings)
+    curves = loss_curves(host, samples, shapes, units, settings)
+    assert len(curves) == 8
+    for parameter, before in zip(model.parameters(), dense.parameters(), strict=True):
+        assert torch.equal(parameter, before)
+    inputs = []
+    linear = family.decoder_layers(model)[1].get_submodule(family.mlp_out)
+    handle = linear.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with torch.no_grad():
+        expected = model(samples).logits.log_softmax(-1)[:PROBE_SAMPLES]
+        handle.remove()
+        pruner = SlimGPT(linear)
+        pruner.add_batch(inputs[0].view(len(samples), 16, -1))
+        pruner.struct_prune(12 / 40, choices=settings.choices)
+        got = model(samples[:PROBE_SAMPLES]).logits.log_softmax(-1)
+    divergence = functional.kl_div(got, expected, reduction="sum", log_target=True).item() / expected[..., 0].numel()
+    curve = curves[3]
+    assert curve.column and curve.losses[12] == pytest.approx(divergence, rel=1e-3)
+    assert all((np.diff(curve.losses) >= 0).all() and curve.losses[0] == 0 for curve in curves)
+    assert [len(curve.losses) for curve in curves[:2]] == [units[0].heads, 37]
+
+
+@pytest.fixture
+def words(checkpoint, text_file) -> list:
+    flags = ["--num_samples", 16, "--seqlen", 32, "--device", "cpu", "--skip_evaluate"]
+    return [checkpoint, "--data_file", text_file, *flags]
+
+
+def main(*arguments: object) -> None:
+    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, arguments))))
+
+
+# A column of the tiny model has 3 · 24 weights; its four layers have 4 · (24 · 24 · 2 + 24 · 8 · 2 + 3 · 24 · 40).
+COLUMN, TOTAL = 72, 17664
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "log_increase", "search"])
+def test_target_ratio(allocation, words, tmp_path):
+    lowest = ["--min_sparsity", 0.0625] if allocation == "log_increase" else []
+    main(*words, "--target_ratio", 0.3, "--allocation", allocation, *lowest, "--save_dir", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    removed = record["sizes"]["block_share_removed"] * TOTAL
+    assert 0.3 * TOTAL - 1e-6 <= removed < 0.3 * TOTAL + COLUMN
+    # Another run can keep as much of every layer, by other heads and columns.
+    main(*words, "--seed", 3, "--profile", tmp_path / "out" / "pruning.json", "--save_dir", tmp_path / "again")
+    kept = []
+    for name in ("out", "again"):
+        layers = json.loads((tmp_path / name / "pruning.json").read_text())["layers"]
+        kept.append([[len(layer[kind]["kept"]) for kind in ("heads", "columns")] for layer in layers])
+    assert kept[0] == kept[1]
+
+
+def test_a_stock_checkpoint_of_a_target(words, tmp_path):
+    flags = ["--target_ratio", 0.3, "--uniform_shapes", "--save_pruned_weights", "--save_dir", tmp_path / "out"]
+    main(*words, *flags)
+    share = json.loads((tmp_path / "out" / "run.json").read_text())["sizes"]["block_share_removed"]
+    assert 0.3 <= share < 0.3 + 4 * COLUMN / TOTAL
+    assert "| pruning ratio | 0.3 of the block weights (uniform) |" in (
+        tmp_path / "out" / "pruned_weights" / "README.md"
+    ).read_text(encoding="utf-8")
+
+
+def test_mixtures_of_experts_are_not_searched(tokenizer, text_file, tmp_path):
+    make_tiny("mixtral").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = ["--data_file", text_file, "--target_ratio", 0.3, "--allocation", "search", "--save_dir", tmp_path / "out"]
+    with pytest.raises(UserError, match="search does not know mixtures of experts yet"):
+        main(tmp_path / "model", *flags, "--seqlen", 32)
+    assert not LayerStore(tmp_path / "out").exists()
+
+
+def test_dead_columns_do_not_hide_what_the_others_cost(samples):
+    model = make_tiny("mha")
+    for name in ("gate_proj", "up_proj"):
+        getattr(model.model.layers[1].mlp, name).weight.data[:20] = 0
+    family, shapes, settings = find_family(model.config), layer_shapes(model.config), WalkSettings(CPU, CPU)
+    host = LayerHost(model, family)
+    curves = loss_curves(host, samples, shapes, layer_units(host.layers, family, shapes, settings), settings)
+    losses = curves[3].losses
+    assert losses[20] <= 1e-4 * losses[-1] and losses[-1] > 1e-3
+
+
+def test_target_params(words, checkpoint, tmp_path):
+    dense = make_tiny("gqa").num_parameters()
+    target = dense - 4000
+    main(*words, "--target_params", target, "--save_pruned_weights", "--save_dir", tmp_path / "out")
+    sizes = json.loads((tmp_path / "out" / "run.json").read_text())["sizes"]
+    assert sizes["parameters_dense"] == dense
+    assert target - COLUMN < sizes["parameters_pruned"] <= target
+
+
+def test_a_search_that_was_cut_off_measures_nothing_twice(words, tmp_path, monkeypatch):
+    flags = [*words, "--target_ratio", 0.3, "--allocation", "search"]
+    main(*flags, "--save_dir", tmp_path / "whole")
+    measured = []
+    prune = SlimGPT.error_curve
+
+    def counted(self, *args):
+        measured.append(self.name)
+        if len(measured) == 5:
+            raise KeyboardInterrupt
+        return prune(self, *args)
+
+    monkeypatch.setattr(SlimGPT, "error_curve", counted)
+    with pytest.raises(KeyboardInterrupt):
+        main(*flags, "--save_dir", tmp_path / "out")
+    assert LayerStore(tmp_path / "out").exists()
+    main(*flags, "--resume", "--save_dir", tmp_path / "out")
+    assert len(measured) == 9
+    assert (tmp_path / "out" / "pruning.json").read_text() == (tmp_path / "whole" / "pruning.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--target_ratio", 0.2, "--sparsity", 0.2], "--target_ratio says how much goes; leave --sparsity out"),
+        (["--target_ratio", 0.2, "--target_params", 9], "--target_ratio and --target_params ask for different things"),
+        (["--allocation", "search", "--sparsity", 0.2], "--allocation spreads a target: add --target_ratio"),
+        (["--target_ratio", 1.5], r"--target_ratio 1\.5: more than 0 and less than 1"),
+        (["--target_ratio", 0.99], "cannot lose .* weights; lower the target"),
+        (["--target_params", 1e9], r"--target_params 1e\+09: the model has"),
+        (["--target_ratio", 0.2, "--allocation", "search", "--no_compensate"], "search needs compensation"),
+        (["--target_ratio", 0.2, "--max_sparsity", 0.3], "leave --max_sparsity out"),
+        (["--target_ratio", 0.2, "--min_sparsity", 0.1], "--min_sparsity is where a strategy begins"),
+        (["--profile", "p.json", "--minlayer", 1], "leave --minlayer and --maxlayer out"),
+        (["--profile", "missing.json"], "--profile missing.json: no such file"),
+    ],
+)
+def test_wrong_budgets(flags, message, words):
+    with pytest.raises(UserError, match=message):
+        main(*words, *flags)
