@@ -1,0 +1,214 @@
+"""Perplexity of SmolLM2-135M pruned by this suite, by the original's procedure and by others, at the same size.
+
+    python -m benchmarks.bench_quality SmolLM2-135M-Instruct --calib_file wikitext2/valid.tokens.txt \
+        --eval_files wikitext2=wikitext2/test.tokens.txt c4=c4/sample.jsonl ptb=ptb/valid.txt \
+        --shares 0.2 0.5 --seeds 0 --out benchmarks/results/bench_quality.json
+
+The protocol: fp32; 32 windows × 512 tokens of the calibration text, drawn by the seed, for all methods alike; the first
+8 × 1024 tokens of every evaluation text, no special tokens, 1023 targets a window; nothing is chosen on those texts.
+Share: of the attention and MLP weights. Heads: ``repeated`` is plain multi-head attention (every query head has its own
+copy of the key/value head), ``native`` is grouped-query attention by query heads.
+
+Every row is measured in a process of its own, so that its peak memory is its own. Rows that --out has are not measured
+again: a benchmark that was cut off goes on where it was. What the search measures at a first share serves the others;
+its seconds are in the row that measured it.
+"""
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.baselines import prune_flap, prune_magnitude, prune_wanda_sp
+from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
+from ppl_eval.ppl_dataset import eval_windows
+from ppl_eval.ppl_eval import perplexity
+from slim_utils.allocation import block_weights, layer_units, scaled_counts, scaled_ratios
+from slim_utils.cli import ArgumentParser, command_line, run_cli
+from slim_utils.errors import UserError
+from slim_utils.families import find_family, layer_shapes
+from slim_utils.layer_host import CPU, LayerHost
+from slim_utils.layer_walk import prune_layers
+from slim_utils.model_io import load_model, load_tokenizer, peak_memory_mib, write_json_atomic
+from slim_utils.model_stats import removed_share
+from slim_utils.obs import PAPER_CHOICES, Choices
+from slim_utils.pruning_record import LayerMask
+from slim_utils.run_record import environment
+from slim_utils.slim_dataset import load_calibration
+from slim_utils.slimming_args import searched_ratios
+from slim_utils.sparsity_schedule import non_uniform_ratios
+from slim_utils.text_source import file_documents, join_documents, tokenize
+from slim_utils.walk_settings import WalkSettings
+
+logger = logging.getLogger("bench_quality")
+
+EVAL_WINDOWS, EVAL_SEQLEN = 8, 1024
+MIN_SPARSITY = 0.0625
+FINE = Choices(exact_heads=True, column_group=16)
+HEADS = ("repeated", "native")
+
+Pruner = Callable[[PreTrainedModel, Tensor, float, WalkSettings, Path], list[LayerMask]]
+
+
+def by_schedule(
+    choices: Choices,
+    lowest: float | None,
+    model: PreTrainedModel,
+    samples: Tensor,
+    share: float,
+    settings: WalkSettings,
+) -> list[LayerMask]:
+    """SlimGPT with one ratio for all layers (``lowest`` None) or ``log_increase`` from ``lowest`` up."""
+    family, shapes = find_family(model.config), layer_shapes(model.config)
+    layers = family.decoder_layers(model)
+
+    def schedule(highest: float) -> list[float]:
+        if lowest is None:
+            return [highest] * len(shapes)
+        return non_uniform_ratios("log_increase", min(lowest, highest), highest, len(shapes))
+
+    units = layer_units(layers, family, shapes, settings)
+    ratios = scaled_ratios(schedule, units, share * block_weights(layers, family, shapes))
+    return prune_layers(model, family, samples, ratios, replace(settings, choices=choices))[0]
+
+
+def uniform_counts(model: PreTrainedModel, share: float, settings: WalkSettings) -> list[list[int]]:
+    """Units of heads and columns of every layer that one ratio for all removes, to one column of ``share``."""
+    family, shapes = find_family(model.config), layer_shapes(model.config)
+    layers = family.decoder_layers(model)
+    units = layer_units(layers, family, shapes, settings)
+    return scaled_counts(lambda highest: [highest] * len(shapes), units, share * block_weights(layers, family, shapes))
+
+
+def by_search(
+    model: PreTrainedModel, samples: Tensor, share: float, settings: WalkSettings, measured: Path
+) -> list[LayerMask]:
+    """SlimGPT with fine choices, and the ratios of least measured loss."""
+    family, shapes = find_family(model.config), layer_shapes(model.config)
+    host, settings = LayerHost(model, family), replace(settings, choices=FINE)
+    units = layer_units(host.layers, family, shapes, settings)
+    budget = share * block_weights(host.layers, family, shapes)
+    ratios = searched_ratios(host, samples, range(len(shapes)), units, settings, budget, measured)
+    return prune_layers(model, family, samples, ratios, settings)[0]
+
+
+def without_file(function: Callable[..., list[LayerMask]]) -> Pruner:
+    """A pruner that keeps nothing."""
+    return lambda model, samples, share, settings, measured: function(model, samples, share, settings)
+
+
+METHODS: dict[str, Pruner] = {
+    "magnitude": without_file(
+        lambda model, samples, share, settings: prune_magnitude(model, uniform_counts(model, share, settings))
+    ),
+    "wanda_sp": without_file(
+        lambda model, samples, share, settings: prune_wanda_sp(
+            model, samples, uniform_counts(model, share, settings), settings
+        )
+    ),
+    "flap": without_file(prune_flap),
+    "slimgpt_uniform": without_file(partial(by_schedule, PAPER_CHOICES, None)),
+    "slimgpt_log_increase": without_file(partial(by_schedule, PAPER_CHOICES, MIN_SPARSITY)),
+    "fine_log_increase": without_file(partial(by_schedule, FINE, MIN_SPARSITY)),
+    "fine_search": by_search,
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags; the rest of the protocol is fixed."""
+    parser = ArgumentParser(prog="bench_quality.py", description="Perplexity at the same size, method by method.")
+    parser.add_argument("model", help="SmolLM2-135M as a checkpoint folder")
+    parser.add_argument("--calib_file", type=Path, required=True)
+    parser.add_argument("--eval_files", nargs="+", required=True, metavar="NAME=FILE")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.33, 0.5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=["repeated"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--measure", metavar="FOLDER", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def eval_sets(args: argparse.Namespace) -> dict[str, Tensor]:
+    """Windows (8, 1024) of every evaluation text, by its name."""
+    tokenizer, sets = load_tokenizer(args.model, False), {}
+    for spec in args.eval_files:
+        name, separator, file = spec.partition("=")
+        if not separator or not Path(file).is_file():
+            raise UserError(f"--eval_files {spec}: give NAME=FILE of an existing file")
+        tokens = tokenize(tokenizer, join_documents(file_documents(Path(file))), add_special_tokens=False)
+        sets[name] = eval_windows(tokens, EVAL_SEQLEN, file)[:EVAL_WINDOWS]
+    return sets
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """One row: the first of every list of the arguments; ``dense`` where the share is 0."""
+    heads, method, share, seed = args.heads[0], args.methods[0], args.shares[0], args.seeds[0]
+    model, sets = load_model(args.model, "float32", False), eval_sets(args)
+    if heads == "repeated":
+        model = repeat_kv_heads(model)
+    row: dict[str, Any] = {"heads": heads, "share": share, "method": method if share else "dense", "seed": seed}
+    if share:
+        data = load_calibration(None, args.calib_file, load_tokenizer(args.model, False), NUM_SAMPLES, SEQLEN, seed)
+        start, measured = time.perf_counter(), args.measure / f"{heads}-{seed}.json"
+        masks = METHODS[method](model, data.samples, share, WalkSettings(CPU, CPU, percdamp=PERCDAMP), measured)
+        row["seconds"] = round(time.perf_counter() - start, 1)
+        row["samples_sha256"] = data.sha256
+        family = find_family(model.config)
+        row["share_removed"] = removed_share(family.decoder_layers(model), family, masks)
+        row["profile"] = [[len(mask.kept_heads), len(mask.kept_columns)] for mask in masks]
+    # Of the method alone: evaluation comes after.
+    row["peak_memory_mib"] = peak_memory_mib(CPU)
+    row["perplexity"] = {name: perplexity(model, windows, batch_size=2) for name, windows in sets.items()}
+    return row
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure the rows that are missing, or be the process that measures one."""
+    if args.measure:
+        write_json_atomic(args.out, measure(args))
+        return
+    eval_sets(args)
+    protocol = {"calibration": [NUM_SAMPLES, SEQLEN], "evaluation": [EVAL_WINDOWS, EVAL_SEQLEN], "percdamp": PERCDAMP}
+    record = {"command": command_line(), **environment(CPU), "protocol": protocol, "rows": []}
+    if args.out.exists():
+        record["rows"] = json.loads(args.out.read_text(encoding="utf-8"))["rows"]
+    wanted = [(heads, "dense", 0.0, args.seeds[0]) for heads in args.heads]
+    wanted += product(args.heads, args.methods, args.shares, args.seeds)
+    done = {(row["heads"], row["method"], row["share"], row["seed"]) for row in record["rows"]}
+    with tempfile.TemporaryDirectory() as folder:
+        for key in wanted:
+            if key not in done:
+                record["rows"].append(measure_in_new_process(args, *key, Path(folder)))
+                write_json_atomic(args.out, record)
+
+
+def measure_in_new_process(
+    args: argparse.Namespace, heads: str, method: str, share: float, seed: int, folder: Path
+) -> dict[str, Any]:
+    """:func:`measure` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.bench_quality", args.model, "--calib_file", args.calib_file]
+    command += ["--eval_files", *args.eval_files, "--shares", share, "--seeds", seed, "--heads", heads]
+    command += ["--measure", folder, "--out", folder / "row.json"]
+    command += ["--methods", method] if share else []
+    if subprocess.run(list(map(str, command)), check=False).returncode != 0:
+        raise UserError(f"{method} at share {share}, seed {seed}, could not be measured")
+    row = json.loads((folder / "row.json").read_text(encoding="utf-8"))
+    logger.info("%s, %s, share %.3f, seed %d: %s", heads, row["method"], share, seed, row["perplexity"])
+    return row
+
+
+if __name__ == "__main__":
+    run_cli(lambda: main(build_parser().parse_args()), "bench_quality.py")
