@@ -153,3 +153,9 @@ def test_pruning_seconds_are_those_of_the_files():
             floor = figures["operations"] / result["gemm_operations_per_second"]["float32"]
             ratio = figures["seconds"] / floor
             assert f"| {part} | {figures['seconds']:.1f} | {floor:.1f} | {ratio:.2f} |" in operations
+
+
+def test_quality_table_is_that_of_the_file():
+    from benchmarks.quality_table import table
+
+    assert table(json.loads((RESULTS / "bench_quality.json").read_text())) in README

@@ -243,8 +243,10 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_leaves_a_run_that_goes_on(words, small_disk, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--stream"]])
+def test_a_full_disk_leaves_a_run_that_goes_on(words, more, small_disk, tmp_path):
     disk, make_room = small_disk
+    words = [*words, *more]
     command = [sys.executable, "model_slimming.py", *words, "--resume", "--save_dir", str(disk / "out")]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert process.returncode == 1, process.stderr
