@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
@@ -94,7 +95,7 @@ def _loading(model_path: str) -> Iterator[None]:
         raise UserError(f"model {model_path}: no such folder")
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model {model_path}: cannot be loaded: {reason}") from error
 
