@@ -10,9 +10,11 @@ import model_finetune
 import model_slimming
 from slim_utils.families import find_family
 from slim_utils.layer_walk import prune_layers
+from slim_utils.pruning_record import read_pruning
 from slim_utils.slimgpt import add_gram
 from slim_utils.walk_settings import WalkSettings
 from tests.conftest import make_tiny
+from tests.integration.test_stream import tensors
 from train_utils.finetune_args import parse_args
 
 pytestmark = [
@@ -46,6 +48,35 @@ def test_same_units_and_weights_as_on_the_cpu(samples, cache_dev, variant):
     assert on_gpu.device.type == "cpu"
     for name, expected in on_cpu.state_dict().items():
         assert torch.allclose(on_gpu.state_dict()[name], expected, rtol=1e-3, atol=1e-3), name
+
+
+@pytest.mark.parametrize("cache_dev", ["cuda", "cpu"])
+def test_streamed_as_whole(checkpoint, text_file, tmp_path, cache_dev):
+    words = [checkpoint, "--data_file", text_file, "--num_samples", 16, "--seqlen", 32, "--sparsity", 0.5]
+    words += ["--cache_dev", cache_dev, "--save_pruned_weights", "--eval_datasets", text_file, "--eval_seqlens", 16]
+    for name, more in (("whole", []), ("streamed", ["--stream"])):
+        arguments = [*words, *more, "--save_dir", tmp_path / name]
+        model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, arguments))))
+    for folder in (".", "pruned_weights"):
+        whole, streamed = tensors(tmp_path / "whole" / folder), tensors(tmp_path / "streamed" / folder)
+        assert whole.keys() == streamed.keys()
+        assert all(torch.equal(streamed[key], whole[key]) for key in whole)
+    records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "streamed")]
+    values = [record["perplexity"][0]["perplexity"] for record in records]
+    assert values[1] == pytest.approx(values[0], rel=1e-3)
+
+
+def test_search_chooses_as_on_the_cpu(checkpoint, text_file, tmp_path):
+    words = [checkpoint, "--data_file", text_file, "--num_samples", 16, "--seqlen", 32, "--skip_evaluate"]
+    words += ["--target_ratio", 0.3, "--allocation", "search"]
+    for device in ("cpu", "cuda"):
+        arguments = [*words, "--device", device, "--save_dir", tmp_path / device]
+        model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, arguments))))
+    masks = [read_pruning(tmp_path / device / "pruning.json") for device in ("cpu", "cuda")]
+    for on_cpu, on_gpu in zip(*masks, strict=True):
+        assert len(on_cpu.kept_heads) == len(on_gpu.kept_heads)
+        # Losses differ by rounding, and where they are even, columns may.
+        assert abs(len(on_cpu.kept_columns) - len(on_gpu.kept_columns)) <= 2
 
 
 @pytest.mark.parametrize("lora", ["true", "false"])
