@@ -13,6 +13,7 @@ import model_evaluate
 import model_slimming
 import test_flops
 from ppl_eval.zero_shot import ACC_NORM_IN_PAPERS
+from scripts import report
 from train_utils import finetune_args
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +45,12 @@ def test_measuring_commands_are_understood(script, count):
     assert len(found) == count
     for command in found:
         script.build_parser().parse_args(shlex.split(command)[2:])
+
+
+def test_report_command_is_understood():
+    (command,) = commands("python -m scripts.report")
+    args = report.build_parser().parse_args(shlex.split(command)[3:])
+    assert (len(args.runs), args.out) == (3, Path("report"))
 
 
 def test_fine_tuning_command_is_understood(monkeypatch):

@@ -1,0 +1,90 @@
+"""A page of figures about pruning runs and results of benchmarks.
+
+    python -m scripts.report OUT OTHER benchmarks/results/bench_quality.json --out report
+
+Each RUN is a --save_dir of model_slimming.py, its run.json, a json that a script of benchmarks/, test_flops.py with
+--compare or scripts/compare_models.py wrote, or the measured.json of a search that goes on. Writes report/index.html,
+which holds its pictures and asks for nothing else, the same pictures as PNG files, and report/run.json. They show kept
+heads and widths and errors by layer, perplexity against size, speed and memory, and the numbers behind them with their
+commands, versions and hardware.
+"""
+
+import argparse
+import hashlib
+import io
+import logging
+import sys
+from itertools import count
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.report_contents import Plot, plots, raw_rows
+from scripts.report_page import Picture, page
+from scripts.report_sources import read_sources
+from slim_utils.cli import ArgumentParser, command_line, run_cli
+from slim_utils.model_io import RUN_FILE, atomic_folder, check_output, write_json_atomic, write_text_atomic
+from slim_utils.run_record import environment
+
+logger = logging.getLogger("report")
+
+PAGE = "index.html"
+# Pixels of the page to an inch of a figure.
+PAGE_DPI = 96
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = ArgumentParser(prog="report.py", description="A page of figures about runs and benchmarks.")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a pruning run, run.json or json of a benchmark"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier report")
+    return parser
+
+
+def picture(plot: Plot) -> Picture:
+    """Draw ``plot``."""
+    figure: Figure = plot.draw()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    width, height = (round(PAGE_DPI * inches) for inches in figure.get_size_inches())
+    return Picture(plot, buffer.getvalue(), width, height)
+
+
+def file_names(pictures: list[Picture]) -> list[str]:
+    """A file for each picture; names that would be the same get a number."""
+    taken: list[str] = []
+    for one in pictures:
+        stem = f"{one.plot.section}_{one.plot.name}"
+        names = (f"{stem}.png" if number == 1 else f"{stem}_{number}.png" for number in count(1))
+        taken.append(next(name for name in names if name not in taken))
+    return taken
+
+
+def main(args: argparse.Namespace) -> None:
+    """Read, draw, write to a temporary name, rename."""
+    check_output(args.out, args.overwrite, "--out")
+    sources = read_sources(args.runs)
+    numbers = [(source, raw_rows(source)) for source in sources]
+    pictures = [picture(plot) for plot in plots(sources)]
+    record = {
+        "command": command_line(),
+        **environment(torch.device("cpu"), "matplotlib"),
+        "sources": {str(one.path): hashlib.sha256(one.path.read_bytes()).hexdigest() for one in sources},
+    }
+    made_by = f"{record['command']} · matplotlib {record['versions']['matplotlib']}"
+    with atomic_folder(args.out) as folder:
+        for name, one in zip(file_names(pictures), pictures, strict=True):
+            (folder / name).write_bytes(one.png)
+        write_text_atomic(folder / PAGE, page(pictures, numbers, made_by))
+        write_json_atomic(folder / RUN_FILE, record)
+    logger.info("saved %s: %d figures of %d sources", args.out / PAGE, len(pictures), len(sources))
+
+
+if __name__ == "__main__":
+    run_cli(lambda: main(build_parser().parse_args()), "report.py")
