@@ -50,9 +50,17 @@ from slim_utils.model_stats import count_parameters, removed_share
 from slim_utils.pruned_output import WholeOutput, write_output, write_record
 from slim_utils.pruning_record import LayerMask
 from slim_utils.publishing import check_publishable, publish
-from slim_utils.run_record import pruning_record
+from slim_utils.run_record import pruning_record, search_record
 from slim_utils.slim_dataset import CalibrationData, load_calibration
-from slim_utils.slimming_args import SEARCH, add_budget_flags, check_budget, plan, walk_settings, weights_to_remove
+from slim_utils.slimming_args import (
+    SEARCH,
+    add_budget_flags,
+    check_budget,
+    plan,
+    search,
+    walk_settings,
+    weights_to_remove,
+)
 from slim_utils.sparsity_schedule import STRATEGIES
 from slim_utils.streamed_output import StreamedOutput
 from slim_utils.text_source import CALIBRATION_DATASETS
@@ -247,7 +255,8 @@ def main(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         store = open_store(args, host, data, world) if args.save_dir else None
         if args.allocation == SEARCH:
-            ratios, planned = plan(args, host, settings, data.samples, store and store.measured)
+            places = search(args, host, data.samples, settings, store and store.measured)
+            ratios, planned = plan(args, host, settings, places)
         output = open_output(args, host, store, planned)
         samples = world.share(data.samples)
         masks, reports = prune_layers(host.model, family, samples, ratios, settings, store, world, host)
@@ -261,6 +270,8 @@ def main(args: argparse.Namespace) -> None:
         }
         logger.info("removed %.2f %% of the block weights in %.1f s", 100 * sizes["block_share_removed"], seconds)
         record = pruning_record(args, data, base_card, reports, sizes, seconds)
+        if args.allocation == SEARCH:
+            record["search"] = search_record(places)
         if args.save_dir:
             write_output(Path(args.save_dir), output, tokenizer, masks, record)
             logger.info("saved %s", args.save_dir)

@@ -35,7 +35,7 @@ from benchmarks.baselines import prune_flap, prune_magnitude, prune_wanda_sp
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
 from ppl_eval.ppl_dataset import eval_windows
 from ppl_eval.ppl_eval import perplexity
-from slim_utils.allocation import block_weights, layer_units, scaled_counts, scaled_ratios
+from slim_utils.allocation import LayerUnits, block_weights, layer_units, scaled_counts, scaled_ratios
 from slim_utils.cli import ArgumentParser, command_line, run_cli
 from slim_utils.errors import UserError
 from slim_utils.families import find_family, layer_shapes
@@ -46,6 +46,7 @@ from slim_utils.model_stats import removed_share
 from slim_utils.obs import PAPER_CHOICES, Choices
 from slim_utils.pruning_record import LayerMask
 from slim_utils.run_record import environment
+from slim_utils.search import measured_places
 from slim_utils.slim_dataset import load_calibration
 from slim_utils.slimming_args import searched_ratios
 from slim_utils.sparsity_schedule import non_uniform_ratios
@@ -62,6 +63,13 @@ HEADS = ("repeated", "native")
 Pruner = Callable[[PreTrainedModel, Tensor, float, WalkSettings, Path], list[LayerMask]]
 
 
+def budgeted(model: PreTrainedModel, share: float, settings: WalkSettings) -> tuple[list[LayerUnits], float]:
+    """Units of every layer, and the block weights that ``share`` is."""
+    family, shapes = find_family(model.config), layer_shapes(model.config)
+    layers = family.decoder_layers(model)
+    return layer_units(layers, family, shapes, settings), share * block_weights(layers, family, shapes)
+
+
 def by_schedule(
     choices: Choices,
     lowest: float | None,
@@ -71,36 +79,31 @@ def by_schedule(
     settings: WalkSettings,
 ) -> list[LayerMask]:
     """SlimGPT with one ratio for all layers (``lowest`` None) or ``log_increase`` from ``lowest`` up."""
-    family, shapes = find_family(model.config), layer_shapes(model.config)
-    layers = family.decoder_layers(model)
+    units, budget = budgeted(model, share, settings)
 
     def schedule(highest: float) -> list[float]:
         if lowest is None:
-            return [highest] * len(shapes)
-        return non_uniform_ratios("log_increase", min(lowest, highest), highest, len(shapes))
+            return [highest] * len(units)
+        return non_uniform_ratios("log_increase", min(lowest, highest), highest, len(units))
 
-    units = layer_units(layers, family, shapes, settings)
-    ratios = scaled_ratios(schedule, units, share * block_weights(layers, family, shapes))
-    return prune_layers(model, family, samples, ratios, replace(settings, choices=choices))[0]
+    ratios = scaled_ratios(schedule, units, budget)
+    return prune_layers(model, find_family(model.config), samples, ratios, replace(settings, choices=choices))[0]
 
 
 def uniform_counts(model: PreTrainedModel, share: float, settings: WalkSettings) -> list[list[int]]:
     """Units of heads and columns of every layer that one ratio for all removes, to one column of ``share``."""
-    family, shapes = find_family(model.config), layer_shapes(model.config)
-    layers = family.decoder_layers(model)
-    units = layer_units(layers, family, shapes, settings)
-    return scaled_counts(lambda highest: [highest] * len(shapes), units, share * block_weights(layers, family, shapes))
+    units, budget = budgeted(model, share, settings)
+    return scaled_counts(lambda highest: [highest] * len(units), units, budget)
 
 
 def by_search(
     model: PreTrainedModel, samples: Tensor, share: float, settings: WalkSettings, measured: Path
 ) -> list[LayerMask]:
     """SlimGPT with fine choices, and the ratios of least measured loss."""
-    family, shapes = find_family(model.config), layer_shapes(model.config)
-    host, settings = LayerHost(model, family), replace(settings, choices=FINE)
-    units = layer_units(host.layers, family, shapes, settings)
-    budget = share * block_weights(host.layers, family, shapes)
-    ratios = searched_ratios(host, samples, range(len(shapes)), units, settings, budget, measured)
+    family, settings = find_family(model.config), replace(settings, choices=FINE)
+    units, budget = budgeted(model, share, settings)
+    places = measured_places(LayerHost(model, family), samples, layer_shapes(model.config), settings, measured)
+    ratios = searched_ratios(places, range(len(units)), units, budget)
     return prune_layers(model, family, samples, ratios, settings)[0]
 
 

@@ -23,7 +23,6 @@ from scripts.report_figures import (
 )
 from scripts.report_sources import (
     COMPARISON,
-    MEASURED,
     PERPLEXITY,
     PRUNING_COST,
     QUALITY,
@@ -34,7 +33,7 @@ from scripts.report_sources import (
     Source,
 )
 from slim_utils.errors import UserError
-from slim_utils.search import FURTHEST, REFERENCE
+from slim_utils.search import REFERENCE
 
 Rows = list[dict[str, Any]]
 
@@ -115,6 +114,12 @@ def _run_plots(runs: list[Source]) -> list[Plot]:
         "removed weights zeroed and after compensation. Layers that lose nothing have none."
     )
     found.append(Plot(ERRORS, name, title, caption, partial(layer_figure, _error_panels(runs))))
+    if searched := {index: run for index, run in enumerate(runs) if run.record.get("search")}:
+        caption = (
+            f"How far the predictions diverge from the dense model's where {100 * REFERENCE:g} % of the heads, or of "
+            "the FFN columns, of one layer alone are gone; as the search has measured it."
+        )
+        found.append(Plot(ERRORS, f"{name}_losses", title, caption, partial(layer_figure, _loss_panels(searched))))
     rows = [_run_row(run) for run in runs]
     found += _size_plots(name, title, rows)
     caption = "Seconds that every layer took, and the process's peak memory up to its end."
@@ -145,6 +150,18 @@ def _error_panels(runs: list[Source]) -> list[LayerPanel]:
                 values = _by_layer(run, part, f"error_{when}_compensation")
                 lines.append(LayerLine(f"{run.label}, {when} compensation", values, index, dashed=when == "before"))
         panels.append(LayerPanel(title, "relative error (log scale)", lines, log=True))
+    return panels
+
+
+def _loss_panels(runs: dict[int, Source]) -> list[LayerPanel]:
+    """Of runs by their colour."""
+    panels = []
+    for part, title in (("attention", "attention"), ("mlp", "MLP")):
+        lines = []
+        for index, run in runs.items():
+            losses = [layer[part]["loss"] for layer in run.record["search"]]
+            lines.append(LayerLine(run.label, [math.nan if loss is None else loss for loss in losses], index))
+        panels.append(LayerPanel(title, "loss, nats a token (log scale)", lines, log=True))
     return panels
 
 
@@ -319,20 +336,6 @@ def _speed_plots(source: Source) -> list[Plot]:
     return [Plot(COSTS, source.slug, source.label, caption, partial(bar_figure, panels))] if panels else []
 
 
-def _measured_plots(source: Source) -> list[Plot]:
-    # A list goes from no unit removed to all heads but one, and to FURTHEST of the columns.
-    parts = (("heads", 1.0), ("FFN columns", FURTHEST))
-    panels = []
-    for part, (name, furthest) in enumerate(parts):
-        curves = [layer[part] for layer in source.record.values()]
-        values = [curve[min(round(REFERENCE / furthest * len(curve)), len(curve) - 1)] for curve in curves]
-        lines = [LayerLine(source.label, values, 0)]
-        panels.append(LayerPanel(name, "loss, nats a token (log scale)", lines, log=True))
-    share = f"{100 * REFERENCE:g} %"
-    caption = f"How far the predictions diverge from the dense model's with {share} of one layer's units gone."
-    return [Plot(ERRORS, source.slug, source.label, caption, partial(layer_figure, panels))]
-
-
 _PLOTS: dict[str, Callable[[Source], list[Plot]]] = {
     QUALITY: _quality_plots,
     SERVING: _serving_plots,
@@ -341,7 +344,6 @@ _PLOTS: dict[str, Callable[[Source], list[Plot]]] = {
     SPEED: _speed_plots,
     PERPLEXITY: _perplexity_plots,
     RECOVERY: _recovery_plots,
-    MEASURED: _measured_plots,
 }
 
 
@@ -359,9 +361,6 @@ def _rows(source: Source) -> Rows:
             for timing in record["timings"]
             for model, latency in zip(record["models"], timing["latencies"], strict=True)
         ]
-    if source.kind == MEASURED:
-        last = ((layer, heads[-1], columns[-1]) for layer, (heads, columns) in record.items())
-        return [dict(zip(("layer", "all heads but one", "most columns"), row, strict=True)) for row in last]
     return record["rows"]
 
 

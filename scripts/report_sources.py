@@ -19,7 +19,6 @@ COMPARISON = "two checkpoints side by side"
 SPEED = "prefill and decode of two models"
 PERPLEXITY = "perplexity before and after pruning"
 RECOVERY = "prune, LoRA, evaluate"
-MEASURED = "losses that a search has measured"
 
 # Of each kind, keys that its file has, and keys that the first of its rows has.
 _SIGNS: dict[str, tuple[set[str], set[str]]] = {
@@ -86,7 +85,7 @@ def _read(file: Path, label: str) -> Source:
         raise UserError(f"RUN {file}: cannot be read as json ({type(error).__name__}: {error})") from None
     kind = _kind(record)
     if kind is None:
-        raise UserError(f"RUN {file}: of an unknown kind; known are: {'; '.join([*_SIGNS, MEASURED])}")
+        raise UserError(f"RUN {file}: of an unknown kind; known are: {'; '.join(_SIGNS)}")
     pruning = file.with_name(PRUNING_FILE)
     masks = read_pruning(pruning) if kind == RUN and pruning.is_file() else None
     return Source(file, label, kind, record, masks)
@@ -101,4 +100,4 @@ def _kind(record: Any) -> str | None:
     for kind, (keys, row_keys) in _SIGNS.items():
         if keys <= record.keys() and row_keys <= first.keys():
             return kind
-    return MEASURED if all(map(str.isdecimal, record)) else None
+    return None

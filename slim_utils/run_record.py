@@ -13,6 +13,7 @@ import transformers
 
 from slim_utils.cli import command_line
 from slim_utils.layer_report import LayerReport
+from slim_utils.search import Place
 from slim_utils.slim_dataset import CalibrationData
 from slim_utils.slimgpt import PruneResult
 
@@ -72,6 +73,20 @@ def pruning_record(
         "layers": [layer_record(report) for report in reports],
         "pruning_seconds": round(seconds, 2),
     }
+
+
+def search_record(layers: list[list[Place]]) -> list[dict[str, Any]]:
+    """What a search has measured, by layer: units of heads and of columns that were removed, and the loss in nats."""
+    return [
+        {
+            "layer": index,
+            **{
+                part: {"units_removed": place.count, "loss": place.loss}
+                for part, place in zip(("attention", "mlp"), places, strict=True)
+            },
+        }
+        for index, places in enumerate(layers)
+    ]
 
 
 def layer_record(report: LayerReport) -> dict[str, Any]:

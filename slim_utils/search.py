@@ -3,14 +3,16 @@
 One pass over the dense model gives, for the heads and for the columns of every layer, the OBS error of every count of
 units. How much an error there matters is measured once for each: ``REFERENCE`` of the units is removed from that place
 alone, and the rest of the model is run on a few calibration samples. The divergence of its predictions from the dense
-model's, scaled by the errors, is the loss curve.
+model's, scaled by the errors, is the loss curve. Where time is short only some of the layers are measured; a layer
+between two of them takes its losses from both.
 """
 
 import json
 import logging
 import math
+import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -91,58 +93,115 @@ class Probe:
         return logits[0].float().log_softmax(-1)
 
 
+@dataclass
+class Place:
+    """What is known of the heads, or of the FFN columns, of one layer.
+
+    Attributes:
+        errors: OBS error of 0, 1, … units.
+        count: units that were, or would be, removed to measure the loss.
+        loss: the loss of that many, in nats a token; ``None`` where it was not measured.
+    """
+
+    errors: list[float]
+    count: int
+    loss: float | None = None
+
+    def losses(self, loss: float) -> np.ndarray:
+        """Losses of 0, 1, … units where those of ``count`` cost ``loss``."""
+        errors = np.array(self.errors)
+        return errors * (loss / errors[self.count]) if self.count < len(errors) else errors
+
+
 @torch.no_grad()
-def loss_curves(
+def measured_places(
     host: LayerHost,
     samples: Tensor,
     shapes: list[LayerShape],
-    units: list[LayerUnits],
     settings: WalkSettings,
     finished: Path | None = None,
-) -> list[LossCurve]:
-    """Loss curves of the heads and of the FFN columns of every layer, in this order.
+    seconds: float = math.inf,
+) -> list[list[Place]]:
+    """The heads and the FFN columns of every layer.
 
     Args:
         host: of the whole dense model, which ends as it was.
         samples: (num_samples, seqlen) calibration token ids.
         shapes: of the layers.
-        units: of the layers.
         settings: how.
         finished: file that keeps what is measured, so that a run that was cut off does not measure it again.
+        seconds: a layer's losses are measured where at most its share of this time has passed, those of the first and
+            of the last always.
     """
     kept = json.loads(finished.read_text(encoding="utf-8")) if finished and finished.exists() else {}
-    family = host.family
-    curves = []
+    start, last = time.perf_counter(), len(shapes) - 1
     with host.outside(settings.device), logging_redirect_tqdm():
         hidden, calls = capture_layer_calls(host.model, host.layers, samples, settings)
         probe = Probe(host, samples[:PROBE_SAMPLES], settings)
         for index in tqdm(range(len(host.layers)), desc="measuring", unit="layer", disable=None):
             layer = host.fetch(index, settings.device)
-            replay = LayerReplay(layer, family, hidden, send_to_device(calls[index], settings.device), settings)
+            replay = LayerReplay(layer, host.family, hidden, send_to_device(calls[index], settings.device), settings)
             if str(index) not in kept:
-                unit_size, groups, _ = head_unit(shapes[index], settings)
-                measured = []
-                places = [(family.attention_out, replay.attention_inputs(), unit_size, groups)]
-                places.append((family.mlp_out, _column_inputs(replay), 1, 1))
-                for name, inputs, size, num_groups in places:
-                    pruner = SlimGPT(layer.get_submodule(name), f"layer {index} {name}")
-                    for batch in inputs:
-                        pruner.add_batch(batch)
-                    measured.append(_measured(pruner, probe, index, size, num_groups, settings))
-                kept[str(index)] = measured
+                in_time = time.perf_counter() - start <= seconds * index / (last + 1)
+                probed = probe if in_time or index in (0, last) else None
+                places = _measured_layer(replay, probed, index, shapes[index], settings)
+                kept[str(index)] = [asdict(place) for place in places]
                 if finished:
                     write_json_atomic(finished, kept)
-            heads, columns = (np.array(losses) for losses in kept[str(index)])
-            curves += [LossCurve(heads, units[index].head_weights, False)]
-            curves += [LossCurve(columns, units[index].column_weights, True)]
             replay.advance()
             probe.advance(index)
             host.release(index)
+            heads, columns = (_cost(place["loss"]) for place in kept[str(index)])
             logger.info(
-                "layer %d/%d: all heads but one would cost %.4f nats, %.0f %% of the columns %.4f",
-                *(index, len(host.layers), heads[-1], 100 * FURTHEST, columns[-1]),
+                "layer %d/%d: %.0f %% of the heads %s, of the columns %s",
+                index,
+                len(shapes),
+                100 * REFERENCE,
+                heads,
+                columns,
             )
+    return [[Place(**place) for place in kept[str(index)]] for index in range(len(shapes))]
+
+
+def _cost(loss: float | None) -> str:
+    return "not measured" if loss is None else f"would cost {loss:.4f} nats"
+
+
+def loss_curves(layers: list[list[Place]], units: list[LayerUnits]) -> list[LossCurve]:
+    """Loss curves of the heads and of the FFN columns of every layer, in this order."""
+    losses = [_interpolated([places[kind].loss for places in layers]) for kind in range(2)]
+    curves = []
+    for index, ((heads, columns), own) in enumerate(zip(layers, units, strict=True)):
+        curves.append(LossCurve(heads.losses(losses[0][index]), own.head_weights, False))
+        curves.append(LossCurve(columns.losses(losses[1][index]), own.column_weights, True))
     return curves
+
+
+def _interpolated(losses: list[float | None]) -> np.ndarray:
+    """Losses by layer, those that were not measured between the logarithms of their neighbours'."""
+    known = [index for index, loss in enumerate(losses) if loss is not None]
+    if not known:
+        # Neither the first nor the last has anything to lose here.
+        return np.full(len(losses), LEAST_LOSS)
+    return np.exp(np.interp(range(len(losses)), known, np.log([losses[index] for index in known])))
+
+
+def _measured_layer(
+    replay: LayerReplay, probe: Probe | None, index: int, shape: LayerShape, settings: WalkSettings
+) -> list[Place]:
+    """The heads and the columns of a layer, their losses too where there is a ``probe``."""
+    family = replay.family
+    unit_size, groups, _ = head_unit(shape, settings)
+    places = []
+    for name, inputs, size, num_groups in (
+        (family.attention_out, replay.attention_inputs(), unit_size, groups),
+        (family.mlp_out, _column_inputs(replay), 1, 1),
+    ):
+        pruner = SlimGPT(replay.layer.get_submodule(name), f"layer {index} {name}")
+        for batch in inputs:
+            pruner.add_batch(batch)
+        places.append(_measured(pruner, probe, index, size, num_groups, settings))
+    return places
 
 
 def _column_inputs(replay: LayerReplay) -> Iterator[Tensor]:
@@ -152,21 +211,21 @@ def _column_inputs(replay: LayerReplay) -> Iterator[Tensor]:
 
 
 def _measured(
-    pruner: SlimGPT, probe: Probe, index: int, unit_size: int, num_groups: int, settings: WalkSettings
-) -> list[float]:
-    """Losses of 0, 1, … units of every group; the weights stay as they are."""
+    pruner: SlimGPT, probe: Probe | None, index: int, unit_size: int, num_groups: int, settings: WalkSettings
+) -> Place:
+    """Errors of 0, 1, … units of every group, and a loss; the weights stay as they are."""
     furthest = 1.0 if unit_size > 1 else FURTHEST
     group = settings.choices.column_group or math.ceil(pruner.columns / CURVE_STEPS)
     fine = replace(settings.choices, column_group=group)
     errors = pruner.error_curve(furthest, unit_size, settings.percdamp, num_groups, fine)
-    dense = pruner.linear.weight.clone()
     per_group = pruner.columns // unit_size // num_groups
     count = min(max(round(REFERENCE * per_group), 1), len(errors) - 1)
     # Columns that are never active go first, at no cost, and tell nothing of the others.
     count = max(count, int((errors <= NEGLIGIBLE * errors[-1]).sum()))
-    if count >= len(errors):
-        return errors.tolist()
-    pruner.struct_prune(count / per_group, unit_size, settings.percdamp, True, num_groups, settings.choices)
-    loss = max(probe.divergence(index), LEAST_LOSS)
-    pruner.linear.weight.copy_(dense)
-    return (errors * (loss / errors[count])).tolist()
+    place = Place(errors.tolist(), count)
+    if probe and count < len(errors):
+        dense = pruner.linear.weight.clone()
+        pruner.struct_prune(count / per_group, unit_size, settings.percdamp, True, num_groups, settings.choices)
+        place.loss = max(probe.divergence(index), LEAST_LOSS)
+        pruner.linear.weight.copy_(dense)
+    return place

@@ -17,7 +17,7 @@ from slim_utils.model_stats import count_parameters
 from slim_utils.obs import Choices
 from slim_utils.params_remove import stock_config
 from slim_utils.pruning_record import LayerMask
-from slim_utils.search import loss_curves
+from slim_utils.search import Place, loss_curves, measured_places
 from slim_utils.sparsity_schedule import STRATEGIES, LayerRatio, layer_range, layer_ratios, non_uniform_ratios
 from slim_utils.walk_settings import WalkSettings
 
@@ -33,6 +33,9 @@ def add_budget_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--target_params", type=float, help="parameters to end with (such as 5.4e9), to one FFN column")
     group.add_argument(
         "--allocation", choices=ALLOCATIONS, help="how a target is spread over the layers (default: uniform)"
+    )
+    group.add_argument(
+        "--search_minutes", type=float, help="time to measure losses in with --allocation search (default: as needed)"
     )
     group.add_argument("--profile", type=Path, help="pruning.json of another run, to keep as much of every layer")
 
@@ -61,6 +64,10 @@ def check_budget(args: argparse.Namespace) -> None:
         raise UserError(f"--target_ratio {args.target_ratio}: more than 0 and less than 1")
     if args.uniform_shapes and (given and args.allocation not in (None, "uniform")):
         raise UserError("--uniform_shapes wants one ratio for all layers: --sparsity, or --allocation uniform")
+    if args.search_minutes is not None and args.allocation != SEARCH:
+        raise UserError("--search_minutes is the time of a search: add --allocation search, or leave it out")
+    if args.search_minutes is not None and not args.search_minutes >= 0:
+        raise UserError(f"--search_minutes {args.search_minutes}: at least 0")
     if args.allocation == SEARCH:
         for name, reason in (("stream", "the whole model in memory"), ("no_compensate", "compensation")):
             if getattr(args, name):
@@ -70,25 +77,20 @@ def check_budget(args: argparse.Namespace) -> None:
 
 
 def plan(
-    args: argparse.Namespace,
-    host: LayerHost,
-    settings: WalkSettings,
-    samples: Tensor | None = None,
-    measured: Path | None = None,
+    args: argparse.Namespace, host: LayerHost, settings: WalkSettings, places: list[list[Place]] | None = None
 ) -> tuple[list[LayerRatio], list[LayerMask]]:
     """Pruning ratios of every layer, and masks of the sizes that they lead to; says what is odd about them.
 
     Args:
         args: of the command line.
-        host: of the model; only a search looks at its weights.
+        host: of the model, whose weights are not looked at.
         settings: how to walk.
-        samples: calibration token ids, for a search.
-        measured: file that keeps what a search has measured.
+        places: what a search has measured.
 
     Raises:
         UserError: if the target, or a stock checkpoint, cannot be had.
     """
-    ratios = chosen_ratios(args, host, samples, settings, measured)
+    ratios = chosen_ratios(args, host, settings, places)
     if not any(map(any, ratios)):
         logger.warning("nothing to prune: all ratios are 0; set --sparsity, or --non_uniform with --max_sparsity")
     planned = planned_masks(layer_shapes(host.model.config), ratios, settings)
@@ -99,7 +101,7 @@ def plan(
 
 
 def chosen_ratios(
-    args: argparse.Namespace, host: LayerHost, samples: Tensor | None, settings: WalkSettings, measured: Path | None
+    args: argparse.Namespace, host: LayerHost, settings: WalkSettings, places: list[list[Place]] | None
 ) -> list[LayerRatio]:
     """Pruning ratios of every layer; arguments as for :func:`plan`.
 
@@ -115,7 +117,7 @@ def chosen_ratios(
         return [LayerRatio.of(ratio) for ratio in original_ratios(args, layers, len(shapes))]
     budget = weights_to_remove(args, host)
     if args.allocation == SEARCH:
-        return searched_ratios(host, samples, layers, units, settings, budget, measured)
+        return searched_ratios(places, layers, units, budget)
 
     def schedule(highest: float) -> list[float]:
         if args.allocation in (None, "uniform"):
@@ -145,23 +147,24 @@ def weights_to_remove(args: argparse.Namespace, host: LayerHost) -> float:
     return budget
 
 
+def search(
+    args: argparse.Namespace, host: LayerHost, samples: Tensor, settings: WalkSettings, finished: Path | None
+) -> list[list[Place]]:
+    """Measure what pruning costs where, in the time given; arguments as for :func:`measured_places`."""
+    seconds = math.inf if args.search_minutes is None else 60 * args.search_minutes
+    return measured_places(host, samples, layer_shapes(host.model.config), settings, finished, seconds)
+
+
 def searched_ratios(
-    host: LayerHost,
-    samples: Tensor,
-    layers: range,
-    units: list[LayerUnits],
-    settings: WalkSettings,
-    budget: float,
-    measured: Path | None,
+    places: list[list[Place]], layers: range, units: list[LayerUnits], budget: float
 ) -> list[LayerRatio]:
     """Ratios of the least loss, measured, that remove ``budget`` block weights of the given layers.
 
     Raises:
         UserError: if the layers have fewer weights.
     """
-    shapes = layer_shapes(host.model.config)
-    curves = loss_curves(host, samples, shapes, units, settings, measured)
-    pruned = [index for index in range(2 * len(shapes)) if index // 2 in layers]
+    curves = loss_curves(places, units)
+    pruned = [index for index in range(len(curves)) if index // 2 in layers]
     counts = dict(zip(pruned, allocate([curves[index] for index in pruned], budget), strict=True))
     return [own.ratio(counts.get(2 * i, 0), counts.get(2 * i + 1, 0)) for i, own in enumerate(units)]
 

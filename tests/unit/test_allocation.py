@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 import model_slimming
-from slim_utils.allocation import LossCurve, allocate, block_weights, layer_units, scaled_ratios
+from slim_utils.allocation import LayerUnits, LossCurve, allocate, block_weights, layer_units, scaled_ratios
 from slim_utils.errors import UserError
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layer_host import LayerHost
@@ -17,7 +17,7 @@ from slim_utils.layer_store import LayerStore
 from slim_utils.layer_walk import planned_masks
 from slim_utils.model_stats import removed_share
 from slim_utils.obs import Choices
-from slim_utils.search import PROBE_SAMPLES, loss_curves
+from slim_utils.search import PROBE_SAMPLES, Place, loss_curves, measured_places
 from slim_utils.slimgpt import SlimGPT
 from slim_utils.sparsity_schedule import layer_ratios, non_uniform_ratios
 from slim_utils.walk_settings import WalkSettings
@@ -99,7 +99,7 @@ def test_curves_are_measured_on_the_whole_model(name, samples):
     settings = WalkSettings(CPU, CPU, choices=Choices(exact_heads=True, column_group=4))
     host = LayerHost(model, family)
     units = layer_units(host.layers, family, shapes, settings)
-    curves = loss_curves(host, samples, shapes, units, settings)
+    curves = loss_curves(measured_places(host, samples, shapes, settings), units)
     assert len(curves) == 8
     for parameter, before in zip(model.parameters(), dense.parameters(), strict=True):
         assert torch.equal(parameter, before)
@@ -175,9 +175,29 @@ def test_dead_columns_do_not_hide_what_the_others_cost(samples):
         getattr(model.model.layers[1].mlp, name).weight.data[:20] = 0
     family, shapes, settings = find_family(model.config), layer_shapes(model.config), WalkSettings(CPU, CPU)
     host = LayerHost(model, family)
-    curves = loss_curves(host, samples, shapes, layer_units(host.layers, family, shapes, settings), settings)
-    losses = curves[3].losses
+    units = layer_units(host.layers, family, shapes, settings)
+    losses = loss_curves(measured_places(host, samples, shapes, settings), units)[3].losses
     assert losses[20] <= 1e-4 * losses[-1] and losses[-1] > 1e-3
+
+
+def test_layers_that_are_not_measured_take_their_losses_from_their_neighbours():
+    units = [LayerUnits(3, 3, 10, 1)] * 3
+    layers = [[Place([0, 1, 4], 1, loss), Place([0, 2, 2], 2, loss and 1.0)] for loss in (0.01, None, 0.04)]
+    heads = [curve.losses for curve in loss_curves(layers, units)[::2]]
+    assert heads[1].tolist() == pytest.approx([0, 0.02, 0.08])
+    assert heads[2].tolist() == pytest.approx([0, 0.04, 0.16])
+
+
+def test_without_time_only_the_first_and_the_last_layer_are_measured(words, tmp_path):
+    flags = [*words, "--target_ratio", 0.3, "--allocation", "search"]
+    main(*flags, "--search_minutes", 0, "--save_dir", tmp_path / "short")
+    main(*flags, "--search_minutes", 60, "--save_dir", tmp_path / "long")
+    losses = {
+        name: [layer["mlp"]["loss"] for layer in json.loads((tmp_path / name / "run.json").read_text())["search"]]
+        for name in ("short", "long")
+    }
+    assert [loss is None for loss in losses["short"]] == [False, True, True, False]
+    assert all(losses["long"]) and losses["long"][::3] == losses["short"][::3]
 
 
 def test_target_params(words, checkpoint, tmp_path):
@@ -220,6 +240,8 @@ def test_a_search_that_was_cut_off_measures_nothing_twice(words, tmp_path, monke
         (["--target_ratio", 0.99], "cannot lose .* weights; lower the target"),
         (["--target_params", 1e9], r"--target_params 1e\+09: the model has"),
         (["--target_ratio", 0.2, "--allocation", "search", "--no_compensate"], "search needs compensation"),
+        (["--target_ratio", 0.2, "--search_minutes", 1], "--search_minutes is the time of a search"),
+        (["--target_ratio", 0.2, "--allocation", "search", "--search_minutes", -1], "--search_minutes -1.0: at least"),
         (["--target_ratio", 0.2, "--max_sparsity", 0.3], "leave --max_sparsity out"),
         (["--target_ratio", 0.2, "--min_sparsity", 0.1], "--min_sparsity is where a strategy begins"),
         (["--profile", "p.json", "--minlayer", 1], "leave --minlayer and --maxlayer out"),

@@ -12,7 +12,6 @@ from scripts.report_figures import BREAKDOWN, perplexity_figure, perplexity_pane
 from scripts.report_page import page
 from scripts.report_sources import (
     COMPARISON,
-    MEASURED,
     PERPLEXITY,
     PRUNING_COST,
     QUALITY,
@@ -97,13 +96,12 @@ def test_a_run_in_which_nothing_was_pruned_is_drawn(tmp_path):
         plot.draw().canvas.draw()
 
 
-def test_losses_of_a_search_are_drawn_at_the_share_they_were_measured(tmp_path):
-    heads, columns = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0], [index / 10 for index in range(28)]
-    (source,) = read_sources([write(tmp_path / "measured.json", {"0": [heads, columns], "1": [heads, columns]})])
-    assert source.kind == MEASURED
-    (plot,) = plots([source])
-    values = [ax.get_lines()[0].get_ydata().tolist() for ax in plot.draw().axes]
-    assert values == [[3.0, 3.0], [pytest.approx(0.9)] * 2]
+def test_losses_of_a_search_are_drawn(tmp_path):
+    search = [{"layer": i, "attention": {"loss": loss}, "mlp": {"loss": 0.5}} for i, loss in enumerate([0.25, None])]
+    (source,) = read_sources([write(tmp_path / "run.json", {**RUN_RECORD, "search": search})])
+    (plot,) = (plot for plot in plots([source]) if plot.name.endswith("_losses"))
+    heads, columns = (ax.get_lines()[0].get_ydata().tolist() for ax in plot.draw().axes)
+    assert heads[0] == 0.25 and math.isnan(heads[1]) and columns == [0.5, 0.5]
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
