@@ -55,6 +55,8 @@ from slim_utils.slim_dataset import CalibrationData, load_calibration
 from slim_utils.slimming_args import (
     SEARCH,
     add_budget_flags,
+    add_choice_flags,
+    apply_preset,
     check_budget,
     plan,
     search,
@@ -105,10 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     prune.add_argument("--maxlayer", type=int, default=1000, help="layer to stop before")
     prune.add_argument("--no_compensate", action="store_true", help="only zero, leave the other weights as they are")
     prune.add_argument("--percdamp", type=float, default=0.01, help="damping of the Hessian (default %(default)s)")
-    prune.add_argument("--exact_heads", action="store_true", help="score heads by the error that their removal leaves")
-    prune.add_argument(
-        "--column_group", type=int, default=0, help="FFN columns of a step (default: the paper's dynamic group size)"
-    )
+    add_choice_flags(prune)
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default %(default)s)")
     machine.add_argument("--cache_dev", help="cuda or cpu: where activations are kept (default: --device)")
@@ -150,6 +149,7 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
     for name in ("percdamp", "column_group"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} {getattr(args, name)}: at least 0")
+    apply_preset(args)
     check_budget(args)
     if args.min_sparsity > args.max_sparsity and not args.allocation:
         raise UserError(f"--min_sparsity {args.min_sparsity} is above --max_sparsity {args.max_sparsity}")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_quality SmolLM2-135M-Instruct --calib_file wikitext2/valid.tokens.txt \
         --eval_files wikitext2=wikitext2/test.tokens.txt c4=c4/sample.jsonl ptb=ptb/valid.txt \
-        --shares 0.2 0.5 --seeds 0 --out benchmarks/results/bench_quality.json
+        --out benchmarks/results/bench_quality.json
 
 The protocol: fp32; 32 windows × 512 tokens of the calibration text, drawn by the seed, for all methods alike; the first
 8 × 1024 tokens of every evaluation text, no special tokens, 1023 targets a window; nothing is chosen on those texts.
@@ -48,7 +48,7 @@ from slim_utils.pruning_record import LayerMask
 from slim_utils.run_record import environment
 from slim_utils.search import measured_places
 from slim_utils.slim_dataset import load_calibration
-from slim_utils.slimming_args import searched_ratios
+from slim_utils.slimming_args import BEST_COLUMN_GROUP, searched_ratios
 from slim_utils.sparsity_schedule import non_uniform_ratios
 from slim_utils.text_source import file_documents, join_documents, tokenize
 from slim_utils.walk_settings import WalkSettings
@@ -57,7 +57,7 @@ logger = logging.getLogger("bench_quality")
 
 EVAL_WINDOWS, EVAL_SEQLEN = 8, 1024
 MIN_SPARSITY = 0.0625
-FINE = Choices(exact_heads=True, column_group=16)
+FINE = Choices(exact_heads=True, column_group=BEST_COLUMN_GROUP)
 HEADS = ("repeated", "native")
 
 Pruner = Callable[[PreTrainedModel, Tensor, float, WalkSettings, Path], list[LayerMask]]
@@ -99,7 +99,7 @@ def uniform_counts(model: PreTrainedModel, share: float, settings: WalkSettings)
 def by_search(
     model: PreTrainedModel, samples: Tensor, share: float, settings: WalkSettings, measured: Path
 ) -> list[LayerMask]:
-    """SlimGPT with fine choices, and the ratios of least measured loss."""
+    """``--preset best``: fine choices, and the ratios of least measured loss."""
     family, settings = find_family(model.config), replace(settings, choices=FINE)
     units, budget = budgeted(model, share, settings)
     places = measured_places(LayerHost(model, family), samples, layer_shapes(model.config), settings, measured)
@@ -125,7 +125,7 @@ METHODS: dict[str, Pruner] = {
     "slimgpt_uniform": without_file(partial(by_schedule, PAPER_CHOICES, None)),
     "slimgpt_log_increase": without_file(partial(by_schedule, PAPER_CHOICES, MIN_SPARSITY)),
     "fine_log_increase": without_file(partial(by_schedule, FINE, MIN_SPARSITY)),
-    "fine_search": by_search,
+    "best": by_search,
 }
 
 
@@ -147,13 +147,25 @@ def build_parser() -> argparse.ArgumentParser:
 def eval_sets(args: argparse.Namespace) -> dict[str, Tensor]:
     """Windows (8, 1024) of every evaluation text, by its name."""
     tokenizer, sets = load_tokenizer(args.model, False), {}
-    for spec in args.eval_files:
+    for name, file in named_files("--eval_files", args.eval_files).items():
+        tokens = tokenize(tokenizer, join_documents(file_documents(file)), add_special_tokens=False)
+        sets[name] = eval_windows(tokens, EVAL_SEQLEN, str(file))[:EVAL_WINDOWS]
+    return sets
+
+
+def named_files(flag: str, specs: list[str]) -> dict[str, Path]:
+    """Files of ``NAME=FILE`` by their names.
+
+    Raises:
+        UserError: naming the flag and what is not one.
+    """
+    files = {}
+    for spec in specs:
         name, separator, file = spec.partition("=")
         if not separator or not Path(file).is_file():
-            raise UserError(f"--eval_files {spec}: give NAME=FILE of an existing file")
-        tokens = tokenize(tokenizer, join_documents(file_documents(Path(file))), add_special_tokens=False)
-        sets[name] = eval_windows(tokens, EVAL_SEQLEN, file)[:EVAL_WINDOWS]
-    return sets
+            raise UserError(f"{flag} {spec}: give NAME=FILE of an existing file")
+        files[name] = Path(file)
+    return files
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

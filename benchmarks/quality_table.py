@@ -19,7 +19,7 @@ NAMES = {
     "slimgpt_uniform": "SlimGPT, uniform",
     "slimgpt_log_increase": "SlimGPT, log_increase",
     "fine_log_increase": "the same, finer choices",
-    "fine_search": "finer choices, search",
+    "best": "SlimGPT, --preset best",
 }
 
 

@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 SEARCH = "search"
 ALLOCATIONS = ("uniform", *STRATEGIES, SEARCH)
+PRESETS = ("paper", "best")
+# Finer ones leave no smaller error (benchmarks/layer_choices.py) and take longer on wide layers.
+BEST_COLUMN_GROUP = 32
 
 
 def add_budget_flags(group: argparse._ArgumentGroup) -> None:
@@ -38,6 +41,32 @@ def add_budget_flags(group: argparse._ArgumentGroup) -> None:
         "--search_minutes", type=float, help="time to measure losses in with --allocation search (default: as needed)"
     )
     group.add_argument("--profile", type=Path, help="pruning.json of another run, to keep as much of every layer")
+
+
+def add_choice_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags that say how units are chosen, and one for all that helps."""
+    group.add_argument("--exact_heads", action="store_true", help="score heads by the error that their removal leaves")
+    group.add_argument(
+        "--column_group", type=int, default=0, help="FFN columns of a step (default: the paper's dynamic group size)"
+    )
+    best = f"--exact_heads --column_group {BEST_COLUMN_GROUP} and, for a target, --allocation search"
+    group.add_argument("--preset", choices=PRESETS, default=PRESETS[0], help=f"best: {best} (default: %(default)s)")
+
+
+def apply_preset(args: argparse.Namespace) -> None:
+    """Put in place what ``--preset best`` stands for, where nothing else was asked for."""
+    if args.preset == "paper":
+        return
+    args.exact_heads = True
+    args.column_group = args.column_group or BEST_COLUMN_GROUP
+    if args.allocation or args.uniform_shapes or (args.target_ratio is None and args.target_params is None):
+        return
+    obstacles = [f"--{name}" for name in ("stream", "no_compensate") if getattr(args, name)]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        obstacles.append("several processes")
+    args.allocation = "log_increase" if obstacles else SEARCH
+    if obstacles:
+        logger.warning("--preset best: no search with %s; --allocation log_increase instead", " and ".join(obstacles))
 
 
 def check_budget(args: argparse.Namespace) -> None:

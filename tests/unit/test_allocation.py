@@ -19,6 +19,7 @@ from slim_utils.model_stats import removed_share
 from slim_utils.obs import Choices
 from slim_utils.search import PROBE_SAMPLES, Place, loss_curves, measured_places
 from slim_utils.slimgpt import SlimGPT
+from slim_utils.slimming_args import apply_preset
 from slim_utils.sparsity_schedule import layer_ratios, non_uniform_ratios
 from slim_utils.walk_settings import WalkSettings
 from tests.conftest import make_tiny
@@ -148,6 +149,31 @@ def test_target_ratio(allocation, words, tmp_path):
         layers = json.loads((tmp_path / name / "pruning.json").read_text())["layers"]
         kept.append([[len(layer[kind]["kept"]) for kind in ("heads", "columns")] for layer in layers])
     assert kept[0] == kept[1]
+
+
+def test_the_best_preset_is_its_flags(words, tmp_path):
+    target = ["--target_ratio", 0.3]
+    main(*words, *target, "--preset", "best", "--save_dir", tmp_path / "preset")
+    flags = ["--exact_heads", "--column_group", 32, "--allocation", "search"]
+    main(*words, *target, *flags, "--save_dir", tmp_path / "flags")
+    assert (tmp_path / "preset" / "pruning.json").read_text() == (tmp_path / "flags" / "pruning.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "allocation", "column_group"),
+    [
+        ([], None, 0),
+        (["--preset", "best"], None, 32),
+        (["--preset", "best", "--target_ratio", 0.3, "--allocation", "uniform"], "uniform", 32),
+        (["--preset", "best", "--target_ratio", 0.3, "--stream", "--save_dir", "out"], "log_increase", 32),
+        (["--preset", "best", "--target_params", 9e4, "--column_group", 4], "search", 4),
+    ],
+)
+def test_the_best_preset_leaves_what_was_asked_for(flags, allocation, column_group, words):
+    args = model_slimming.build_parser().parse_args(list(map(str, [*words, *flags])))
+    apply_preset(args)
+    assert (args.allocation, args.column_group) == (allocation, column_group)
+    assert args.exact_heads == ("best" in flags)
 
 
 def test_a_stock_checkpoint_of_a_target(words, tmp_path):

@@ -1,0 +1,101 @@
+"""What the calibration text, the number of samples and their length do to the pruned model.
+
+    python -m benchmarks.bench_calibration SmolLM2-135M-Instruct --calib_files wikitext2=wikitext2/valid.tokens.txt \
+        c4=c4/sample.jsonl alpaca=alpaca/stanford_original.jsonl \
+        --eval_files wikitext2=wikitext2/test.tokens.txt c4=c4/sample.jsonl ptb=ptb/valid.txt \
+        --out benchmarks/results/bench_calibration.json
+
+The protocol: fp32, plain multi-head attention, 20 % of the block weights, log_increase from 0.0625, exact heads, groups
+of 32 columns, damping 0.01; windows of the calibration text drawn by the seed, none of them from its first 16384
+tokens, since evaluation takes the first 8 × 1024 tokens of its texts. Of each text 32 × 512 tokens; of the first one
+other numbers of samples, and other lengths of as many tokens. Rows that --out has are not measured again.
+"""
+
+import argparse
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench_quality import (
+    EVAL_SEQLEN,
+    EVAL_WINDOWS,
+    FINE,
+    MIN_SPARSITY,
+    by_schedule,
+    eval_sets,
+    named_files,
+)
+from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
+from ppl_eval.ppl_eval import perplexity
+from slim_utils.cli import ArgumentParser, command_line, run_cli
+from slim_utils.layer_host import CPU
+from slim_utils.model_io import load_model, load_tokenizer, write_json_atomic
+from slim_utils.run_record import environment
+from slim_utils.slim_dataset import random_windows
+from slim_utils.text_source import file_documents, join_documents, tokenize
+from slim_utils.walk_settings import WalkSettings
+
+logger = logging.getLogger("bench_calibration")
+
+SHARE, SKIPPED = 0.2, 16384
+# Samples and their length, of the first text.
+SIZES = ((8, 512), (128, 512), (128, 128), (8, 2048))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags; the rest of the protocol is fixed."""
+    parser = ArgumentParser(prog="bench_calibration.py", description="Perplexity by calibration data.")
+    parser.add_argument("model", help="SmolLM2-135M as a checkpoint folder")
+    parser.add_argument("--calib_files", nargs="+", required=True, metavar="NAME=FILE")
+    parser.add_argument("--eval_files", nargs="+", required=True, metavar="NAME=FILE")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+def measure(args: argparse.Namespace, text: str, file: Path, num_samples: int, seqlen: int) -> dict[str, Any]:
+    """One row."""
+    tokenizer = load_tokenizer(args.model, False)
+    tokens = tokenize(tokenizer, join_documents(file_documents(file)), add_special_tokens=False)
+    samples = random_windows(tokens[SKIPPED:], num_samples, seqlen, args.seed, text)
+    model = repeat_kv_heads(load_model(args.model, "float32", False))
+    start = time.perf_counter()
+    by_schedule(FINE, MIN_SPARSITY, model, samples, SHARE, WalkSettings(CPU, CPU, percdamp=PERCDAMP))
+    row = {"text": text, "num_samples": num_samples, "seqlen": seqlen, "seconds": round(time.perf_counter() - start, 1)}
+    row["perplexity"] = {name: perplexity(model, windows, 2) for name, windows in eval_sets(args).items()}
+    logger.info("%s, %d × %d tokens: %s", text, num_samples, seqlen, row["perplexity"])
+    return row
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure the rows that are missing."""
+    files = named_files("--calib_files", args.calib_files)
+    protocol = {"share": SHARE, "evaluation": [EVAL_WINDOWS, EVAL_SEQLEN], "percdamp": PERCDAMP, "skipped": SKIPPED}
+    record = {"command": command_line(), "seed": args.seed, **environment(CPU), "protocol": protocol, "rows": []}
+    if args.out.exists():
+        record["rows"] = json.loads(args.out.read_text(encoding="utf-8"))["rows"]
+    first = next(iter(files))
+    wanted = [(text, NUM_SAMPLES, SEQLEN) for text in files] + [(first, *size) for size in SIZES]
+    done = {(row["text"], row["num_samples"], row["seqlen"]) for row in record["rows"]}
+    for text, num_samples, seqlen in wanted:
+        if (text, num_samples, seqlen) not in done:
+            record["rows"].append(measure(args, text, files[text], num_samples, seqlen))
+            write_json_atomic(args.out, record)
+    print(table(record))
+
+
+def table(record: dict[str, Any]) -> str:
+    """As it stands in README."""
+    texts = list(record["rows"][0]["perplexity"])
+    lines = [f"| calibration | samples × tokens | {' | '.join(texts)} | seconds |", "|---" * (3 + len(texts)) + "|"]
+    for row in record["rows"]:
+        figures = [f"{row['perplexity'][text]:.2f}" for text in texts]
+        size = f"{row['num_samples']} × {row['seqlen']}"
+        lines.append(f"| {row['text']} | {size} | {' | '.join(figures)} | {row['seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_cli(lambda: main(build_parser().parse_args()), "bench_calibration.py")
