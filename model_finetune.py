@@ -6,9 +6,11 @@
 
 With LoRA it writes SFT/ (the adapters) and SFT/lora_fused_model/ (a checkpoint in the format of its base); without,
 SFT/ is the trained checkpoint. --is_mask_training true trains a zeroed model (OUT/) whose pruned weights stay exactly
-zero, and adds pruning.json and pruned_weights/. SFT/run.json holds arguments, data, losses and perplexities.
+zero, and adds pruning.json and pruned_weights/. --distill_from DENSE lets the dense model teach it. SFT/run.json holds
+arguments, data, losses and perplexities.
 
-Limits: every process holds the whole model (ZeRO up to stage 2); one process measures the perplexities.
+Limits: every process holds the whole model and the whole teacher (ZeRO up to stage 2); one process measures the
+perplexities.
 """
 
 import copy
@@ -129,8 +131,7 @@ def build_trainer(
     }
     if teacher is None:
         return SlimTrainer(focal_gamma=args.model.focal_loss_gamma if args.model.use_focal_loss else None, **options)
-    weight, temperature = args.model.distill_weight, args.model.distill_temperature
-    return DistillationTrainer(teacher=teacher, weight=weight, temperature=temperature, **options)
+    return DistillationTrainer(teacher=teacher, **options)
 
 
 def save_result(

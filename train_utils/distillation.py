@@ -71,33 +71,25 @@ def target_logits(logits: Tensor, labels: Tensor) -> Tensor:
     return logits[:, :-1][labels[:, 1:] != IGNORED_LABEL]
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, targets: Tensor, weight: float, temperature: float) -> Tensor:
-    """``weight · T² · KL(teacher ‖ student) + (1 − weight) · cross-entropy``, summed over tokens, in nats.
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of the softmaxes of logits, summed over tokens, in nats, computed in fp32.
 
-    KL is that of the softmaxes of logits / T, in fp32; T² keeps the size of its gradient (Hinton et al. 2015, section
-    2). Of the intermediate fp32 tensors those of ``CHUNK_TOKENS`` tokens exist at a time, in the backward pass too.
+    It is the cross-entropy with soft targets of Hinton et al. (2015, section 2) at temperature 1, less the teacher's
+    entropy. Its fp32 tensors exist for ``CHUNK_TOKENS`` tokens at a time, in the backward pass too.
 
     Args:
         student: logits (tokens, vocabulary), which get a gradient.
         teacher: logits of the same shape.
-        targets: (tokens,) ids.
-        weight: 0 gives the cross-entropy, 1 the divergence alone.
-        temperature: T.
     """
-    chunks = zip(*(tensor.split(CHUNK_TOKENS) for tensor in (student, teacher, targets)), strict=True)
+    chunks = zip(student.split(CHUNK_TOKENS), teacher.split(CHUNK_TOKENS), strict=True)
     # Nothing is drawn at random that a second forward would have to repeat.
     options = {"use_reentrant": False, "preserve_rng_state": False}
-    return sum(checkpoint(_chunk_loss, *chunk, weight, temperature, **options) for chunk in chunks)
+    return sum(checkpoint(_chunk_divergence, *chunk, **options) for chunk in chunks)
 
 
-def _chunk_loss(student: Tensor, teacher: Tensor, targets: Tensor, weight: float, temperature: float) -> Tensor:
-    student = student.float()
-    ours, theirs = (functional.log_softmax(logits.float() / temperature, -1) for logits in (student, teacher))
-    divergence = functional.kl_div(ours, theirs, reduction="sum", log_target=True)
-    loss = weight * temperature**2 * divergence
-    if weight < 1:
-        loss = loss + (1 - weight) * functional.cross_entropy(student, targets, reduction="sum")
-    return loss
+def _chunk_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    ours, theirs = (functional.log_softmax(logits, -1, dtype=torch.float32) for logits in (student, teacher))
+    return functional.kl_div(ours, theirs, reduction="sum", log_target=True)
 
 
 class DistillationTrainer(SlimTrainer):
@@ -106,11 +98,9 @@ class DistillationTrainer(SlimTrainer):
     The teacher is no part of the model: it is not wrapped, trained or saved.
     """
 
-    def __init__(self, *args: Any, teacher: PreTrainedModel, weight: float, temperature: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, teacher: PreTrainedModel, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.teacher = teacher
-        self.weight = weight
-        self.temperature = temperature
         self.taught: Tensor | None = None
         self.compute_loss_func = self.loss
 
@@ -130,7 +120,7 @@ class DistillationTrainer(SlimTrainer):
         return target_logits(outputs.logits, inputs["labels"])
 
     def loss(self, outputs: CausalLMOutput, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Of training the distillation's, of evaluation, by which runs compare, the cross-entropy; mean per target.
+        """Of training the divergence, of evaluation, by which runs compare, the cross-entropy; mean per target.
 
         Args:
             outputs: the student's, with logits (batch, seqlen, vocabulary).
@@ -143,7 +133,5 @@ class DistillationTrainer(SlimTrainer):
             return ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch)
         # Not kept beyond the step: the next one's would come on top.
         taught, self.taught = self.taught, None
-        shifted = labels[:, 1:]
-        targets = shifted[shifted != IGNORED_LABEL]
-        total = distillation_loss(target_logits(logits, labels), taught, targets, self.weight, self.temperature)
-        return total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+        total = divergence(target_logits(logits, labels), taught)
+        return total / (len(taught) if num_items_in_batch is None else num_items_in_batch)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -31,8 +30,6 @@ RENAMED_FLAGS = {
 RENAMED_VALUES = {("--optim", "adamw_hf"): "adamw_torch"}
 TRAINER_STATE = "trainer_state.json"
 LORA_BIASES = ("none", "all", "lora_only")
-DISTILL_WEIGHT = 1.0
-DISTILL_TEMPERATURE = 1.0
 
 
 @dataclass
@@ -53,14 +50,6 @@ class ModelArguments:
     focal_loss_gamma: float = field(default=1.0, metadata={"help": "gamma of --use_focal_loss"})
     distill_from: str | None = field(
         default=None, metadata={"help": "checkpoint folder or hub name of a teacher, mostly the dense model"}
-    )
-    distill_weight: float | None = field(
-        default=None,
-        metadata={"help": f"share of the teacher in the loss, the rest is cross-entropy (default: {DISTILL_WEIGHT})"},
-    )
-    distill_temperature: float | None = field(
-        default=None,
-        metadata={"help": f"softens both distributions (default: {DISTILL_TEMPERATURE})"},
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "run model code found in the checkpoint"})
     quantization_bit: int | None = field(default=None, metadata={"help": "refused"})
@@ -253,26 +242,8 @@ def check_model_args(args: FinetuneArguments) -> None:
     chosen = [flag for flag, value in losses.items() if value]
     if len(chosen) > 1:
         raise UserError(f"{' and '.join(chosen)} exclude each other; leave one out")
-    check_distillation(model)
     if args.sparse.mask_config_dir and not args.sparse.is_mask_training:
         raise UserError("--mask_config_dir has no effect without --is_mask_training true")
-
-
-def check_distillation(model: ModelArguments) -> None:
-    """Check the flags of the teacher, and fill in those left out."""
-    if model.distill_from is None:
-        for name in ("distill_weight", "distill_temperature"):
-            if getattr(model, name) is not None:
-                raise UserError(f"--{name} has no effect without --distill_from DENSE")
-        return
-    if model.distill_weight is None:
-        model.distill_weight = DISTILL_WEIGHT
-    if model.distill_temperature is None:
-        model.distill_temperature = DISTILL_TEMPERATURE
-    if not 0 < model.distill_weight <= 1:
-        raise UserError(f"--distill_weight {model.distill_weight}: above 0, where --distill_from does nothing, up to 1")
-    if not 0 < model.distill_temperature < math.inf:
-        raise UserError(f"--distill_temperature {model.distill_temperature}: above 0")
 
 
 def check_data_args(data: DataArguments) -> None:
