@@ -230,11 +230,11 @@ def main(args: FinetuneArguments) -> None:
     path, trusted = args.model.model_name_or_path, args.model.trust_remote_code
     tokenizer = load_tokenizer(path, trusted)
     config = load_config(path, trusted)
-    if args.model.distill_from:
+    if args.model.distill_from is not None:
         check_teacher(args, config, tokenizer)
     data, watched, measured = load_data(args, tokenizer, config.max_position_embeddings)
     model = load_model(path, "auto", trusted)
-    teacher = load_teacher(args) if args.model.distill_from else None
+    teacher = load_teacher(args) if args.model.distill_from is not None else None
     dtype = model.dtype
     before = evaluate(model.to(training.device), measured) if is_main else []
 

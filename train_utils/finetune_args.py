@@ -237,7 +237,7 @@ def check_model_args(args: FinetuneArguments) -> None:
     losses = {
         "--use_focal_loss": model.use_focal_loss,
         "--label_smoothing_factor": args.training.label_smoothing_factor,
-        "--distill_from": model.distill_from,
+        "--distill_from": model.distill_from is not None,
     }
     chosen = [flag for flag, value in losses.items() if value]
     if len(chosen) > 1:

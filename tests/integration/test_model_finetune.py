@@ -35,6 +35,9 @@ RECIPE = shlex.split(
     "--eval_steps 4 --max_length 64 --cache_dataset false --optim adamw_hf --val_dataset_size 8"
 )
 
+# On a CPU the Trainer takes bf16 alone.
+NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
 
 @pytest.fixture(scope="module")
 def slim(tmp_path_factory, checkpoint, text_file) -> Path:
@@ -229,6 +232,7 @@ def test_an_output_is_never_overwritten_silently(slim, words, tmp_path):
         ("--resume_from_checkpoint nowhere", "--resume_from_checkpoint nowhere: no trainer_state.json there"),
         ("--use_focal_loss true --label_smoothing_factor 0.1", "exclude each other"),
         ("--use_focal_loss true --distill_from x", "--use_focal_loss and --distill_from exclude each other"),
+        ("--distill_from=", "--distill_from: model : cannot be loaded"),
         ("--distill_from /none", "--distill_from: model /none: no such folder"),
         ("--model_name_or_path /none", "model /none: no such folder"),
         ("--is_mask_training true", "--mask_config_dir .*pruning.json: cannot be read"),
@@ -296,10 +300,8 @@ def test_a_teacher_changes_neither_the_start_nor_the_measure(slim, words, tmp_pa
     assert entries[0] and entries[0] == entries[1]
 
 
-@pytest.mark.parametrize("dtype", ["--bf16", "--fp16"])
+@pytest.mark.parametrize("dtype", ["--bf16", pytest.param("--fp16", marks=NEEDS_CUDA)])
 def test_a_teacher_in_half_precision(slim, words, tmp_path, checkpoint, dtype):
-    if dtype == "--fp16" and not torch.cuda.is_available():
-        pytest.skip("the Trainer takes fp16 on a GPU alone")
     flags = ["--learning_rate", 1e-3, "--num_train_epochs", 3, dtype, "true", "--distill_from", checkpoint]
     main(words(slim / "pruned_weights", *flags))
     trained = losses(tmp_path / "out")
