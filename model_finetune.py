@@ -6,9 +6,11 @@
 
 With LoRA it writes SFT/ (the adapters) and SFT/lora_fused_model/ (a checkpoint in the format of its base); without,
 SFT/ is the trained checkpoint. --is_mask_training true trains a zeroed model (OUT/) whose pruned weights stay exactly
-zero, and adds pruning.json and pruned_weights/. SFT/run.json holds arguments, data, losses and perplexities.
+zero, and adds pruning.json and pruned_weights/. --distill_from DENSE lets the dense model teach it. SFT/run.json holds
+arguments, data, losses and perplexities.
 
-Limits: every process holds the whole model (ZeRO up to stage 2); one process measures the perplexities.
+Limits: every process holds the whole model and the whole teacher (ZeRO up to stage 2); one process measures the
+perplexities.
 """
 
 import copy
@@ -45,6 +47,7 @@ from slim_utils.params_remove import shrink
 from slim_utils.pruning_record import PRUNING_FILE, LayerMask, read_masks, write_pruning
 from slim_utils.run_record import environment
 from slim_utils.side_by_side import side_by_side
+from train_utils.distillation import DistillationTrainer, check_teacher, load_teacher
 from train_utils.finetune_args import FinetuneArguments, extra_val_specs, parse_args
 from train_utils.finetune_dataset import (
     FinetuneData,
@@ -110,22 +113,25 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     data: FinetuneData,
     watched: EvalSets,
+    teacher: PreTrainedModel | None,
 ) -> SlimTrainer:
-    """The Trainer with its data."""
+    """The Trainer with its data, and with its teacher where there is one."""
     # For the batches alone; the saved tokenizer stays as it is.
     padding = copy.deepcopy(tokenizer)
     padding.padding_side = "right"
     padding.pad_token = padding.pad_token or padding.eos_token
     eval_sets = {"validation": data.validation} if data.validation is not None else {}
     eval_sets |= {name: window_dataset(windows) for (name, _), windows in watched.items()}
-    return SlimTrainer(
-        model=model,
-        args=args.training,
-        data_collator=DataCollatorForSeq2Seq(padding, padding=True),
-        train_dataset=data.train,
-        eval_dataset=eval_sets if args.training.do_eval else None,
-        focal_gamma=args.model.focal_loss_gamma if args.model.use_focal_loss else None,
-    )
+    options = {
+        "model": model,
+        "args": args.training,
+        "data_collator": DataCollatorForSeq2Seq(padding, padding=True),
+        "train_dataset": data.train,
+        "eval_dataset": eval_sets if args.training.do_eval else None,
+    }
+    if teacher is None:
+        return SlimTrainer(focal_gamma=args.model.focal_loss_gamma if args.model.use_focal_loss else None, **options)
+    return DistillationTrainer(teacher=teacher, **options)
 
 
 def save_result(
@@ -223,14 +229,17 @@ def main(args: FinetuneArguments) -> None:
     pruned = load_pruned(args)
     path, trusted = args.model.model_name_or_path, args.model.trust_remote_code
     tokenizer = load_tokenizer(path, trusted)
-    positions = load_config(path, trusted).max_position_embeddings
-    data, watched, measured = load_data(args, tokenizer, positions)
+    config = load_config(path, trusted)
+    if args.model.distill_from is not None:
+        check_teacher(args, config, tokenizer)
+    data, watched, measured = load_data(args, tokenizer, config.max_position_embeddings)
     model = load_model(path, "auto", trusted)
+    teacher = load_teacher(args) if args.model.distill_from is not None else None
     dtype = model.dtype
     before = evaluate(model.to(training.device), measured) if is_main else []
 
     model = prepare_model(model, args)
-    trainer = build_trainer(args, model, tokenizer, data, watched)
+    trainer = build_trainer(args, model, tokenizer, data, watched, teacher)
     if pruned:
         mask = MaskCallback(list(masked_slices(model, pruned.family, pruned.masks)))
         trainer.add_callback(mask)
@@ -250,7 +259,7 @@ def main(args: FinetuneArguments) -> None:
         folder = stack.enter_context(atomic_entries(Path(training.output_dir)))
         result = save_result(args, model, tokenizer, dtype, pruned, folder)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
-        del trainer, model
+        del trainer, model, teacher
         gc.collect()
         after = evaluate(result.to(training.device), measured)
         record |= {"perplexity": {"before": before, "after": after}}

@@ -1,18 +1,19 @@
-"""The whole recipe on SmolLM2-135M: dense, pruned, and after LoRA; perplexity and zero-shot accuracy of each.
+"""The whole recipe on SmolLM2-135M: dense, pruned, and after LoRA, plain and with the dense model as teacher.
 
     python -m benchmarks.smollm2_recovery MODEL --calib_file wikitext2/valid.raw.txt \
         --eval_file wikitext2/test.raw.txt --alpaca_file alpaca/stanford_original.jsonl --task_dir tasks \
         --work_dir recovery --out benchmarks/results/smollm2_recovery.json
 
-Runs the command lines of the three stages as a user would. Pruning: whole kv groups, 32 × 512 tokens,
-log_increase from 0.0625, damping 0.01. LoRA: the defaults, bf16 products, batches of 16, cosine from 1e-4. Perplexity:
-the first 300,000 characters of the evaluation text, and the last 200 rows of the instructions, which are not trained
-on. What is finished in --work_dir is not run again.
+Perplexity and zero-shot accuracy of each; the command lines of the stages, run as a user would. Pruning: whole kv
+groups, 32 × 512 tokens, log_increase from 0.0625, damping 0.01. LoRA: the defaults, bf16 products, cosine from 1e-4,
+the same batches with a teacher and without. Perplexity: the beginning of the evaluation text, and the last rows of the
+instructions, which are not trained on. What is finished in --work_dir is not run again.
 """
 
 import argparse
 import json
 import logging
+import shlex
 import subprocess
 import sys
 from itertools import chain
@@ -33,10 +34,10 @@ from slim_utils.walk_settings import WalkSettings
 logger = logging.getLogger("smollm2_recovery")
 
 TASKS = ("openbookqa", "arc_easy", "winogrande", "piqa")
-EVAL_CHARS, HELD_OUT_ROWS = 300_000, 200
 EVAL_SEQLENS = (128, 2048)
-BATCH, LEARNING_RATE, MAX_LENGTH = 16, 1e-4, 256
+LEARNING_RATE, MAX_LENGTH = 1e-4, 256
 GQA_UNIT = "kv_group"
+TAUGHT = "LoRA, dense model as teacher"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,7 +51,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--work_dir", type=Path, required=True)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.33])
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--limit", type=int, default=200, help="rows of a task")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--limit", type=int, default=200, help="rows of a task; 0 for perplexity alone")
+    parser.add_argument("--eval_chars", type=int, default=300_000, help="of the evaluation text")
+    parser.add_argument("--held_out_rows", type=int, default=200, help="of the instructions, at their end")
+    parser.add_argument("--prune_flags", default="", help="further flags of model_slimming.py, in quotes")
     parser.add_argument("--out", type=Path, required=True, help="json to write")
     return parser
 
@@ -60,9 +65,9 @@ def prepare_texts(args: argparse.Namespace) -> dict[str, Path]:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     rows = args.alpaca_file.read_text(encoding="utf-8").splitlines(keepends=True)
     contents = {
-        "train.jsonl": "".join(rows[:-HELD_OUT_ROWS]),
-        "held_out.jsonl": "".join(rows[-HELD_OUT_ROWS:]),
-        "evaluation.txt": args.eval_file.read_text(encoding="utf-8")[:EVAL_CHARS],
+        "train.jsonl": "".join(rows[: -args.held_out_rows]),
+        "held_out.jsonl": "".join(rows[-args.held_out_rows :]),
+        "evaluation.txt": args.eval_file.read_text(encoding="utf-8")[: args.eval_chars],
     }
     for name, content in contents.items():
         (args.work_dir / name).write_text(content, encoding="utf-8")
@@ -112,21 +117,23 @@ def prune(args: argparse.Namespace, share: float) -> Path:
         flags |= {"--percdamp": PERCDAMP, "--min_sparsity": MIN_SPARSITY, "--max_sparsity": f"{top:.4f}"}
         flags["--gqa_unit"] = GQA_UNIT
         switches = ["--non_uniform", "--skip_evaluate", "--save_pruned_weights"]
+        switches += shlex.split(args.prune_flags)
         run("model_slimming.py", args.model, *words(flags), *switches, "--save_dir", folder)
     return folder / "pruned_weights"
 
 
-def finetune(args: argparse.Namespace, model: Path, texts: dict[str, Path], share: float) -> dict[str, Any]:
-    """``run.json`` of the LoRA run on the model pruned by ``share``; the fused model is beside it."""
-    folder = args.work_dir / f"lora_{share:g}"
+def finetune(
+    args: argparse.Namespace, model: Path, texts: dict[str, Path], folder: Path, *teacher: Any
+) -> dict[str, Any]:
+    """``run.json`` of the LoRA run into ``folder``; the fused model is beside it."""
     if not finished(folder):
         flags = {"--data_path": texts["train"], "--max_length": MAX_LENGTH, "--val_dataset_size": 0}
         flags |= {"--use_lora": "true", "--bf16": "true", "--cache_dataset": "false", "--save_strategy": "no"}
         flags |= {"--learning_rate": LEARNING_RATE, "--lr_scheduler_type": "cosine", "--warmup_steps": 5}
-        flags |= {"--max_steps": args.steps, "--per_device_train_batch_size": BATCH, "--logging_steps": 5}
+        flags |= {"--max_steps": args.steps, "--per_device_train_batch_size": args.batch, "--logging_steps": 5}
         flags |= {"--extra_val_set": ",".join(eval_specs(texts)), "--overwrite": "true"}
-        lengths = ["--eval_seqlens", *EVAL_SEQLENS]
-        run("model_finetune.py", "--model_name_or_path", model, *words(flags), *lengths, "--output_dir", folder)
+        further = ["--eval_seqlens", *EVAL_SEQLENS, *teacher]
+        run("model_finetune.py", "--model_name_or_path", model, *words(flags), *further, "--output_dir", folder)
     return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
 
@@ -135,31 +142,35 @@ def eval_specs(texts: dict[str, Path]) -> list[str]:
     return [f"wikitext2={texts['evaluation']}", f"alpaca={texts['held_out']}"]
 
 
+def measured(args: argparse.Namespace, model: Path | str, file: str, row: dict[str, Any]) -> dict[str, Any]:
+    """``row`` with the zero-shot accuracy of ``model`` where it is asked for, kept as ``file``."""
+    return row | ({"zero_shot": zero_shot(args, model, file)} if args.limit else {})
+
+
 def measure_share(args: argparse.Namespace, texts: dict[str, Path], share: float) -> list[dict[str, Any]]:
-    """The rows *pruned* and *LoRA* of one share."""
+    """The rows *pruned*, *LoRA* and *LoRA, dense model as teacher* of one share: the same batches, steps and seed."""
     small = prune(args, share)
-    record = finetune(args, small, texts, share)
     removed = json.loads((small.parent / "run.json").read_text(encoding="utf-8"))["sizes"]["block_share_removed"]
     rows = []
-    for name, model, when in (("pruned", small, "before"), ("LoRA", lora_model(args, share), "after")):
-        row = {"model": name, "share_removed": removed, "perplexity": record["perplexity"][when]}
-        rows.append(row | {"zero_shot": zero_shot(args, model, f"{name}_{share:g}")})
-    rows[1] |= {key: record[key] for key in ("training_seconds", "trained_parameters")}
-    rows[1]["loss"] = [{"step": entry["step"], "loss": entry["loss"]} for entry in record["log"] if "loss" in entry]
+    for name, start, teacher in (("LoRA", "lora", ()), (TAUGHT, "taught", ("--distill_from", args.model))):
+        folder = args.work_dir / f"{start}_{share:g}"
+        record = finetune(args, small, texts, folder, *teacher)
+        if not rows:
+            row = {"model": "pruned", "share_removed": removed, "perplexity": record["perplexity"]["before"]}
+            rows.append(measured(args, small, f"pruned_{share:g}", row))
+        row = {"model": name, "share_removed": removed, "perplexity": record["perplexity"]["after"]}
+        row = measured(args, folder / "lora_fused_model", f"{start}_{share:g}", row)
+        row |= {key: record[key] for key in ("training_seconds", "trained_parameters")}
+        row["loss"] = [{"step": entry["step"], "loss": entry["loss"]} for entry in record["log"] if "loss" in entry]
+        rows.append(row)
     return rows
-
-
-def lora_model(args: argparse.Namespace, share: float) -> Path:
-    """The fused model of ``share``."""
-    return args.work_dir / f"lora_{share:g}" / "lora_fused_model"
 
 
 def measure_dense(args: argparse.Namespace, texts: dict[str, Path]) -> dict[str, Any]:
     """The row *dense*."""
     tokenizer, model = load_tokenizer(args.model, False), load_model(args.model, "auto", False)
     windows = load_eval_sets(eval_specs(texts), tokenizer, list(EVAL_SEQLENS), model.config.max_position_embeddings)
-    perplexities = evaluate(model, windows)
-    return {"model": "dense", "perplexity": perplexities, "zero_shot": zero_shot(args, args.model, "dense")}
+    return measured(args, args.model, "dense", {"model": "dense", "perplexity": evaluate(model, windows)})
 
 
 def main(args: argparse.Namespace) -> None:
@@ -173,10 +184,15 @@ def main(args: argparse.Namespace) -> None:
         **environment(choose_device("auto"), "peft", "lm-eval"),
         "protocol": {
             "calibration": {"num_samples": NUM_SAMPLES, "seqlen": SEQLEN, "seed": 0, "percdamp": PERCDAMP},
-            "lora": {"steps": args.steps, "batch": BATCH, "learning_rate": LEARNING_RATE, "max_length": MAX_LENGTH},
+            "lora": {
+                "steps": args.steps,
+                "batch": args.batch,
+                "learning_rate": LEARNING_RATE,
+                "max_length": MAX_LENGTH,
+            },
             "lora_seed": 42,
-            "evaluation_characters": EVAL_CHARS,
-            "held_out_rows": HELD_OUT_ROWS,
+            "evaluation_characters": args.eval_chars,
+            "held_out_rows": args.held_out_rows,
             "zero_shot_limit": args.limit,
         },
         "rows": rows,

@@ -48,6 +48,9 @@ class ModelArguments:
     peft_lora_bias: str = field(default="none", metadata={"help": f"biases to train: {', '.join(LORA_BIASES)}"})
     use_focal_loss: bool = field(default=False, metadata={"help": "weigh a token's loss by (1 - p)^gamma"})
     focal_loss_gamma: float = field(default=1.0, metadata={"help": "gamma of --use_focal_loss"})
+    distill_from: str | None = field(
+        default=None, metadata={"help": "checkpoint folder or hub name of a teacher, mostly the dense model"}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "run model code found in the checkpoint"})
     quantization_bit: int | None = field(default=None, metadata={"help": "refused"})
     auto_load: bool = field(default=False, metadata={"help": "refused"})
@@ -231,8 +234,14 @@ def check_model_args(args: FinetuneArguments) -> None:
         raise UserError(f"--peft_lora_bias {model.peft_lora_bias}: choose one of {', '.join(LORA_BIASES)}")
     if model.use_lora and model.peft_lora_r < 1:
         raise UserError(f"--peft_lora_r {model.peft_lora_r}: at least 1")
-    if model.use_focal_loss and args.training.label_smoothing_factor:
-        raise UserError("--use_focal_loss and --label_smoothing_factor exclude each other; leave one out")
+    losses = {
+        "--use_focal_loss": model.use_focal_loss,
+        "--label_smoothing_factor": args.training.label_smoothing_factor,
+        "--distill_from": model.distill_from is not None,
+    }
+    chosen = [flag for flag, value in losses.items() if value]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(chosen)} exclude each other; leave one out")
     if args.sparse.mask_config_dir and not args.sparse.is_mask_training:
         raise UserError("--mask_config_dir has no effect without --is_mask_training true")
 

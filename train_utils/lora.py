@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from slim_utils.errors import UserError
 from slim_utils.model_io import load_model
-from train_utils.finetune_args import FinetuneArguments, ModelArguments
+from train_utils.finetune_args import FinetuneArguments, ModelArguments, TrainingArguments
 
 
 def add_lora(model: PreTrainedModel, args: ModelArguments) -> PeftModel:
@@ -54,8 +54,7 @@ def prepare_model(model: PreTrainedModel, args: FinetuneArguments) -> PreTrained
     What is trained is fp32; what is frozen is in the precision of the products.
     """
     training = args.training
-    frozen = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-    cast_parameters(model, frozen if args.model.use_lora else torch.float32)
+    cast_parameters(model, frozen_dtype(training) if args.model.use_lora else torch.float32)
     if not args.model.use_lora:
         return model
     if training.gradient_checkpointing:
@@ -64,6 +63,11 @@ def prepare_model(model: PreTrainedModel, args: FinetuneArguments) -> PreTrained
     if training.process_index == 0:
         adapted.print_trainable_parameters()
     return adapted
+
+
+def frozen_dtype(training: TrainingArguments) -> torch.dtype:
+    """Of weights that are not trained: that of the products."""
+    return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:

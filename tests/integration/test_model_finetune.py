@@ -23,6 +23,7 @@ from slim_utils.errors import UserError
 from slim_utils.families import find_family
 from slim_utils.params_remove import shrink
 from slim_utils.pruning_record import read_pruning
+from tests.conftest import VOCAB, make_tiny
 from tests.unit.test_sparse_trainer import removed_weights
 from train_utils.finetune_args import parse_args
 
@@ -33,6 +34,9 @@ RECIPE = shlex.split(
     "--learning_rate 1e-2 --warmup_steps 1 --logging_steps 2 --logging_first_step true --evaluation_strategy steps "
     "--eval_steps 4 --max_length 64 --cache_dataset false --optim adamw_hf --val_dataset_size 8"
 )
+
+# On a CPU the Trainer takes bf16 alone.
+NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 @pytest.fixture(scope="module")
@@ -170,10 +174,10 @@ def test_masks_in_the_originals_format(slim, words, tmp_path):
         main(words(slim, "--is_mask_training", "true", "--mask_config_dir", file, "--overwrite", "true"))
 
 
-@pytest.mark.parametrize("mask", ["true", "false"])
-def test_resume_continues_the_same_run(slim, words, tmp_path, mask):
+@pytest.mark.parametrize(("mask", "taught"), [("true", False), ("false", False), ("false", True)])
+def test_resume_continues_the_same_run(slim, words, tmp_path, checkpoint, mask, taught):
     flags = ["--use_lora", "true", "--save_strategy", "steps", "--save_steps", 2, "--logging_steps", 1]
-    flags += ["--is_mask_training", mask]
+    flags += ["--is_mask_training", mask, *(["--distill_from", checkpoint] if taught else [])]
     model, out = slim if mask == "true" else slim / "pruned_weights", tmp_path / "out"
     main(words(model, *flags))
     whole, weights = losses(out), load_file(out / "adapter_model.safetensors")
@@ -227,6 +231,9 @@ def test_an_output_is_never_overwritten_silently(slim, words, tmp_path):
         ("--resume_from_checkpoint true", "--resume_from_checkpoint true: no whole checkpoint in"),
         ("--resume_from_checkpoint nowhere", "--resume_from_checkpoint nowhere: no trainer_state.json there"),
         ("--use_focal_loss true --label_smoothing_factor 0.1", "exclude each other"),
+        ("--use_focal_loss true --distill_from x", "--use_focal_loss and --distill_from exclude each other"),
+        ("--distill_from=", "--distill_from: model : cannot be loaded"),
+        ("--distill_from /none", "--distill_from: model /none: no such folder"),
         ("--model_name_or_path /none", "model /none: no such folder"),
         ("--is_mask_training true", "--mask_config_dir .*pruning.json: cannot be read"),
         ("--output_dir=", "give the folder to write: --output_dir DIR"),
@@ -260,6 +267,72 @@ def test_focal_loss_changes_the_training(slim, words, tmp_path):
     assert 0 < focal[1] < plain[1]
 
 
+def divergence(teacher: torch.Tensor, student: torch.Tensor) -> float:
+    """KL(teacher ‖ student) of logits, mean over tokens."""
+    theirs, ours = teacher.log_softmax(-1), student.log_softmax(-1)
+    return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+
+
+def test_the_student_comes_nearer_to_its_teacher(slim, words, tmp_path, checkpoint, samples):
+    base, out = slim / "pruned_weights", tmp_path / "out"
+    flags = ["--use_lora", "true", "--num_train_epochs", 6, "--logging_steps", 1]
+    flags += ["--train_full_prompt", "true", "--distill_from", checkpoint]
+    main(words(base, *flags))
+    trained = losses(out)
+    assert trained[max(trained)] < 0.7 * trained[1]
+    dense = logits(checkpoint, samples)
+    assert divergence(dense, logits(out / "lora_fused_model", samples)) < 0.8 * divergence(dense, logits(base, samples))
+    assert json.loads((out / "run.json").read_text())["arguments"]["distill_from"] == str(checkpoint)
+
+    # Of the teacher nothing is in the output: it is that of a run without.
+    taught = {path.relative_to(out): load_file(path).keys() for path in out.rglob("*.safetensors")}
+    main(words(base, "--use_lora", "true", "--overwrite", "true"))
+    assert taught == {path.relative_to(out): load_file(path).keys() for path in out.rglob("*.safetensors")}
+
+
+def test_a_teacher_changes_neither_the_start_nor_the_measure(slim, words, tmp_path, checkpoint):
+    entries = []
+    for teacher in ([], ["--distill_from", checkpoint]):
+        flags = ["--use_lora", "true", "--eval_steps", 1, "--learning_rate", 0, "--overwrite", "true", *teacher]
+        main(words(slim / "pruned_weights", *flags))
+        log = json.loads((tmp_path / "out" / "run.json").read_text())["log"]
+        entries.append([entry["eval_validation_loss"] for entry in log if "eval_validation_loss" in entry])
+    assert entries[0] and entries[0] == entries[1]
+
+
+@pytest.mark.parametrize("dtype", ["--bf16", pytest.param("--fp16", marks=NEEDS_CUDA)])
+def test_a_teacher_in_half_precision(slim, words, tmp_path, checkpoint, dtype):
+    flags = ["--learning_rate", 1e-3, "--num_train_epochs", 3, dtype, "true", "--distill_from", checkpoint]
+    main(words(slim / "pruned_weights", *flags))
+    trained = losses(tmp_path / "out")
+    assert 0 < trained[max(trained)] < trained[1]
+
+
+def test_a_teacher_of_other_tokens_is_one_line(slim, words, tmp_path, checkpoint, tokenizer):
+    wider, renamed, damaged = tmp_path / "wider", tmp_path / "renamed", tmp_path / "damaged"
+    make_tiny("gqa", vocab_size=VOCAB + 8).save_pretrained(wider)
+    tokenizer.save_pretrained(wider)
+    shutil.copytree(checkpoint, renamed)
+    text = (renamed / "tokenizer.json").read_text()
+    (renamed / "tokenizer.json").write_text(text.replace('"w5"', '"x5"'))
+    shutil.copytree(checkpoint, damaged)
+    (damaged / "model.safetensors").write_bytes(b"half")
+    messages = {
+        wider: f"a vocabulary of {VOCAB + 8}, the trained model's is {VOCAB}",
+        renamed: "its tokenizer has other tokens than the trained model's",
+        damaged: "cannot be loaded",
+    }
+    for folder, message in messages.items():
+        with pytest.raises(UserError, match=f"--distill_from.* {folder}: {message}") as error:
+            main(words(slim / "pruned_weights", "--use_lora", "true", "--distill_from", folder))
+        assert "\n" not in str(error.value)
+    process = run(words(slim / "pruned_weights", "--use_lora", "true", "--distill_from", wider))
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1] == f"model_finetune.py: error: --distill_from {wider}: {messages[wider]}"
+    assert "Traceback" not in process.stderr
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
 def test_wrong_flags_exit_with_2_and_one_line(words):
     process = run(words("/none", "--no_such_flag", 1))
     assert process.returncode == 2
@@ -282,6 +355,17 @@ def test_the_originals_recipe_on_two_processes(slim, words, tmp_path):
     assert max(losses(tmp_path / "out")) <= 3 <= record["mask"]["optimizer_steps"]
 
 
+def test_two_processes_with_a_teacher_learn_as_one(slim, words, tmp_path, checkpoint):
+    flags = ["--use_lora", "true", "--peft_lora_dropout", 0, "--logging_steps", 1, "--distill_from", checkpoint]
+    flags += ["--gradient_accumulation_steps"]
+    main(words(slim / "pruned_weights", *flags, 4))
+    alone = losses(tmp_path / "out")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--master_port=29715", "--master_addr=127.0.0.1"]
+    process = run(words(slim / "pruned_weights", *flags, 2, "--overwrite", "true"), *launcher, "--nproc_per_node=2")
+    assert process.returncode == 0, process.stderr
+    assert losses(tmp_path / "out") == pytest.approx(alone, rel=1e-4)
+
+
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_run_leaves_no_half_result(slim, words, tmp_path, stop):
     command = [sys.executable, "model_finetune.py", *words(slim / "pruned_weights", "--num_train_epochs", 2000)]
@@ -299,13 +383,14 @@ def test_a_stopped_run_leaves_no_half_result(slim, words, tmp_path, stop):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_deepspeed_zero_2(slim, words, tmp_path, processes):
+@pytest.mark.parametrize(("processes", "taught"), [(1, False), (2, False), (2, True)])
+def test_deepspeed_zero_2(slim, words, tmp_path, checkpoint, processes, taught):
     """Compiles an extension the first time, about two minutes."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--master_port=29714", f"--nproc_per_node={processes}"]
     flags = ["--deepspeed", "configs/deepspeed.json", "--bf16", "true", "--is_mask_training", "true"]
+    flags += ["--distill_from", checkpoint] if taught else []
     start = time.perf_counter()
     process = run(words(slim, *flags, "--weight_decay", 0.2), *launcher)
     assert process.returncode == 0, process.stderr
