@@ -3,8 +3,8 @@
 One pass over the dense model gives, for the heads and for the columns of every layer, the OBS error of every count of
 units. How much an error there matters is measured once for each: ``REFERENCE`` of the units is removed from that place
 alone, and the rest of the model is run on a few calibration samples. The divergence of its predictions from the dense
-model's, scaled by the errors, is the loss curve. To save time only some of the layers are measured; a layer between two
-of them takes its losses from both.
+model's, scaled by the errors, is the loss curve. Where time is short only some of the layers are measured; a layer
+between two of them takes its losses from both.
 """
 
 import json
@@ -40,10 +40,8 @@ REFERENCE, FURTHEST = 0.3, 0.9
 CURVE_STEPS = 64
 # Share of the largest error that is as good as none; loss, in nats a token, below which rounding is all there is.
 NEGLIGIBLE, LEAST_LOSS = 1e-6, 1e-6
-# Calibration samples that losses are measured on, and predictions that are compared, evenly spread over them.
-PROBE_SAMPLES, PREDICTIONS = 4, 1024
-# Every so many layers one is measured.
-STRIDE = 2
+# Calibration samples that losses are measured on, and tokens of each.
+PROBE_SAMPLES, PROBE_TOKENS = 4, 256
 
 
 class Probe:
@@ -58,7 +56,6 @@ class Probe:
     def __init__(self, host: LayerHost, samples: Tensor, settings: WalkSettings) -> None:
         self._host, self._samples, self._settings = host, samples, settings
         self._hidden, self._calls = capture_layer_calls(host.model, host.layers, samples, settings)
-        self._every = math.ceil(samples.numel() / PREDICTIONS)
         self._dense = list(self._log_probabilities(self._outputs(0)))
 
     def advance(self, index: int) -> None:
@@ -70,7 +67,7 @@ class Probe:
         total = 0.0
         for dense, changed in zip(self._dense, self._log_probabilities(self._outputs(index)), strict=True):
             total += functional.kl_div(changed, dense, reduction="sum", log_target=True).item()
-        return total / sum(map(len, self._dense))
+        return total / self._samples.numel()
 
     def _outputs(self, index: int) -> Tensor:
         hidden = self._hidden.clone()
@@ -87,13 +84,11 @@ class Probe:
         LayerReplay(layer, self._host.family, hidden, calls, self._settings).advance()
 
     def _log_probabilities(self, outputs: Tensor) -> Iterator[Tensor]:
-        """Log-probabilities (positions, vocabulary) of every sample; one at a time, as they may outweigh the model."""
-        model, positions = self._host.model, slice(self._every - 1, None, self._every)
+        """Log-probabilities (tokens, vocabulary) of every sample; one at a time, as they may outweigh the model."""
+        model = self._host.model
         for sample, output in zip(self._samples, outputs, strict=True):
-            # Only the positions compared go through the head.
-            given = iter([output[None, positions].to(model.device)])
-            with layer_outputs_given(self._host.layers, given):
-                logits = model(input_ids=sample[None, positions].to(model.device), use_cache=False).logits
+            with layer_outputs_given(self._host.layers, iter([output[None].to(model.device)])):
+                logits = model(input_ids=sample[None].to(model.device), use_cache=False).logits
             yield logits[0].float().log_softmax(-1)
 
 
@@ -134,19 +129,19 @@ def measured_places(
         shapes: of the layers.
         settings: how.
         finished: file that keeps what is measured, so that a run that was cut off does not measure it again.
-        seconds: of every ``STRIDE`` layers one's losses are measured where at most its share of this time has passed,
-            those of the first and of the last layer always.
+        seconds: a layer's losses are measured where at most its share of this time has passed, those of the first and
+            of the last always.
     """
     kept = json.loads(finished.read_text(encoding="utf-8")) if finished and finished.exists() else {}
     start, last = time.perf_counter(), len(shapes) - 1
     with host.outside(settings.device), logging_redirect_tqdm():
         hidden, calls = capture_layer_calls(host.model, host.layers, samples, settings)
-        probe = Probe(host, samples[:PROBE_SAMPLES], settings)
+        probe = Probe(host, samples[:PROBE_SAMPLES, :PROBE_TOKENS], settings)
         for index in tqdm(range(len(host.layers)), desc="measuring", unit="layer", disable=None):
             layer = host.fetch(index, settings.device)
             replay = LayerReplay(layer, host.family, hidden, send_to_device(calls[index], settings.device), settings)
             if str(index) not in kept:
-                in_time = index % STRIDE == 0 and time.perf_counter() - start <= seconds * index / (last + 1)
+                in_time = time.perf_counter() - start <= seconds * index / (last + 1)
                 probed = probe if in_time or index in (0, last) else None
                 places = _measured_layer(replay, probed, index, shapes[index], settings)
                 kept[str(index)] = [asdict(place) for place in places]
@@ -171,14 +166,16 @@ def _cost(loss: float | None) -> str:
     return "not measured" if loss is None else f"would cost {loss:.4f} nats"
 
 
-def loss_curves(layers: list[list[Place]], units: list[LayerUnits]) -> list[LossCurve]:
-    """Loss curves of the heads and of the FFN columns of every layer, in this order."""
+def loss_curves(layers: list[list[Place]], units: list[LayerUnits]) -> list[tuple[LossCurve, LossCurve]]:
+    """Loss curves of the heads and of the FFN columns of every layer."""
     losses = [_interpolated([places[kind].loss for places in layers]) for kind in range(2)]
-    curves = []
-    for index, ((heads, columns), own) in enumerate(zip(layers, units, strict=True)):
-        curves.append(LossCurve(heads.losses(losses[0][index]), own.head_weights, False))
-        curves.append(LossCurve(columns.losses(losses[1][index]), own.column_weights, True))
-    return curves
+    return [
+        (
+            LossCurve(heads.losses(of_heads), own.head_weights, False),
+            LossCurve(columns.losses(of_columns), own.column_weights, True),
+        )
+        for (heads, columns), own, of_heads, of_columns in zip(layers, units, *losses, strict=True)
+    ]
 
 
 def _interpolated(losses: list[float | None]) -> np.ndarray:

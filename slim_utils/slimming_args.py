@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from slim_utils.allocation import LayerUnits, allocate, block_weights, layer_units, read_profile, scaled_ratios
+from slim_utils.allocation import LayerUnits, allocate_in_depth, block_weights, layer_units, read_profile, scaled_ratios
 from slim_utils.errors import UserError
 from slim_utils.families import layer_shapes
 from slim_utils.layer_host import LayerHost
@@ -193,9 +193,9 @@ def searched_ratios(
         UserError: if the layers have fewer weights.
     """
     curves = loss_curves(places, units)
-    pruned = [index for index in range(len(curves)) if index // 2 in layers]
-    counts = dict(zip(pruned, allocate([curves[index] for index in pruned], budget), strict=True))
-    return [own.ratio(counts.get(2 * i, 0), counts.get(2 * i + 1, 0)) for i, own in enumerate(units)]
+    chosen = allocate_in_depth([curves[index] for index in layers], budget)
+    counts = dict(zip(layers, chosen, strict=True))
+    return [own.ratio(*counts.get(index, (0, 0))) for index, own in enumerate(units)]
 
 
 def original_ratios(args: argparse.Namespace, layers: range, num_layers: int) -> list[float]:
