@@ -41,7 +41,7 @@ CURVE_STEPS = 64
 # Share of the largest error that is as good as none; loss, in nats a token, below which rounding is all there is.
 NEGLIGIBLE, LEAST_LOSS = 1e-6, 1e-6
 # Calibration samples that losses are measured on, and tokens of each.
-PROBE_SAMPLES, PROBE_TOKENS = 4, 256
+PROBE_SAMPLES, PROBE_TOKENS = 4, 512
 
 
 class Probe:
