@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -40,8 +40,9 @@ REFERENCE, FURTHEST = 0.3, 0.9
 CURVE_STEPS = 64
 # Share of the largest error that is as good as none; loss, in nats a token, below which rounding is all there is.
 NEGLIGIBLE, LEAST_LOSS = 1e-6, 1e-6
-# Calibration samples that losses are measured on, and tokens of each.
-PROBE_SAMPLES, PROBE_TOKENS = 4, 512
+# Calibration samples that the losses of heads and of columns are measured on, and tokens of each. Those of columns,
+# which are many, differ less from sample to sample.
+PROBE_SAMPLES, PROBE_TOKENS = (4, 2), 512
 
 
 class Probe:
@@ -136,19 +137,20 @@ def measured_places(
     start, last = time.perf_counter(), len(shapes) - 1
     with host.outside(settings.device), logging_redirect_tqdm():
         hidden, calls = capture_layer_calls(host.model, host.layers, samples, settings)
-        probe = Probe(host, samples[:PROBE_SAMPLES, :PROBE_TOKENS], settings)
+        probes = [Probe(host, samples[:count, :PROBE_TOKENS], settings) for count in PROBE_SAMPLES]
         for index in tqdm(range(len(host.layers)), desc="measuring", unit="layer", disable=None):
             layer = host.fetch(index, settings.device)
             replay = LayerReplay(layer, host.family, hidden, send_to_device(calls[index], settings.device), settings)
             if str(index) not in kept:
                 in_time = time.perf_counter() - start <= seconds * index / (last + 1)
-                probed = probe if in_time or index in (0, last) else None
-                places = _measured_layer(replay, probed, index, shapes[index], settings)
+                asked = probes if in_time or index in (0, last) else [None, None]
+                places = _measured_layer(replay, asked, index, shapes[index], settings)
                 kept[str(index)] = [asdict(place) for place in places]
                 if finished:
                     write_json_atomic(finished, kept)
             replay.advance()
-            probe.advance(index)
+            for probe in probes:
+                probe.advance(index)
             host.release(index)
             heads, columns = (_cost(place["loss"]) for place in kept[str(index)])
             logger.info(
@@ -188,15 +190,19 @@ def _interpolated(losses: list[float | None]) -> np.ndarray:
 
 
 def _measured_layer(
-    replay: LayerReplay, probe: Probe | None, index: int, shape: LayerShape, settings: WalkSettings
+    replay: LayerReplay, probes: Sequence[Probe | None], index: int, shape: LayerShape, settings: WalkSettings
 ) -> list[Place]:
-    """The heads and the columns of a layer, their losses too where there is a ``probe``."""
+    """The heads and the columns of a layer, their losses too where there is a probe of each."""
     family = replay.family
     unit_size, groups, _ = head_unit(shape, settings)
     places = []
-    for name, inputs, size, num_groups in (
-        (family.attention_out, replay.attention_inputs(), unit_size, groups),
-        (family.mlp_out, _column_inputs(replay), 1, 1),
+    for probe, (name, inputs, size, num_groups) in zip(
+        probes,
+        (
+            (family.attention_out, replay.attention_inputs(), unit_size, groups),
+            (family.mlp_out, _column_inputs(replay), 1, 1),
+        ),
+        strict=True,
     ):
         pruner = SlimGPT(replay.layer.get_submodule(name), f"layer {index} {name}")
         for batch in inputs:

@@ -123,16 +123,16 @@ def test_curves_are_measured_on_the_whole_model(name, samples):
     assert len(curves) == 4
     for parameter, before in zip(model.parameters(), dense.parameters(), strict=True):
         assert torch.equal(parameter, before)
-    inputs = []
+    inputs, probed = [], PROBE_SAMPLES[1]
     linear = family.decoder_layers(model)[2].get_submodule(family.mlp_out)
     handle = linear.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     with torch.no_grad():
-        expected = model(samples).logits.log_softmax(-1)[:PROBE_SAMPLES]
+        expected = model(samples).logits.log_softmax(-1)[:probed]
         handle.remove()
         pruner = SlimGPT(linear)
         pruner.add_batch(inputs[0].view(len(samples), 16, -1))
         pruner.struct_prune(12 / 40, choices=settings.choices)
-        got = model(samples[:PROBE_SAMPLES]).logits.log_softmax(-1)
+        got = model(samples[:probed]).logits.log_softmax(-1)
     divergence = functional.kl_div(got, expected, reduction="sum", log_target=True).item() / expected[..., 0].numel()
     curve = curves[2][1]
     assert curve.column and curve.losses[12] == pytest.approx(divergence, rel=1e-3, abs=3e-8)
