@@ -58,10 +58,10 @@ from slim_utils.slimming_args import (
     add_choice_flags,
     apply_preset,
     check_budget,
+    check_search,
     plan,
     search,
     walk_settings,
-    weights_to_remove,
 )
 from slim_utils.sparsity_schedule import STRATEGIES
 from slim_utils.streamed_output import StreamedOutput
@@ -147,7 +147,7 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: at least 0 and less than 1")
     for name in ("percdamp", "column_group"):
-        if getattr(args, name) < 0:
+        if (getattr(args, name) or 0) < 0:
             raise UserError(f"--{name} {getattr(args, name)}: at least 0")
     apply_preset(args)
     check_budget(args)
@@ -237,10 +237,10 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--seqlen {args.seqlen}: the model has {positions} positions")
     settings = walk_settings(args)
     skeleton = LayerHost(model_on_meta(config, trust_remote_code=args.trust_remote_code), family)
+    if args.allocation == SEARCH:
+        check_search(args, skeleton, settings)
     if args.allocation != SEARCH:
         ratios, planned = plan(args, skeleton, settings)
-    else:
-        weights_to_remove(args, skeleton)
     tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
     base_card = base_card_data(args.model_path) if args.save_pruned_weights else {}
     data = load_calibration(args.dataset, args.data_file, tokenizer, args.num_samples, args.seqlen, args.seed)
@@ -255,8 +255,8 @@ def main(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         store = open_store(args, host, data, world) if args.save_dir else None
         if args.allocation == SEARCH:
-            places = search(args, host, data.samples, settings, store and store.measured)
-            ratios, planned = plan(args, host, settings, places)
+            measured = search(args, host, data.samples, settings, store and store.measured)
+            ratios, planned = plan(args, host, settings, measured)
         output = open_output(args, host, store, planned)
         samples = world.share(data.samples)
         masks, reports = prune_layers(host.model, family, samples, ratios, settings, store, world, host)
@@ -271,7 +271,7 @@ def main(args: argparse.Namespace) -> None:
         logger.info("removed %.2f %% of the block weights in %.1f s", 100 * sizes["block_share_removed"], seconds)
         record = pruning_record(args, data, base_card, reports, sizes, seconds)
         if args.allocation == SEARCH:
-            record["search"] = search_record(places)
+            record["search"] = search_record(measured)
         if args.save_dir:
             write_output(Path(args.save_dir), output, tokenizer, masks, record)
             logger.info("saved %s", args.save_dir)

@@ -12,7 +12,6 @@ other numbers of samples, and other lengths of as many tokens. Rows that --out h
 """
 
 import argparse
-import json
 import logging
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from benchmarks.bench_quality import (
     by_schedule,
     eval_sets,
     named_files,
+    rows_so_far,
 )
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
 from ppl_eval.ppl_eval import perplexity
@@ -63,7 +63,8 @@ def measure(args: argparse.Namespace, text: str, file: Path, num_samples: int, s
     model = repeat_kv_heads(load_model(args.model, "float32", False))
     start = time.perf_counter()
     by_schedule(FINE, MIN_SPARSITY, model, samples, SHARE, WalkSettings(CPU, CPU, percdamp=PERCDAMP))
-    row = {"text": text, "num_samples": num_samples, "seqlen": seqlen, "seconds": round(time.perf_counter() - start, 1)}
+    seconds = round(time.perf_counter() - start, 1)
+    row = {"text": text, "num_samples": num_samples, "seqlen": seqlen, "seed": args.seed, "seconds": seconds}
     row["perplexity"] = {name: perplexity(model, windows, 2) for name, windows in eval_sets(args).items()}
     logger.info("%s, %d × %d tokens: %s", text, num_samples, seqlen, row["perplexity"])
     return row
@@ -73,9 +74,9 @@ def main(args: argparse.Namespace) -> None:
     """Measure the rows that are missing."""
     files = named_files("--calib_files", args.calib_files)
     protocol = {"share": SHARE, "evaluation": [EVAL_WINDOWS, EVAL_SEQLEN], "percdamp": PERCDAMP, "skipped": SKIPPED}
-    record = {"command": command_line(), "seed": args.seed, **environment(CPU), "protocol": protocol, "rows": []}
-    if args.out.exists():
-        record["rows"] = json.loads(args.out.read_text(encoding="utf-8"))["rows"]
+    protocol |= {"seed": args.seed, "texts": sorted(args.calib_files + args.eval_files)}
+    record = {"command": command_line(), **environment(CPU), "protocol": protocol}
+    record["rows"] = rows_so_far(args.out, protocol)
     first = next(iter(files))
     wanted = [(text, NUM_SAMPLES, SEQLEN) for text in files] + [(first, *size) for size in SIZES]
     done = {(row["text"], row["num_samples"], row["seqlen"]) for row in record["rows"]}

@@ -41,12 +41,12 @@ from slim_utils.errors import UserError
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layer_host import CPU, LayerHost
 from slim_utils.layer_walk import prune_layers
-from slim_utils.model_io import load_model, load_tokenizer, peak_memory_mib, write_json_atomic
+from slim_utils.model_io import check_output_file, load_model, load_tokenizer, peak_memory_mib, write_json_atomic
 from slim_utils.model_stats import removed_share
 from slim_utils.obs import PAPER_CHOICES, Choices
 from slim_utils.pruning_record import LayerMask
 from slim_utils.run_record import environment
-from slim_utils.search import measured_places
+from slim_utils.search import measure as measure_losses
 from slim_utils.slim_dataset import load_calibration
 from slim_utils.slimming_args import BEST_COLUMN_GROUP, searched_ratios
 from slim_utils.sparsity_schedule import non_uniform_ratios
@@ -102,8 +102,8 @@ def by_search(
     """``--preset best``: fine choices, and the ratios of least measured loss."""
     family, settings = find_family(model.config), replace(settings, choices=FINE)
     units, budget = budgeted(model, share, settings)
-    places = measured_places(LayerHost(model, family), samples, layer_shapes(model.config), settings, measured)
-    ratios = searched_ratios(places, range(len(units)), units, budget)
+    sublayers = measure_losses(LayerHost(model, family), samples, range(len(units)), settings, measured)
+    ratios = searched_ratios(sublayers, units, budget)
     return prune_layers(model, family, samples, ratios, settings)[0]
 
 
@@ -197,9 +197,9 @@ def main(args: argparse.Namespace) -> None:
         return
     eval_sets(args)
     protocol = {"calibration": [NUM_SAMPLES, SEQLEN], "evaluation": [EVAL_WINDOWS, EVAL_SEQLEN], "percdamp": PERCDAMP}
-    record = {"command": command_line(), **environment(CPU), "protocol": protocol, "rows": []}
-    if args.out.exists():
-        record["rows"] = json.loads(args.out.read_text(encoding="utf-8"))["rows"]
+    protocol |= {"texts": sorted(args.eval_files), "column_group": FINE.column_group}
+    record = {"command": command_line(), **environment(CPU), "protocol": protocol}
+    record["rows"] = rows_so_far(args.out, protocol)
     wanted = [(heads, "dense", 0.0, args.seeds[0]) for heads in args.heads]
     wanted += product(args.heads, args.methods, args.shares, args.seeds)
     done = {(row["heads"], row["method"], row["share"], row["seed"]) for row in record["rows"]}
@@ -208,6 +208,21 @@ def main(args: argparse.Namespace) -> None:
             if key not in done:
                 record["rows"].append(measure_in_new_process(args, *key, Path(folder)))
                 write_json_atomic(args.out, record)
+
+
+def rows_so_far(out: Path, protocol: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier run of the same protocol.
+
+    Raises:
+        UserError: if there is a file of another one, or no folder for it.
+    """
+    if not out.exists():
+        check_output_file(out, False, "--out")
+        return []
+    record = json.loads(out.read_text(encoding="utf-8"))
+    if record["protocol"] != protocol:
+        raise UserError(f"--out {out}: of another protocol, {record['protocol']}; give another file")
+    return record["rows"]
 
 
 def measure_in_new_process(

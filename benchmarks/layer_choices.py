@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
 from slim_utils.cli import ArgumentParser, command_line, run_cli
+from slim_utils.errors import UserError
 from slim_utils.families import find_family
 from slim_utils.layer_host import CPU
 from slim_utils.layer_replay import LayerReplay, capture_layer_calls
-from slim_utils.model_io import load_model, load_tokenizer, write_json_atomic
+from slim_utils.model_io import check_output_file, load_model, load_tokenizer, write_json_atomic
 from slim_utils.obs import PAPER_CHOICES, Choices, remove_columns
 from slim_utils.run_record import environment
 from slim_utils.slim_dataset import load_calibration
@@ -133,6 +134,7 @@ FINE = Choices(exact_heads=True, column_group=16)
 COLUMN_CHOICES: dict[str, Choice] = {
     "the paper's": by_slimgpt,
     "groups of 64": partial(by_slimgpt, choices=Choices(column_group=64)),
+    "groups of 32": partial(by_slimgpt, choices=Choices(column_group=32)),
     "groups of 16": partial(by_slimgpt, choices=Choices(column_group=16)),
     "single columns": partial(by_slimgpt, choices=Choices(column_group=1)),
     "groups of 16, swaps": with_swaps,
@@ -162,11 +164,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def held_out_windows(tokens: Tensor, samples: Tensor) -> Tensor:
-    """Windows (8, seqlen), far apart, that share no stretch of text with ``samples`` (count, seqlen)."""
+    """Windows (8, seqlen), far apart, that share no stretch of text with ``samples`` (count, seqlen).
+
+    Raises:
+        UserError: if the text has too few.
+    """
     text = tokens.flatten()
     grams = {tuple(sample[start : start + 8].tolist()) for sample in samples for start in range(SEQLEN - 8)}
     windows = text[: len(text) // SEQLEN * SEQLEN].view(-1, SEQLEN)
     apart = [w for w in windows if not any(tuple(w[i : i + 8].tolist()) in grams for i in range(0, SEQLEN - 8, 8))]
+    if len(apart) < HELD_OUT:
+        raise UserError(f"--calib_file: {len(apart)} windows are left to hold out of {HELD_OUT}; give more text")
     return torch.stack(apart[:: len(apart) // HELD_OUT][:HELD_OUT])
 
 
@@ -202,6 +210,7 @@ def cases(args: argparse.Namespace) -> dict[tuple[int, str], Case]:
 
 def main(args: argparse.Namespace) -> None:
     """Measure all choices."""
+    check_output_file(args.out, True, "--out")
     rows = []
     for (layer, kind), case in tqdm(cases(args).items(), desc="choices", unit="map", disable=None):
         own = COLUMN_CHOICES if kind == "columns" else HEAD_CHOICES

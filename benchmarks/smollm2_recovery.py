@@ -65,8 +65,8 @@ def prepare_texts(args: argparse.Namespace) -> dict[str, Path]:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     rows = args.alpaca_file.read_text(encoding="utf-8").splitlines(keepends=True)
     contents = {
-        "train.jsonl": "".join(rows[: -args.held_out_rows]),
-        "held_out.jsonl": "".join(rows[-args.held_out_rows :]),
+        "train.jsonl": "".join(rows[: len(rows) - args.held_out_rows]),
+        "held_out.jsonl": "".join(rows[len(rows) - args.held_out_rows :]),
         "evaluation.txt": args.eval_file.read_text(encoding="utf-8")[: args.eval_chars],
     }
     for name, content in contents.items():

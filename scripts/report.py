@@ -3,10 +3,9 @@
     python -m scripts.report OUT OTHER benchmarks/results/bench_quality.json --out report
 
 Each RUN is a --save_dir of model_slimming.py, its run.json, a json that a script of benchmarks/, test_flops.py with
---compare or scripts/compare_models.py wrote, or the measured.json of a search that goes on. Writes report/index.html,
-which holds its pictures and asks for nothing else, the same pictures as PNG files, and report/run.json. They show kept
-heads and widths and errors by layer, perplexity against size, speed and memory, and the numbers behind them with their
-commands, versions and hardware.
+--compare or scripts/compare_models.py wrote. Writes report/index.html, which holds its pictures and asks for nothing
+else, the same pictures as PNG files, and report/run.json. They show kept heads and widths, errors and losses by layer,
+perplexity against size, speed and memory, and the numbers behind them with their commands, versions and hardware.
 """
 
 import argparse
@@ -26,6 +25,7 @@ from scripts.report_contents import Plot, plots, raw_rows
 from scripts.report_page import Picture, page
 from scripts.report_sources import read_sources
 from slim_utils.cli import ArgumentParser, command_line, run_cli
+from slim_utils.errors import UserError
 from slim_utils.model_io import RUN_FILE, atomic_folder, check_output, write_json_atomic, write_text_atomic
 from slim_utils.run_record import environment
 
@@ -69,6 +69,8 @@ def file_names(pictures: list[Picture]) -> list[str]:
 def main(args: argparse.Namespace) -> None:
     """Read, draw, write to a temporary name, rename."""
     check_output(args.out, args.overwrite, "--out")
+    if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / PAGE).is_file():
+        raise UserError(f"--out {args.out}: not an earlier report (no {PAGE}); not overwritten")
     sources = read_sources(args.runs)
     numbers = [(source, raw_rows(source)) for source in sources]
     pictures = [picture(plot) for plot in plots(sources)]

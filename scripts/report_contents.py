@@ -22,6 +22,8 @@ from scripts.report_figures import (
     perplexity_panels,
 )
 from scripts.report_sources import (
+    CALIBRATION,
+    CHOICES,
     COMPARISON,
     PERPLEXITY,
     PRUNING_COST,
@@ -286,6 +288,25 @@ def _recovery_plots(source: Source) -> list[Plot]:
     return _size_plots(source.slug, source.label, rows)
 
 
+def _calibration_plots(source: Source) -> list[Plot]:
+    rows = source.record["rows"]
+    panels = []
+    for text in rows[0]["perplexity"]:
+        figures = {f"{row['text']}, {row['num_samples']} × {row['seqlen']}": [row["perplexity"][text]] for row in rows}
+        panels.append(_bars(text, "perplexity", figures, statistics.median))
+    caption = "Perplexity of the same model pruned on other calibration data: text, samples × tokens."
+    return [Plot(SIZES, source.slug, source.label, caption, partial(bar_figure, panels))]
+
+
+def _choice_plots(source: Source) -> list[Plot]:
+    kinds: dict[str, dict[str, list[float]]] = {}
+    for row in source.record["rows"]:
+        kinds.setdefault(row["kind"], {}).setdefault(row["choice"], []).append(row["held_out"])
+    panels = [_bars(kind, "error, held out", figures, statistics.geometric_mean) for kind, figures in kinds.items()]
+    caption = "Error that choices inside a layer leave on tokens not fitted to; geometric means, and a dot a layer."
+    return [Plot(ERRORS, source.slug, source.label, caption, partial(bar_figure, panels))]
+
+
 def _serving_plots(source: Source) -> list[Plot]:
     engines: dict[str, dict[str, list[float]]] = {}
     for row in source.record["rows"]:
@@ -344,6 +365,8 @@ _PLOTS: dict[str, Callable[[Source], list[Plot]]] = {
     SPEED: _speed_plots,
     PERPLEXITY: _perplexity_plots,
     RECOVERY: _recovery_plots,
+    CALIBRATION: _calibration_plots,
+    CHOICES: _choice_plots,
 }
 
 

@@ -19,6 +19,8 @@ COMPARISON = "two checkpoints side by side"
 SPEED = "prefill and decode of two models"
 PERPLEXITY = "perplexity before and after pruning"
 RECOVERY = "prune, LoRA, evaluate"
+CALIBRATION = "perplexity by calibration data"
+CHOICES = "error by choices inside a layer"
 
 # Of each kind, keys that its file has, and keys that the first of its rows has.
 _SIGNS: dict[str, tuple[set[str], set[str]]] = {
@@ -29,7 +31,9 @@ _SIGNS: dict[str, tuple[set[str], set[str]]] = {
     COMPARISON: ({"dense", "pruned"}, set()),
     SPEED: ({"models", "timings"}, set()),
     PERPLEXITY: ({"rows"}, {"heads", "share_asked", "perplexity"}),
-    RECOVERY: ({"rows"}, {"model", "perplexity", "zero_shot"}),
+    RECOVERY: ({"rows", "protocol"}, {"model", "perplexity"}),
+    CALIBRATION: ({"rows"}, {"text", "num_samples", "seqlen", "perplexity"}),
+    CHOICES: ({"rows"}, {"layer", "kind", "choice", "held_out"}),
 }
 
 

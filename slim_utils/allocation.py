@@ -17,8 +17,8 @@ from slim_utils.walk_settings import WalkSettings
 
 # Bisections of a price or a ratio; each halves what is left of the interval.
 HALVINGS = 60
-# Chosen on calibration text alone, SmolLM2-135M at 20, 33 and 50 %.
-FADING = 1.5
+# Chosen on calibration text alone, SmolLM2-135M at 20, 33 and 50 %, where losses add up to no more than this.
+DEPTH_DECAY, LARGEST_TOTAL = 1.5, 0.5
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,8 @@ def allocate_in_depth(layers: list[tuple[LossCurve, LossCurve]], budget: float) 
     """Heads and columns of every layer that go; :func:`allocate`, with losses that count less from layer to layer.
 
     Losses measured on the dense model, one at a time, do not quite add up: the more goes in all, the less a loss in a
-    late layer adds to those before it. From the first to the last layer their weight falls by ``exp(−FADING · total)``,
-    where the total is what all losses would add up to.
+    late layer adds to those before it. From the first to the last layer their weight falls to
+    ``exp(−DEPTH_DECAY · total)``, where the total is what all losses would add up to.
 
     Args:
         layers: curves of the heads and of the columns of layers in their order.
@@ -196,7 +196,7 @@ def allocate_in_depth(layers: list[tuple[LossCurve, LossCurve]], budget: float) 
     """
     curves = [curve for pair in layers for curve in pair]
     total = sum(curve.losses[count] for curve, count in zip(curves, allocate(curves, budget), strict=True))
-    weights = np.exp(-FADING * total * np.linspace(0, 1, len(layers)))
+    weights = np.exp(-DEPTH_DECAY * min(total, LARGEST_TOTAL) * np.linspace(0, 1, len(layers)))
     faded = [replace(curve, losses=curve.losses * weights[i // 2]) for i, curve in enumerate(curves)]
     counts = allocate(faded, budget)
     return list(zip(counts[::2], counts[1::2], strict=True))

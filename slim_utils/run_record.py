@@ -13,7 +13,7 @@ import transformers
 
 from slim_utils.cli import command_line
 from slim_utils.layer_report import LayerReport
-from slim_utils.search import Place
+from slim_utils.search import Sublayer
 from slim_utils.slim_dataset import CalibrationData
 from slim_utils.slimgpt import PruneResult
 
@@ -75,17 +75,17 @@ def pruning_record(
     }
 
 
-def search_record(layers: list[list[Place]]) -> list[dict[str, Any]]:
+def search_record(measured: dict[int, list[Sublayer]]) -> list[dict[str, Any]]:
     """What a search has measured, by layer: units of heads and of columns that were removed, and the loss in nats."""
     return [
         {
             "layer": index,
             **{
-                part: {"units_removed": place.count, "loss": place.loss}
-                for part, place in zip(("attention", "mlp"), places, strict=True)
+                part: {"units_removed": of.count, "loss": of.loss}
+                for part, of in zip(("attention", "mlp"), parts, strict=True)
             },
         }
-        for index, places in enumerate(layers)
+        for index, parts in measured.items()
     ]
 
 

@@ -24,12 +24,13 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from slim_utils.allocation import LayerUnits, LossCurve
-from slim_utils.families import LayerShape
+from slim_utils.errors import UserError
+from slim_utils.families import LayerShape, layer_shapes
 from slim_utils.layer_host import LayerHost
 from slim_utils.layer_replay import LayerReplay, capture_layer_calls, layer_outputs_given
 from slim_utils.layer_walk import head_unit
 from slim_utils.model_io import write_json_atomic
-from slim_utils.slimgpt import SlimGPT
+from slim_utils.slimgpt import SlimGPT, units_to_remove
 from slim_utils.walk_settings import WalkSettings
 
 logger = logging.getLogger(__name__)
@@ -64,10 +65,18 @@ class Probe:
         self._run(index, self._hidden)
 
     def divergence(self, index: int) -> float:
-        """Mean KL divergence, in nats a token, of the predictions with layers from ``index`` on as they now are."""
+        """Mean KL divergence, in nats a token, of the predictions with layers from ``index`` on as they now are.
+
+        Raises:
+            UserError: if predictions are not finite.
+        """
         total = 0.0
         for dense, changed in zip(self._dense, self._log_probabilities(self._outputs(index)), strict=True):
             total += functional.kl_div(changed, dense, reduction="sum", log_target=True).item()
+        if not math.isfinite(total):
+            raise UserError(
+                f"layer {index}: predictions are not finite where it is pruned; try --dtype bfloat16 or float32"
+            )
         return total / self._samples.numel()
 
     def _outputs(self, index: int) -> Tensor:
@@ -94,7 +103,7 @@ class Probe:
 
 
 @dataclass
-class Place:
+class Sublayer:
     """What is known of the heads, or of the FFN columns, of one layer.
 
     Attributes:
@@ -107,6 +116,11 @@ class Place:
     count: int
     loss: float | None = None
 
+    @property
+    def cost(self) -> str:
+        """The loss, for a log line."""
+        return "not measured" if self.loss is None else f"{self.loss:.4f} nats"
+
     def losses(self, loss: float) -> np.ndarray:
         """Losses of 0, 1, … units where those of ``count`` cost ``loss``."""
         errors = np.array(self.errors)
@@ -114,70 +128,86 @@ class Place:
 
 
 @torch.no_grad()
-def measured_places(
+def measure(
     host: LayerHost,
     samples: Tensor,
-    shapes: list[LayerShape],
+    layers: range,
     settings: WalkSettings,
     finished: Path | None = None,
     seconds: float = math.inf,
-) -> list[list[Place]]:
-    """The heads and the FFN columns of every layer.
+) -> dict[int, list[Sublayer]]:
+    """The heads and the FFN columns of every one of ``layers``, by its index.
 
     Args:
         host: of the whole dense model, which ends as it was.
         samples: (num_samples, seqlen) calibration token ids.
-        shapes: of the layers.
+        layers: those that are to be pruned.
         settings: how.
         finished: file that keeps what is measured, so that a run that was cut off does not measure it again.
         seconds: a layer's losses are measured where at most its share of this time has passed, those of the first and
             of the last always.
+
+    Raises:
+        UserError: if predictions are not finite, with the layer named.
     """
+    protocol = [REFERENCE, FURTHEST, *PROBE_SAMPLES, PROBE_TOKENS]
     kept = json.loads(finished.read_text(encoding="utf-8")) if finished and finished.exists() else {}
-    start, last = time.perf_counter(), len(shapes) - 1
+    if kept.get("protocol") != protocol:
+        kept = {"protocol": protocol, "layers": {}}
+    measured = {int(index): [Sublayer(**part) for part in parts] for index, parts in kept["layers"].items()}
+    if len(measured) == len(layers):
+        # Losses that were left out stay so: other ratios would not go with the layers that are pruned by now.
+        return measured
+    shapes, start = layer_shapes(host.model.config), time.perf_counter()
     with host.outside(settings.device), logging_redirect_tqdm():
         hidden, calls = capture_layer_calls(host.model, host.layers, samples, settings)
         probes = [Probe(host, samples[:count, :PROBE_TOKENS], settings) for count in PROBE_SAMPLES]
-        for index in tqdm(range(len(host.layers)), desc="measuring", unit="layer", disable=None):
+        for index in tqdm(range(layers.stop), desc="measuring", unit="layer", disable=None):
             layer = host.fetch(index, settings.device)
             replay = LayerReplay(layer, host.family, hidden, send_to_device(calls[index], settings.device), settings)
-            if str(index) not in kept:
-                in_time = time.perf_counter() - start <= seconds * index / (last + 1)
-                asked = probes if in_time or index in (0, last) else [None, None]
-                places = _measured_layer(replay, asked, index, shapes[index], settings)
-                kept[str(index)] = [asdict(place) for place in places]
+            if index in layers and index not in measured:
+                in_time = time.perf_counter() - start <= seconds * (index - layers.start) / len(layers)
+                asked = probes if in_time or index in (layers[0], layers[-1]) else [None, None]
+                measured[index] = _measured_layer(replay, asked, index, shapes[index], settings)
+                heads, columns = measured[index]
+                costs = (heads.count, heads.cost, columns.count, columns.cost)
+                logger.info("layer %d/%d: losing %d heads: %s, %d columns: %s", index, len(shapes), *costs)
+                kept["layers"] = {at: [asdict(part) for part in parts] for at, parts in measured.items()}
                 if finished:
                     write_json_atomic(finished, kept)
             replay.advance()
             for probe in probes:
                 probe.advance(index)
             host.release(index)
-            heads, columns = (_cost(place["loss"]) for place in kept[str(index)])
-            logger.info(
-                "layer %d/%d: %.0f %% of the heads %s, of the columns %s",
-                index,
-                len(shapes),
-                100 * REFERENCE,
-                heads,
-                columns,
-            )
-    return [[Place(**place) for place in kept[str(index)]] for index in range(len(shapes))]
+    return measured
 
 
-def _cost(loss: float | None) -> str:
-    return "not measured" if loss is None else f"would cost {loss:.4f} nats"
+def loss_curves(measured: dict[int, list[Sublayer]], units: list[LayerUnits]) -> list[tuple[LossCurve, LossCurve]]:
+    """Loss curves of the heads and of the FFN columns of every layer that was measured, in their order.
 
-
-def loss_curves(layers: list[list[Place]], units: list[LayerUnits]) -> list[tuple[LossCurve, LossCurve]]:
-    """Loss curves of the heads and of the FFN columns of every layer."""
-    losses = [_interpolated([places[kind].loss for places in layers]) for kind in range(2)]
+    Args:
+        measured: by layer.
+        units: of all layers.
+    """
+    layers = [measured[index] for index in sorted(measured)]
+    losses = [_interpolated([parts[kind].loss for parts in layers]) for kind in range(2)]
     return [
         (
             LossCurve(heads.losses(of_heads), own.head_weights, False),
             LossCurve(columns.losses(of_columns), own.column_weights, True),
         )
-        for (heads, columns), own, of_heads, of_columns in zip(layers, units, *losses, strict=True)
+        for (heads, columns), own, of_heads, of_columns in zip(
+            layers, (units[index] for index in sorted(measured)), *losses, strict=True
+        )
     ]
+
+
+def most_removable(units: list[LayerUnits], layers: range) -> int:
+    """Block weights of ``layers`` that curves reach at most."""
+    return sum(
+        (own.heads - 1) * own.head_weights + units_to_remove(own.columns, FURTHEST) * own.column_weights
+        for own in units[layers.start : layers.stop]
+    )
 
 
 def _interpolated(losses: list[float | None]) -> np.ndarray:
@@ -191,11 +221,11 @@ def _interpolated(losses: list[float | None]) -> np.ndarray:
 
 def _measured_layer(
     replay: LayerReplay, probes: Sequence[Probe | None], index: int, shape: LayerShape, settings: WalkSettings
-) -> list[Place]:
+) -> list[Sublayer]:
     """The heads and the columns of a layer, their losses too where there is a probe of each."""
     family = replay.family
     unit_size, groups, _ = head_unit(shape, settings)
-    places = []
+    parts = []
     for probe, (name, inputs, size, num_groups) in zip(
         probes,
         (
@@ -207,8 +237,8 @@ def _measured_layer(
         pruner = SlimGPT(replay.layer.get_submodule(name), f"layer {index} {name}")
         for batch in inputs:
             pruner.add_batch(batch)
-        places.append(_measured(pruner, probe, index, size, num_groups, settings))
-    return places
+        parts.append(_measured(pruner, probe, index, size, num_groups, settings))
+    return parts
 
 
 def _column_inputs(replay: LayerReplay) -> Iterator[Tensor]:
@@ -219,7 +249,7 @@ def _column_inputs(replay: LayerReplay) -> Iterator[Tensor]:
 
 def _measured(
     pruner: SlimGPT, probe: Probe | None, index: int, unit_size: int, num_groups: int, settings: WalkSettings
-) -> Place:
+) -> Sublayer:
     """Errors of 0, 1, … units of every group, and a loss; the weights stay as they are."""
     furthest = 1.0 if unit_size > 1 else FURTHEST
     group = settings.choices.column_group or math.ceil(pruner.columns / CURVE_STEPS)
@@ -229,7 +259,7 @@ def _measured(
     count = min(max(round(REFERENCE * per_group), 1), len(errors) - 1)
     # Columns that are never active go first, at no cost, and tell nothing of the others.
     count = max(count, int((errors <= NEGLIGIBLE * errors[-1]).sum()))
-    place = Place(errors.tolist(), count)
+    place = Sublayer(errors.tolist(), count)
     if probe and count < len(errors):
         dense = pruner.linear.weight.clone()
         pruner.struct_prune(count / per_group, unit_size, settings.percdamp, True, num_groups, settings.choices)

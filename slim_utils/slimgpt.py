@@ -163,7 +163,7 @@ class SlimGPT:
         """
         target = units_to_remove(self.columns // unit_size, sparsity, num_groups)
         for _, _, _, removal in self._attempts(target, unit_size, percdamp, True, num_groups, choices):
-            counts = torch.tensor(removal.steps)
+            counts = torch.tensor(removal.steps, dtype=torch.long)
             each = (removal.costs.cpu().double() / counts).repeat_interleave(counts)
             errors = torch.cat([torch.zeros(1, dtype=torch.float64), each.cumsum(0)])
             return errors[::num_groups]

@@ -17,7 +17,7 @@ from slim_utils.model_stats import count_parameters
 from slim_utils.obs import Choices
 from slim_utils.params_remove import stock_config
 from slim_utils.pruning_record import LayerMask
-from slim_utils.search import Place, loss_curves, measured_places
+from slim_utils.search import Sublayer, loss_curves, measure, most_removable
 from slim_utils.sparsity_schedule import STRATEGIES, LayerRatio, layer_range, layer_ratios, non_uniform_ratios
 from slim_utils.walk_settings import WalkSettings
 
@@ -47,7 +47,7 @@ def add_choice_flags(group: argparse._ArgumentGroup) -> None:
     """The flags that say how units are chosen, and one for all that helps."""
     group.add_argument("--exact_heads", action="store_true", help="score heads by the error that their removal leaves")
     group.add_argument(
-        "--column_group", type=int, default=0, help="FFN columns of a step (default: the paper's dynamic group size)"
+        "--column_group", type=int, help="FFN columns of a step (default, and 0: the paper's dynamic group size)"
     )
     best = f"--exact_heads --column_group {BEST_COLUMN_GROUP} and, for a target, --allocation search"
     group.add_argument("--preset", choices=PRESETS, default=PRESETS[0], help=f"best: {best} (default: %(default)s)")
@@ -58,15 +58,22 @@ def apply_preset(args: argparse.Namespace) -> None:
     if args.preset == "paper":
         return
     args.exact_heads = True
-    args.column_group = args.column_group or BEST_COLUMN_GROUP
+    if args.column_group is None:
+        args.column_group = BEST_COLUMN_GROUP
     if args.allocation or args.uniform_shapes or (args.target_ratio is None and args.target_params is None):
         return
     obstacles = [f"--{name}" for name in ("stream", "no_compensate") if getattr(args, name)]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         obstacles.append("several processes")
-    args.allocation = "log_increase" if obstacles else SEARCH
+    args.allocation = SEARCH
     if obstacles:
-        logger.warning("--preset best: no search with %s; --allocation log_increase instead", " and ".join(obstacles))
+        do_without_search(args, " and ".join(obstacles))
+
+
+def do_without_search(args: argparse.Namespace, obstacle: str) -> None:
+    """Put in place what ``--preset best`` stands for where there can be no search."""
+    args.allocation = "log_increase"
+    logger.warning("--preset best: no search with %s; --allocation log_increase instead", obstacle)
 
 
 def check_budget(args: argparse.Namespace) -> None:
@@ -106,7 +113,7 @@ def check_budget(args: argparse.Namespace) -> None:
 
 
 def plan(
-    args: argparse.Namespace, host: LayerHost, settings: WalkSettings, places: list[list[Place]] | None = None
+    args: argparse.Namespace, host: LayerHost, settings: WalkSettings, measured: dict[int, list[Sublayer]] | None = None
 ) -> tuple[list[LayerRatio], list[LayerMask]]:
     """Pruning ratios of every layer, and masks of the sizes that they lead to; says what is odd about them.
 
@@ -114,12 +121,12 @@ def plan(
         args: of the command line.
         host: of the model, whose weights are not looked at.
         settings: how to walk.
-        places: what a search has measured.
+        measured: what a search has measured.
 
     Raises:
         UserError: if the target, or a stock checkpoint, cannot be had.
     """
-    ratios = chosen_ratios(args, host, settings, places)
+    ratios = chosen_ratios(args, host, settings, measured)
     if not any(map(any, ratios)):
         logger.warning("nothing to prune: all ratios are 0; set --sparsity, or --non_uniform with --max_sparsity")
     planned = planned_masks(layer_shapes(host.model.config), ratios, settings)
@@ -130,7 +137,7 @@ def plan(
 
 
 def chosen_ratios(
-    args: argparse.Namespace, host: LayerHost, settings: WalkSettings, places: list[list[Place]] | None
+    args: argparse.Namespace, host: LayerHost, settings: WalkSettings, measured: dict[int, list[Sublayer]] | None
 ) -> list[LayerRatio]:
     """Pruning ratios of every layer; arguments as for :func:`plan`.
 
@@ -146,7 +153,7 @@ def chosen_ratios(
         return [LayerRatio.of(ratio) for ratio in original_ratios(args, layers, len(shapes))]
     budget = weights_to_remove(args, host)
     if args.allocation == SEARCH:
-        return searched_ratios(places, layers, units, budget)
+        return searched_ratios(measured, units, budget)
 
     def schedule(highest: float) -> list[float]:
         if args.allocation in (None, "uniform"):
@@ -163,38 +170,53 @@ def weights_to_remove(args: argparse.Namespace, host: LayerHost) -> float:
     """Block weights that the target asks to remove, of a model whose weights are not looked at.
 
     Raises:
-        UserError: if the model is smaller than the target, or the search does not know its kind.
+        UserError: if the model is smaller than the target.
     """
-    shapes = layer_shapes(host.model.config)
-    if args.allocation == SEARCH and any(shape.num_experts for shape in shapes):
-        raise UserError("--allocation search does not know mixtures of experts yet; use --allocation log_increase")
     if args.target_params is None:
-        return args.target_ratio * block_weights(host.layers, host.family, shapes)
+        return args.target_ratio * block_weights(host.layers, host.family, layer_shapes(host.model.config))
     budget = count_parameters(host.model) - args.target_params
     if budget <= 0 or args.target_params <= 0:
         raise UserError(f"--target_params {args.target_params:g}: the model has {count_parameters(host.model)}")
     return budget
 
 
+def check_search(args: argparse.Namespace, host: LayerHost, settings: WalkSettings) -> None:
+    """Make sure, before anything is measured, that a search can be had and can meet the target.
+
+    With ``--preset best`` a model that cannot be searched gets another allocation. Weights are not looked at.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    shapes = layer_shapes(host.model.config)
+    if any(shape.num_experts for shape in shapes):
+        if args.preset != "best":
+            raise UserError("--allocation search does not know mixtures of experts yet; use --allocation log_increase")
+        do_without_search(args, "experts")
+        return
+    units = layer_units(host.layers, host.family, shapes, settings)
+    most = most_removable(units, layer_range(args.minlayer, args.maxlayer, len(shapes)))
+    budget = weights_to_remove(args, host)
+    if most < budget:
+        raise UserError(f"no more than {most} block weights can go, of {budget:.0f}; lower the target")
+
+
 def search(
     args: argparse.Namespace, host: LayerHost, samples: Tensor, settings: WalkSettings, finished: Path | None
-) -> list[list[Place]]:
-    """Measure what pruning costs where, in the time given; arguments as for :func:`measured_places`."""
+) -> dict[int, list[Sublayer]]:
+    """Measure what pruning costs where, in the time given; arguments and errors as for :func:`measure`."""
     seconds = math.inf if args.search_minutes is None else 60 * args.search_minutes
-    return measured_places(host, samples, layer_shapes(host.model.config), settings, finished, seconds)
+    layers = layer_range(args.minlayer, args.maxlayer, len(layer_shapes(host.model.config)))
+    return measure(host, samples, layers, settings, finished, seconds)
 
 
-def searched_ratios(
-    places: list[list[Place]], layers: range, units: list[LayerUnits], budget: float
-) -> list[LayerRatio]:
-    """Ratios of the least loss, measured, that remove ``budget`` block weights of the given layers.
+def searched_ratios(measured: dict[int, list[Sublayer]], units: list[LayerUnits], budget: float) -> list[LayerRatio]:
+    """Ratios of all layers, of the least loss, that remove ``budget`` block weights of those that were measured.
 
     Raises:
         UserError: if the layers have fewer weights.
     """
-    curves = loss_curves(places, units)
-    chosen = allocate_in_depth([curves[index] for index in layers], budget)
-    counts = dict(zip(layers, chosen, strict=True))
+    counts = dict(zip(sorted(measured), allocate_in_depth(loss_curves(measured, units), budget), strict=True))
     return [own.ratio(*counts.get(index, (0, 0))) for index, own in enumerate(units)]
 
 
@@ -215,7 +237,7 @@ def walk_settings(args: argparse.Namespace) -> WalkSettings:
         batch_samples=args.batch_samples,
         percdamp=args.percdamp,
         compensate=not args.no_compensate,
-        choices=Choices(args.exact_heads, args.column_group),
+        choices=Choices(args.exact_heads, args.column_group or 0),
         gqa_unit=args.gqa_unit,
         heads_multiple=math.lcm(2 if args.even_heads else 1, args.tp_size),
         columns_multiple=math.lcm(args.multiple_of, args.tp_size),

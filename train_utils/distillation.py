@@ -101,13 +101,13 @@ class DistillationTrainer(SlimTrainer):
     def __init__(self, *args: Any, teacher: PreTrainedModel, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.teacher = teacher
-        self.taught: Tensor | None = None
+        self.teacher_logits: Tensor | None = None
         self.compute_loss_func = self.loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Ask the teacher, where training goes on, and leave the rest to the library."""
         # First the teacher: its activations are gone when the student's come.
-        self.taught = self.teach(inputs) if model.training else None
+        self.teacher_logits = self.teach(inputs) if model.training else None
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     @torch.no_grad()
@@ -129,9 +129,9 @@ class DistillationTrainer(SlimTrainer):
                 ``labels``.
         """
         logits, labels = outputs.logits, labels.to(outputs.logits.device)
-        if self.taught is None:
+        if self.teacher_logits is None:
             return ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch)
         # Not kept beyond the step: the next one's would come on top.
-        taught, self.taught = self.taught, None
-        total = divergence(target_logits(logits, labels), taught)
-        return total / (len(taught) if num_items_in_batch is None else num_items_in_batch)
+        teacher_logits, self.teacher_logits = self.teacher_logits, None
+        total = divergence(target_logits(logits, labels), teacher_logits)
+        return total / (len(teacher_logits) if num_items_in_batch is None else num_items_in_batch)

@@ -25,7 +25,7 @@ from slim_utils.layer_store import LayerStore
 from slim_utils.layer_walk import planned_masks
 from slim_utils.model_stats import removed_share
 from slim_utils.obs import Choices
-from slim_utils.search import PROBE_SAMPLES, Place, loss_curves, measured_places
+from slim_utils.search import PROBE_SAMPLES, Sublayer, loss_curves, measure
 from slim_utils.slimgpt import SlimGPT
 from slim_utils.slimming_args import apply_preset
 from slim_utils.sparsity_schedule import layer_ratios, non_uniform_ratios
@@ -119,7 +119,7 @@ def test_curves_are_measured_on_the_whole_model(name, samples):
     settings = WalkSettings(CPU, CPU, choices=Choices(exact_heads=True, column_group=4))
     host = LayerHost(model, family)
     units = layer_units(host.layers, family, shapes, settings)
-    curves = loss_curves(measured_places(host, samples, shapes, settings), units)
+    curves = loss_curves(measure(host, samples, range(4), settings), units)
     assert len(curves) == 4
     for parameter, before in zip(model.parameters(), dense.parameters(), strict=True):
         assert torch.equal(parameter, before)
@@ -181,7 +181,7 @@ def test_the_best_preset_is_its_flags(words, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "allocation", "column_group"),
     [
-        ([], None, 0),
+        ([], None, None),
         (["--preset", "best"], None, 32),
         (["--preset", "best", "--target_ratio", 0.3, "--allocation", "uniform"], "uniform", 32),
         (["--preset", "best", "--target_ratio", 0.3, "--stream", "--save_dir", "out"], "log_increase", 32),
@@ -205,6 +205,45 @@ def test_a_stock_checkpoint_of_a_target(words, tmp_path):
     ).read_text(encoding="utf-8")
 
 
+def test_only_what_is_pruned_is_searched(words, tmp_path):
+    flags = ["--target_ratio", 0.2, "--allocation", "search", "--minlayer", 1, "--maxlayer", 3]
+    main(*words, *flags, "--save_dir", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert [layer["layer"] for layer in record["search"]] == [1, 2]
+    assert record["sizes"]["block_share_removed"] * TOTAL == pytest.approx(0.2 * TOTAL, abs=COLUMN)
+    assert {layer["layer"] for layer in record["layers"]} == {1, 2}
+
+
+def test_a_target_out_of_reach_is_seen_before_the_search(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_slimming, "search", lambda *args: pytest.fail("measured"))
+    with pytest.raises(UserError, match="block weights can go"):
+        main(*words, "--target_ratio", 0.99, "--preset", "best", "--save_dir", tmp_path / "out")
+
+
+def test_a_single_unit_of_heads_stays(tokenizer, text_file, tmp_path):
+    """Layers with one kv group have nothing to lose but columns."""
+    config = make_tiny("gqa").config
+    config.num_key_value_heads = 1
+    type(make_tiny("gqa"))(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = ["--data_file", text_file, "--num_samples", 8, "--seqlen", 32, "--device", "cpu", "--skip_evaluate"]
+    flags += ["--target_ratio", 0.2, "--preset", "best", "--gqa_unit", "kv_group", "--save_dir", tmp_path / "out"]
+    main(tmp_path / "model", *flags)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["sizes"]["block_share_removed"] >= 0.2
+    assert all(layer["attention"]["loss"] is None for layer in record["search"])
+
+
+@pytest.mark.parametrize("content", [{"0": [[0.0, 1.0], [0.0, 2.0]]}, {"protocol": [], "layers": {"0": []}}])
+def test_what_another_search_measured_is_not_used(content, samples, tmp_path):
+    model = make_tiny("mha")
+    host, settings = LayerHost(model, find_family(model.config)), WalkSettings(CPU, CPU)
+    (tmp_path / "measured.json").write_text(json.dumps(content))
+    found = measure(host, samples, range(2), settings, tmp_path / "measured.json")
+    assert found == measure(host, samples, range(2), settings)
+    assert found == measure(host, samples, range(2), settings, tmp_path / "measured.json")
+
+
 def test_mixtures_of_experts_are_not_searched(tokenizer, text_file, tmp_path):
     make_tiny("mixtral").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -212,6 +251,10 @@ def test_mixtures_of_experts_are_not_searched(tokenizer, text_file, tmp_path):
     with pytest.raises(UserError, match="search does not know mixtures of experts yet"):
         main(tmp_path / "model", *flags, "--seqlen", 32)
     assert not LayerStore(tmp_path / "out").exists()
+    flags += ["--preset", "best", "--num_samples", 8, "--seqlen", 32, "--device", "cpu", "--skip_evaluate"]
+    main(tmp_path / "model", *flags)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["arguments"]["allocation"] == "log_increase" and "search" not in record
 
 
 def test_dead_columns_do_not_hide_what_the_others_cost(samples):
@@ -221,13 +264,14 @@ def test_dead_columns_do_not_hide_what_the_others_cost(samples):
     family, shapes, settings = find_family(model.config), layer_shapes(model.config), WalkSettings(CPU, CPU)
     host = LayerHost(model, family)
     units = layer_units(host.layers, family, shapes, settings)
-    losses = loss_curves(measured_places(host, samples, shapes, settings), units)[1][1].losses
-    assert losses[20] <= 1e-4 * losses[-1] and losses[-1] > 1e-3
+    losses = loss_curves(measure(host, samples, range(4), settings), units)[1][1].losses
+    assert losses[20] <= 1e-4 * losses[-1] and 1e-4 < losses[-1] < 1
 
 
 def test_layers_that_are_not_measured_take_their_losses_from_their_neighbours():
     units = [LayerUnits(3, 3, 10, 1)] * 3
-    layers = [[Place([0, 1, 4], 1, loss), Place([0, 2, 2], 2, loss and 1.0)] for loss in (0.01, None, 0.04)]
+    losses = enumerate((0.01, None, 0.04))
+    layers = {i: [Sublayer([0, 1, 4], 1, loss), Sublayer([0, 2, 2], 2, loss and 1.0)] for i, loss in losses}
     heads = [of_heads.losses for of_heads, _ in loss_curves(layers, units)]
     assert heads[1].tolist() == pytest.approx([0, 0.02, 0.08])
     assert heads[2].tolist() == pytest.approx([0, 0.04, 0.16])

@@ -11,6 +11,8 @@ from scripts.report_contents import COSTS, ERRORS, KEPT, SIZES, plots, raw_rows
 from scripts.report_figures import BREAKDOWN, perplexity_figure, perplexity_panels
 from scripts.report_page import page
 from scripts.report_sources import (
+    CALIBRATION,
+    CHOICES,
     COMPARISON,
     PERPLEXITY,
     PRUNING_COST,
@@ -34,6 +36,9 @@ KINDS = {
     "smollm2_perplexity": PERPLEXITY,
     "smollm2_query_heads": PERPLEXITY,
     "smollm2_recovery": RECOVERY,
+    "smollm2_distillation": RECOVERY,
+    "bench_calibration": CALIBRATION,
+    "layer_choices": CHOICES,
 }
 PART = {"error_before_compensation": 0.2, "error_after_compensation": 0.1}
 RUN_RECORD = {
@@ -72,7 +77,7 @@ def test_results_of_benchmarks_are_told_apart(name):
 def test_every_result_has_a_place_in_the_report():
     sources = read_sources(sorted(RESULTS.glob("*.json")))
     assert {source.kind for source in sources} == set(KINDS.values())
-    assert {plot.section for plot in plots(sources)} == {KEPT, SIZES, COSTS}
+    assert {plot.section for plot in plots(sources)} == {KEPT, ERRORS, SIZES, COSTS}
 
 
 def test_a_run_that_was_not_evaluated_has_no_perplexity(tmp_path):
@@ -160,6 +165,10 @@ def test_an_existing_folder_needs_overwrite_and_an_earlier_report(tmp_path):
     write(tmp_path / "other" / "index.html", "mine")
     with pytest.raises(UserError, match="not the output of an earlier run"):
         main(source, "--out", tmp_path / "other", "--overwrite")
+    # Nor is a pruned model.
+    write(tmp_path / "pruned" / "run.json", RUN_RECORD)
+    with pytest.raises(UserError, match=r"not an earlier report"):
+        main(tmp_path / "pruned", "--out", tmp_path / "pruned", "--overwrite")
     assert {path.name for path in tmp_path.iterdir()} == {"report", "other"}
 
 
