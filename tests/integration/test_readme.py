@@ -168,3 +168,9 @@ def test_quality_table_is_that_of_the_file():
     from benchmarks.quality_table import table
 
     assert table(json.loads((RESULTS / "bench_quality.json").read_text())) in README
+
+
+def test_table_of_choices_is_that_of_the_file():
+    from benchmarks.layer_choices import table
+
+    assert table(json.loads((RESULTS / "layer_choices.json").read_text())) in README

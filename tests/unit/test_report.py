@@ -11,7 +11,6 @@ from scripts.report_contents import COSTS, ERRORS, KEPT, SIZES, plots, raw_rows
 from scripts.report_figures import BREAKDOWN, perplexity_figure, perplexity_panels
 from scripts.report_page import page
 from scripts.report_sources import (
-    CALIBRATION,
     CHOICES,
     COMPARISON,
     PERPLEXITY,
@@ -37,7 +36,6 @@ KINDS = {
     "smollm2_query_heads": PERPLEXITY,
     "smollm2_recovery": RECOVERY,
     "smollm2_distillation": RECOVERY,
-    "bench_calibration": CALIBRATION,
     "layer_choices": CHOICES,
 }
 PART = {"error_before_compensation": 0.2, "error_after_compensation": 0.1}
