@@ -17,8 +17,8 @@ from slim_utils.walk_settings import WalkSettings
 
 # Bisections of a price or a ratio; each halves what is left of the interval.
 HALVINGS = 60
-# Chosen on calibration text alone, SmolLM2-135M at 20, 33 and 50 %, where losses add up to 0.1 to 0.5 nats; beyond twice
-# as much the decay stays as it is.
+# Chosen on calibration text alone, SmolLM2-135M at 20, 33 and 50 %, where losses add up to 0.1 to 0.5 nats; beyond
+# twice as much the decay stays as it is.
 DEPTH_DECAY, LARGEST_TOTAL = 1.5, 1.0
 
 

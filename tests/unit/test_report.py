@@ -167,7 +167,7 @@ def test_an_existing_folder_needs_overwrite_and_an_earlier_report(tmp_path):
     write(tmp_path / "pruned" / "run.json", RUN_RECORD)
     with pytest.raises(UserError, match=r"not an earlier report"):
         main(tmp_path / "pruned", "--out", tmp_path / "pruned", "--overwrite")
-    assert {path.name for path in tmp_path.iterdir()} == {"report", "other"}
+    assert {path.name for path in tmp_path.iterdir()} == {"report", "other", "pruned"}
 
 
 def test_seeds_give_mean_and_deviation():
