@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
+from torch import distributed
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalSets, load_eval_sets
@@ -249,6 +250,9 @@ def main(args: FinetuneArguments) -> None:
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     seconds = time.perf_counter() - start
+    if distributed.is_initialized():
+        # Left to the exit of a process, the threads of the group may abort it, and torchrun then ends the others.
+        distributed.destroy_process_group()
     if not is_main:
         return
 
