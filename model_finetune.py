@@ -16,6 +16,7 @@ perplexities.
 import copy
 import gc
 import logging
+import os
 import shutil
 import time
 from contextlib import ExitStack
@@ -251,10 +252,12 @@ def main(args: FinetuneArguments) -> None:
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     seconds = time.perf_counter() - start
     if distributed.is_initialized():
-        # Left to the exit of a process, the threads of the group may abort it, and torchrun then ends the others.
         distributed.destroy_process_group()
     if not is_main:
-        return
+        # Nothing is left to clean up, and threads that outlive the interpreter have been seen to abort the process,
+        # which torchrun takes for the failure of all.
+        logging.shutdown()
+        os._exit(0)
 
     record |= {"finished": True, "training_seconds": round(seconds, 2), "log": trainer.state.log_history}
     if pruned:
