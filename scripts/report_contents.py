@@ -149,7 +149,7 @@ def _error_panels(runs: list[Source]) -> list[LayerPanel]:
         lines = []
         for index, run in enumerate(runs):
             for when in ("before", "after"):
-                values = _by_layer(run, part, f"error_{when}_compensation")
+                values = _by_layer(run.record["layers"], part, f"error_{when}_compensation")
                 lines.append(LayerLine(f"{run.label}, {when} compensation", values, index, dashed=when == "before"))
         panels.append(LayerPanel(title, "relative error (log scale)", lines, log=True))
     return panels
@@ -161,26 +161,30 @@ def _loss_panels(runs: dict[int, Source]) -> list[LayerPanel]:
     for part, title in (("attention", "attention"), ("mlp", "MLP")):
         lines = []
         for index, run in runs.items():
-            losses = [layer[part]["loss"] for layer in run.record["search"]]
-            lines.append(LayerLine(run.label, [math.nan if loss is None else loss for loss in losses], index))
+            lines.append(LayerLine(run.label, _by_layer(run.record["search"], part, "loss"), index))
         panels.append(LayerPanel(title, "loss, nats a token (log scale)", lines, log=True))
     return panels
 
 
 def _cost_panels(runs: list[Source]) -> list[LayerPanel]:
-    seconds = [LayerLine(run.label, _by_layer(run, "seconds"), index) for index, run in enumerate(runs)]
+    seconds = [
+        LayerLine(run.label, _by_layer(run.record["layers"], "seconds"), index) for index, run in enumerate(runs)
+    ]
     panels = [LayerPanel("pruning", "seconds a layer", seconds)]
     for where in dict.fromkeys(where for run in runs for layer in run.record["layers"] for where in layer[_PEAK]):
-        memory = [LayerLine(run.label, _by_layer(run, _PEAK, where), index) for index, run in enumerate(runs)]
+        memory = [
+            LayerLine(run.label, _by_layer(run.record["layers"], _PEAK, where), index) for index, run in enumerate(runs)
+        ]
         panels.append(LayerPanel(f"peak memory, {where}", "MiB", memory))
     return panels
 
 
-def _by_layer(run: Source, *keys: str) -> list[float]:
-    """What ``run.json`` has under ``keys`` of every layer, from layer 0 on; NaN of those that it does not have."""
+def _by_layer(layers: Rows, *keys: str) -> list[float]:
+    """What there is under ``keys`` of every layer, from layer 0 on; NaN of those that have nothing there."""
     found = {}
-    for layer in run.record["layers"]:
-        found[layer["layer"]] = float(reduce(lambda inner, key: inner.get(key, math.nan), keys, layer))
+    for layer in layers:
+        value = reduce(lambda inner, key: inner.get(key, math.nan), keys, layer)
+        found[layer["layer"]] = math.nan if value is None else float(value)
     return [found.get(index, math.nan) for index in range(max(found, default=-1) + 1)]
 
 

@@ -107,6 +107,14 @@ def test_losses_of_a_search_are_drawn(tmp_path):
     assert heads[0] == 0.25 and math.isnan(heads[1]) and columns == [0.5, 0.5]
 
 
+def test_losses_of_later_layers_keep_their_numbers(tmp_path):
+    search = [{"layer": 2, "attention": {"loss": 0.25}, "mlp": {"loss": 0.5}}]
+    (source,) = read_sources([write(tmp_path / "run.json", {**RUN_RECORD, "search": search})])
+    (plot,) = (plot for plot in plots([source]) if plot.name.endswith("_losses"))
+    values = plot.draw().axes[0].get_lines()[0].get_ydata().tolist()
+    assert all(map(math.isnan, values[:2])) and values[2:] == [0.25]
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path):
     paths = [write(tmp_path / parent / "run.json", RUN_RECORD) for parent in ("a", "b")]
     assert [source.label for source in read_sources(paths)] == ["a", "b"]
