@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from benchmarks.bench_quality import (
     EVAL_SEQLEN,
     EVAL_WINDOWS,
@@ -55,8 +57,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def measure(args: argparse.Namespace, text: str, file: Path, num_samples: int, seqlen: int) -> dict[str, Any]:
-    """One row."""
+def measure(
+    args: argparse.Namespace, sets: dict[str, Tensor], text: str, file: Path, num_samples: int, seqlen: int
+) -> dict[str, Any]:
+    """One row, on the evaluation windows ``sets``."""
     tokenizer = load_tokenizer(args.model, False)
     tokens = tokenize(tokenizer, join_documents(file_documents(file)), add_special_tokens=False)
     samples = random_windows(tokens[SKIPPED:], num_samples, seqlen, args.seed, text)
@@ -65,14 +69,14 @@ def measure(args: argparse.Namespace, text: str, file: Path, num_samples: int, s
     by_schedule(FINE, MIN_SPARSITY, model, samples, SHARE, WalkSettings(CPU, CPU, percdamp=PERCDAMP))
     seconds = round(time.perf_counter() - start, 1)
     row = {"text": text, "num_samples": num_samples, "seqlen": seqlen, "seed": args.seed, "seconds": seconds}
-    row["perplexity"] = {name: perplexity(model, windows, 2) for name, windows in eval_sets(args).items()}
+    row["perplexity"] = {name: perplexity(model, windows, 2) for name, windows in sets.items()}
     logger.info("%s, %d × %d tokens: %s", text, num_samples, seqlen, row["perplexity"])
     return row
 
 
 def main(args: argparse.Namespace) -> None:
     """Measure the rows that are missing."""
-    files = named_files("--calib_files", args.calib_files)
+    files, sets = named_files("--calib_files", args.calib_files), eval_sets(args)
     protocol = {"share": SHARE, "evaluation": [EVAL_WINDOWS, EVAL_SEQLEN], "percdamp": PERCDAMP, "skipped": SKIPPED}
     protocol |= {"seed": args.seed, "texts": sorted(args.calib_files + args.eval_files)}
     record = {"command": command_line(), **environment(CPU), "protocol": protocol}
@@ -82,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
     done = {(row["text"], row["num_samples"], row["seqlen"]) for row in record["rows"]}
     for text, num_samples, seqlen in wanted:
         if (text, num_samples, seqlen) not in done:
-            record["rows"].append(measure(args, text, files[text], num_samples, seqlen))
+            record["rows"].append(measure(args, sets, text, files[text], num_samples, seqlen))
             write_json_atomic(args.out, record)
     print(table(record))
 

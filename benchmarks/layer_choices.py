@@ -32,7 +32,7 @@ from slim_utils.layer_replay import LayerReplay, capture_layer_calls
 from slim_utils.model_io import check_output_file, load_model, load_tokenizer, write_json_atomic
 from slim_utils.obs import PAPER_CHOICES, Choices, remove_columns
 from slim_utils.run_record import environment
-from slim_utils.slim_dataset import load_calibration
+from slim_utils.slim_dataset import random_windows
 from slim_utils.slimgpt import SlimGPT
 from slim_utils.text_source import file_documents, join_documents, tokenize
 from slim_utils.walk_settings import WalkSettings
@@ -182,8 +182,8 @@ def held_out_windows(tokens: Tensor, samples: Tensor) -> Tensor:
 def cases(args: argparse.Namespace) -> dict[tuple[int, str], Case]:
     """The heads and the columns of every layer of ``LAYERS``."""
     model, tokenizer = repeat_kv_heads(load_model(args.model, "float32", False)), load_tokenizer(args.model, False)
-    samples = load_calibration(None, args.calib_file, tokenizer, NUM_SAMPLES, SEQLEN, args.seed).samples
     tokens = tokenize(tokenizer, join_documents(file_documents(args.calib_file)), add_special_tokens=False)
+    samples = random_windows(tokens, NUM_SAMPLES, SEQLEN, args.seed, str(args.calib_file))
     windows = torch.cat([samples, held_out_windows(tokens, samples)])
     family, settings = find_family(model.config), WalkSettings(CPU, CPU)
     layers = family.decoder_layers(model)

@@ -152,9 +152,8 @@ def measure(
     """
     protocol = [REFERENCE, FURTHEST, *PROBE_SAMPLES, PROBE_TOKENS]
     kept = json.loads(finished.read_text(encoding="utf-8")) if finished and finished.exists() else {}
-    if kept.get("protocol") != protocol:
-        kept = {"protocol": protocol, "layers": {}}
-    measured = {int(index): [Sublayer(**part) for part in parts] for index, parts in kept["layers"].items()}
+    layers_kept = kept["layers"] if kept.get("protocol") == protocol else {}
+    measured = {int(index): [Sublayer(**part) for part in parts] for index, parts in layers_kept.items()}
     if len(measured) == len(layers):
         # Losses that were left out stay so: other ratios would not go with the layers that are pruned by now.
         return measured
@@ -172,12 +171,13 @@ def measure(
                 heads, columns = measured[index]
                 costs = (heads.count, heads.cost, columns.count, columns.cost)
                 logger.info("layer %d/%d: losing %d heads: %s, %d columns: %s", index, len(shapes), *costs)
-                kept["layers"] = {at: [asdict(part) for part in parts] for at, parts in measured.items()}
                 if finished:
-                    write_json_atomic(finished, kept)
-            replay.advance()
-            for probe in probes:
-                probe.advance(index)
+                    done = {at: [asdict(part) for part in parts] for at, parts in measured.items()}
+                    write_json_atomic(finished, {"protocol": protocol, "layers": done})
+            if index < layers[-1]:
+                replay.advance()
+                for probe in probes:
+                    probe.advance(index)
             host.release(index)
     return measured
 
@@ -259,10 +259,10 @@ def _measured(
     count = min(max(round(REFERENCE * per_group), 1), len(errors) - 1)
     # Columns that are never active go first, at no cost, and tell nothing of the others.
     count = max(count, int((errors <= NEGLIGIBLE * errors[-1]).sum()))
-    place = Sublayer(errors.tolist(), count)
+    sublayer = Sublayer(errors.tolist(), count)
     if probe and count < len(errors):
         dense = pruner.linear.weight.clone()
         pruner.struct_prune(count / per_group, unit_size, settings.percdamp, True, num_groups, settings.choices)
-        place.loss = max(probe.divergence(index), LEAST_LOSS)
+        sublayer.loss = max(probe.divergence(index), LEAST_LOSS)
         pruner.linear.weight.copy_(dense)
-    return place
+    return sublayer

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 SEARCH = "search"
 ALLOCATIONS = ("uniform", *STRATEGIES, SEARCH)
+# What a search cannot do without, by the flag that takes it away.
+SEARCH_NEEDS = {"stream": "the whole model in memory", "no_compensate": "compensation"}
 PRESETS = ("paper", "best")
 # Finer ones leave no smaller error (benchmarks/layer_choices.py) and take longer on wide layers.
 BEST_COLUMN_GROUP = 32
@@ -62,12 +64,17 @@ def apply_preset(args: argparse.Namespace) -> None:
         args.column_group = BEST_COLUMN_GROUP
     if args.allocation or args.uniform_shapes or (args.target_ratio is None and args.target_params is None):
         return
-    obstacles = [f"--{name}" for name in ("stream", "no_compensate") if getattr(args, name)]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    obstacles = [f"--{name}" for name in SEARCH_NEEDS if getattr(args, name)]
+    if in_several_processes():
         obstacles.append("several processes")
     args.allocation = SEARCH
     if obstacles:
         do_without_search(args, " and ".join(obstacles))
+
+
+def in_several_processes() -> bool:
+    """Whether torchrun started more than this process."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def do_without_search(args: argparse.Namespace, obstacle: str) -> None:
@@ -105,10 +112,10 @@ def check_budget(args: argparse.Namespace) -> None:
     if args.search_minutes is not None and not args.search_minutes >= 0:
         raise UserError(f"--search_minutes {args.search_minutes}: at least 0")
     if args.allocation == SEARCH:
-        for name, reason in (("stream", "the whole model in memory"), ("no_compensate", "compensation")):
+        for name, reason in SEARCH_NEEDS.items():
             if getattr(args, name):
                 raise UserError(f"--allocation search needs {reason}; leave --{name} out")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if in_several_processes():
             raise UserError("--allocation search runs in one process; search without torchrun, then give --profile")
 
 
