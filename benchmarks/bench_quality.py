@@ -127,6 +127,8 @@ METHODS: dict[str, Pruner] = {
     "fine_log_increase": without_file(partial(by_schedule, FINE, MIN_SPARSITY)),
     "best": by_search,
 }
+# Looks at no calibration text.
+WITHOUT_SEED = ("magnitude",)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -200,8 +202,9 @@ def main(args: argparse.Namespace) -> None:
     protocol |= {"texts": sorted(args.eval_files), "column_group": FINE.column_group}
     record = {"command": command_line(), **environment(CPU), "protocol": protocol}
     record["rows"] = rows_so_far(args.out, protocol)
-    wanted = [(heads, "dense", 0.0, args.seeds[0]) for heads in args.heads]
-    wanted += product(args.heads, args.methods, args.shares, args.seeds)
+    wanted = [(heads, "dense", 0.0, 0) for heads in args.heads]
+    for heads, method, share in product(args.heads, args.methods, args.shares):
+        wanted += [(heads, method, share, seed) for seed in ([0] if method in WITHOUT_SEED else args.seeds)]
     done = {(row["heads"], row["method"], row["share"], row["seed"]) for row in record["rows"]}
     with tempfile.TemporaryDirectory() as folder:
         for key in wanted:

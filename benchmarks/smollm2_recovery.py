@@ -4,10 +4,11 @@
         --eval_file wikitext2/test.raw.txt --alpaca_file alpaca/stanford_original.jsonl --task_dir tasks \
         --work_dir recovery --out benchmarks/results/smollm2_recovery.json
 
-Perplexity and zero-shot accuracy of each; the command lines of the stages, run as a user would. Pruning: whole kv
-groups, 32 × 512 tokens, log_increase from 0.0625, damping 0.01. LoRA: the defaults, bf16 products, cosine from 1e-4,
-the same batches with a teacher and without. Perplexity: the beginning of the evaluation text, and the last rows of the
-instructions, which are not trained on. What is finished in --work_dir is not run again.
+Perplexity and zero-shot accuracy of each; the command lines of the stages, run as a user would. Pruning: 32 × 512
+tokens, whole kv groups, log_increase from 0.0625, damping 0.01; or a target met as --prune_flags says. LoRA: the
+defaults, bf16 products, cosine from 1e-4, the same batches with a teacher and without. Perplexity: the beginning of the
+evaluation text, and the last rows of the instructions, which are not trained on. What is finished in --work_dir is not
+run again.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, default=200, help="rows of a task; 0 for perplexity alone")
     parser.add_argument("--eval_chars", type=int, default=300_000, help="of the evaluation text")
     parser.add_argument("--held_out_rows", type=int, default=200, help="of the instructions, at their end")
-    parser.add_argument("--prune_flags", default="", help="further flags of model_slimming.py, in quotes")
+    parser.add_argument("--prune_flags", default="", help="of model_slimming.py, for a target, in quotes")
     parser.add_argument("--out", type=Path, required=True, help="json to write")
     return parser
 
@@ -111,14 +112,15 @@ def prune(args: argparse.Namespace, share: float) -> Path:
     """The small model of ``share``."""
     folder = args.work_dir / f"pruned_{share:g}"
     if not finished(folder):
-        settings = WalkSettings(torch.device("cpu"), torch.device("cpu"), gqa_unit=GQA_UNIT)
-        top = ratios_for_share(load_model(args.model, "auto", False), share, settings)[-1]
         flags = {"--data_file": args.calib_file, "--num_samples": NUM_SAMPLES, "--seqlen": SEQLEN}
-        flags |= {"--percdamp": PERCDAMP, "--min_sparsity": MIN_SPARSITY, "--max_sparsity": f"{top:.4f}"}
-        flags["--gqa_unit"] = GQA_UNIT
-        switches = ["--non_uniform", "--skip_evaluate", "--save_pruned_weights"]
-        switches += shlex.split(args.prune_flags)
-        run("model_slimming.py", args.model, *words(flags), *switches, "--save_dir", folder)
+        schedule = ["--target_ratio", share, *shlex.split(args.prune_flags)]
+        if not args.prune_flags:
+            settings = WalkSettings(torch.device("cpu"), torch.device("cpu"), gqa_unit=GQA_UNIT)
+            top = ratios_for_share(load_model(args.model, "auto", False), share, settings)[-1]
+            schedule = ["--percdamp", PERCDAMP, "--gqa_unit", GQA_UNIT, "--non_uniform"]
+            schedule += ["--min_sparsity", MIN_SPARSITY, "--max_sparsity", f"{top:.4f}"]
+        switches = ["--skip_evaluate", "--save_pruned_weights"]
+        run("model_slimming.py", args.model, *words(flags), *schedule, *switches, "--save_dir", folder)
     return folder / "pruned_weights"
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -17,72 +16,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model_finetune
-import model_slimming
 from slim_utils.cli import is_disk_full
 from slim_utils.errors import UserError
 from slim_utils.families import find_family
 from slim_utils.params_remove import shrink
 from slim_utils.pruning_record import read_pruning
-from tests.conftest import VOCAB, make_tiny
+from tests.integration.finetuning import ROOT, logits, losses, main, run
 from tests.unit.test_sparse_trainer import removed_weights
 from train_utils.finetune_args import parse_args
-
-ROOT = Path(__file__).resolve().parents[2]
-# The original's README, but for the sizes and the files.
-RECIPE = shlex.split(
-    "--per_device_train_batch_size 4 --gradient_accumulation_steps 2 --num_train_epochs 1 --lr_scheduler_type cosine "
-    "--learning_rate 1e-2 --warmup_steps 1 --logging_steps 2 --logging_first_step true --evaluation_strategy steps "
-    "--eval_steps 4 --max_length 64 --cache_dataset false --optim adamw_hf --val_dataset_size 8"
-)
-
-# On a CPU the Trainer takes bf16 alone.
-NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-
-
-@pytest.fixture(scope="module")
-def slim(tmp_path_factory, checkpoint, text_file) -> Path:
-    """A pruned model: zeroed, and small in ``pruned_weights``."""
-    save_dir = tmp_path_factory.mktemp("runs") / "slim"
-    words = [checkpoint, "--data_file", text_file, "--num_samples", 16, "--seqlen", 32, "--sparsity", 0.5]
-    words += ["--skip_evaluate", "--save_pruned_weights", "--save_dir", save_dir]
-    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, words))))
-    return save_dir
-
-
-@pytest.fixture
-def words(instruction_file, text_file, tmp_path):
-    """The recipe on local files, with a model and any further flags."""
-
-    def build(model, *further) -> list[str]:
-        files = ["--data_path", instruction_file, "--extra_val_set", f"wikitext2={text_file}", "--prompt_template_name"]
-        sizes = ["none", "--extra_val_seqlen", 16, "--eval_seqlens", 16, 32, "--save_strategy", "no"]
-        output = ["--model_name_or_path", model, "--output_dir", tmp_path / "out"]
-        return [*RECIPE, *map(str, [*files, *sizes, *output, *further])]
-
-    return build
-
-
-def main(words: list[str]) -> None:
-    """Run the script in this process."""
-    model_finetune.main(parse_args(words))
-
-
-def run(words: list[str], *launcher: str, **options) -> subprocess.CompletedProcess:
-    """Run the script in processes of its own."""
-    command = [*(launcher or [sys.executable]), "model_finetune.py", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300, **options)
-
-
-def logits(path: Path, samples: torch.Tensor) -> torch.Tensor:
-    """Logits of a checkpoint."""
-    with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(path).eval()(samples).logits
-
-
-def losses(output: Path) -> dict[int, float]:
-    """Training loss by step."""
-    record = json.loads((output / "run.json").read_text())
-    return {entry["step"]: entry["loss"] for entry in record["log"] if "loss" in entry}
 
 
 def test_lora_on_the_small_model(slim, words, tmp_path, samples, capsys):
@@ -267,72 +208,6 @@ def test_focal_loss_changes_the_training(slim, words, tmp_path):
     assert 0 < focal[1] < plain[1]
 
 
-def divergence(teacher: torch.Tensor, student: torch.Tensor) -> float:
-    """KL(teacher ‖ student) of logits, mean over tokens."""
-    theirs, ours = teacher.log_softmax(-1), student.log_softmax(-1)
-    return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
-
-
-def test_the_student_comes_nearer_to_its_teacher(slim, words, tmp_path, checkpoint, samples):
-    base, out = slim / "pruned_weights", tmp_path / "out"
-    flags = ["--use_lora", "true", "--num_train_epochs", 6, "--logging_steps", 1]
-    flags += ["--train_full_prompt", "true", "--distill_from", checkpoint]
-    main(words(base, *flags))
-    trained = losses(out)
-    assert trained[max(trained)] < 0.7 * trained[1]
-    dense = logits(checkpoint, samples)
-    assert divergence(dense, logits(out / "lora_fused_model", samples)) < 0.8 * divergence(dense, logits(base, samples))
-    assert json.loads((out / "run.json").read_text())["arguments"]["distill_from"] == str(checkpoint)
-
-    # Of the teacher nothing is in the output: it is that of a run without.
-    taught = {path.relative_to(out): load_file(path).keys() for path in out.rglob("*.safetensors")}
-    main(words(base, "--use_lora", "true", "--overwrite", "true"))
-    assert taught == {path.relative_to(out): load_file(path).keys() for path in out.rglob("*.safetensors")}
-
-
-def test_a_teacher_changes_neither_the_start_nor_the_measure(slim, words, tmp_path, checkpoint):
-    entries = []
-    for teacher in ([], ["--distill_from", checkpoint]):
-        flags = ["--use_lora", "true", "--eval_steps", 1, "--learning_rate", 0, "--overwrite", "true", *teacher]
-        main(words(slim / "pruned_weights", *flags))
-        log = json.loads((tmp_path / "out" / "run.json").read_text())["log"]
-        entries.append([entry["eval_validation_loss"] for entry in log if "eval_validation_loss" in entry])
-    assert entries[0] and entries[0] == entries[1]
-
-
-@pytest.mark.parametrize("dtype", ["--bf16", pytest.param("--fp16", marks=NEEDS_CUDA)])
-def test_a_teacher_in_half_precision(slim, words, tmp_path, checkpoint, dtype):
-    flags = ["--learning_rate", 1e-3, "--num_train_epochs", 3, dtype, "true", "--distill_from", checkpoint]
-    main(words(slim / "pruned_weights", *flags))
-    trained = losses(tmp_path / "out")
-    assert 0 < trained[max(trained)] < trained[1]
-
-
-def test_a_teacher_of_other_tokens_is_one_line(slim, words, tmp_path, checkpoint, tokenizer):
-    wider, renamed, damaged = tmp_path / "wider", tmp_path / "renamed", tmp_path / "damaged"
-    make_tiny("gqa", vocab_size=VOCAB + 8).save_pretrained(wider)
-    tokenizer.save_pretrained(wider)
-    shutil.copytree(checkpoint, renamed)
-    text = (renamed / "tokenizer.json").read_text()
-    (renamed / "tokenizer.json").write_text(text.replace('"w5"', '"x5"'))
-    shutil.copytree(checkpoint, damaged)
-    (damaged / "model.safetensors").write_bytes(b"half")
-    messages = {
-        wider: f"a vocabulary of {VOCAB + 8}, the trained model's is {VOCAB}",
-        renamed: "its tokenizer has other tokens than the trained model's",
-        damaged: "cannot be loaded",
-    }
-    for folder, message in messages.items():
-        with pytest.raises(UserError, match=f"--distill_from.* {folder}: {message}") as error:
-            main(words(slim / "pruned_weights", "--use_lora", "true", "--distill_from", folder))
-        assert "\n" not in str(error.value)
-    process = run(words(slim / "pruned_weights", "--use_lora", "true", "--distill_from", wider))
-    assert process.returncode == 2
-    assert process.stderr.splitlines()[-1] == f"model_finetune.py: error: --distill_from {wider}: {messages[wider]}"
-    assert "Traceback" not in process.stderr
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
-
-
 def test_wrong_flags_exit_with_2_and_one_line(words):
     process = run(words("/none", "--no_such_flag", 1))
     assert process.returncode == 2
@@ -353,17 +228,6 @@ def test_the_originals_recipe_on_two_processes(slim, words, tmp_path):
     assert process.stderr.count("saved") == 1
     # Both processes take part: 40 samples, 2 × 4 × 2 a step.
     assert max(losses(tmp_path / "out")) <= 3 <= record["mask"]["optimizer_steps"]
-
-
-def test_two_processes_with_a_teacher_learn_as_one(slim, words, tmp_path, checkpoint):
-    flags = ["--use_lora", "true", "--peft_lora_dropout", 0, "--logging_steps", 1, "--distill_from", checkpoint]
-    flags += ["--gradient_accumulation_steps"]
-    main(words(slim / "pruned_weights", *flags, 4))
-    alone = losses(tmp_path / "out")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--master_port=29715", "--master_addr=127.0.0.1"]
-    process = run(words(slim / "pruned_weights", *flags, 2, "--overwrite", "true"), *launcher, "--nproc_per_node=2")
-    assert process.returncode == 0, process.stderr
-    assert losses(tmp_path / "out") == pytest.approx(alone, rel=1e-4)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

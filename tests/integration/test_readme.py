@@ -174,3 +174,9 @@ def test_table_of_choices_is_that_of_the_file():
     from benchmarks.layer_choices import table
 
     assert table(json.loads((RESULTS / "layer_choices.json").read_text())) in README
+
+
+def test_table_of_calibration_is_that_of_the_file():
+    from benchmarks.bench_calibration import table
+
+    assert table(json.loads((RESULTS / "bench_calibration.json").read_text())) in README

@@ -11,6 +11,7 @@ from scripts.report_contents import COSTS, ERRORS, KEPT, SIZES, plots, raw_rows
 from scripts.report_figures import BREAKDOWN, perplexity_figure, perplexity_panels
 from scripts.report_page import page
 from scripts.report_sources import (
+    CALIBRATION,
     CHOICES,
     COMPARISON,
     PERPLEXITY,
@@ -37,6 +38,7 @@ KINDS = {
     "smollm2_recovery": RECOVERY,
     "smollm2_distillation": RECOVERY,
     "layer_choices": CHOICES,
+    "bench_calibration": CALIBRATION,
 }
 PART = {"error_before_compensation": 0.2, "error_after_compensation": 0.1}
 RUN_RECORD = {

@@ -1,0 +1,37 @@
+"""What the tests of ``model_finetune.py`` share."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import model_finetune
+from train_utils.finetune_args import parse_args
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main(words: list[str]) -> None:
+    """Run the script in this process."""
+    model_finetune.main(parse_args(words))
+
+
+def run(words: list[str], *launcher: str, **options) -> subprocess.CompletedProcess:
+    """Run the script in processes of its own."""
+    command = [*(launcher or [sys.executable]), "model_finetune.py", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300, **options)
+
+
+def logits(path: Path, samples: torch.Tensor) -> torch.Tensor:
+    """Logits of a checkpoint."""
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(path).eval()(samples).logits
+
+
+def losses(output: Path) -> dict[int, float]:
+    """Training loss by step."""
+    record = json.loads((output / "run.json").read_text())
+    return {entry["step"]: entry["loss"] for entry in record["log"] if "loss" in entry}
