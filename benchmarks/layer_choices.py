@@ -96,13 +96,13 @@ def relative_damping(case: Case, damping: float) -> tuple[float, float]:
     """Damping of every column as a share of its own energy, not of the mean: as if columns were standardised."""
     energy = case.inputs.square().sum(0)
     phantom = torch.diag((damping * energy).sqrt())
-    return case.errors(case.pruned(percdamp=1e-9, choices=FINE, inputs=torch.cat([case.inputs, phantom])))
+    return case.errors(case.pruned(percdamp=1e-9, choices=GROUPS_OF_16, inputs=torch.cat([case.inputs, phantom])))
 
 
 def with_bias(case: Case) -> tuple[float, float]:
     """OBS on centred inputs; a bias takes over the mean of what is gone, as in FLAP."""
     mean = case.inputs.mean(0)
-    weight = case.pruned(choices=FINE, inputs=case.inputs - mean)
+    weight = case.pruned(choices=GROUPS_OF_16, inputs=case.inputs - mean)
     return case.errors(weight, (case.weight - weight) @ mean)
 
 
@@ -111,7 +111,7 @@ def with_swaps(case: Case) -> tuple[float, float]:
     dense = case.weight.double()
     hessian = (case.inputs.T @ case.inputs).double()
     hessian.diagonal().add_(PERCDAMP * hessian.diagonal().mean())
-    weight = case.pruned(choices=FINE).double()
+    weight = case.pruned(choices=GROUPS_OF_16).double()
     for _ in range(SWAP_ROUNDS):
         kept = weight.any(0)
         inner, cross = hessian[kept][:, kept], hessian[kept][:, ~kept]
@@ -130,7 +130,7 @@ def with_swaps(case: Case) -> tuple[float, float]:
     return case.errors(weight.float())
 
 
-FINE = Choices(exact_heads=True, column_group=16)
+GROUPS_OF_16 = Choices(exact_heads=True, column_group=16)
 COLUMN_CHOICES: dict[str, Choice] = {
     "the paper's": by_slimgpt,
     "groups of 64": partial(by_slimgpt, choices=Choices(column_group=64)),
@@ -141,12 +141,12 @@ COLUMN_CHOICES: dict[str, Choice] = {
 }
 HEAD_CHOICES: dict[str, Choice] = {
     "the paper's": by_slimgpt,
-    "exact heads": partial(by_slimgpt, choices=FINE),
+    "exact heads": partial(by_slimgpt, choices=GROUPS_OF_16),
 }
 CHOICES: dict[str, Choice] = {
     "bias": with_bias,
-    "percdamp 0.001": partial(by_slimgpt, percdamp=0.001, choices=FINE),
-    "percdamp 0.1": partial(by_slimgpt, percdamp=0.1, choices=FINE),
+    "percdamp 0.001": partial(by_slimgpt, percdamp=0.001, choices=GROUPS_OF_16),
+    "percdamp 0.1": partial(by_slimgpt, percdamp=0.1, choices=GROUPS_OF_16),
     "damping by column, 0.03": partial(relative_damping, damping=0.03),
     "damping by column, 0.1": partial(relative_damping, damping=0.1),
     "damping by column, 0.3": partial(relative_damping, damping=0.3),

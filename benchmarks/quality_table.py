@@ -1,10 +1,11 @@
-"""The table of a result of ``bench_quality.py``, as it stands in README.
+"""The tables of a result of ``bench_quality.py``, as they stand in README.
 
 python -m benchmarks.quality_table benchmarks/results/bench_quality.json
 """
 
 import argparse
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,21 @@ NAMES = {
     "fine_log_increase": "the same, finer choices",
     "best": "SlimGPT, --preset best",
 }
+# Whose loss the others' is a share of, and those of whom no share is worth a line.
+ORIGINAL, LEFT_OUT = "slimgpt_log_increase", ("dense", "magnitude", "slimgpt_log_increase")
+
+Rows = dict[tuple[str, float, str], list[dict[str, Any]]]
+
+
+def grouped(record: dict[str, Any]) -> Rows:
+    """Rows by heads, share and method, in the order of the tables; those of a group are of several seeds."""
+    groups: Rows = {}
+    for row in record["rows"]:
+        groups.setdefault((row["heads"], row["share"], row["method"]), []).append(row)
+    order = list(NAMES)
+    return dict(
+        sorted(groups.items(), key=lambda item: (item[0][0] != "repeated", item[0][1], order.index(item[0][2])))
+    )
 
 
 def table(record: dict[str, Any]) -> str:
@@ -30,18 +46,34 @@ def table(record: dict[str, Any]) -> str:
         f"| heads | removed | method | {' | '.join(texts)} | seconds | peak (MiB) |",
         "|---" * (5 + len(texts)) + "|",
     ]
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for row in record["rows"]:
-        groups.setdefault((row["heads"], row["share"], row["method"]), []).append(row)
-    order = list(NAMES)
-    for heads, share, method in sorted(groups, key=lambda key: (key[0] != "repeated", key[1], order.index(key[2]))):
-        rows = groups[heads, share, method]
+    for (heads, share, method), rows in grouped(record).items():
         removed = statistics.mean(row.get("share_removed", 0.0) for row in rows)
         cells = [spread([row["perplexity"][text] for row in rows], ".2f") for text in texts]
         cells.append(spread([row["seconds"] for row in rows], ".0f") if share else "")
         cells.append(spread([row["peak_memory_mib"]["host"] for row in rows], ".0f"))
         lines.append(f"| {heads} | {100 * removed:.1f} % | {NAMES[method]} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def loss_table(record: dict[str, Any]) -> str:
+    """What each method loses over dense, in ln perplexity, as a share of what the original loses with the same seed."""
+    texts, groups = list(record["rows"][0]["perplexity"]), grouped(record)
+    lines = [f"| heads | removed | method | {' | '.join(texts)} |", "|---" * (3 + len(texts)) + "|"]
+    for (heads, share, method), rows in groups.items():
+        originals = {row["seed"]: row for row in groups.get((heads, share, ORIGINAL), [])}
+        pairs = [(row, originals[row["seed"]]) for row in rows if row["seed"] in originals]
+        if method not in LEFT_OUT and pairs:
+            dense = groups[heads, 0.0, "dense"][0]
+            cells = [
+                spread([lost(row, dense, text) / lost(own, dense, text) for row, own in pairs], ".2f") for text in texts
+            ]
+            lines.append(f"| {heads} | {100 * share:.0f} % | {NAMES[method]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def lost(row: dict[str, Any], dense: dict[str, Any], text: str) -> float:
+    """``ln PPL − ln PPL_dense`` on a text."""
+    return math.log(row["perplexity"][text] / dense["perplexity"][text])
 
 
 def spread(values: list[float], form: str) -> str:
@@ -51,8 +83,9 @@ def spread(values: list[float], form: str) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the table."""
-    print(table(json.loads(args.file.read_text(encoding="utf-8"))))
+    """Print the tables."""
+    record = json.loads(args.file.read_text(encoding="utf-8"))
+    print(table(record), loss_table(record), sep="\n\n")
 
 
 if __name__ == "__main__":

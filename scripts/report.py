@@ -25,7 +25,6 @@ from scripts.report_contents import Plot, plots, raw_rows
 from scripts.report_page import Picture, page
 from scripts.report_sources import read_sources
 from slim_utils.cli import ArgumentParser, command_line, run_cli
-from slim_utils.errors import UserError
 from slim_utils.model_io import RUN_FILE, atomic_folder, check_output, write_json_atomic, write_text_atomic
 from slim_utils.run_record import environment
 
@@ -68,9 +67,7 @@ def file_names(pictures: list[Picture]) -> list[str]:
 
 def main(args: argparse.Namespace) -> None:
     """Read, draw, write to a temporary name, rename."""
-    check_output(args.out, args.overwrite, "--out")
-    if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / PAGE).is_file():
-        raise UserError(f"--out {args.out}: not an earlier report (no {PAGE}); not overwritten")
+    check_output(args.out, args.overwrite, "--out", (RUN_FILE, PAGE))
     sources = read_sources(args.runs)
     numbers = [(source, raw_rows(source)) for source in sources]
     pictures = [picture(plot) for plot in plots(sources)]

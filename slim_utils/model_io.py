@@ -100,8 +100,12 @@ def _loading(model_path: str) -> Iterator[None]:
         raise UserError(f"model {model_path}: cannot be loaded: {reason}") from error
 
 
-def check_output(save_dir: Path, overwrite: bool, flag: str = "--save_dir") -> None:
+def check_output(
+    save_dir: Path, overwrite: bool, flag: str = "--save_dir", written: tuple[str, ...] = (RUN_FILE,)
+) -> None:
     """Make sure, before any long work, that ``save_dir``, given as ``flag``, can be written.
+
+    Only an earlier output, which has all the files of ``written``, may be overwritten.
 
     Raises:
         UserError: if it exists and ``overwrite`` is not set, or is not an earlier run's, or cannot be written.
@@ -110,8 +114,9 @@ def check_output(save_dir: Path, overwrite: bool, flag: str = "--save_dir") -> N
         occupied = not save_dir.is_dir() or any(save_dir.iterdir())
         if occupied and not overwrite:
             raise UserError(f"{flag} {save_dir}: exists; choose another or pass --overwrite")
-        if occupied and not (save_dir / RUN_FILE).is_file():
-            raise UserError(f"{flag} {save_dir}: not the output of an earlier run (no {RUN_FILE}); not overwritten")
+        for name in written:
+            if occupied and not (save_dir / name).is_file():
+                raise UserError(f"{flag} {save_dir}: not the output of an earlier run (no {name}); not overwritten")
     try:
         save_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -164,10 +164,12 @@ def test_pruning_seconds_are_those_of_the_files():
             assert f"| {part} | {figures['seconds']:.1f} | {floor:.1f} | {ratio:.2f} |" in operations
 
 
-def test_quality_table_is_that_of_the_file():
-    from benchmarks.quality_table import table
+def test_quality_tables_are_those_of_the_file():
+    from benchmarks.quality_table import loss_table, table
 
-    assert table(json.loads((RESULTS / "bench_quality.json").read_text())) in README
+    record = json.loads((RESULTS / "bench_quality.json").read_text())
+    assert table(record) in README
+    assert loss_table(record) in README
 
 
 def test_table_of_choices_is_that_of_the_file():

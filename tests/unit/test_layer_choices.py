@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.layer_choices import (
-    FINE,
+    GROUPS_OF_16,
     HELD_OUT,
     SEQLEN,
     SHARE,
@@ -58,7 +58,7 @@ def test_a_bias_takes_over_the_mean(case):
 
 
 def test_swaps_do_no_harm(case):
-    greedy = case.errors(case.pruned(choices=FINE))[0]
+    greedy = case.errors(case.pruned(choices=GROUPS_OF_16))[0]
     assert with_swaps(case)[0] <= greedy * 1.02
 
 

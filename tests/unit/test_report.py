@@ -175,7 +175,7 @@ def test_an_existing_folder_needs_overwrite_and_an_earlier_report(tmp_path):
         main(source, "--out", tmp_path / "other", "--overwrite")
     # Nor is a pruned model.
     write(tmp_path / "pruned" / "run.json", RUN_RECORD)
-    with pytest.raises(UserError, match=r"not an earlier report"):
+    with pytest.raises(UserError, match=r"not the output of an earlier run"):
         main(tmp_path / "pruned", "--out", tmp_path / "pruned", "--overwrite")
     assert {path.name for path in tmp_path.iterdir()} == {"report", "other", "pruned"}
 
