@@ -51,7 +51,7 @@ from slim_utils.pruned_output import WholeOutput, write_output, write_record
 from slim_utils.pruning_record import LayerMask
 from slim_utils.publishing import check_publishable, publish
 from slim_utils.run_record import pruning_record, search_record
-from slim_utils.slim_dataset import CalibrationData, load_calibration
+from slim_utils.slim_dataset import CalibrationData, load_calibration, text_starts
 from slim_utils.slimming_args import (
     SEARCH,
     add_budget_flags,
@@ -76,7 +76,7 @@ RESUMED_ARGUMENTS = (
     *("num_samples", "seqlen", "seed", "sparsity", "non_uniform", "non_uniform_strategy", "min_sparsity"),
     *("max_sparsity", "gqa_unit", "multiple_of", "even_heads", "tp_size", "minlayer", "maxlayer", "no_compensate"),
     *("target_ratio", "target_params", "allocation", "percdamp", "exact_heads", "column_group", "batch_samples"),
-    *("dtype", "uniform_shapes", "stream"),
+    *("text_starts", "dtype", "uniform_shapes", "stream"),
 )
 
 
@@ -146,7 +146,7 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
     for name in ("sparsity", "min_sparsity", "max_sparsity"):
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: at least 0 and less than 1")
-    for name in ("percdamp", "column_group"):
+    for name in ("percdamp", "column_group", "text_starts"):
         if (getattr(args, name) or 0) < 0:
             raise UserError(f"--{name} {getattr(args, name)}: at least 0")
     apply_preset(args)
@@ -259,7 +259,9 @@ def main(args: argparse.Namespace) -> None:
             ratios, planned = plan(args, host, settings, measured)
         output = open_output(args, host, store, planned)
         samples = world.share(data.samples)
-        masks, reports = prune_layers(host.model, family, samples, ratios, settings, store, world, host)
+        starts = text_starts(data.samples, args.text_starts or 0)
+        starts = world.share(starts, "--text_starts") if len(starts) else None
+        masks, reports = prune_layers(host.model, family, samples, ratios, settings, store, world, host, starts)
         seconds = time.perf_counter() - start
         world.leave()
         if world.rank:

@@ -47,8 +47,8 @@ from slim_utils.obs import PAPER_CHOICES, Choices
 from slim_utils.pruning_record import LayerMask
 from slim_utils.run_record import environment
 from slim_utils.search import measure as measure_losses
-from slim_utils.slim_dataset import load_calibration
-from slim_utils.slimming_args import BEST_COLUMN_GROUP, searched_ratios
+from slim_utils.slim_dataset import load_calibration, text_starts
+from slim_utils.slimming_args import BEST_COLUMN_GROUP, BEST_TEXT_STARTS, searched_ratios
 from slim_utils.sparsity_schedule import non_uniform_ratios
 from slim_utils.text_source import file_documents, join_documents, tokenize
 from slim_utils.walk_settings import WalkSettings
@@ -99,12 +99,13 @@ def uniform_counts(model: PreTrainedModel, share: float, settings: WalkSettings)
 def by_search(
     model: PreTrainedModel, samples: Tensor, share: float, settings: WalkSettings, measured: Path
 ) -> list[LayerMask]:
-    """``--preset best``: fine choices, and the ratios of least measured loss."""
+    """``--preset best``: fine choices, beginnings of text, and the ratios of least measured loss."""
     family, settings = find_family(model.config), replace(settings, choices=FINE)
     units, budget = budgeted(model, share, settings)
     sublayers = measure_losses(LayerHost(model, family), samples, range(len(units)), settings, measured)
     ratios = searched_ratios(sublayers, units, budget)
-    return prune_layers(model, family, samples, ratios, settings)[0]
+    starts = text_starts(samples, BEST_TEXT_STARTS)
+    return prune_layers(model, family, samples, ratios, settings, starts=starts)[0]
 
 
 def without_file(function: Callable[..., list[LayerMask]]) -> Pruner:

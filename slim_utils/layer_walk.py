@@ -6,6 +6,8 @@ The walk knows no family: it asks the table's row for the names of two linear ma
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -41,6 +43,7 @@ def prune_layers(
     store: LayerStore | None = None,
     world: World = ALONE,
     host: LayerHost | None = None,
+    starts: Tensor | None = None,
 ) -> tuple[list[LayerMask], list[LayerReport]]:
     """Prune ``model`` in place, layer by layer.
 
@@ -54,6 +57,7 @@ def prune_layers(
             alone.
         world: the processes that prune the same model, each on its own samples.
         host: where the model's layers are (default: on the CPU).
+        starts: (count, few) token ids besides, of this process: beginnings of text, for the first half of the layers.
 
     Returns:
         The mask of every layer of the model, and a report of every pruned one.
@@ -70,19 +74,20 @@ def prune_layers(
         return masks, reports
     aligned = settings.aligned(shapes, ratios)
     host = host or LayerHost(model, family)
-    walk = _Walk(host, samples, settings, world)
+    walk = _Walk(host, [samples] if starts is None else [samples, starts], settings, world)
     with logging_redirect_tqdm():
         for index in tqdm(range(pruned[-1] + 1), desc="layers", unit="layer", disable=world.rank > 0 or None):
             start = time.perf_counter()
             layer = host.fetch(index, settings.device)
             report = _restored(index, layer, family, store, world)
             if index in pruned and report is None:
-                replay, (mask, attention, mlp) = walk.prune(index, layer, shapes[index], aligned[index])
+                replays, (mask, attention, mlp) = walk.prune(index, layer, shapes[index], aligned[index])
             else:
-                replay = walk.replay(index, layer)
+                replays = walk.replays(index, layer)
             if index < pruned[-1]:
-                replay.advance()
-                check_finite(replay.hidden, f"layer {index}", world)
+                for replay in replays:
+                    replay.advance()
+                    check_finite(replay.hidden, f"layer {index}", world)
             if index in pruned and report is None:
                 seconds, peak = time.perf_counter() - start, peak_memory_mib(settings.device)
                 report = LayerReport(index, ratios[index], mask, attention, mlp, seconds, peak)
@@ -117,38 +122,48 @@ def planned_masks(
 
 
 class _Walk:
-    """Where the walk is: the inputs of the next layer, and how all layers are called; with less memory if need be."""
+    """Where the walk is: the inputs of the next layer, and how all layers are called; with less memory if need be.
 
-    def __init__(self, host: LayerHost, samples: Tensor, settings: WalkSettings, world: World) -> None:
-        self.host, self.family, self.samples, self.world = host, host.family, samples, world
+    Windows of each length have their own: the samples and, in the first half of the layers, beginnings of text. Later
+    the part that a first token plays is settled, and layers would only be fitted to contexts shorter than those in use.
+    """
+
+    def __init__(self, host: LayerHost, windows: list[Tensor], settings: WalkSettings, world: World) -> None:
+        self.host, self.family, self.windows, self.world = host, host.family, windows, world
         self.settings = settings
         self.hidden, self.calls = self._capture()
 
-    def _capture(self) -> tuple[Tensor, list[LayerCalls]]:
+    def _capture(self) -> tuple[list[Tensor], list[list[LayerCalls]]]:
+        model, layers = self.host.model, self.host.layers
         with self.host.outside():
-            return capture_layer_calls(self.host.model, self.host.layers, self.samples, self.settings, self.world)
+            found = [capture_layer_calls(model, layers, own, self.settings, self.world) for own in self.windows]
+        return [hidden for hidden, _ in found], [calls for _, calls in found]
 
-    def replay(self, index: int, layer: nn.Module) -> LayerReplay:
-        """The next layer on its inputs."""
-        calls = send_to_device(self.calls[index], self.settings.device)
-        return LayerReplay(layer, self.family, self.hidden, calls, self.settings)
+    def replays(self, index: int, layer: nn.Module) -> list[LayerReplay]:
+        """The next layer on its inputs, a replay for each length of windows."""
+        if index >= len(self.host.layers) / 2:
+            self.windows, self.hidden, self.calls = self.windows[:1], self.hidden[:1], self.calls[:1]
+        return [
+            LayerReplay(layer, self.family, hidden, send_to_device(calls[index], self.settings.device), self.settings)
+            for hidden, calls in zip(self.hidden, self.calls, strict=True)
+        ]
 
     def prune(
         self, index: int, layer: nn.Module, shape: LayerShape, aligned: LayerRatio
-    ) -> tuple[LayerReplay, tuple[LayerMask, PruneResult, PruneResult]]:
+    ) -> tuple[list[LayerReplay], tuple[LayerMask, PruneResult, PruneResult]]:
         """Prune the next layer; where the device's memory does not do, once more with smaller batches."""
         before = {name: value.to("cpu", copy=True) for name, value in changed_parameters(layer, self.family).items()}
         while True:
-            replay = self.replay(index, layer)
+            replays = self.replays(index, layer)
             try:
-                return replay, _prune_layer(index, replay, shape, aligned, self.world)
+                return replays, _prune_layer(index, replays, shape, aligned, self.world)
             except torch.OutOfMemoryError:
-                relieved = self.settings.relieved(self.samples)
+                relieved = self.settings.relieved(self.windows[0])
                 # One process cannot leave the others waiting in the middle of a layer.
                 if relieved is None or self.world.size > 1:
                     raise
             # Out of the handler, which holds on to all that the layer had in memory.
-            del replay
+            del replays
             self.host.give_way()
             if self.settings.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -156,7 +171,7 @@ class _Walk:
             logger.warning(message, index, relieved.batch_samples, relieved.cache_dev)
             self.settings = relieved
             _, self.calls = self._capture()
-            self.hidden = self.hidden.to(relieved.cache_dev)
+            self.hidden = [hidden.to(relieved.cache_dev) for hidden in self.hidden]
             for name, parameter in changed_parameters(layer, self.family).items():
                 parameter.copy_(before[name])
 
@@ -179,10 +194,13 @@ def head_unit(shape: LayerShape, settings: WalkSettings) -> tuple[int, int, Call
 
 
 def _prune_layer(
-    index: int, replay: LayerReplay, shape: LayerShape, aligned: LayerRatio, world: World
+    index: int, replays: list[LayerReplay], shape: LayerShape, aligned: LayerRatio, world: World
 ) -> tuple[LayerMask, PruneResult, PruneResult]:
     """Prune the heads of a layer, then, on what its pruned attention puts out, its FFN columns."""
-    settings, layer, family = replay.settings, replay.layer, replay.family
+    settings, layer, family = replays[0].settings, replays[0].layer, replays[0].family
+
+    def seen(inputs: Callable[[LayerReplay], Iterator[Any]]) -> Iterator[Any]:
+        return chain.from_iterable(map(inputs, replays))
 
     def prune(name: str, inputs: Iterator[Tensor], ratio: float, unit_size: int, num_groups: int = 1) -> PruneResult:
         linear = layer.get_submodule(name)
@@ -200,13 +218,14 @@ def _prune_layer(
         return result
 
     unit_size, num_groups, keep = head_unit(shape, settings)
-    attention = prune(family.attention_out, replay.attention_inputs(), aligned.heads, unit_size, num_groups)
+    attention = prune(family.attention_out, seen(LayerReplay.attention_inputs), aligned.heads, unit_size, num_groups)
     settle_heads(layer, family, keep(shape, attention.kept_units, list(range(shape.num_columns))))
-    replay.finish_attention()
+    for replay in replays:
+        replay.finish_attention()
     if shape.num_experts:
         experts, name = layer.get_submodule(family.experts), f"layer {index} {family.experts}"
-        calls = replay.expert_calls()
+        calls = seen(LayerReplay.expert_calls)
         mlp = prune_experts(experts, name, calls, aligned.columns, settings, world)
     else:
-        mlp = prune(family.mlp_out, replay.column_inputs(), aligned.columns, 1)
+        mlp = prune(family.mlp_out, seen(LayerReplay.column_inputs), aligned.columns, 1)
     return keep(shape, attention.kept_units, mlp.kept_units), attention, mlp

@@ -135,6 +135,7 @@ def _method(record: dict[str, Any]) -> str:
         ("unit in grouped-query attention", arguments["gqa_unit"]),
         ("score of heads", "exact error" if arguments["exact_heads"] else "grouped Cholesky"),
         ("FFN columns of a step", arguments["column_group"] or "dynamic group size"),
+        ("beginnings of text besides the samples", arguments["text_starts"] or 0),
         ("damping", f"{arguments['percdamp']:g}"),
         ("calibration text", Path(calibration["source"]).name),
         ("calibration samples", samples),

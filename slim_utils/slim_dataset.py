@@ -13,6 +13,8 @@ from slim_utils.text_source import file_documents, hub_documents, join_documents
 
 # English has about four characters a token: four times the text asked for leaves the windows room to differ.
 CHARS_PER_TOKEN_ASKED = 16
+# Tokens of a window that stands for the beginning of a text.
+START_TOKENS = 8
 # A corpus up to this size is used whole.
 WHOLE_CORPUS_CHARS = 1 << 24
 
@@ -85,3 +87,19 @@ def random_windows(tokens: Tensor, num_samples: int, seqlen: int, seed: int, sou
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, len(tokens) - seqlen, (num_samples,), generator=generator)
     return torch.stack([tokens[start : start + seqlen] for start in starts.tolist()])
+
+
+def text_starts(samples: Tensor, count: int) -> Tensor:
+    """Short windows (count, 8) of calibration samples, evenly spread: the same tokens as so many beginnings of text.
+
+    Of a window a model sees one first token, and what it does with that is not what it does with others: attention
+    comes back to it from everywhere (an attention sink, Xiao et al. 2023). A few dozen windows are too few examples.
+
+    Args:
+        samples: (num_samples, seqlen) token ids.
+        count: of windows; as many as the samples have, where those are fewer.
+    """
+    length = min(START_TOKENS, samples.shape[1])
+    windows = samples[:, : samples.shape[1] // length * length].reshape(-1, length)
+    count = min(count, len(windows))
+    return windows[torch.arange(count) * len(windows) // max(count, 1)]

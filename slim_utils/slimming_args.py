@@ -30,6 +30,8 @@ SEARCH_NEEDS = {"stream": "the whole model in memory", "no_compensate": "compens
 PRESETS = ("paper", "best")
 # Finer ones leave no smaller error (benchmarks/layer_choices.py) and take longer on wide layers.
 BEST_COLUMN_GROUP = 32
+# First tokens enough for nearly all others to be attention sinks as before.
+BEST_TEXT_STARTS = 512
 
 
 def add_budget_flags(group: argparse._ArgumentGroup) -> None:
@@ -51,7 +53,13 @@ def add_choice_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--column_group", type=int, help="FFN columns of a step (default, and 0: the paper's dynamic group size)"
     )
-    best = f"--exact_heads --column_group {BEST_COLUMN_GROUP} and, for a target, --allocation search"
+    group.add_argument(
+        "--text_starts",
+        type=int,
+        help="short windows of the samples besides, as beginnings of text (default: 0)",
+    )
+    best = f"--exact_heads --column_group {BEST_COLUMN_GROUP} --text_starts {BEST_TEXT_STARTS}"
+    best += " and, for a target, --allocation search"
     group.add_argument("--preset", choices=PRESETS, default=PRESETS[0], help=f"best: {best} (default: %(default)s)")
 
 
@@ -62,6 +70,8 @@ def apply_preset(args: argparse.Namespace) -> None:
     args.exact_heads = True
     if args.column_group is None:
         args.column_group = BEST_COLUMN_GROUP
+    if args.text_starts is None:
+        args.text_starts = BEST_TEXT_STARTS
     if args.allocation or args.uniform_shapes or (args.target_ratio is None and args.target_params is None):
         return
     obstacles = [f"--{name}" for name in SEARCH_NEEDS if getattr(args, name)]

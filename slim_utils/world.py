@@ -54,14 +54,14 @@ class World:
             with _others_there():
                 distributed.barrier()
 
-    def share(self, samples: Tensor) -> Tensor:
-        """This process's samples; shares differ by one sample at most.
+    def share(self, samples: Tensor, flag: str = "--num_samples") -> Tensor:
+        """This process's samples, whose number was given as ``flag``; shares differ by one sample at most.
 
         Raises:
             UserError: if there are fewer samples than processes.
         """
         if len(samples) < self.size:
-            raise UserError(f"--num_samples {len(samples)}: fewer than the {self.size} processes")
+            raise UserError(f"{flag} {len(samples)}: fewer than the {self.size} processes")
         return samples.tensor_split(self.size)[self.rank]
 
     def sum(self, tensor: Tensor) -> None:

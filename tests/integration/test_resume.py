@@ -87,7 +87,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-@pytest.mark.parametrize("more", [[], ["--stream"]])
+@pytest.mark.parametrize("more", [[], ["--stream", "--text_starts", "20"]])
 def test_killed_at_any_instant(words, more, tmp_path):
     command = [sys.executable, "-c", KILLER, str(KILLS), str(tmp_path / "out"), *words, *more]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -173,25 +173,26 @@ def test_target_ratio(allocation, words, tmp_path):
 def test_the_best_preset_is_its_flags(words, tmp_path):
     target = ["--target_ratio", 0.3]
     main(*words, *target, "--preset", "best", "--save_dir", tmp_path / "preset")
-    flags = ["--exact_heads", "--column_group", 32, "--allocation", "search"]
+    flags = ["--exact_heads", "--column_group", 32, "--text_starts", 512, "--allocation", "search"]
     main(*words, *target, *flags, "--save_dir", tmp_path / "flags")
     assert (tmp_path / "preset" / "pruning.json").read_text() == (tmp_path / "flags" / "pruning.json").read_text()
 
 
 @pytest.mark.parametrize(
-    ("flags", "allocation", "column_group"),
+    ("flags", "allocation", "column_group", "text_starts"),
     [
-        ([], None, None),
-        (["--preset", "best"], None, 32),
-        (["--preset", "best", "--target_ratio", 0.3, "--allocation", "uniform"], "uniform", 32),
-        (["--preset", "best", "--target_ratio", 0.3, "--stream", "--save_dir", "out"], "log_increase", 32),
-        (["--preset", "best", "--target_params", 9e4, "--column_group", 4], "search", 4),
+        ([], None, None, None),
+        (["--preset", "best"], None, 32, 512),
+        (["--preset", "best", "--target_ratio", 0.3, "--allocation", "uniform"], "uniform", 32, 512),
+        (["--preset", "best", "--target_ratio", 0.3, "--stream", "--save_dir", "out"], "log_increase", 32, 512),
+        (["--preset", "best", "--target_params", 9e4, "--column_group", 4], "search", 4, 512),
+        (["--preset", "best", "--text_starts", 0], None, 32, 0),
     ],
 )
-def test_the_best_preset_leaves_what_was_asked_for(flags, allocation, column_group, words):
+def test_the_best_preset_leaves_what_was_asked_for(flags, allocation, column_group, text_starts, words):
     args = model_slimming.build_parser().parse_args(list(map(str, [*words, *flags])))
     apply_preset(args)
-    assert (args.allocation, args.column_group) == (allocation, column_group)
+    assert (args.allocation, args.column_group, args.text_starts) == (allocation, column_group, text_starts)
     assert args.exact_heads == ("best" in flags)
 
 

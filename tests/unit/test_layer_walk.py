@@ -13,6 +13,7 @@ from slim_utils.errors import UserError
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layer_replay import LayerReplay
 from slim_utils.layer_walk import planned_masks, prune_layers
+from slim_utils.slimgpt import SlimGPT
 from slim_utils.walk_settings import WalkSettings
 from tests import reference_slimgpt
 from tests.conftest import ALL_TINY, make_tiny, set_attention
@@ -269,3 +270,31 @@ def test_memory_that_never_does_is_an_error(samples, monkeypatch):
     full_memory(monkeypatch, lambda replay, batch: False)
     with pytest.raises(torch.OutOfMemoryError):
         walk(make_tiny("gqa"), samples)
+
+
+@pytest.mark.parametrize("variant", ["gqa", "mixtral"])
+def test_the_first_half_of_the_layers_sees_beginnings_of_text_besides(variant, samples, monkeypatch):
+    """The Hessian of the first layer is that of both kinds of windows, each as the model itself runs it."""
+    model, starts = make_tiny(variant), samples[:9, :8]
+    expected, name = [], "self_attn.o_proj"
+    linear = model.model.layers[0].get_submodule(name)
+    handle = linear.register_forward_pre_hook(lambda module, args: expected.append(args[0].flatten(0, 1)))
+    for windows in (samples, starts):
+        model(windows)
+    handle.remove()
+    hessians: dict[str, tuple[torch.Tensor, int]] = {}
+    prune = SlimGPT.struct_prune
+
+    def spy(pruner, *args, **flags):
+        hessians[pruner.name] = (pruner.hessian.clone(), pruner.num_samples)
+        return prune(pruner, *args, **flags)
+
+    monkeypatch.setattr(SlimGPT, "struct_prune", spy)
+    settings = WalkSettings(CPU, CPU)
+    prune_layers(model, find_family(model.config), samples, RATIOS, settings, starts=starts)
+    tokens = torch.cat(expected).double()
+    hessian, count = hessians[f"layer 0 {name}"]
+    assert count == len(samples) + len(starts)
+    assert torch.allclose(hessian.double(), 2 / count * tokens.T @ tokens, rtol=1e-4, atol=1e-6)
+    counts = [hessians[f"layer {index} {name}"][1] - len(samples) for index in range(4)]
+    assert counts == [len(starts), len(starts), 0, 0]
