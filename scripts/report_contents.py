@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
@@ -32,7 +32,9 @@ from scripts.report_sources import (
     RUN,
     SERVING,
     SPEED,
+    STARTS,
     Source,
+    flat,
 )
 from slim_utils.errors import UserError
 from slim_utils.search import REFERENCE
@@ -311,6 +313,15 @@ def _choice_plots(source: Source) -> list[Plot]:
     return [Plot(ERRORS, source.slug, source.label, caption, partial(bar_figure, panels))]
 
 
+def _starts_plots(source: Source) -> list[Plot]:
+    figures = {
+        f"{100 * row['share']:g} %, {row['text_starts']} besides": [100 * row["lost"]] for row in source.record["rows"]
+    }
+    panels = [_bars("first tokens lost", "%", figures, statistics.median)]
+    caption = "First tokens that are no attention sinks any more, by the share removed and the beginnings of text seen."
+    return [Plot(ERRORS, source.slug, source.label, caption, partial(bar_figure, panels))]
+
+
 def _serving_plots(source: Source) -> list[Plot]:
     engines: dict[str, dict[str, list[float]]] = {}
     for row in source.record["rows"]:
@@ -371,6 +382,7 @@ _PLOTS: dict[str, Callable[[Source], list[Plot]]] = {
     RECOVERY: _recovery_plots,
     CALIBRATION: _calibration_plots,
     CHOICES: _choice_plots,
+    STARTS: _starts_plots,
 }
 
 
@@ -389,12 +401,3 @@ def _rows(source: Source) -> Rows:
             for model, latency in zip(record["models"], timing["latencies"], strict=True)
         ]
     return record["rows"]
-
-
-def flat(value: dict[str, Any], start: str = "") -> Iterable[tuple[str, Any]]:
-    """Plain values, and lists of them, under their names, ``outer.inner`` where nested; other lists are left out."""
-    for name, inner in value.items():
-        if isinstance(inner, dict):
-            yield from flat(inner, f"{start}{name}.")
-        elif not isinstance(inner, list) or not any(isinstance(one, (dict, list)) for one in inner):
-            yield f"{start}{name}", inner

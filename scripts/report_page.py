@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from scripts.report_contents import SECTIONS, Plot, Rows, flat
-from scripts.report_sources import Source
+from scripts.report_contents import SECTIONS, Plot, Rows
+from scripts.report_sources import Source, flat
 
 # What a browser may fetch: nothing but the pictures in the page.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

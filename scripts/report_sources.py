@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ PERPLEXITY = "perplexity before and after pruning"
 RECOVERY = "prune, LoRA, evaluate"
 CALIBRATION = "perplexity by calibration data"
 CHOICES = "error by choices inside a layer"
+STARTS = "attention sinks that pruning loses"
 
 # Of each kind, keys that its file has, and keys that the first of its rows has.
 _SIGNS: dict[str, tuple[set[str], set[str]]] = {
@@ -34,6 +36,7 @@ _SIGNS: dict[str, tuple[set[str], set[str]]] = {
     RECOVERY: ({"rows", "protocol"}, {"model", "perplexity"}),
     CALIBRATION: ({"rows"}, {"text", "num_samples", "seqlen", "perplexity"}),
     CHOICES: ({"rows"}, {"layer", "kind", "choice", "held_out"}),
+    STARTS: ({"rows"}, {"share", "text_starts", "lost"}),
 }
 
 
@@ -105,3 +108,12 @@ def _kind(record: Any) -> str | None:
         if keys <= record.keys() and row_keys <= first.keys():
             return kind
     return None
+
+
+def flat(value: dict[str, Any], start: str = "") -> Iterable[tuple[str, Any]]:
+    """Plain values, and lists of them, under their names, ``outer.inner`` where nested; other lists are left out."""
+    for name, inner in value.items():
+        if isinstance(inner, dict):
+            yield from flat(inner, f"{start}{name}.")
+        elif not isinstance(inner, list) or not any(isinstance(one, (dict, list)) for one in inner):
+            yield f"{start}{name}", inner

@@ -1,0 +1,122 @@
+"""First tokens that are no attention sinks any more after pruning, with beginnings of text and without.
+
+    python -m benchmarks.text_starts SmolLM2-135M-Instruct --calib_file wikitext2/valid.tokens.txt \
+        --eval_file wikitext2/test.tokens.txt --out benchmarks/results/text_starts.json
+
+The protocol: fp32, plain multi-head attention, 32 × 512 tokens of the calibration text, log_increase from 0.0625, exact
+heads, groups of 32 columns, damping 0.01. A first token counts as lost where the largest norm that its hidden state
+reaches in any layer is less than half of that in the dense model; of 2048 windows of 4 tokens of the evaluation text,
+drawn by the seed. Perplexity: the first 8 × 1024 tokens of that text.
+"""
+
+import argparse
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.bench_quality import EVAL_SEQLEN, EVAL_WINDOWS, FINE, MIN_SPARSITY, budgeted
+from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
+from ppl_eval.ppl_dataset import eval_windows
+from ppl_eval.ppl_eval import perplexity
+from slim_utils.allocation import scaled_ratios
+from slim_utils.cli import ArgumentParser, command_line, run_cli
+from slim_utils.families import find_family
+from slim_utils.layer_host import CPU
+from slim_utils.layer_walk import prune_layers
+from slim_utils.model_io import check_output_file, load_model, load_tokenizer, write_json_atomic
+from slim_utils.run_record import environment
+from slim_utils.slim_dataset import load_calibration, random_windows, text_starts
+from slim_utils.slimming_args import BEST_TEXT_STARTS
+from slim_utils.sparsity_schedule import non_uniform_ratios
+from slim_utils.text_source import file_documents, join_documents, tokenize
+from slim_utils.walk_settings import WalkSettings
+
+logger = logging.getLogger("text_starts")
+
+FIRST_TOKENS, FEW = 2048, 4
+LOST = 0.5
+BATCH = 128
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags; the rest of the protocol is fixed."""
+    parser = ArgumentParser(prog="text_starts.py", description="Attention sinks that pruning loses.")
+    parser.add_argument("model", help="SmolLM2-135M as a checkpoint folder")
+    parser.add_argument("--calib_file", type=Path, required=True)
+    parser.add_argument("--eval_file", type=Path, required=True)
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.33, 0.5])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+@torch.no_grad()
+def largest_norms(model: PreTrainedModel, windows: Tensor) -> Tensor:
+    """Largest norm (windows,) over the layers of the first token's hidden state."""
+    norms = []
+    for batch in windows.split(BATCH):
+        hidden = model.base_model(batch, output_hidden_states=True).hidden_states[:-1]
+        norms.append(torch.stack([layer[:, 0].norm(dim=-1) for layer in hidden]).amax(0))
+    return torch.cat(norms)
+
+
+def prune(model: PreTrainedModel, samples: Tensor, share: float, starts: int) -> float:
+    """Prune ``model`` in place; the seconds that it took."""
+    settings = replace(WalkSettings(CPU, CPU, percdamp=PERCDAMP), choices=FINE)
+    units, budget = budgeted(model, share, settings)
+
+    def schedule(highest: float) -> list[float]:
+        return non_uniform_ratios("log_increase", min(MIN_SPARSITY, highest), highest, len(units))
+
+    start = time.perf_counter()
+    besides = text_starts(samples, starts) if starts else None
+    ratios = scaled_ratios(schedule, units, budget)
+    prune_layers(model, find_family(model.config), samples, ratios, settings, starts=besides)
+    return time.perf_counter() - start
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prune at every share, with beginnings of text and without, and count."""
+    check_output_file(args.out, False, "--out")
+    tokenizer = load_tokenizer(args.model, False)
+    data = load_calibration(None, args.calib_file, tokenizer, NUM_SAMPLES, SEQLEN, args.seed)
+    tokens = tokenize(tokenizer, join_documents(file_documents(args.eval_file)), add_special_tokens=False)
+    windows = eval_windows(tokens, EVAL_SEQLEN, str(args.eval_file))[:EVAL_WINDOWS]
+    beginnings = random_windows(tokens, FIRST_TOKENS, FEW, args.seed, str(args.eval_file))
+
+    def fresh() -> PreTrainedModel:
+        return repeat_kv_heads(load_model(args.model, "float32", False))
+
+    dense, rows = largest_norms(fresh(), beginnings), []
+    for share in args.shares:
+        for starts in (0, BEST_TEXT_STARTS):
+            model = fresh()
+            seconds = prune(model, data.samples, share, starts)
+            row: dict[str, Any] = {"share": share, "text_starts": starts, "seconds": round(seconds, 1)}
+            row["lost"] = (largest_norms(model, beginnings) < LOST * dense).double().mean().item()
+            row["perplexity"] = perplexity(model, windows, 2)
+            logger.info("%s", row)
+            rows.append(row)
+    protocol = {"calibration": [NUM_SAMPLES, SEQLEN], "seed": args.seed, "beginnings": [FIRST_TOKENS, FEW]}
+    protocol |= {"percdamp": PERCDAMP, "evaluation": [EVAL_WINDOWS, EVAL_SEQLEN]}
+    write_json_atomic(args.out, {"command": command_line(), **environment(CPU), "protocol": protocol, "rows": rows})
+    print(table(rows))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """As it stands in README."""
+    lines = ["| removed | beginnings of text | first tokens lost | perplexity | seconds |", "|---|---|---|---|---|"]
+    for row in rows:
+        figures = f"{100 * row['lost']:.2f} % | {row['perplexity']:.2f} | {row['seconds']:.0f}"
+        lines.append(f"| {100 * row['share']:.0f} % | {row['text_starts']} | {figures} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_cli(lambda: main(build_parser().parse_args()), "text_starts.py")
