@@ -41,8 +41,7 @@ from slim_utils.search import REFERENCE
 
 Rows = list[dict[str, Any]]
 
-# Of a layer or a row: MiB by where.
-_PEAK = "peak_memory_mib"
+_PEAK = "peak_memory_mib"  # Of a layer or a row: MiB by where.
 
 KEPT, ERRORS, SIZES, COSTS = "kept", "error", "perplexity", "cost"
 SECTIONS = {
@@ -314,9 +313,7 @@ def _choice_plots(source: Source) -> list[Plot]:
 
 
 def _starts_plots(source: Source) -> list[Plot]:
-    figures = {
-        f"{100 * row['share']:g} %, {row['text_starts']} besides": [100 * row["lost"]] for row in source.record["rows"]
-    }
+    figures = {f"{100 * row['share']:g} %, {row['text_starts']}": [100 * row["lost"]] for row in source.record["rows"]}
     panels = [_bars("first tokens lost", "%", figures, statistics.median)]
     caption = "First tokens that are no attention sinks any more, by the share removed and the beginnings of text seen."
     return [Plot(ERRORS, source.slug, source.label, caption, partial(bar_figure, panels))]
