@@ -182,3 +182,9 @@ def test_table_of_calibration_is_that_of_the_file():
     from benchmarks.bench_calibration import table
 
     assert table(json.loads((RESULTS / "bench_calibration.json").read_text())) in README
+
+
+def test_table_of_beginnings_of_text_is_that_of_the_file():
+    from benchmarks.text_starts import table
+
+    assert table(json.loads((RESULTS / "text_starts.json").read_text())["rows"]) in README

@@ -21,6 +21,7 @@ from scripts.report_sources import (
     RUN,
     SERVING,
     SPEED,
+    STARTS,
     read_sources,
 )
 from slim_utils.errors import UserError
@@ -39,6 +40,7 @@ KINDS = {
     "smollm2_distillation": RECOVERY,
     "layer_choices": CHOICES,
     "bench_calibration": CALIBRATION,
+    "text_starts": STARTS,
 }
 PART = {"error_before_compensation": 0.2, "error_after_compensation": 0.1}
 RUN_RECORD = {
