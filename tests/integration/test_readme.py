@@ -127,7 +127,7 @@ def test_quick_start_table_is_that_of_the_file():
     assert table(result["dense"], result["pruned"]) in README
 
 
-@pytest.mark.parametrize("name", ["smollm2_recovery", "smollm2_distillation"])
+@pytest.mark.parametrize("name", ["smollm2_recovery", "smollm2_distillation", "smollm2_distillation_best"])
 def test_recovery_table_is_that_of_the_file(name):
     result = json.loads((RESULTS / f"{name}.json").read_text())
     for row in result["rows"]:

@@ -38,6 +38,7 @@ KINDS = {
     "smollm2_query_heads": PERPLEXITY,
     "smollm2_recovery": RECOVERY,
     "smollm2_distillation": RECOVERY,
+    "smollm2_distillation_best": RECOVERY,
     "layer_choices": CHOICES,
     "bench_calibration": CALIBRATION,
     "text_starts": STARTS,
