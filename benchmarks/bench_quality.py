@@ -78,6 +78,7 @@ def by_schedule(
     samples: Tensor,
     share: float,
     settings: WalkSettings,
+    starts: Tensor | None = None,
 ) -> list[LayerMask]:
     """SlimGPT with one ratio for all layers (``lowest`` None) or ``log_increase`` from ``lowest`` up."""
     units, budget = budgeted(model, share, settings)
@@ -88,7 +89,8 @@ def by_schedule(
         return non_uniform_ratios("log_increase", min(lowest, highest), highest, len(units))
 
     ratios = scaled_ratios(schedule, units, budget)
-    return prune_layers(model, find_family(model.config), samples, ratios, replace(settings, choices=choices))[0]
+    settings = replace(settings, choices=choices)
+    return prune_layers(model, find_family(model.config), samples, ratios, settings, starts=starts)[0]
 
 
 def uniform_counts(model: PreTrainedModel, share: float, settings: WalkSettings) -> list[list[int]]:

@@ -23,7 +23,8 @@ NAMES = {
     "best": "SlimGPT, --preset best",
 }
 # Whose loss the others' is a share of, and those of whom no share is worth a line.
-ORIGINAL, LEFT_OUT = "slimgpt_log_increase", ("dense", "magnitude", "slimgpt_log_increase")
+ORIGINAL = "slimgpt_log_increase"
+LEFT_OUT = ("dense", "magnitude", ORIGINAL)
 
 Rows = dict[tuple[str, float, str], list[dict[str, Any]]]
 

@@ -12,7 +12,6 @@ drawn by the seed. Perplexity: the first 8 × 1024 tokens of that text.
 import argparse
 import logging
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.bench_quality import EVAL_SEQLEN, EVAL_WINDOWS, FINE, MIN_SPARSITY, budgeted
+from benchmarks.bench_quality import EVAL_SEQLEN, EVAL_WINDOWS, FINE, MIN_SPARSITY, by_schedule
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
 from ppl_eval.ppl_dataset import eval_windows
 from ppl_eval.ppl_eval import perplexity
-from slim_utils.allocation import scaled_ratios
 from slim_utils.cli import ArgumentParser, command_line, run_cli
-from slim_utils.families import find_family
 from slim_utils.layer_host import CPU
-from slim_utils.layer_walk import prune_layers
 from slim_utils.model_io import check_output_file, load_model, load_tokenizer, write_json_atomic
 from slim_utils.run_record import environment
 from slim_utils.slim_dataset import load_calibration, random_windows, text_starts
 from slim_utils.slimming_args import BEST_TEXT_STARTS
-from slim_utils.sparsity_schedule import non_uniform_ratios
 from slim_utils.text_source import file_documents, join_documents, tokenize
 from slim_utils.walk_settings import WalkSettings
 
@@ -66,21 +61,6 @@ def largest_norms(model: PreTrainedModel, windows: Tensor) -> Tensor:
     return torch.cat(norms)
 
 
-def prune(model: PreTrainedModel, samples: Tensor, share: float, starts: int) -> float:
-    """Prune ``model`` in place; the seconds that it took."""
-    settings = replace(WalkSettings(CPU, CPU, percdamp=PERCDAMP), choices=FINE)
-    units, budget = budgeted(model, share, settings)
-
-    def schedule(highest: float) -> list[float]:
-        return non_uniform_ratios("log_increase", min(MIN_SPARSITY, highest), highest, len(units))
-
-    start = time.perf_counter()
-    besides = text_starts(samples, starts) if starts else None
-    ratios = scaled_ratios(schedule, units, budget)
-    prune_layers(model, find_family(model.config), samples, ratios, settings, starts=besides)
-    return time.perf_counter() - start
-
-
 def main(args: argparse.Namespace) -> None:
     """Prune at every share, with beginnings of text and without, and count."""
     check_output_file(args.out, False, "--out")
@@ -94,11 +74,13 @@ def main(args: argparse.Namespace) -> None:
         return repeat_kv_heads(load_model(args.model, "float32", False))
 
     dense, rows = largest_norms(fresh(), beginnings), []
+    settings = WalkSettings(CPU, CPU, percdamp=PERCDAMP)
     for share in args.shares:
-        for starts in (0, BEST_TEXT_STARTS):
-            model = fresh()
-            seconds = prune(model, data.samples, share, starts)
-            row: dict[str, Any] = {"share": share, "text_starts": starts, "seconds": round(seconds, 1)}
+        for starts in (None, text_starts(data.samples, BEST_TEXT_STARTS)):
+            model, start = fresh(), time.perf_counter()
+            by_schedule(FINE, MIN_SPARSITY, model, data.samples, share, settings, starts)
+            row: dict[str, Any] = {"share": share, "text_starts": 0 if starts is None else len(starts)}
+            row["seconds"] = round(time.perf_counter() - start, 1)
             row["lost"] = (largest_norms(model, beginnings) < LOST * dense).double().mean().item()
             row["perplexity"] = perplexity(model, windows, 2)
             logger.info("%s", row)
