@@ -34,12 +34,14 @@ runpy.run_path("model_slimming.py", run_name="__main__")
 """
 
 
-def run(processes: int, *words: object, script: str = "model_slimming.py") -> subprocess.CompletedProcess:
+def run(
+    processes: int, *words: object, script: str = "model_slimming.py", launcher: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess:
     """The script in so many processes, a thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
     command = [sys.executable] if processes == 1 else [*command, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*command, script, *map(str, words)]
+    command = [*command, *launcher, script, *map(str, words)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env, timeout=300)
 
 
@@ -82,7 +84,8 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on(checkpoint, words, tmp
     script = tmp_path / "dying.py"
     script.write_text(DYING)
     arguments = [checkpoint, *words, "--save_dir", tmp_path / "out"]
-    process = run(2, *arguments, script=str(script))
+    # The launcher looks late, or it might end the first process before that one has spoken.
+    process = run(2, *arguments, script=str(script), launcher=("--monitor_interval=5",))
     assert process.returncode != 0
     assert process.stderr.count("model_slimming.py: error: process 0: another process has ended") == 1, process.stderr
     assert not (tmp_path / "out").exists()
