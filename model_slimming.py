@@ -53,12 +53,12 @@ from slim_utils.publishing import check_publishable, publish
 from slim_utils.run_record import pruning_record, search_record
 from slim_utils.slim_dataset import CalibrationData, load_calibration, text_starts
 from slim_utils.slimming_args import (
-    SEARCH,
     add_budget_flags,
     add_choice_flags,
     apply_preset,
     check_budget,
     check_search,
+    measures,
     plan,
     search,
     walk_settings,
@@ -76,7 +76,7 @@ RESUMED_ARGUMENTS = (
     *("num_samples", "seqlen", "seed", "sparsity", "non_uniform", "non_uniform_strategy", "min_sparsity"),
     *("max_sparsity", "gqa_unit", "multiple_of", "even_heads", "tp_size", "minlayer", "maxlayer", "no_compensate"),
     *("target_ratio", "target_params", "allocation", "percdamp", "exact_heads", "column_group", "batch_samples"),
-    *("text_starts", "dtype", "uniform_shapes", "stream"),
+    *("text_starts", "dtype", "uniform_shapes", "stream", "refine"),
 )
 
 
@@ -237,9 +237,9 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--seqlen {args.seqlen}: the model has {positions} positions")
     settings = walk_settings(args)
     skeleton = LayerHost(model_on_meta(config, trust_remote_code=args.trust_remote_code), family)
-    if args.allocation == SEARCH:
+    if measures(args):
         check_search(args, skeleton, settings)
-    if args.allocation != SEARCH:
+    if not measures(args):
         ratios, planned = plan(args, skeleton, settings)
     tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
     base_card = base_card_data(args.model_path) if args.save_pruned_weights else {}
@@ -254,13 +254,12 @@ def main(args: argparse.Namespace) -> None:
         world = World.join(args.device)
         start = time.perf_counter()
         store = open_store(args, host, data, world) if args.save_dir else None
-        if args.allocation == SEARCH:
-            measured = search(args, host, data.samples, settings, store and store.measured)
-            ratios, planned = plan(args, host, settings, measured)
+        starts, measured = text_starts(data.samples, args.text_starts or 0), {}
+        samples, starts = world.share(data.samples), world.share(starts, "--text_starts") if len(starts) else None
+        if measures(args):
+            ratios, measured = search(args, host, samples, starts, settings, store)
+            ratios, planned = plan(args, host, settings, ratios)
         output = open_output(args, host, store, planned)
-        samples = world.share(data.samples)
-        starts = text_starts(data.samples, args.text_starts or 0)
-        starts = world.share(starts, "--text_starts") if len(starts) else None
         masks, reports = prune_layers(host.model, family, samples, ratios, settings, store, world, host, starts)
         seconds = time.perf_counter() - start
         world.leave()
@@ -272,8 +271,7 @@ def main(args: argparse.Namespace) -> None:
         }
         logger.info("removed %.2f %% of the block weights in %.1f s", 100 * sizes["block_share_removed"], seconds)
         record = pruning_record(args, data, base_card, reports, sizes, seconds)
-        if args.allocation == SEARCH:
-            record["search"] = search_record(measured)
+        record |= {kind: search_record(of) for kind, of in measured.items()}
         if args.save_dir:
             write_output(Path(args.save_dir), output, tokenizer, masks, record)
             logger.info("saved %s", args.save_dir)

@@ -46,6 +46,7 @@ from slim_utils.model_io import check_output_file, load_model, load_tokenizer, p
 from slim_utils.model_stats import removed_share
 from slim_utils.obs import PAPER_CHOICES, Choices
 from slim_utils.pruning_record import LayerMask
+from slim_utils.refinement import measure_around, refined_ratios
 from slim_utils.run_record import environment
 from slim_utils.search import measure as measure_losses
 from slim_utils.slim_dataset import load_calibration, text_starts
@@ -100,14 +101,16 @@ def uniform_counts(model: PreTrainedModel, share: float, settings: WalkSettings)
 
 
 def by_search(
-    model: PreTrainedModel, samples: Tensor, share: float, settings: WalkSettings, measured: Path
+    refine: int, model: PreTrainedModel, samples: Tensor, share: float, settings: WalkSettings, measured: Path
 ) -> list[LayerMask]:
-    """``--preset best``: fine choices, beginnings of text, and the ratios of least measured loss."""
+    """``--preset best --refine N``: fine choices, beginnings of text, and the ratios of least measured loss."""
     family, settings = find_family(model.config), replace(settings, choices=FINE)
     units, budget = budgeted(model, share, settings)
     sublayers = measure_losses(LayerHost(model, family), samples, range(len(units)), settings, measured)
-    ratios = searched_ratios(sublayers, units, budget)
-    starts = text_starts(samples, BEST_TEXT_STARTS)
+    ratios, starts = searched_ratios(sublayers, units, budget), text_starts(samples, BEST_TEXT_STARTS)
+    for _ in range(refine):
+        around = measure_around(LayerHost(model, family), samples, starts, ratios, settings)
+        ratios = refined_ratios(around, units, ratios, budget)
     return prune_layers(model, family, samples, ratios, settings, starts=starts)[0]
 
 
@@ -129,7 +132,8 @@ METHODS: dict[str, Pruner] = {
     "slimgpt_uniform": without_file(partial(by_schedule, PAPER_CHOICES, None)),
     "slimgpt_log_increase": without_file(partial(by_schedule, PAPER_CHOICES, MIN_SPARSITY)),
     "fine_log_increase": without_file(partial(by_schedule, FINE, MIN_SPARSITY)),
-    "best": by_search,
+    "best": partial(by_search, 0),
+    "refined": partial(by_search, 1),
 }
 # Looks at no calibration text.
 WITHOUT_SEED = ("magnitude",)

@@ -21,6 +21,7 @@ NAMES = {
     "slimgpt_log_increase": "SlimGPT, log_increase",
     "fine_log_increase": "the same, finer choices",
     "best": "SlimGPT, --preset best",
+    "refined": "SlimGPT, --preset best --refine 1",
 }
 # Whose loss the others' is a share of, and those of whom no share is worth a line.
 ORIGINAL = "slimgpt_log_increase"

@@ -38,9 +38,11 @@ class LayerStore:
         self.folder = target.with_name(f".{target.name}.unfinished")
         # Checkpoints that are written layer by layer.
         self.output = self.folder / "output"
-        # What a search for the allocation has measured.
-        self.measured = self.folder / "measured.json"
         self._target = target
+
+    def measured(self, refinement: int = 0) -> Path:
+        """What a search for the allocation has measured, at first or in a round of refinement."""
+        return self.folder / f"measured_{refinement}.json"
 
     def exists(self) -> bool:
         """Whether there is an unfinished run."""

@@ -32,6 +32,9 @@ from slim_utils.world import ALONE, World
 
 logger = logging.getLogger(__name__)
 
+# Layer, name of the map, what has its Hessian, and the ratio, columns of a unit and groups that it is pruned with.
+Onlooker = Callable[[int, str, SlimGPT, float, int, int], None]
+
 
 @torch.no_grad()
 def prune_layers(
@@ -44,6 +47,7 @@ def prune_layers(
     world: World = ALONE,
     host: LayerHost | None = None,
     starts: Tensor | None = None,
+    onlooker: Onlooker | None = None,
 ) -> tuple[list[LayerMask], list[LayerReport]]:
     """Prune ``model`` in place, layer by layer.
 
@@ -58,6 +62,7 @@ def prune_layers(
         world: the processes that prune the same model, each on its own samples.
         host: where the model's layers are (default: on the CPU).
         starts: (count, few) token ids besides, of this process: beginnings of text, for the first half of the layers.
+        onlooker: called before a map of heads or of columns, but not of experts, is pruned.
 
     Returns:
         The mask of every layer of the model, and a report of every pruned one.
@@ -74,7 +79,7 @@ def prune_layers(
         return masks, reports
     aligned = settings.aligned(shapes, ratios)
     host = host or LayerHost(model, family)
-    walk = _Walk(host, [samples] if starts is None else [samples, starts], settings, world)
+    walk = _Walk(host, [samples] if starts is None else [samples, starts], settings, world, onlooker)
     with logging_redirect_tqdm():
         for index in tqdm(range(pruned[-1] + 1), desc="layers", unit="layer", disable=world.rank > 0 or None):
             start = time.perf_counter()
@@ -128,7 +133,15 @@ class _Walk:
     the part that a first token plays is settled, and layers would only be fitted to contexts shorter than those in use.
     """
 
-    def __init__(self, host: LayerHost, windows: list[Tensor], settings: WalkSettings, world: World) -> None:
+    def __init__(
+        self,
+        host: LayerHost,
+        windows: list[Tensor],
+        settings: WalkSettings,
+        world: World,
+        onlooker: Onlooker | None = None,
+    ) -> None:
+        self.onlooker = onlooker
         self.host, self.family, self.windows, self.world = host, host.family, windows, world
         self.settings = settings
         self.hidden, self.calls = self._capture()
@@ -156,7 +169,7 @@ class _Walk:
         while True:
             replays = self.replays(index, layer)
             try:
-                return replays, _prune_layer(index, replays, shape, aligned, self.world)
+                return replays, _prune_layer(index, replays, shape, aligned, self.world, self.onlooker)
             except torch.OutOfMemoryError:
                 relieved = self.settings.relieved(self.windows[0])
                 # One process cannot leave the others waiting in the middle of a layer.
@@ -194,7 +207,12 @@ def head_unit(shape: LayerShape, settings: WalkSettings) -> tuple[int, int, Call
 
 
 def _prune_layer(
-    index: int, replays: list[LayerReplay], shape: LayerShape, aligned: LayerRatio, world: World
+    index: int,
+    replays: list[LayerReplay],
+    shape: LayerShape,
+    aligned: LayerRatio,
+    world: World,
+    onlooker: Onlooker | None,
 ) -> tuple[LayerMask, PruneResult, PruneResult]:
     """Prune the heads of a layer, then, on what its pruned attention puts out, its FFN columns."""
     settings, layer, family = replays[0].settings, replays[0].layer, replays[0].family
@@ -208,6 +226,8 @@ def _prune_layer(
         for batch in inputs:
             pruner.add_batch(batch)
         pruner.add_up(world.sum)
+        if onlooker:
+            onlooker(index, name, pruner, ratio, unit_size, num_groups)
         result = world.once(
             lambda: pruner.struct_prune(
                 ratio, unit_size, settings.percdamp, settings.compensate, num_groups, settings.choices

@@ -124,9 +124,9 @@ def _method(record: dict[str, Any]) -> str:
         strategy = arguments["non_uniform_strategy"]
         ratio = f"{arguments['min_sparsity']:g} to {arguments['max_sparsity']:g} ({strategy})"
     if arguments["target_ratio"]:
-        ratio = f"{arguments['target_ratio']:g} of the block weights ({arguments['allocation'] or 'uniform'})"
+        ratio = f"{arguments['target_ratio']:g} of the block weights ({_allocation(arguments)})"
     elif arguments["target_params"]:
-        ratio = f"down to {arguments['target_params']:,.0f} parameters ({arguments['allocation'] or 'uniform'})"
+        ratio = f"down to {arguments['target_params']:,.0f} parameters ({_allocation(arguments)})"
     elif arguments["profile"]:
         ratio = f"those of {Path(arguments['profile']).name}"
     rows = [
@@ -143,6 +143,11 @@ def _method(record: dict[str, Any]) -> str:
         ("versions", ", ".join(f"{package} {version}" for package, version in record["versions"].items())),
     ]
     return _table(("", ""), rows)
+
+
+def _allocation(arguments: dict[str, Any]) -> str:
+    rounds = arguments["refine"]
+    return f"{arguments['allocation'] or 'uniform'}{f', refined {rounds} ×' if rounds else ''}"
 
 
 def _perplexities(perplexities: list[dict[str, Any]] | None) -> str:

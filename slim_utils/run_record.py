@@ -76,7 +76,7 @@ def pruning_record(
 
 
 def search_record(measured: dict[int, list[Sublayer]]) -> list[dict[str, Any]]:
-    """What a search has measured, by layer: units of heads and of columns that were removed, and the loss in nats."""
+    """What a search, or a refinement, has measured, by layer: units of heads and of columns, and their loss in nats."""
     return [
         {
             "layer": index,

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,9 +152,7 @@ def measure(
         UserError: if predictions are not finite, with the layer named.
     """
     protocol = [REFERENCE, FURTHEST, *PROBE_SAMPLES, PROBE_TOKENS]
-    kept = json.loads(finished.read_text(encoding="utf-8")) if finished and finished.exists() else {}
-    layers_kept = kept["layers"] if kept.get("protocol") == protocol else {}
-    measured = {int(index): [Sublayer(**part) for part in parts] for index, parts in layers_kept.items()}
+    measured = read_measured(finished, protocol)
     if len(measured) == len(layers):
         # Losses that were left out stay so: other ratios would not go with the layers that are pruned by now.
         return measured
@@ -171,15 +170,27 @@ def measure(
                 heads, columns = measured[index]
                 costs = (heads.count, heads.cost, columns.count, columns.cost)
                 logger.info("layer %d/%d: losing %d heads: %s, %d columns: %s", index, len(shapes), *costs)
-                if finished:
-                    done = {at: [asdict(part) for part in parts] for at, parts in measured.items()}
-                    write_json_atomic(finished, {"protocol": protocol, "layers": done})
+                write_measured(finished, protocol, measured)
             if index < layers[-1]:
                 replay.advance()
                 for probe in probes:
                     probe.advance(index)
             host.release(index)
     return measured
+
+
+def read_measured(path: Path | None, protocol: list[Any]) -> dict[int, list[Sublayer]]:
+    """What :func:`write_measured` wrote there of the same protocol, if anything."""
+    kept = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
+    layers = kept["layers"] if kept.get("protocol") == protocol else {}
+    return {int(index): [Sublayer(**part) for part in parts] for index, parts in layers.items()}
+
+
+def write_measured(path: Path | None, protocol: list[Any], measured: dict[int, list[Sublayer]]) -> None:
+    """Keep what was measured so far, where there is a place for it."""
+    if path:
+        layers = {index: [asdict(part) for part in parts] for index, parts in measured.items()}
+        write_json_atomic(path, {"protocol": protocol, "layers": layers})
 
 
 def loss_curves(measured: dict[int, list[Sublayer]], units: list[LayerUnits]) -> list[tuple[LossCurve, LossCurve]]:
@@ -241,6 +252,23 @@ def _measured_layer(
     return parts
 
 
+def error_curve(
+    pruner: SlimGPT, unit_size: int, num_groups: int, settings: WalkSettings, at_least: float = 0.0
+) -> Tensor:
+    """:meth:`SlimGPT.error_curve` of all heads but one, or of columns up to ``FURTHEST``, or ``at_least``."""
+    furthest = 1.0 if unit_size > 1 else max(FURTHEST, at_least)
+    group = settings.choices.column_group or math.ceil(pruner.columns / CURVE_STEPS)
+    fine = replace(settings.choices, column_group=group)
+    return pruner.error_curve(furthest, unit_size, settings.percdamp, num_groups, fine)
+
+
+def reference_count(errors: Tensor, per_group: int) -> int:
+    """``REFERENCE`` of the units of a group, where ``errors`` has so many; all that it has if they cost nothing."""
+    count = min(max(round(REFERENCE * per_group), 1), len(errors) - 1)
+    # Columns that are never active go first, at no cost, and tell nothing of the others.
+    return max(count, int((errors <= NEGLIGIBLE * errors[-1]).sum()))
+
+
 def _column_inputs(replay: LayerReplay) -> Iterator[Tensor]:
     """Of the FFN's output map, after the attention as it was."""
     replay.finish_attention()
@@ -251,14 +279,9 @@ def _measured(
     pruner: SlimGPT, probe: Probe | None, index: int, unit_size: int, num_groups: int, settings: WalkSettings
 ) -> Sublayer:
     """Errors of 0, 1, … units of every group, and a loss; the weights stay as they are."""
-    furthest = 1.0 if unit_size > 1 else FURTHEST
-    group = settings.choices.column_group or math.ceil(pruner.columns / CURVE_STEPS)
-    fine = replace(settings.choices, column_group=group)
-    errors = pruner.error_curve(furthest, unit_size, settings.percdamp, num_groups, fine)
+    errors = error_curve(pruner, unit_size, num_groups, settings)
     per_group = pruner.columns // unit_size // num_groups
-    count = min(max(round(REFERENCE * per_group), 1), len(errors) - 1)
-    # Columns that are never active go first, at no cost, and tell nothing of the others.
-    count = max(count, int((errors <= NEGLIGIBLE * errors[-1]).sum()))
+    count = reference_count(errors, per_group)
     sublayer = Sublayer(errors.tolist(), count)
     if probe and count < len(errors):
         dense = pruner.linear.weight.clone()

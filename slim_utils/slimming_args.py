@@ -12,11 +12,13 @@ from slim_utils.allocation import LayerUnits, allocate_in_depth, block_weights, 
 from slim_utils.errors import UserError
 from slim_utils.families import layer_shapes
 from slim_utils.layer_host import LayerHost
+from slim_utils.layer_store import LayerStore
 from slim_utils.layer_walk import planned_masks
 from slim_utils.model_stats import count_parameters
 from slim_utils.obs import Choices
 from slim_utils.params_remove import stock_config
 from slim_utils.pruning_record import LayerMask
+from slim_utils.refinement import measure_around, refined_ratios
 from slim_utils.search import Sublayer, loss_curves, measure, most_removable
 from slim_utils.sparsity_schedule import STRATEGIES, LayerRatio, layer_range, layer_ratios, non_uniform_ratios
 from slim_utils.walk_settings import WalkSettings
@@ -42,7 +44,16 @@ def add_budget_flags(group: argparse._ArgumentGroup) -> None:
         "--allocation", choices=ALLOCATIONS, help="how a target is spread over the layers (default: uniform)"
     )
     group.add_argument(
-        "--search_minutes", type=float, help="time to measure losses in with --allocation search (default: as needed)"
+        "--refine",
+        type=int,
+        default=0,
+        metavar="N",
+        help="N times, move units between layers by what the pruned model would lose (default: %(default)s)",
+    )
+    group.add_argument(
+        "--search_minutes",
+        type=float,
+        help="time to measure losses in, of --allocation search and of each --refine (default: as needed)",
     )
     group.add_argument("--profile", type=Path, help="pruning.json of another run, to keep as much of every layer")
 
@@ -117,20 +128,35 @@ def check_budget(args: argparse.Namespace) -> None:
         raise UserError(f"--target_ratio {args.target_ratio}: more than 0 and less than 1")
     if args.uniform_shapes and (given and args.allocation not in (None, "uniform")):
         raise UserError("--uniform_shapes wants one ratio for all layers: --sparsity, or --allocation uniform")
-    if args.search_minutes is not None and args.allocation != SEARCH:
-        raise UserError("--search_minutes is the time of a search: add --allocation search, or leave it out")
+    if args.refine < 0:
+        raise UserError(f"--refine {args.refine}: at least 0")
+    if args.refine and not (given and given[0] != "profile"):
+        instead = " instead of --profile" if given else ""
+        raise UserError(f"--refine moves units of a target: add --target_ratio or --target_params{instead}")
+    if args.refine and args.uniform_shapes:
+        raise UserError("--uniform_shapes wants one ratio for all layers: leave --refine out")
+    if args.search_minutes is not None and not measures(args):
+        raise UserError(
+            "--search_minutes is the time of a search: add --allocation search or --refine, or leave it out"
+        )
     if args.search_minutes is not None and not args.search_minutes >= 0:
         raise UserError(f"--search_minutes {args.search_minutes}: at least 0")
-    if args.allocation == SEARCH:
+    if measures(args):
+        flag = "--refine" if args.refine else "--allocation search"
         for name, reason in SEARCH_NEEDS.items():
             if getattr(args, name):
-                raise UserError(f"--allocation search needs {reason}; leave --{name} out")
+                raise UserError(f"{flag} needs {reason}; leave --{name} out")
         if in_several_processes():
-            raise UserError("--allocation search runs in one process; search without torchrun, then give --profile")
+            raise UserError(f"{flag} runs in one process; search without torchrun, then give --profile")
+
+
+def measures(args: argparse.Namespace) -> bool:
+    """Whether losses are measured, which only the loaded model can tell."""
+    return args.allocation == SEARCH or bool(args.refine)
 
 
 def plan(
-    args: argparse.Namespace, host: LayerHost, settings: WalkSettings, measured: dict[int, list[Sublayer]] | None = None
+    args: argparse.Namespace, host: LayerHost, settings: WalkSettings, ratios: list[LayerRatio] | None = None
 ) -> tuple[list[LayerRatio], list[LayerMask]]:
     """Pruning ratios of every layer, and masks of the sizes that they lead to; says what is odd about them.
 
@@ -138,12 +164,12 @@ def plan(
         args: of the command line.
         host: of the model, whose weights are not looked at.
         settings: how to walk.
-        measured: what a search has measured.
+        ratios: what a search has found.
 
     Raises:
         UserError: if the target, or a stock checkpoint, cannot be had.
     """
-    ratios = chosen_ratios(args, host, settings, measured)
+    ratios = ratios or chosen_ratios(args, host, settings)
     if not any(map(any, ratios)):
         logger.warning("nothing to prune: all ratios are 0; set --sparsity, or --non_uniform with --max_sparsity")
     planned = planned_masks(layer_shapes(host.model.config), ratios, settings)
@@ -153,10 +179,8 @@ def plan(
     return ratios, planned
 
 
-def chosen_ratios(
-    args: argparse.Namespace, host: LayerHost, settings: WalkSettings, measured: dict[int, list[Sublayer]] | None
-) -> list[LayerRatio]:
-    """Pruning ratios of every layer; arguments as for :func:`plan`.
+def chosen_ratios(args: argparse.Namespace, host: LayerHost, settings: WalkSettings) -> list[LayerRatio]:
+    """Pruning ratios of every layer without a search; arguments as for :func:`plan`.
 
     Raises:
         UserError: if the target cannot be met.
@@ -169,8 +193,6 @@ def chosen_ratios(
     if args.target_ratio is None and args.target_params is None:
         return [LayerRatio.of(ratio) for ratio in original_ratios(args, layers, len(shapes))]
     budget = weights_to_remove(args, host)
-    if args.allocation == SEARCH:
-        return searched_ratios(measured, units, budget)
 
     def schedule(highest: float) -> list[float]:
         if args.allocation in (None, "uniform"):
@@ -207,24 +229,55 @@ def check_search(args: argparse.Namespace, host: LayerHost, settings: WalkSettin
     """
     shapes = layer_shapes(host.model.config)
     if any(shape.num_experts for shape in shapes):
-        if args.preset != "best":
-            raise UserError("--allocation search does not know mixtures of experts yet; use --allocation log_increase")
+        if args.preset != "best" or args.refine:
+            flag = "--refine" if args.refine else "--allocation search"
+            raise UserError(f"{flag} does not know mixtures of experts yet; use --allocation log_increase alone")
         do_without_search(args, "experts")
         return
     units = layer_units(host.layers, host.family, shapes, settings)
     most = most_removable(units, layer_range(args.minlayer, args.maxlayer, len(shapes)))
     budget = weights_to_remove(args, host)
+    if args.allocation != SEARCH:
+        chosen_ratios(args, host, settings)
     if most < budget:
         raise UserError(f"no more than {most} block weights can go, of {budget:.0f}; lower the target")
 
 
 def search(
-    args: argparse.Namespace, host: LayerHost, samples: Tensor, settings: WalkSettings, finished: Path | None
-) -> dict[int, list[Sublayer]]:
-    """Measure what pruning costs where, in the time given; arguments and errors as for :func:`measure`."""
+    args: argparse.Namespace,
+    host: LayerHost,
+    samples: Tensor,
+    starts: Tensor | None,
+    settings: WalkSettings,
+    store: LayerStore | None,
+) -> tuple[list[LayerRatio], dict[str, dict[int, list[Sublayer]]]]:
+    """Pruning ratios of every layer by what pruning costs where, and what was measured, by the kind of measurement.
+
+    Args:
+        args: of the command line.
+        host: of the whole dense model, which ends as it was.
+        samples: (num_samples, seqlen) calibration token ids.
+        starts: (count, few) beginnings of text besides.
+        settings: how to walk.
+        store: keeps what is measured, for a run that is cut off.
+
+    Raises:
+        UserError: as :func:`measure`, or if the target cannot be met.
+    """
+    shapes, found = layer_shapes(host.model.config), {}
     seconds = math.inf if args.search_minutes is None else 60 * args.search_minutes
-    layers = layer_range(args.minlayer, args.maxlayer, len(layer_shapes(host.model.config)))
-    return measure(host, samples, layers, settings, finished, seconds)
+    units, budget = layer_units(host.layers, host.family, shapes, settings), weights_to_remove(args, host)
+    if args.allocation == SEARCH:
+        layers = layer_range(args.minlayer, args.maxlayer, len(shapes))
+        found["search"] = measure(host, samples, layers, settings, store and store.measured(), seconds)
+        ratios = searched_ratios(found["search"], units, budget)
+    else:
+        ratios = chosen_ratios(args, host, settings)
+    for number in range(1, args.refine + 1):
+        kept = store and store.measured(number)
+        found["refinement"] = measure_around(host, samples, starts, ratios, settings, kept, seconds)
+        ratios = refined_ratios(found["refinement"], units, ratios, budget)
+    return ratios, found
 
 
 def searched_ratios(measured: dict[int, list[Sublayer]], units: list[LayerUnits], budget: float) -> list[LayerRatio]:
