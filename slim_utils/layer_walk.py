@@ -139,7 +139,7 @@ class _Walk:
         windows: list[Tensor],
         settings: WalkSettings,
         world: World,
-        onlooker: Onlooker | None = None,
+        onlooker: Onlooker | None,
     ) -> None:
         self.onlooker = onlooker
         self.host, self.family, self.windows, self.world = host, host.family, windows, world

@@ -8,7 +8,6 @@ difference, by the OBS errors at the inputs that the layer now gets, is the loss
 
 import logging
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,13 +26,12 @@ from slim_utils.search import (
     LEAST_LOSS,
     NEGLIGIBLE,
     PROBE_TOKENS,
+    Measurements,
     Probe,
     Sublayer,
     error_curve,
     loss_curves,
-    read_measured,
     reference_count,
-    write_measured,
 )
 from slim_utils.slimgpt import SlimGPT, units_to_remove
 from slim_utils.sparsity_schedule import LayerRatio
@@ -130,7 +128,7 @@ def measure_around(
         ratios: of every layer; one that loses nothing is not measured.
         settings: how.
         finished: file that keeps what is measured, so that a run that was cut off does not measure it again.
-        seconds: as for :func:`slim_utils.search.measure`, after the pruning.
+        seconds: as for :class:`slim_utils.search.Measurements`, after the pruning.
 
     Returns:
         The heads and the columns of every layer, by its index; a loss is what ``REFERENCE`` of the units would cost if
@@ -141,9 +139,9 @@ def measure_around(
     """
     family, layers = host.family, [index for index, ratio in enumerate(ratios) if any(ratio)]
     protocol = [PROBED, NEIGHBOUR_SAMPLES, PROBE_TOKENS, *map(list, ratios)]
-    measured = read_measured(finished, protocol)
-    if len(measured) == len(layers):
-        return measured
+    measured = Measurements(layers, len(ratios), protocol, finished, seconds)
+    if measured.complete:
+        return measured.found
     with host.outside(settings.device):
         probe = Probe(host, samples[:NEIGHBOUR_SAMPLES, :PROBE_TOKENS], settings)
     onlooker, dense = _Onlooker(family, settings), _copies(host)
@@ -151,26 +149,21 @@ def measure_around(
         logger.info("refining: the model is pruned as planned")
         prune_layers(host.model, family, samples, ratios, settings, host=host, starts=starts, onlooker=onlooker)
         with host.outside(settings.device), logging_redirect_tqdm():
-            planned, start = probe.divergence(0), time.perf_counter()
+            planned = probe.divergence(0)
+            measured.begin()
             logger.info("refining: as planned %.4f nats", planned)
             for index in tqdm(range(layers[-1] + 1), desc="refining", unit="layer", disable=None):
                 layer = host.fetch(index, settings.device)
-                if index in layers and index not in measured:
-                    in_time = time.perf_counter() - start <= seconds * layers.index(index) / len(layers)
+                if measured.wanted(index):
                     places = {name: onlooker.places[index, name] for name in (family.attention_out, family.mlp_out)}
-                    asked = probe if in_time or index in (layers[0], layers[-1]) else None
-                    measured[index] = _measured_around(layer, index, places, asked, planned)
-                    heads, columns = measured[index]
-                    costs = (heads.count, heads.cost, columns.count, columns.cost)
-                    logger.info(
-                        "layer %d/%d: at the price of now, %d heads: %s, %d columns: %s", index, len(ratios), *costs
-                    )
-                    write_measured(finished, protocol, measured)
+                    asked = probe if measured.in_time(index) else None
+                    parts = _measured_around(layer, index, places, asked, planned)
+                    measured.add(index, parts, "at the price of now,")
                 probe.advance(index)
                 host.release(index)
     finally:
         _put_back(host, dense)
-    return measured
+    return measured.found
 
 
 def _measured_around(

@@ -128,6 +128,60 @@ class Sublayer:
         return errors * (loss / errors[self.count]) if self.count < len(errors) else errors
 
 
+class Measurements:
+    """What is measured of one layer after another, kept in a file as it comes, within the time there is.
+
+    Args:
+        layers: those to measure, in their order.
+        num_layers: of the model, for the log.
+        protocol: what has to be the same for the file to be gone on with.
+        path: of the file; ``None`` keeps nothing.
+        seconds: a layer's losses are measured where at most its share of this time has passed since :meth:`begin`,
+            those of the first and of the last always.
+    """
+
+    def __init__(
+        self, layers: Sequence[int], num_layers: int, protocol: list[Any], path: Path | None, seconds: float
+    ) -> None:
+        self._layers, self._num_layers, self._protocol = layers, num_layers, protocol
+        self._path, self._seconds = path, seconds
+        kept = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
+        found = kept["layers"] if kept.get("protocol") == protocol else {}
+        self.found = {int(index): [Sublayer(**part) for part in parts] for index, parts in found.items()}
+
+    @property
+    def complete(self) -> bool:
+        """Whether all layers are there.
+
+        Losses that were left out stay so: other ratios would not go with the layers that are pruned by now.
+        """
+        return len(self.found) == len(self._layers)
+
+    def begin(self) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def wanted(self, index: int) -> bool:
+        """Whether the layer is one of those to measure, and not there yet."""
+        return index in self._layers and index not in self.found
+
+    def in_time(self, index: int) -> bool:
+        """Whether its losses, too, are to be measured."""
+        due = self._seconds * self._layers.index(index) / len(self._layers)
+        return time.perf_counter() - self._start <= due or index in (self._layers[0], self._layers[-1])
+
+    def add(self, index: int, parts: list[Sublayer], how: str) -> None:
+        """Keep, and log, a layer's heads and columns; ``how`` they were measured."""
+        self.found[index] = parts
+        heads, columns = parts
+        message = "layer %d/%d: %s %d heads: %s, %d columns: %s"
+        costs = (heads.count, heads.cost, columns.count, columns.cost)
+        logger.info(message, index, self._num_layers, how, *costs)
+        if self._path:
+            layers = {at: [asdict(part) for part in own] for at, own in self.found.items()}
+            write_json_atomic(self._path, {"protocol": self._protocol, "layers": layers})
+
+
 @torch.no_grad()
 def measure(
     host: LayerHost,
@@ -145,52 +199,32 @@ def measure(
         layers: those that are to be pruned.
         settings: how.
         finished: file that keeps what is measured, so that a run that was cut off does not measure it again.
-        seconds: a layer's losses are measured where at most its share of this time has passed, those of the first and
-            of the last always.
+        seconds: as for :class:`Measurements`.
 
     Raises:
         UserError: if predictions are not finite, with the layer named.
     """
     protocol = [REFERENCE, FURTHEST, *PROBE_SAMPLES, PROBE_TOKENS]
-    measured = read_measured(finished, protocol)
-    if len(measured) == len(layers):
-        # Losses that were left out stay so: other ratios would not go with the layers that are pruned by now.
-        return measured
-    shapes, start = layer_shapes(host.model.config), time.perf_counter()
+    shapes = layer_shapes(host.model.config)
+    measured = Measurements(layers, len(shapes), protocol, finished, seconds)
+    if measured.complete:
+        return measured.found
+    measured.begin()
     with host.outside(settings.device), logging_redirect_tqdm():
         hidden, calls = capture_layer_calls(host.model, host.layers, samples, settings)
         probes = [Probe(host, samples[:count, :PROBE_TOKENS], settings) for count in PROBE_SAMPLES]
         for index in tqdm(range(layers.stop), desc="measuring", unit="layer", disable=None):
             layer = host.fetch(index, settings.device)
             replay = LayerReplay(layer, host.family, hidden, send_to_device(calls[index], settings.device), settings)
-            if index in layers and index not in measured:
-                in_time = time.perf_counter() - start <= seconds * (index - layers.start) / len(layers)
-                asked = probes if in_time or index in (layers[0], layers[-1]) else [None, None]
-                measured[index] = _measured_layer(replay, asked, index, shapes[index], settings)
-                heads, columns = measured[index]
-                costs = (heads.count, heads.cost, columns.count, columns.cost)
-                logger.info("layer %d/%d: losing %d heads: %s, %d columns: %s", index, len(shapes), *costs)
-                write_measured(finished, protocol, measured)
+            if measured.wanted(index):
+                asked = probes if measured.in_time(index) else [None, None]
+                measured.add(index, _measured_layer(replay, asked, index, shapes[index], settings), "losing")
             if index < layers[-1]:
                 replay.advance()
                 for probe in probes:
                     probe.advance(index)
             host.release(index)
-    return measured
-
-
-def read_measured(path: Path | None, protocol: list[Any]) -> dict[int, list[Sublayer]]:
-    """What :func:`write_measured` wrote there of the same protocol, if anything."""
-    kept = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
-    layers = kept["layers"] if kept.get("protocol") == protocol else {}
-    return {int(index): [Sublayer(**part) for part in parts] for index, parts in layers.items()}
-
-
-def write_measured(path: Path | None, protocol: list[Any], measured: dict[int, list[Sublayer]]) -> None:
-    """Keep what was measured so far, where there is a place for it."""
-    if path:
-        layers = {index: [asdict(part) for part in parts] for index, parts in measured.items()}
-        write_json_atomic(path, {"protocol": protocol, "layers": layers})
+    return measured.found
 
 
 def loss_curves(measured: dict[int, list[Sublayer]], units: list[LayerUnits]) -> list[tuple[LossCurve, LossCurve]]:
