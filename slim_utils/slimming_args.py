@@ -142,7 +142,7 @@ def check_budget(args: argparse.Namespace) -> None:
     if args.search_minutes is not None and not args.search_minutes >= 0:
         raise UserError(f"--search_minutes {args.search_minutes}: at least 0")
     if measures(args):
-        flag = "--refine" if args.refine else "--allocation search"
+        flag = measuring_flag(args)
         for name, reason in SEARCH_NEEDS.items():
             if getattr(args, name):
                 raise UserError(f"{flag} needs {reason}; leave --{name} out")
@@ -153,6 +153,11 @@ def check_budget(args: argparse.Namespace) -> None:
 def measures(args: argparse.Namespace) -> bool:
     """Whether losses are measured, which only the loaded model can tell."""
     return args.allocation == SEARCH or bool(args.refine)
+
+
+def measuring_flag(args: argparse.Namespace) -> str:
+    """The flag that asks for losses to be measured."""
+    return "--refine" if args.refine else "--allocation search"
 
 
 def plan(
@@ -230,7 +235,7 @@ def check_search(args: argparse.Namespace, host: LayerHost, settings: WalkSettin
     shapes = layer_shapes(host.model.config)
     if any(shape.num_experts for shape in shapes):
         if args.preset != "best" or args.refine:
-            flag = "--refine" if args.refine else "--allocation search"
+            flag = measuring_flag(args)
             raise UserError(f"{flag} does not know mixtures of experts yet; use --allocation log_increase alone")
         do_without_search(args, "experts")
         return
