@@ -36,6 +36,7 @@ from ppl_eval.zero_shot import (
     results_table,
     task_specs,
 )
+from slim_utils.bos import BOS_CHOICES, BOS_POLICIES, set_bos
 from slim_utils.cli import ArgumentParser, command_line, run_cli
 from slim_utils.errors import UserError
 from slim_utils.model_io import (
@@ -62,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", default=",".join(README_TASKS), help="names or patterns (default: %(default)s)")
     parser.add_argument("--data_dir", type=Path, help="read the tasks' rows from DIR/TASK/{train,validation,test}.*")
     parser.add_argument("--num_fewshot", type=int, default=0, help="solved examples in a prompt (default %(default)s)")
+    parser.add_argument("--bos", choices=BOS_POLICIES, default="auto", help="prompts begin with a BOS: " + BOS_CHOICES)
     parser.add_argument("--batch_size", default="1", help="requests at once, or auto (default %(default)s)")
     parser.add_argument("--max_batch_size", type=int, default=64, help="where auto begins (default %(default)s)")
     parser.add_argument("--limit", type=float, help="only so many rows of a task, or such a share where below 1")
@@ -126,9 +128,14 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         loaded = load_tasks(manager, specs, args.data_dir)
     splits = {name: evaluated_split(task) for name, task in loaded["tasks"].items()}
     logger.info("tasks: %s", ", ".join(f"{name} ({split})" for name, split in splits.items()))
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    add_bos = set_bos(tokenizer, args.bos)
+    logger.info("prompts begin with %s (--bos)", "a BOS" if add_bos else "text")
     lm = HFLM(
         pretrained=load_model(args.model, args.dtype, args.trust_remote_code).to(args.device),
-        tokenizer=load_tokenizer(args.model, args.trust_remote_code),
+        tokenizer=tokenizer,
+        # With None the tokenizer decides, of its EOS too.
+        add_bos_token=None if args.bos == "auto" else add_bos,
         batch_size=args.batch_size,
         max_batch_size=args.max_batch_size,
     )
@@ -142,7 +149,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         log_samples=False,
         task_manager=manager,
     )
-    return results | {"splits": splits}
+    return results | {"splits": splits, "bos": add_bos}
 
 
 def ungrouped(loaded: dict[str, Any]) -> list[Any]:
@@ -169,6 +176,7 @@ def main(args: argparse.Namespace) -> None:
         "config": {
             "model": args.model,
             "num_fewshot": args.num_fewshot,
+            "bos": results["bos"],
             "batch_size": args.batch_size,
             "limit": args.limit,
             "dtype": args.dtype,

@@ -30,7 +30,7 @@ from peft import PeftModel
 from torch import distributed
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
-from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalSets, load_eval_sets
+from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalKey, EvalSets, load_eval_sets
 from ppl_eval.ppl_eval import evaluate
 from slim_utils.cli import command_line, run_cli
 from slim_utils.families import Family, find_family, layer_shapes
@@ -104,9 +104,13 @@ def load_data(
         longest = [seqlen for seqlen in DEFAULT_EVAL_SEQLENS[1:] if seqlen <= max_positions]
         seqlens = data.eval_seqlens or [data.extra_val_seqlen, *longest]
         both = sorted({*seqlens, data.extra_val_seqlen})
-        windows = load_eval_sets(extra_val_specs(data), tokenizer, both, max_positions)
-    watched = {key: value for key, value in windows.items() if key[1] == data.extra_val_seqlen}
-    return samples, watched, {key: value for key, value in windows.items() if key[1] in seqlens}
+        windows = load_eval_sets(extra_val_specs(data), tokenizer, both, max_positions, data.bos)
+    watched: EvalSets = {}
+    for key, value in windows.items():
+        # Where a text is measured with a BOS and without, the one to quote comes first.
+        if key.seqlen == data.extra_val_seqlen and key.name not in {other.name for other in watched}:
+            watched[key] = value
+    return samples, watched, {key: value for key, value in windows.items() if key.seqlen in seqlens}
 
 
 def build_trainer(
@@ -123,7 +127,7 @@ def build_trainer(
     padding.padding_side = "right"
     padding.pad_token = padding.pad_token or padding.eos_token
     eval_sets = {"validation": data.validation} if data.validation is not None else {}
-    eval_sets |= {name: window_dataset(windows) for (name, _), windows in watched.items()}
+    eval_sets |= {key.name: window_dataset(windows) for key, windows in watched.items()}
     options = {
         "model": model,
         "args": args.training,
@@ -214,7 +218,11 @@ def mask_record(mask: MaskCallback) -> dict[str, int]:
 def report(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
     """Print the perplexities before and after training side by side."""
     rows = [
-        (f"perplexity {old['dataset']}, seqlen {old['seqlen']}", old["perplexity"], new["perplexity"])
+        (
+            f"perplexity {EvalKey(old['dataset'], old['seqlen'], old['bos']).label}",
+            old["perplexity"],
+            new["perplexity"],
+        )
         for old, new in zip(before, after, strict=True)
     ]
     if rows:

@@ -54,13 +54,16 @@ from slim_utils.run_record import pruning_record, search_record
 from slim_utils.slim_dataset import CalibrationData, load_calibration, text_starts
 from slim_utils.slimming_args import (
     add_budget_flags,
+    add_calibration_flags,
     add_choice_flags,
     apply_preset,
+    calibration_texts,
     check_budget,
     check_search,
     measures,
     plan,
     search,
+    settle_text_starts,
     walk_settings,
 )
 from slim_utils.sparsity_schedule import STRATEGIES
@@ -76,7 +79,7 @@ RESUMED_ARGUMENTS = (
     *("num_samples", "seqlen", "seed", "sparsity", "non_uniform", "non_uniform_strategy", "min_sparsity"),
     *("max_sparsity", "gqa_unit", "multiple_of", "even_heads", "tp_size", "minlayer", "maxlayer", "no_compensate"),
     *("target_ratio", "target_params", "allocation", "percdamp", "exact_heads", "column_group", "batch_samples"),
-    *("text_starts", "dtype", "uniform_shapes", "stream", "refine"),
+    *("text_starts", "bos", "dtype", "uniform_shapes", "stream", "refine"),
 )
 
 
@@ -85,11 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog="model_slimming.py", description="Prune a causal language model with SlimGPT.")
     parser.add_argument("model_path", help="checkpoint folder or hub name")
     parser.add_argument("dataset", nargs="?", choices=CALIBRATION_DATASETS, help="calibration data set from the hub")
-    data = parser.add_argument_group("calibration")
-    data.add_argument("--data_file", type=Path, help="local calibration text instead: txt, json[l], json.gz, parquet")
-    data.add_argument("--num_samples", type=int, default=1024, help="calibration samples (default %(default)s)")
-    data.add_argument("--seqlen", type=int, default=2048, help="tokens of a sample (default %(default)s)")
-    data.add_argument("--seed", type=int, default=0, help="of the choice of samples (default %(default)s)")
+    add_calibration_flags(parser.add_argument_group("calibration"))
     prune = parser.add_argument_group("pruning")
     prune.add_argument("--sparsity", type=float, default=0, help="ratio of every layer (default %(default)s)")
     prune.add_argument("--non_uniform", action="store_true", help="a ratio per layer, from min to max")
@@ -138,8 +137,7 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         UserError: naming the flag to change.
     """
-    if args.dataset is None and args.data_file is None:
-        raise UserError(f"give a data set ({', '.join(CALIBRATION_DATASETS)}) or --data_file FILE")
+    calibration_texts(args)
     for name, lowest in (("num_samples", 1), ("seqlen", 2), ("batch_samples", 1), ("multiple_of", 1), ("tp_size", 1)):
         if getattr(args, name) < lowest:
             raise UserError(f"--{name} {getattr(args, name)}: at least {lowest}")
@@ -243,18 +241,19 @@ def main(args: argparse.Namespace) -> None:
         ratios, planned = plan(args, skeleton, settings)
     tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
     base_card = base_card_data(args.model_path) if args.save_pruned_weights else {}
-    data = load_calibration(args.dataset, args.data_file, tokenizer, args.num_samples, args.seqlen, args.seed)
-    eval_sets = (
-        {} if args.skip_evaluate else load_eval_sets(args.eval_datasets, tokenizer, args.eval_seqlens, positions)
-    )
+    texts = calibration_texts(args)
+    data = load_calibration(texts, tokenizer, args.num_samples, args.seqlen, args.seed, args.bos)
+    settle_text_starts(args, data.bos)
+    specs = [] if args.skip_evaluate else args.eval_datasets
+    eval_sets = load_eval_sets(specs, tokenizer, args.eval_seqlens, positions, args.bos)
     with closing(open_host(args, args.model_path)) as host:
         if args.save_dir:
             warn_if_short_of_space(Path(args.save_dir), host.model, copies=2 + args.save_pruned_weights)
-        logger.info("calibration: %d × %d tokens of %s", args.num_samples, args.seqlen, data.source)
+        logger.info(data.log_line())
         world = World.join(args.device)
         start = time.perf_counter()
         store = open_store(args, host, data, world) if args.save_dir else None
-        starts, measured = text_starts(data.samples, args.text_starts or 0), {}
+        starts, measured = text_starts(data.samples[:, data.bos :], args.text_starts), {}
         samples, starts = world.share(data.samples), world.share(starts, "--text_starts") if len(starts) else None
         if measures(args):
             ratios, measured = search(args, host, samples, starts, settings, store)

@@ -186,7 +186,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         model = repeat_kv_heads(model)
     row: dict[str, Any] = {"heads": heads, "share": share, "method": method if share else "dense", "seed": seed}
     if share:
-        data = load_calibration(None, args.calib_file, load_tokenizer(args.model, False), NUM_SAMPLES, SEQLEN, seed)
+        data = load_calibration([args.calib_file], load_tokenizer(args.model, False), NUM_SAMPLES, SEQLEN, seed)
         start, measured = time.perf_counter(), args.measure / f"{heads}-{seed}.json"
         masks = METHODS[method](model, data.samples, share, WalkSettings(CPU, CPU, percdamp=PERCDAMP), measured)
         row["seconds"] = round(time.perf_counter() - start, 1)

@@ -96,7 +96,7 @@ def measure(args: argparse.Namespace, heads: str, share: float | None, eval_set:
         model = repeat_kv_heads(model)
     row: dict[str, Any] = {"heads": heads, "share_asked": share or 0.0}
     if share is not None:
-        data = load_calibration(None, args.calib_file, tokenizer, NUM_SAMPLES, SEQLEN, SEED)
+        data = load_calibration([args.calib_file], tokenizer, NUM_SAMPLES, SEQLEN, SEED)
         unit = "query_head" if heads == "native_query_head" else "kv_group"
         settings = WalkSettings(device, device, percdamp=PERCDAMP, gqa_unit=unit)
         ratios = ratios_for_share(model, share, settings)

@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
     """Prune at every share, with beginnings of text and without, and count."""
     check_output_file(args.out, False, "--out")
     tokenizer = load_tokenizer(args.model, False)
-    data = load_calibration(None, args.calib_file, tokenizer, NUM_SAMPLES, SEQLEN, args.seed)
+    data = load_calibration([args.calib_file], tokenizer, NUM_SAMPLES, SEQLEN, args.seed)
     tokens = tokenize(tokenizer, join_documents(file_documents(args.eval_file)), add_special_tokens=False)
     windows = eval_windows(tokens, EVAL_SEQLEN, str(args.eval_file))[:EVAL_WINDOWS]
     beginnings = random_windows(tokens, FIRST_TOKENS, FEW, args.seed, str(args.eval_file))

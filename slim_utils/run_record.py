@@ -43,6 +43,8 @@ def calibration_record(data: CalibrationData) -> dict[str, Any]:
     return {
         "source": data.source,
         "text_tokens": data.num_tokens,
+        "sources": [asdict(source) for source in data.sources],
+        "bos": data.bos,
         "num_samples": num_samples,
         "seqlen": seqlen,
         "samples_sha256": data.sha256,

@@ -1,15 +1,24 @@
 """Calibration samples: random windows of tokens, the same on every machine for the same seed."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from slim_utils.bos import calibration_bos, with_bos
 from slim_utils.errors import UserError
-from slim_utils.text_source import file_documents, hub_documents, join_documents, tokenize
+from slim_utils.text_source import (
+    CALIBRATION_DATASETS,
+    file_documents,
+    hub_documents,
+    join_documents,
+    tokenize,
+)
 
 # English has about four characters a token: four times the text asked for leaves the windows room to differ.
 CHARS_PER_TOKEN_ASKED = 16
@@ -20,56 +29,103 @@ WHOLE_CORPUS_CHARS = 1 << 24
 
 
 @dataclass(frozen=True)
+class CalibrationSource:
+    """A text that calibration samples are drawn from.
+
+    Attributes:
+        name: of the data set, or path of the file.
+        num_tokens: tokens of the text.
+        num_samples: windows drawn from it.
+    """
+
+    name: str
+    num_tokens: int
+    num_samples: int
+
+
+@dataclass(frozen=True)
 class CalibrationData:
     """Calibration samples and what identifies them.
 
     Attributes:
         samples: (num_samples, seqlen) int64 token ids.
-        source: name of the data set, or path of the file.
-        num_tokens: tokens of the text the windows were drawn from.
+        sources: the texts they were drawn from.
+        bos: whether every sample begins with the tokenizer's BOS.
         sha256: of the samples as little-endian int64.
     """
 
     samples: Tensor
-    source: str
-    num_tokens: int
+    sources: list[CalibrationSource]
+    bos: bool
     sha256: str
+
+    @property
+    def source(self) -> str:
+        """Names of the texts."""
+        return " + ".join(source.name for source in self.sources)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all texts."""
+        return sum(source.num_tokens for source in self.sources)
+
+    def log_line(self) -> str:
+        """One line: samples, texts, and how windows begin."""
+        count, seqlen = self.samples.shape
+        first = "a BOS" if self.bos else "text"
+        return f"calibration: {count} × {seqlen} tokens of {self.source}, windows begin with {first} (--bos)"
 
 
 def load_calibration(
-    dataset: str | None,
-    data_file: Path | None,
+    texts: Sequence[str | Path],
     tokenizer: PreTrainedTokenizerBase,
     num_samples: int,
     seqlen: int,
     seed: int,
+    bos: str = "auto",
 ) -> CalibrationData:
     """Read as much text as the windows need, tokenise it without special tokens and draw random windows.
 
     Args:
-        dataset: a name of ``CALIBRATION_DATASETS``; not read where ``data_file`` is given.
-        data_file: a local file (see ``file_documents``).
+        texts: local files (see ``file_documents``) and names of ``CALIBRATION_DATASETS``. Several give equally many
+            windows each, the first ones one more where the number does not divide, in turns.
         tokenizer: the model's.
         num_samples: windows to draw.
-        seqlen: tokens of a window.
+        seqlen: tokens of a window, its BOS included.
         seed: of the draw.
+        bos: whether every window begins with a BOS, one of ``BOS_POLICIES``.
 
     Raises:
-        UserError: if the text cannot be read or has fewer tokens than the windows ask for.
+        UserError: if a text cannot be read or has fewer tokens than its windows ask for, or there are fewer windows
+            than texts.
     """
-    asked_chars = CHARS_PER_TOKEN_ASKED * num_samples * seqlen
-    if data_file is not None:
-        source = str(data_file)
-        text = join_documents(file_documents(data_file), max(asked_chars, WHOLE_CORPUS_CHARS))
-    else:
-        source = dataset
-        # wikitext2 is small, and the original draws from all of it; the others are streamed as far as needed.
-        max_chars = None if dataset == "wikitext2" else asked_chars
-        text = join_documents(hub_documents(dataset, "train"), max_chars)
-    tokens = tokenize(tokenizer, text, add_special_tokens=False)
-    samples = random_windows(tokens, num_samples, seqlen, seed, source)
+    if num_samples < len(texts):
+        raise UserError(f"--num_samples {num_samples}: fewer than the {len(texts)} calibration texts")
+    bos_id = calibration_bos(tokenizer, bos)
+    sources, draws = [], []
+    for index, text in enumerate(texts):
+        count = num_samples // len(texts) + (index < num_samples % len(texts))
+        tokens = tokenize(tokenizer, calibration_text(text, count * seqlen), add_special_tokens=False)
+        sources.append(CalibrationSource(str(text), len(tokens), count))
+        draws.append(random_windows(tokens, count, seqlen, seed, str(text)))
+    # In turns, so that the first few samples are of all texts too.
+    turns = [window for turn in zip_longest(*draws) for window in turn if window is not None]
+    samples = with_bos(torch.stack(turns), bos_id)
     digest = hashlib.sha256(samples.numpy().astype("<i8").tobytes()).hexdigest()
-    return CalibrationData(samples, source, len(tokens), digest)
+    return CalibrationData(samples, sources, bos_id is not None, digest)
+
+
+def calibration_text(text: str | Path, num_tokens: int) -> str:
+    """Text of a local file or, where there is no such file, of a data set, enough to draw ``num_tokens`` from.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    asked_chars = CHARS_PER_TOKEN_ASKED * num_tokens
+    if Path(text).is_file() or text not in CALIBRATION_DATASETS:
+        return join_documents(file_documents(Path(text)), max(asked_chars, WHOLE_CORPUS_CHARS))
+    # wikitext2 is small, and the original draws from all of it; the others are streamed as far as needed.
+    return join_documents(hub_documents(text, "train"), None if text == "wikitext2" else asked_chars)
 
 
 def random_windows(tokens: Tensor, num_samples: int, seqlen: int, seed: int, source: str) -> Tensor:

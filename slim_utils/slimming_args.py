@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from slim_utils.allocation import LayerUnits, allocate_in_depth, block_weights, layer_units, read_profile, scaled_ratios
+from slim_utils.bos import BOS_HELP, BOS_POLICIES
 from slim_utils.errors import UserError
 from slim_utils.families import layer_shapes
 from slim_utils.layer_host import LayerHost
@@ -21,6 +22,7 @@ from slim_utils.pruning_record import LayerMask
 from slim_utils.refinement import measure_around, refined_ratios
 from slim_utils.search import Sublayer, loss_curves, measure, most_removable
 from slim_utils.sparsity_schedule import STRATEGIES, LayerRatio, layer_range, layer_ratios, non_uniform_ratios
+from slim_utils.text_source import CALIBRATION_DATASETS
 from slim_utils.walk_settings import WalkSettings
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,41 @@ PRESETS = ("paper", "best")
 BEST_COLUMN_GROUP = 32
 # First tokens enough for nearly all others to be attention sinks as before.
 BEST_TEXT_STARTS = 512
+
+
+def add_calibration_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags that say what the model is calibrated on."""
+    group.add_argument(
+        "--data_file",
+        nargs="+",
+        metavar="FILE",
+        help="local calibration text instead: txt, json[l], json.gz, parquet; several files or names of data sets give "
+        "equally many samples each",
+    )
+    group.add_argument("--num_samples", type=int, default=1024, help="calibration samples (default %(default)s)")
+    group.add_argument("--seqlen", type=int, default=2048, help="tokens of a sample (default %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="of the choice of samples (default %(default)s)")
+    group.add_argument("--bos", choices=BOS_POLICIES, default="auto", help=BOS_HELP)
+
+
+def calibration_texts(args: argparse.Namespace) -> list[str]:
+    """Files and data sets that calibration samples are drawn from.
+
+    Raises:
+        UserError: if there is none, or one is neither a file nor a data set.
+    """
+    if args.data_file is None and args.dataset is None:
+        raise UserError(f"give a data set ({', '.join(CALIBRATION_DATASETS)}) or --data_file FILE")
+    for text in args.data_file or ():
+        if not Path(text).is_file() and text not in CALIBRATION_DATASETS:
+            raise UserError(f"--data_file {text}: no such file, and none of {', '.join(CALIBRATION_DATASETS)}")
+    return args.data_file or [args.dataset]
+
+
+def settle_text_starts(args: argparse.Namespace, bos: bool) -> None:
+    """Leave the sink windows of ``--preset best`` out where the samples begin with a BOS, which is the sink there."""
+    if args.text_starts is None:
+        args.text_starts = BEST_TEXT_STARTS if args.preset == "best" and not bos else 0
 
 
 def add_budget_flags(group: argparse._ArgumentGroup) -> None:
@@ -67,9 +104,9 @@ def add_choice_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--text_starts",
         type=int,
-        help="short windows of the samples besides, as beginnings of text (default: 0)",
+        help="also calibrate on N 8-token windows cut from the samples, for attention sinks at position 0 (default: 0)",
     )
-    best = f"--exact_heads --column_group {BEST_COLUMN_GROUP} --text_starts {BEST_TEXT_STARTS}"
+    best = f"--exact_heads --column_group {BEST_COLUMN_GROUP} --text_starts {BEST_TEXT_STARTS} (without a BOS)"
     best += " and, for a target, --allocation search"
     group.add_argument("--preset", choices=PRESETS, default=PRESETS[0], help=f"best: {best} (default: %(default)s)")
 
@@ -81,8 +118,6 @@ def apply_preset(args: argparse.Namespace) -> None:
     args.exact_heads = True
     if args.column_group is None:
         args.column_group = BEST_COLUMN_GROUP
-    if args.text_starts is None:
-        args.text_starts = BEST_TEXT_STARTS
     if args.allocation or args.uniform_shapes or (args.target_ratio is None and args.target_params is None):
         return
     obstacles = [f"--{name}" for name in SEARCH_NEEDS if getattr(args, name)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB = 64
@@ -104,15 +104,36 @@ def samples():
     return torch.randint(0, VOCAB, (8, 16), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of ``VOCAB`` words ``w0``, ``w1``, …, with a chat template."""
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
+WORDS = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
+
+
+def word_tokenizer(words: dict[str, int]) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the given words, with a chat template."""
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     fast.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     return fast
+
+
+def adding_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """``tokenizer`` as one that puts its BOS in front of a text by itself."""
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of ``VOCAB`` words ``w0``, ``w1``, …, with a chat template."""
+    return word_tokenizer(WORDS)
+
+
+@pytest.fixture(scope="session")
+def bos_tokenizer() -> PreTrainedTokenizerFast:
+    """The same, which adds a BOS."""
+    return adding_bos(word_tokenizer(WORDS))
 
 
 def random_text(words: int, seed: int = 0) -> str:

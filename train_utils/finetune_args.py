@@ -13,6 +13,7 @@ import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from ppl_eval.ppl_dataset import parse_eval_dataset
+from slim_utils.bos import BOS_HELP, BOS_POLICIES
 from slim_utils.cli import ArgumentParser
 from slim_utils.errors import UserError
 from slim_utils.model_io import check_output
@@ -78,6 +79,7 @@ class DataArguments:
         default=None,
         metadata={"help": "window lengths before and after training (default: --extra_val_seqlen and 2048)"},
     )
+    bos: str = field(default="auto", metadata={"help": BOS_HELP, "choices": list(BOS_POLICIES)})
     extra_trainset: bool = field(default=False, metadata={"help": "refused"})
 
 

@@ -62,7 +62,7 @@ def test_the_card_tells_the_run(words, text_file, tmp_path):
     for index, mask in enumerate(read_pruning(tmp_path / "out" / "pruning.json")):
         line = f"| {index} | {len(mask.kept_heads)} of 6 | 2 of 2 | {len(mask.kept_columns)} of 40 |"
         assert line in card.content
-    assert f"| test | 16 | {record['perplexity'][0]['perplexity']:.2f} |" in card.content
+    assert f"| test | 16 | text | {record['perplexity'][0]['perplexity']:.2f} |" in card.content
     assert record["calibration"]["samples_sha256"] in card.content
     # Nothing of where it was made.
     assert str(tmp_path) not in card.content and str(text_file.parent) not in card.content

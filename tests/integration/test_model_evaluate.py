@@ -158,6 +158,22 @@ def test_zeroed_and_small_models_agree(tmp_path, checkpoint, text_file, data_dir
     assert results[0]["config"]["num_fewshot"] == 1
 
 
+def test_bos_is_first_in_prompts_where_it_is_asked_for(tmp_path, checkpoint, data_dir, monkeypatch):
+    seen: list[list[int]] = []
+    encode = model_evaluate.HFLM.tok_encode
+    monkeypatch.setattr(
+        model_evaluate.HFLM,
+        "tok_encode",
+        lambda self, text, *args, **options: seen.append(encode(self, text, *args, **options)) or seen[-1],
+    )
+    for bos in ("auto", "always", "never"):
+        seen.clear()
+        words = ["--model", checkpoint, "--tasks", "piqa", "--data_dir", data_dir, "--device", "cpu", "--limit", 2]
+        main(*words, "--bos", bos, "--output_path", tmp_path / f"{bos}.json")
+        assert {ids[0] == 1 for ids in seen} == {bos == "always"}, bos
+        assert json.loads((tmp_path / f"{bos}.json").read_text())["config"]["bos"] is (bos == "always")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -27,7 +27,7 @@ from slim_utils.model_stats import removed_share
 from slim_utils.obs import Choices
 from slim_utils.search import PROBE_SAMPLES, Sublayer, loss_curves, measure
 from slim_utils.slimgpt import SlimGPT
-from slim_utils.slimming_args import apply_preset
+from slim_utils.slimming_args import apply_preset, settle_text_starts
 from slim_utils.sparsity_schedule import layer_ratios, non_uniform_ratios
 from slim_utils.walk_settings import WalkSettings
 from tests.conftest import make_tiny
@@ -181,7 +181,7 @@ def test_the_best_preset_is_its_flags(words, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "allocation", "column_group", "text_starts"),
     [
-        ([], None, None, None),
+        ([], None, None, 0),
         (["--preset", "best"], None, 32, 512),
         (["--preset", "best", "--target_ratio", 0.3, "--allocation", "uniform"], "uniform", 32, 512),
         (["--preset", "best", "--target_ratio", 0.3, "--stream", "--save_dir", "out"], "log_increase", 32, 512),
@@ -192,6 +192,7 @@ def test_the_best_preset_is_its_flags(words, tmp_path):
 def test_the_best_preset_leaves_what_was_asked_for(flags, allocation, column_group, text_starts, words):
     args = model_slimming.build_parser().parse_args(list(map(str, [*words, *flags])))
     apply_preset(args)
+    settle_text_starts(args, bos=False)
     assert (args.allocation, args.column_group, args.text_starts) == (allocation, column_group, text_starts)
     assert args.exact_heads == ("best" in flags)
 

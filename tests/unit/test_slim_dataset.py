@@ -7,7 +7,7 @@ import pandas
 import pytest
 import torch
 
-from slim_utils import text_source
+from slim_utils import slim_dataset, text_source
 from slim_utils.errors import UserError
 from slim_utils.slim_dataset import load_calibration, random_windows, text_starts
 from slim_utils.text_source import file_documents, hub_documents, join_documents
@@ -39,7 +39,7 @@ def test_too_little_text_says_both_numbers(tokenizer, tmp_path):
     path = tmp_path / "short.txt"
     path.write_text(random_text(100))
     with pytest.raises(UserError, match=r"100 tokens.*--num_samples 8 × --seqlen 16 ask for 128"):
-        load_calibration(None, path, tokenizer, 8, 16, 0)
+        load_calibration([path], tokenizer, 8, 16, 0)
 
 
 def test_one_window_of_the_whole_text_is_refused():
@@ -50,7 +50,7 @@ def test_one_window_of_the_whole_text_is_refused():
 def test_no_special_tokens_in_calibration(tokenizer, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(random_text(500))
-    data = load_calibration(None, path, tokenizer, 4, 32, 0)
+    data = load_calibration([path], tokenizer, 4, 32, 0)
     assert data.samples.shape == (4, 32)
     assert data.samples.min() >= 3
     assert data.num_tokens == 500
@@ -135,14 +135,14 @@ def hub(monkeypatch):
 
 @pytest.mark.parametrize("name", ["c4", "alpaca", "gpt4_alpaca"])
 def test_the_hub_is_streamed_only_as_far_as_needed(hub, tokenizer, name):
-    data = load_calibration(name, None, tokenizer, 8, 64, 0)
+    data = load_calibration([name], tokenizer, 8, 64, 0)
     assert data.samples.shape == (8, 64)
     assert hub["calls"][0]["streaming"] is True
     assert hub["read"] < 50
 
 
 def test_hub_windows_follow_the_seed(hub, tokenizer):
-    first, again, other = (load_calibration("c4", None, tokenizer, 8, 64, seed) for seed in (0, 0, 1))
+    first, again, other = (load_calibration(["c4"], tokenizer, 8, 64, seed) for seed in (0, 0, 1))
     assert first.sha256 == again.sha256 != other.sha256
 
 
@@ -191,3 +191,33 @@ def test_beginnings_of_text_are_the_samples_own_tokens():
     assert text_starts(samples, 99)[:, 0].tolist() == [37 * row + 8 * at for row in range(3) for at in range(4)]
     assert text_starts(samples[:, :4], 9).tolist() == samples[:, :4].tolist()
     assert len(text_starts(samples, 0)) == 0
+
+
+def test_calibration_with_bos_puts_it_first_in_every_window(tokenizer, bos_tokenizer, text_file):
+    plain = load_calibration([text_file], tokenizer, 4, 32, 0)
+    auto, never = (load_calibration([text_file], bos_tokenizer, 4, 32, 0, bos) for bos in ("auto", "never"))
+    assert auto.samples[:, 0].tolist() == [bos_tokenizer.bos_token_id] * 4
+    assert torch.equal(auto.samples[:, 1:], plain.samples[:, :-1])
+    assert torch.equal(never.samples, plain.samples)
+    assert (plain.bos, auto.bos, never.bos) == (False, True, False)
+    assert torch.equal(load_calibration([text_file], tokenizer, 4, 32, 0, "always").samples, auto.samples)
+    assert "windows begin with a BOS" in auto.log_line()
+    assert "windows begin with text" in never.log_line()
+
+
+def test_calibration_on_several_texts_draws_equally_many_of_each_in_turns(tokenizer, tmp_path):
+    for name, word in (("a", "w5"), ("b", "w6")):
+        (tmp_path / f"{name}.txt").write_text(f"{word} " * 500)
+    data = load_calibration([tmp_path / "a.txt", tmp_path / "b.txt"], tokenizer, 5, 16, 0)
+    assert data.samples[:, 0].tolist() == [5, 6, 5, 6, 5]
+    assert [(source.num_samples, source.num_tokens) for source in data.sources] == [(3, 500), (2, 500)]
+    assert data.source == f"{tmp_path / 'a.txt'} + {tmp_path / 'b.txt'}"
+    with pytest.raises(UserError, match="--num_samples 1: fewer than the 2 calibration texts"):
+        load_calibration([tmp_path / "a.txt", tmp_path / "b.txt"], tokenizer, 1, 16, 0)
+
+
+def test_calibration_on_a_file_and_a_data_set(tokenizer, text_file, monkeypatch):
+    monkeypatch.setattr(slim_dataset, "hub_documents", lambda name, split: iter([random_text(300, 3)]))
+    data = load_calibration([str(text_file), "wikitext2"], tokenizer, 4, 16, 0)
+    assert [source.name for source in data.sources] == [str(text_file), "wikitext2"]
+    assert data.num_tokens == 4300

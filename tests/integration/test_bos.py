@@ -1,0 +1,76 @@
+"""Whether windows of text begin with a BOS, and calibration on several texts, through the entry scripts."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import model_finetune
+import model_slimming
+from slim_utils.errors import UserError
+from train_utils.finetune_args import parse_args
+
+
+def main(*arguments: str) -> None:
+    """Prune in this process."""
+    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, arguments))))
+
+
+@pytest.fixture(scope="module")
+def bos_checkpoint(tmp_path_factory, checkpoint, bos_tokenizer) -> Path:
+    """The checkpoint with a tokenizer that adds a BOS."""
+    folder = tmp_path_factory.mktemp("bos") / "tiny-llama"
+    shutil.copytree(checkpoint, folder)
+    bos_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_bos_by_default_where_the_tokenizer_adds_one(bos_checkpoint, text_file, tmp_path, caplog):
+    caplog.set_level("INFO")
+    words = [
+        bos_checkpoint,
+        "--data_file",
+        text_file,
+        text_file,
+        "--num_samples",
+        16,
+        "--seqlen",
+        32,
+        "--sparsity",
+        0.5,
+    ]
+    words += ["--preset", "best", "--eval_datasets", f"mine={text_file}", "--eval_seqlens", 32, "--save_pruned_weights"]
+    records = {}
+    for bos in ("auto", "never"):
+        main(*words, "--bos", bos, "--save_dir", tmp_path / bos)
+        records[bos] = json.loads((tmp_path / bos / "run.json").read_text())
+    assert [records[bos]["calibration"]["bos"] for bos in records] == [True, False]
+    assert [records[bos]["perplexity"][0]["bos"] for bos in records] == [True, False]
+    # Sink windows stand in for the BOS that is not there.
+    assert [records[bos]["arguments"]["text_starts"] for bos in records] == [0, 512]
+    assert [source["num_samples"] for source in records["auto"]["calibration"]["sources"]] == [8, 8]
+    assert "windows begin with a BOS (--bos)" in caplog.text
+    card = (tmp_path / "auto" / "pruned_weights" / "README.md").read_text()
+    assert "| first token of a sample | BOS |" in card
+    assert "| mine | 32 | BOS |" in card
+
+
+def test_a_calibration_text_that_is_neither_file_nor_data_set(checkpoint):
+    with pytest.raises(UserError, match=r"--data_file nowhere\.txt: no such file, and none of wikitext2, c4"):
+        main(checkpoint, "--data_file", "c4", "nowhere.txt")
+
+
+def test_finetuning_measures_with_the_bos_of_the_tokenizer(bos_checkpoint, text_file, instruction_file, tmp_path):
+    words = ["--model_name_or_path", bos_checkpoint, "--data_path", instruction_file, "--output_dir", tmp_path / "out"]
+    words += ["--max_steps", 1, "--per_device_train_batch_size", 2, "--val_dataset_size", 4, "--cache_dataset", "false"]
+    words += ["--max_length", 32, "--extra_val_set", f"mine={text_file}", "--extra_val_seqlen", 16, "--use_cpu", "true"]
+    words += ["--prompt_template_name", "none", "--eval_seqlens", 16]
+    model_finetune.main(parse_args(list(map(str, words))))
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert [entry["bos"] for entry in record["perplexity"]["before"]] == [True]
+
+
+def test_finetuning_refuses_another_bos_policy():
+    with pytest.raises((UserError, SystemExit)):
+        parse_args(["--model_name_or_path", "x", "--output_dir", "y", "--bos", "sometimes"])
