@@ -21,8 +21,9 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.report_contents import Plot, plots, raw_rows
+from scripts.report_contents import plots, raw_rows
 from scripts.report_page import Picture, page
+from scripts.report_plots import Plot
 from scripts.report_sources import read_sources
 from slim_utils.cli import ArgumentParser, command_line, run_cli
 from slim_utils.model_io import RUN_FILE, atomic_folder, check_output, write_json_atomic, write_text_atomic

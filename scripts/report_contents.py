@@ -3,28 +3,24 @@
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from benchmarks.quality_table import NAMES
 from scripts.report_figures import (
-    BREAKDOWN,
     Bar,
     BarPanel,
     LayerLine,
     LayerPanel,
     bar_figure,
     layer_figure,
-    perplexity_figure,
-    perplexity_panels,
 )
+from scripts.report_plots import COSTS, ERRORS, KEPT, PEAK, SECTIONS, SIZES, Plot, Rows, bars, size_plots
 from scripts.report_sources import (
     CALIBRATION,
     CHOICES,
     COMPARISON,
+    CONSTANTS,
     PERPLEXITY,
     PRUNING_COST,
     QUALITY,
@@ -38,37 +34,6 @@ from scripts.report_sources import (
 )
 from slim_utils.errors import UserError
 from slim_utils.search import REFERENCE
-
-Rows = list[dict[str, Any]]
-
-_PEAK = "peak_memory_mib"  # Of a layer or a row: MiB by where.
-
-KEPT, ERRORS, SIZES, COSTS = "kept", "error", "perplexity", "cost"
-SECTIONS = {
-    KEPT: "Kept heads and widths",
-    ERRORS: "Error and loss by layer",
-    SIZES: "Perplexity against size",
-    COSTS: "Speed and memory",
-}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One figure of the report.
-
-    Attributes:
-        section: a key of ``SECTIONS``.
-        name: of its file, without the ending; with the section it is unlike all others.
-        title: in a few words.
-        caption: what is to be seen, and what to know of it.
-        draw: makes it.
-    """
-
-    section: str
-    name: str
-    title: str
-    caption: str
-    draw: Callable[[], Figure]
 
 
 def plots(sources: list[Source]) -> list[Plot]:
@@ -124,7 +89,7 @@ def _run_plots(runs: list[Source]) -> list[Plot]:
         )
         found.append(Plot(ERRORS, f"{name}_losses", title, caption, partial(layer_figure, _loss_panels(searched))))
     rows = [_run_row(run) for run in runs]
-    found += _size_plots(name, title, rows)
+    found += size_plots(name, title, rows)
     caption = "Seconds that every layer took, and the process's peak memory up to its end."
     found.append(Plot(COSTS, name, title, caption, partial(layer_figure, _cost_panels(runs))))
     return found
@@ -172,9 +137,9 @@ def _cost_panels(runs: list[Source]) -> list[LayerPanel]:
         LayerLine(run.label, _by_layer(run.record["layers"], "seconds"), index) for index, run in enumerate(runs)
     ]
     panels = [LayerPanel("pruning", "seconds a layer", seconds)]
-    for where in dict.fromkeys(where for run in runs for layer in run.record["layers"] for where in layer[_PEAK]):
+    for where in dict.fromkeys(where for run in runs for layer in run.record["layers"] for where in layer[PEAK]):
         memory = [
-            LayerLine(run.label, _by_layer(run.record["layers"], _PEAK, where), index) for index, run in enumerate(runs)
+            LayerLine(run.label, _by_layer(run.record["layers"], PEAK, where), index) for index, run in enumerate(runs)
         ]
         panels.append(LayerPanel(f"peak memory, {where}", "MiB", memory))
     return panels
@@ -204,7 +169,7 @@ def _by_text(entries: Rows) -> dict[str, float]:
 
 def _quality_plots(source: Source) -> list[Plot]:
     rows = source.record["rows"]
-    found = _size_plots(source.slug, source.label, rows)
+    found = size_plots(source.slug, source.label, rows)
     for heads in dict.fromkeys(row["heads"] for row in rows):
         own = [row for row in rows if row["heads"] == heads and row["share"]]
         name, title = f"{source.slug}_{heads}", f"{source.label}, {heads.replace('_', ' ')} heads"
@@ -254,28 +219,9 @@ def _method_panels(rows: Rows) -> list[BarPanel]:
                 methods.setdefault(NAMES.get(row["method"], row["method"]), []).append(row)
         start = f"{100 * share:g} % removed: "
         seconds = {name: [row["seconds"] for row in seeds] for name, seeds in methods.items()}
-        memory = {name: [row[_PEAK]["host"] for row in seeds] for name, seeds in methods.items()}
-        panels += [_bars(f"{start}pruning", "seconds", seconds), _bars(f"{start}peak memory", "MiB", memory)]
+        memory = {name: [row[PEAK]["host"] for row in seeds] for name, seeds in methods.items()}
+        panels += [bars(f"{start}pruning", "seconds", seconds), bars(f"{start}peak memory", "MiB", memory)]
     return panels
-
-
-def _bars(title: str, unit: str, runs: dict[str, list[float]], mean: Callable = statistics.mean) -> BarPanel:
-    """A bar for each name, and its single runs where it has several."""
-    bars = [Bar(name, mean(values), values if len(values) > 1 else ()) for name, values in runs.items()]
-    return BarPanel(title, unit, bars)
-
-
-def _size_plots(name: str, title: str, rows: Rows) -> list[Plot]:
-    """Perplexity against size; nothing where no perplexity was measured."""
-    panels = perplexity_panels(rows)
-    caption = "Perplexity against the share of the attention and MLP weights that is gone"
-    caption += "; mean and standard deviation over seeds." if len({row.get("seed") for row in rows}) > 1 else "."
-    if any(panel.limit for panel in panels):
-        caption += (
-            f" A method that breaks down, beyond {BREAKDOWN} times the dense model's, is a triangle where the axis "
-            "ends, with its perplexity."
-        )
-    return [Plot(SIZES, name, title, caption, partial(perplexity_figure, rows))] if panels else []
 
 
 def _perplexity_plots(source: Source) -> list[Plot]:
@@ -285,7 +231,7 @@ def _perplexity_plots(source: Source) -> list[Plot]:
         known = {"share_removed": row["share_removed"]} if "share_removed" in row else {}
         value = {"heads": "", "method": method, "share": row["share_asked"], "perplexity": {text: row["perplexity"]}}
         rows.append({**value, **known})
-    return _size_plots(source.slug, source.label, rows)
+    return size_plots(source.slug, source.label, rows)
 
 
 def _recovery_plots(source: Source) -> list[Plot]:
@@ -293,16 +239,15 @@ def _recovery_plots(source: Source) -> list[Plot]:
     for row in source.record["rows"]:
         named = {"heads": "", "method": row["model"], "share": row.get("share_removed", 0)}
         rows.append({**named, "perplexity": _by_text(row["perplexity"])})
-    return _size_plots(source.slug, source.label, rows)
+    return size_plots(source.slug, source.label, rows)
 
 
-def _calibration_plots(source: Source) -> list[Plot]:
-    rows = source.record["rows"]
-    panels = []
+def _perplexity_bars(caption: str, name: Callable[[dict[str, Any]], str], source: Source) -> list[Plot]:
+    """A panel a text, with a bar a row, called ``name`` of it."""
+    rows, panels = source.record["rows"], []
     for text in rows[0]["perplexity"]:
-        figures = {f"{row['text']}, {row['num_samples']} × {row['seqlen']}": [row["perplexity"][text]] for row in rows}
-        panels.append(_bars(text, "perplexity", figures, statistics.median))
-    caption = "Perplexity of the same model pruned on other calibration data: text, samples × tokens."
+        figures = {name(row): [row["perplexity"][text]] for row in rows}
+        panels.append(bars(text, "perplexity", figures, statistics.median))
     return [Plot(SIZES, source.slug, source.label, caption, partial(bar_figure, panels))]
 
 
@@ -310,14 +255,14 @@ def _choice_plots(source: Source) -> list[Plot]:
     kinds: dict[str, dict[str, list[float]]] = {}
     for row in source.record["rows"]:
         kinds.setdefault(row["kind"], {}).setdefault(row["choice"], []).append(row["held_out"])
-    panels = [_bars(kind, "error, held out", figures, statistics.geometric_mean) for kind, figures in kinds.items()]
+    panels = [bars(kind, "error, held out", figures, statistics.geometric_mean) for kind, figures in kinds.items()]
     caption = "Error that choices inside a layer leave on tokens not fitted to; geometric means, and a dot a layer."
     return [Plot(ERRORS, source.slug, source.label, caption, partial(bar_figure, panels))]
 
 
 def _starts_plots(source: Source) -> list[Plot]:
     figures = {f"{100 * row['share']:g} %, {row['text_starts']}": [100 * row["lost"]] for row in source.record["rows"]}
-    panels = [_bars("first tokens lost", "%", figures, statistics.median)]
+    panels = [bars("first tokens lost", "%", figures, statistics.median)]
     caption = "First tokens that are no attention sinks any more, by the share removed and the beginnings of text seen."
     return [Plot(ERRORS, source.slug, source.label, caption, partial(bar_figure, panels))]
 
@@ -326,7 +271,7 @@ def _serving_plots(source: Source) -> list[Plot]:
     engines: dict[str, dict[str, list[float]]] = {}
     for row in source.record["rows"]:
         engines.setdefault(row["engine"], {})[row["model"]] = row["runs"]
-    panels = [_bars(engine, "tokens a second", models, statistics.median) for engine, models in engines.items()]
+    panels = [bars(engine, "tokens a second", models, statistics.median) for engine, models in engines.items()]
     caption = "Tokens a second; medians, and a dot a run."
     return [Plot(COSTS, source.slug, source.label, caption, partial(bar_figure, panels, columns=3))]
 
@@ -334,10 +279,10 @@ def _serving_plots(source: Source) -> list[Plot]:
 def _pruning_cost_plots(source: Source) -> list[Plot]:
     ways = source.record["runs"]
     seconds = {way: [run["seconds"] for run in runs] for way, runs in ways.items()}
-    panels = [_bars("pruning", "seconds", seconds, statistics.median)]
-    for where in dict.fromkeys(where for runs in ways.values() for run in runs for where in run[_PEAK]):
-        memory = {way: [run[_PEAK][where] for run in runs] for way, runs in ways.items()}
-        panels.append(_bars(f"peak memory, {where}", "MiB", memory, statistics.median))
+    panels = [bars("pruning", "seconds", seconds, statistics.median)]
+    for where in dict.fromkeys(where for runs in ways.values() for run in runs for where in run[PEAK]):
+        memory = {way: [run[PEAK][where] for run in runs] for way, runs in ways.items()}
+        panels.append(bars(f"peak memory, {where}", "MiB", memory, statistics.median))
     caption = "Seconds of pruning alone, and peak memory of its process; medians, and a dot a run."
     return [Plot(COSTS, source.slug, source.label, caption, partial(bar_figure, panels))]
 
@@ -350,7 +295,7 @@ def _comparison_plots(source: Source) -> list[Plot]:
         ("parameters", "millions"): [one["parameters"] / 1e6 for one in models.values()],
         ("multiply-accumulates", "billions"): [one["macs"] / 1e9 for one in models.values()],
         ("evaluation", "seconds"): [one["seconds"] for one in models.values()],
-        ("peak memory, host", "MiB"): [one[_PEAK]["host"] for one in models.values()],
+        ("peak memory, host", "MiB"): [one[PEAK]["host"] for one in models.values()],
     }  # fmt: skip
     panels = [
         BarPanel(title.removeprefix("perplexity "), unit, [Bar(*pair) for pair in zip(models, values, strict=True)])
@@ -367,7 +312,7 @@ def _speed_plots(source: Source) -> list[Plot]:
         pairs = list(zip(source.record["models"], timing["latencies"], strict=True))
         for part, unit in (("prefill", "milliseconds"), ("decode", "milliseconds a step")):
             runs = {model: [1e3 * seconds for seconds in latency[f"{part}_runs"]] for model, latency in pairs}
-            panels.append(_bars(f"{setting}: {part}", unit, runs, statistics.median))
+            panels.append(bars(f"{setting}: {part}", unit, runs, statistics.median))
     caption = "Seconds of prefill and of a decoding step; medians, and a dot a run."
     return [Plot(COSTS, source.slug, source.label, caption, partial(bar_figure, panels))] if panels else []
 
@@ -380,7 +325,16 @@ _PLOTS: dict[str, Callable[[Source], list[Plot]]] = {
     SPEED: _speed_plots,
     PERPLEXITY: _perplexity_plots,
     RECOVERY: _recovery_plots,
-    CALIBRATION: _calibration_plots,
+    CALIBRATION: partial(
+        _perplexity_bars,
+        "Perplexity of the same model pruned on other calibration data: text, samples × tokens.",
+        lambda row: f"{row['text']}, {row['num_samples']} × {row['seqlen']}",
+    ),
+    CONSTANTS: partial(
+        _perplexity_bars,
+        "Perplexity of models pruned by a share with one default changed at a time.",
+        lambda row: f"{row['model']}, {100 * row['share']:g} %, {row['variant']}",
+    ),
     CHOICES: _choice_plots,
     STARTS: _starts_plots,
 }

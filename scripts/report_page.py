@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from scripts.report_contents import SECTIONS, Plot, Rows
+from scripts.report_plots import SECTIONS, Plot, Rows
 from scripts.report_sources import Source, flat
 
 # What a browser may fetch: nothing but the pictures in the page.

@@ -23,6 +23,7 @@ RECOVERY = "prune, LoRA, evaluate"
 CALIBRATION = "perplexity by calibration data"
 CHOICES = "error by choices inside a layer"
 STARTS = "attention sinks that pruning loses"
+CONSTANTS = "perplexity by defaults changed one at a time"
 
 # Of each kind, keys that its file has, and keys that the first of its rows has.
 _SIGNS: dict[str, tuple[set[str], set[str]]] = {
@@ -33,6 +34,8 @@ _SIGNS: dict[str, tuple[set[str], set[str]]] = {
     COMPARISON: ({"dense", "pruned"}, set()),
     SPEED: ({"models", "timings"}, set()),
     PERPLEXITY: ({"rows"}, {"heads", "share_asked", "perplexity"}),
+    # Before the next kind, whose rows have some of these keys.
+    CONSTANTS: ({"rows"}, {"model", "share", "variant", "perplexity"}),
     RECOVERY: ({"rows", "protocol"}, {"model", "perplexity"}),
     CALIBRATION: ({"rows"}, {"text", "num_samples", "seqlen", "perplexity"}),
     CHOICES: ({"rows"}, {"layer", "kind", "choice", "held_out"}),

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from scripts import report
-from scripts.report_contents import COSTS, ERRORS, KEPT, SIZES, plots, raw_rows
+from scripts.report_contents import plots, raw_rows
 from scripts.report_figures import BREAKDOWN, perplexity_figure, perplexity_panels
 from scripts.report_page import page
+from scripts.report_plots import COSTS, ERRORS, KEPT, SIZES
 from scripts.report_sources import (
     CALIBRATION,
     CHOICES,

@@ -1,0 +1,168 @@
+"""What defaults that were chosen on one model are worth on another: perplexity with each changed, one at a time.
+
+    python -m benchmarks.constants SmolLM2-135M-Instruct gemma-3-270m --calib_file wikitext2/valid.tokens.txt \
+        --eval_files wikitext2=wikitext2/test.tokens.txt c4=c4/sample.jsonl ptb=ptb/valid.txt \
+        --out benchmarks/results/constants.json
+
+The protocol: fp32, heads as they are; 32 windows × 512 tokens of the calibration text; the first 4 × 512 tokens of
+every evaluation text, which begin with a BOS where the tokenizer adds one, whatever the calibration windows begin with.
+``fine`` is log_increase from 0.0625 up with exact heads and groups of 32 columns, ``search`` the allocation by measured
+losses on top of it. Nothing is chosen on the evaluation texts.
+
+Rows that --out has are not measured again: a benchmark that was cut off goes on where it was. It takes no times.
+"""
+
+import argparse
+import logging
+import tempfile
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.bench_quality import FINE, MIN_SPARSITY, budgeted, by_schedule, named_files, rows_so_far
+from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN
+from ppl_eval.ppl_dataset import eval_windows, load_eval_tokens
+from ppl_eval.ppl_eval import perplexity
+from slim_utils import allocation, search
+from slim_utils.bos import BOS_POLICIES, evaluation_bos
+from slim_utils.cli import ArgumentParser, command_line, run_cli
+from slim_utils.families import find_family
+from slim_utils.layer_host import CPU, LayerHost
+from slim_utils.layer_walk import prune_layers
+from slim_utils.model_io import load_model, load_tokenizer, write_json_atomic
+from slim_utils.model_stats import removed_share
+from slim_utils.obs import PAPER_CHOICES, Choices
+from slim_utils.pruning_record import LayerMask
+from slim_utils.run_record import environment
+from slim_utils.slim_dataset import load_calibration, text_starts
+from slim_utils.slimming_args import searched_ratios
+from slim_utils.walk_settings import WalkSettings
+
+logger = logging.getLogger("constants")
+
+EVAL_WINDOWS, EVAL_SEQLEN = 4, 512
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to prune.
+
+    Attributes:
+        choices: how units are chosen.
+        percdamp: damping.
+        bos: whether calibration windows begin with a BOS.
+        sink_windows: short windows besides.
+        depth_decay: of a search; ``None`` for log_increase.
+        reference: share of the units removed where a search measures losses.
+    """
+
+    choices: Choices = FINE
+    percdamp: float = PERCDAMP
+    bos: str = "auto"
+    sink_windows: int = 0
+    depth_decay: float | None = None
+    reference: float = search.REFERENCE
+
+
+SEARCH = Variant(depth_decay=allocation.DEPTH_DECAY)
+VARIANTS: dict[str, Variant] = {
+    "paper": Variant(choices=PAPER_CHOICES),
+    "paper, no BOS": Variant(choices=PAPER_CHOICES, bos="never"),
+    "paper, BOS": Variant(choices=PAPER_CHOICES, bos="always"),
+    "fine": Variant(),
+    "fine, 512 sink windows": Variant(sink_windows=512),
+    "fine, no BOS": Variant(bos="never"),
+    "fine, no BOS, 512 sink windows": Variant(bos="never", sink_windows=512),
+    "fine, percdamp 0.001": Variant(percdamp=0.001),
+    "fine, percdamp 0.1": Variant(percdamp=0.1),
+    "fine, dynamic groups": Variant(choices=replace(FINE, column_group=0)),
+    "search": SEARCH,
+    "search, depth decay 0": replace(SEARCH, depth_decay=0.0),
+    "search, depth decay 3": replace(SEARCH, depth_decay=3.0),
+    "search, reference 0.15": replace(SEARCH, reference=0.15),
+    "search, reference 0.5": replace(SEARCH, reference=0.5),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags; the rest of the protocol is fixed."""
+    parser = ArgumentParser(prog="constants.py", description="Defaults changed one at a time, on several models.")
+    parser.add_argument("models", nargs="+", help="checkpoint folders")
+    parser.add_argument("--calib_file", type=Path, required=True)
+    parser.add_argument("--eval_files", nargs="+", required=True, metavar="NAME=FILE")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.5])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+def eval_sets(args: argparse.Namespace, model_path: str) -> dict[str, Tensor]:
+    """Windows (4, 512) of every evaluation text, by its name, as ``--bos auto`` begins them."""
+    tokenizer = load_tokenizer(model_path, False)
+    bos = evaluation_bos(tokenizer, BOS_POLICIES[0])[0]
+    sets = {}
+    for name, file in named_files("--eval_files", args.eval_files).items():
+        tokens = load_eval_tokens(str(file), tokenizer, add_special_tokens=False)
+        sets[name] = eval_windows(tokens, EVAL_SEQLEN, name, bos)[:EVAL_WINDOWS]
+    return sets
+
+
+def prune(model: PreTrainedModel, samples: Tensor, share: float, variant: Variant, measured: Path) -> list[LayerMask]:
+    """Prune ``model`` in place; ``measured`` keeps what a search has measured."""
+    settings = WalkSettings(CPU, CPU, percdamp=variant.percdamp, choices=variant.choices)
+    starts = text_starts(samples, variant.sink_windows) if variant.sink_windows else None
+    if variant.depth_decay is None:
+        return by_schedule(variant.choices, MIN_SPARSITY, model, samples, share, settings, starts)
+    family = find_family(model.config)
+    units, budget = budgeted(model, share, settings)
+    with (
+        patch.object(search, "REFERENCE", variant.reference),
+        patch.object(allocation, "DEPTH_DECAY", variant.depth_decay),
+    ):
+        losses = search.measure(LayerHost(model, family), samples, range(len(units)), settings, measured)
+        ratios = searched_ratios(losses, units, budget)
+    return prune_layers(model, family, samples, ratios, settings, starts=starts)[0]
+
+
+def measure(args: argparse.Namespace, model_path: str, share: float, name: str, folder: Path) -> dict[str, Any]:
+    """One row; ``dense`` where the share is 0."""
+    row: dict[str, Any] = {"model": Path(model_path).name, "share": share, "variant": name if share else "dense"}
+    model = load_model(model_path, "float32", False)
+    if share:
+        variant, tokenizer = VARIANTS[name], load_tokenizer(model_path, False)
+        data = load_calibration([args.calib_file], tokenizer, NUM_SAMPLES, SEQLEN, args.seed, variant.bos)
+        measured = folder / f"{Path(model_path).name}-{variant.bos}-{variant.reference}.json"
+        masks = prune(model, data.samples, share, variant, measured)
+        family = find_family(model.config)
+        row["calibration_bos"] = data.bos
+        row["share_removed"] = removed_share(family.decoder_layers(model), family, masks)
+        row["profile"] = [[len(mask.kept_heads), len(mask.kept_columns)] for mask in masks]
+    row["perplexity"] = {text: perplexity(model, of, batch_size=1) for text, of in eval_sets(args, model_path).items()}
+    return row
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure the rows that are missing."""
+    protocol = {"calibration": [NUM_SAMPLES, SEQLEN], "evaluation": [EVAL_WINDOWS, EVAL_SEQLEN], "seed": args.seed}
+    protocol |= {"texts": sorted(spec.partition("=")[0] for spec in args.eval_files)}
+    record = {"command": command_line(), **environment(CPU), "protocol": protocol}
+    record["rows"] = rows_so_far(args.out, protocol)
+    done = {(row["model"], row["share"], row["variant"]) for row in record["rows"]}
+    wanted = [(model, 0.0, "dense") for model in args.models]
+    wanted += [(model, share, name) for share, name, model in product(args.shares, args.variants, args.models)]
+    with tempfile.TemporaryDirectory() as folder:
+        for model, share, name in wanted:
+            if (Path(model).name, share, name) not in done:
+                record["rows"].append(measure(args, model, share, name, Path(folder)))
+                write_json_atomic(args.out, record)
+                logger.info("%s", {key: value for key, value in record["rows"][-1].items() if key != "profile"})
+
+
+if __name__ == "__main__":
+    run_cli(lambda: main(build_parser().parse_args()), "constants.py")
