@@ -238,6 +238,9 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     other programs take scores and normalisation from there. ``options`` are those of the library's ``save_pretrained``.
     """
     model.save_pretrained(folder, **options)
+    # The library's LLaMA tokenizer forgets whether text after a special token begins with a space.
+    if hasattr(tokenizer, "legacy"):
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     tokenizer.save_pretrained(folder)
     vocab_file, kept = getattr(tokenizer, "vocab_file", None), folder / SENTENCEPIECE_FILE
     if vocab_file and Path(vocab_file).name == SENTENCEPIECE_FILE and Path(vocab_file).is_file() and not kept.exists():

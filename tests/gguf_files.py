@@ -76,7 +76,7 @@ def byte_level(name: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
 
 
-def sentencepiece_folder(folder: Path) -> Path:
+def sentencepiece_folder(folder: Path, legacy: bool = False) -> Path:
     """A folder with a SentencePiece model of 400 tokens as LLaMA 2 has it, and no ``tokenizer.json``."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "corpus.txt").write_text(CORPUS.replace(". ", ".\n"), encoding="utf-8")
@@ -90,7 +90,7 @@ def sentencepiece_folder(folder: Path) -> Path:
     )
     for name in ("corpus.txt", "tokenizer.vocab"):
         (folder / name).unlink()
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True, "legacy": False}
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True, "legacy": legacy}
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **special}))
     # The library asks the configuration for the tokenizer's class.
     if not (folder / "config.json").exists():

@@ -15,15 +15,16 @@ PRUNE = ["--num_samples", 8, "--seqlen", 32, "--sparsity", 0.5, "--device", "cpu
 
 @pytest.fixture
 def base(tmp_path):
-    """A tiny checkpoint as LLaMA 2's: ``tokenizer.model`` and no ``tokenizer.json``."""
+    """A tiny checkpoint as LLaMA 1's: ``tokenizer.model``, no ``tokenizer.json``, a space after special tokens too."""
     make_tiny("gqa", vocab_size=400).save_pretrained(tmp_path / "base")
-    return sentencepiece_folder(tmp_path / "base")
+    return sentencepiece_folder(tmp_path / "base", legacy=True)
 
 
 def assert_same_tokenizer(folder, base):
     assert (folder / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+    texts = [*TEXTS, "<s>Market</s>Market"]
     got, expected = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(base)
-    assert [got(text).input_ids for text in TEXTS] == [expected(text).input_ids for text in TEXTS]
+    assert [got(text).input_ids for text in texts] == [expected(text).input_ids for text in texts]
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]])
