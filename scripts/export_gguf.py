@@ -15,9 +15,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models  # noqa: F401 - registers the classes of pruned checkpoints
 from slim_utils.cli import ArgumentParser, run_cli
 from slim_utils.gguf_export import OUTTYPES, check_exportable, export_gguf
-from slim_utils.model_io import atomic_file, check_output_file, load_config, load_model, load_tokenizer
+from slim_utils.gguf_vocabulary import read_vocabulary
+from slim_utils.model_io import (
+    SMALL_MODEL_FOLDER,
+    atomic_file,
+    check_output_file,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 
 logger = logging.getLogger("export_gguf")
+
+# Where runs put a checkpoint inside their own folder: the pruned model, and the base with its adapters merged.
+INNER_FOLDERS = (SMALL_MODEL_FOLDER, "lora_fused_model")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,15 +41,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def folder_name(model: str) -> str:
+    """What a checkpoint is called: its folder or hub name, or the run's folder for one that a run put inside it."""
+    path = Path(model).resolve()
+    return path.parent.name if path.name in INNER_FOLDERS else path.name
+
+
 def main(args: argparse.Namespace) -> None:
     """Check, load, write to a temporary name, rename."""
     check_output_file(args.out, args.overwrite, "OUT")
     config = load_config(args.model, trust_remote_code=False)
     check_exportable(config, args.outtype)
     tokenizer = load_tokenizer(args.model, trust_remote_code=False)
+    vocabulary = read_vocabulary(tokenizer, config.vocab_size, args.model)
     model = load_model(args.model, "auto", trust_remote_code=False)
     with atomic_file(args.out) as partial:
-        export_gguf(model, tokenizer, Path(args.model), partial, args.outtype)
+        export_gguf(model, tokenizer, vocabulary, partial, args.outtype, folder_name(args.model))
     logger.info("saved %s: %.1f MiB", args.out, args.out.stat().st_size / (1 << 20))
 
 

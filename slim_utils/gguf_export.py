@@ -8,14 +8,17 @@ from pathlib import Path
 import numpy
 import torch
 from gguf import (
+    GGML_QUANT_VERSION,
     MODEL_ARCH,
     MODEL_ARCH_NAMES,
     GGMLQuantizationType,
+    GGUFType,
     GGUFWriter,
     LlamaFileType,
     RopeScalingType,
     get_tensor_name_map,
     quants,
+    size_label,
 )
 from torch import Tensor
 from tqdm import tqdm
@@ -23,7 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from slim_utils.errors import UserError
 from slim_utils.families import EXPORTED_FAMILIES, FAMILIES, LayerShape, layer_shapes
-from slim_utils.gguf_vocabulary import write_vocabulary
+from slim_utils.gguf_vocabulary import Vocabulary, write_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ OUTTYPES = {
 }
 # Blocks of the quantised types.
 BLOCK_SIZE = 32
+ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def check_exportable(config: PreTrainedConfig, outtype: str) -> None:
@@ -52,8 +56,12 @@ def check_exportable(config: PreTrainedConfig, outtype: str) -> None:
     if family is None or family.base_type not in EXPORTED_FAMILIES:
         raise UserError(f"model type '{config.model_type}' is not exported; exported: {', '.join(EXPORTED_FAMILIES)}")
     rope_type = config.rope_parameters.get("rope_type", "default")
-    if rope_type not in ("default", "linear", "llama3"):
-        raise UserError(f"rotary embeddings of type '{rope_type}' are not exported")
+    if rope_type not in ROPE_TYPES:
+        raise UserError(f"rotary embeddings of type '{rope_type}' are not exported; exported: {', '.join(ROPE_TYPES)}")
+    if config.rope_parameters.get("partial_rotary_factor") not in (None, 1.0):
+        raise UserError("rotary embeddings of a part of each head (partial_rotary_factor) are not exported")
+    if config.hidden_act not in ("silu", "swish"):
+        raise UserError(f"hidden_act '{config.hidden_act}' is not exported; llama.cpp's LLaMA has silu alone")
     if outtype.startswith("q"):
         widths = {shape.num_columns for shape in layer_shapes(config)}
         widths |= {shape.num_heads * shape.head_dim for shape in layer_shapes(config)} | {config.hidden_size}
@@ -66,7 +74,12 @@ def check_exportable(config: PreTrainedConfig, outtype: str) -> None:
 
 
 def export_gguf(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, path: Path, outtype: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Vocabulary,
+    path: Path,
+    outtype: str,
+    name: str,
 ) -> None:
     """Write ``model`` to ``path``.
 
@@ -76,29 +89,31 @@ def export_gguf(
     Args:
         model: of one of ``EXPORTED_FAMILIES``.
         tokenizer: the model's.
-        folder: of the checkpoint.
+        vocabulary: the tokenizer's.
         path: to write.
         outtype: of the matrices, a key of ``OUTTYPES``; vectors are fp32.
+        name: of the model.
 
     Raises:
-        UserError: if the tokenizer has no counterpart.
+        UserError: if llama.cpp has no counterpart of a tensor.
     """
     config, shapes = model.config, layer_shapes(model.config)
     arch = MODEL_ARCH.LLAMA if len(set(shapes)) == 1 else MODEL_ARCH.DECI
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[arch])
     try:
-        write_shapes(writer, config, shapes, OUTTYPES[outtype][1])
-        write_vocabulary(writer, folder, tokenizer, config.vocab_size)
-        names = get_tensor_name_map(arch, len(shapes))
+        write_shapes(writer, config, shapes)
+        write_vocabulary(writer, vocabulary, tokenizer)
+        targets = get_tensor_name_map(arch, len(shapes))
         tensors = list(exported_tensors(model, shapes))
-        for name, tensor in tqdm(tensors, desc="export", unit="tensor", disable=None):
-            target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        for source, tensor in tqdm(tensors, desc="export", unit="tensor", disable=None):
+            target = targets.get_name(source, try_suffixes=(".weight", ".bias"))
             if target is None:
-                raise UserError(f"{name}: llama.cpp has no such tensor in a {MODEL_ARCH_NAMES[arch]}")
+                raise UserError(f"{source}: llama.cpp has no such tensor in a {MODEL_ARCH_NAMES[arch]}")
             add_tensor(writer, target, tensor, OUTTYPES[outtype][0])
         factors = rope_factors(config)
         if factors is not None:
             writer.add_tensor("rope_freqs.weight", factors)
+        write_general(writer, name, OUTTYPES[outtype][1])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -106,18 +121,40 @@ def export_gguf(
         writer.close()
 
 
-def write_shapes(
-    writer: GGUFWriter, config: PreTrainedConfig, shapes: list[LayerShape], file_type: LlamaFileType
-) -> None:
+def write_general(writer: GGUFWriter, name: str, file_type: LlamaFileType) -> None:
+    """Write what programs show of a file; its size label counts the tensors that ``writer`` has by now."""
+    writer.add_type(GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_size_label(size_label(*writer.get_total_parameter_count()))
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """Positions of the model, or its sliding window where that is shorter, within which full attention is the same."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or window >= config.max_position_embeddings:
+        return config.max_position_embeddings
+    logger.warning(
+        "llama.cpp's LLaMA has no sliding window: the context length is that of the window, %d tokens instead of %d; "
+        "longer contexts would be answered otherwise than by Transformers",
+        window,
+        config.max_position_embeddings,
+    )
+    return window
+
+
+def write_shapes(writer: GGUFWriter, config: PreTrainedConfig, shapes: list[LayerShape]) -> None:
     """Write sizes and rotary embeddings; heads and widths as lists where layers differ."""
     lists = len(set(shapes)) > 1
     heads, kv_heads, columns = (
         [getattr(shape, name) for shape in shapes] for name in ("num_heads", "num_kv_heads", "num_columns")
     )
     head_dim = shapes[0].head_dim
-    writer.add_file_type(file_type)
     writer.add_block_count(len(shapes))
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(context_length(config))
+    if getattr(config, "sliding_window", None) is not None:
+        writer.add_sliding_window(config.sliding_window)
     writer.add_embedding_length(config.hidden_size)
     writer.add_head_count(heads if lists else heads[0])
     writer.add_head_count_kv(kv_heads if lists else kv_heads[0])
@@ -134,10 +171,11 @@ def write_shapes(
 
 
 def exported_tensors(model: PreTrainedModel, shapes: list[LayerShape]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters by name; rows of queries and keys in llama.cpp's order, tied embeddings once."""
-    tied = model.config.tie_word_embeddings
+    """Parameters by name; rows of queries and keys in llama.cpp's order, a head that is the embedding left out."""
+    embedding = model.get_input_embeddings().weight
     for name, tensor in model.state_dict().items():
-        if tied and name == "lm_head.weight":
+        # The weights decide, not the flag: a file may have a head of its own and say that it is tied.
+        if name == "lm_head.weight" and torch.equal(tensor, embedding):
             continue
         for part, count in (("q_proj", "num_heads"), ("k_proj", "num_kv_heads")):
             if f".self_attn.{part}." in name:

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RUN_FILE = "run.json"
 SMALL_MODEL_FOLDER = "pruned_weights"
+SENTENCEPIECE_FILE = "tokenizer.model"
 
 
 def choose_device(name: str, flag: str = "--device") -> torch.device:
@@ -233,10 +234,17 @@ def save_tensors_atomic(tensors: dict[str, Tensor], path: Path, metadata: dict[s
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, **options: Any) -> None:
     """Write weights (safetensors), configuration, generation configuration, tokenizer and chat template.
 
-    ``options`` are those of the library's ``save_pretrained``.
+    A SentencePiece model that the tokenizer comes with stays beside it: the library needs ``tokenizer.json`` alone, but
+    other programs take scores and normalisation from there. ``options`` are those of the library's ``save_pretrained``.
     """
     model.save_pretrained(folder, **options)
+    # The library's LLaMA tokenizer forgets whether text after a special token begins with a space.
+    if hasattr(tokenizer, "legacy"):
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     tokenizer.save_pretrained(folder)
+    vocab_file, kept = getattr(tokenizer, "vocab_file", None), folder / SENTENCEPIECE_FILE
+    if vocab_file and Path(vocab_file).name == SENTENCEPIECE_FILE and Path(vocab_file).is_file() and not kept.exists():
+        shutil.copyfile(vocab_file, kept)
 
 
 def free_memory(device: torch.device) -> int:

@@ -25,7 +25,7 @@ EVERY_TOKEN = 1_000_000
 
 def loss(context: list[int], target: int) -> float:
     """Negative log-likelihood of ``target`` after ``context``."""
-    request = {"prompt": context, "n_predict": 1, "logprobs": EVERY_TOKEN, "cache_prompt": True}
+    request = {"prompt": context, "n_predict": 1, "logprobs": EVERY_TOKEN, "cache_prompt": True, "ignore_eos": True}
     answer = server.handle_completions(request)
     answer = answer if isinstance(answer, dict) else json.loads(answer)
     (content,) = answer["choices"][0]["logprobs"]["content"]

@@ -1,24 +1,18 @@
-"""GGUF files read back: shapes, weights, vocabulary, and what llama.cpp cannot hold."""
+"""GGUF files read back: shapes, weights, what programs show of them, and what llama.cpp cannot hold."""
 
 import pytest
 import torch
-from gguf import GGUFReader
 from gguf.quants import dequantize
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from scripts import export_gguf as script
 from slim_utils.errors import UserError
-from slim_utils.families import find_family, layer_shapes
-from slim_utils.gguf_export import interleave_halves, rope_factors
-from slim_utils.gguf_vocabulary import pre_tokenizer_name, token_types
-from slim_utils.params_remove import shrink
-from slim_utils.pruning_record import LayerMask
+from slim_utils.families import layer_shapes
+from slim_utils.gguf_export import check_exportable, interleave_halves, rope_factors
 from tests.conftest import TINY_VARIANTS, make_tiny, random_text
-
-BYTES, LLAMA3 = "ByteLevel", r"(?i:'s)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s]+"
-QWEN2 = r"(?i:'s)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s]+"
+from tests.gguf_files import export, save_pruned, values
 
 
 @pytest.fixture(scope="module")
@@ -38,33 +32,17 @@ def bpe() -> PreTrainedTokenizerFast:
 
 def save(tmp_path, bpe, variant="gqa", uniform=False, **overrides):
     """A small model of ``variant`` on disk with the tokenizer; the model and its folder."""
-    model = make_tiny(variant, vocab_size=310, **overrides)
-    masks = []
-    for index, shape in enumerate(layer_shapes(model.config)):
-        gone = 0 if uniform else index
-        groups = [group for group in range(shape.num_kv_heads) if group != gone % shape.num_kv_heads]
-        masks.append(LayerMask.from_groups(shape, groups, list(range(4 * gone, shape.num_columns))))
-    small = shrink(model, find_family(model.config), masks, uniform)
-    small.save_pretrained(tmp_path / "model")
-    bpe.save_pretrained(tmp_path / "model")
-    return small, tmp_path / "model"
-
-
-def export(folder, *flags) -> GGUFReader:
-    """Run the script in this process and read what it wrote."""
-    out = folder.with_name("model.gguf")
-    script.main(script.build_parser().parse_args([str(folder), str(out), *flags]))
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["model", "model.gguf"]
-    return GGUFReader(out)
+    folder = tmp_path / "model"
+    return save_pruned(folder, bpe, variant, uniform, **{"vocab_size": 310, **overrides}), folder
 
 
 @pytest.mark.parametrize("uniform", [False, True])
 def test_a_file_holds_the_model(tmp_path, bpe, uniform):
     small, folder = save(tmp_path, bpe, uniform=uniform)
     reader = export(folder, "--outtype", "f32")
-    values = {name: field.contents() for name, field in reader.fields.items()}
+    keys = values(reader)
     arch = "llama" if uniform else "deci"
-    assert values["general.architecture"] == arch
+    assert keys["general.architecture"] == arch
     shapes = layer_shapes(small.config)
     for key, name in (
         ("attention.head_count", "num_heads"),
@@ -72,8 +50,8 @@ def test_a_file_holds_the_model(tmp_path, bpe, uniform):
         ("feed_forward_length", "num_columns"),
     ):
         expected = [getattr(shape, name) for shape in shapes]
-        assert values[f"{arch}.{key}"] == (expected[0] if uniform else expected)
-    assert values[f"{arch}.attention.key_length"] == values[f"{arch}.rope.dimension_count"] == 4
+        assert keys[f"{arch}.{key}"] == (expected[0] if uniform else expected)
+    assert keys[f"{arch}.attention.key_length"] == keys[f"{arch}.rope.dimension_count"] == 4
     tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
     layer = small.model.layers[2]
     assert torch.equal(tensors["blk.2.ffn_down.weight"], layer.mlp.down_proj.weight)
@@ -83,19 +61,76 @@ def test_a_file_holds_the_model(tmp_path, bpe, uniform):
     assert torch.equal(tensors["blk.2.attn_q.weight"], interleave_halves(queries, shapes[2].num_heads))
     assert len(tensors) == len(small.state_dict())
 
-    assert values["tokenizer.ggml.model"] == "gpt2" and values["tokenizer.ggml.pre"] == "gpt-2"
-    assert values["tokenizer.ggml.tokens"][:2] == ["<s>", "</s>"]
-    assert values["tokenizer.ggml.tokens"][bpe.convert_tokens_to_ids("w")] == "w"
-    assert values["tokenizer.ggml.tokens"][-1] == "[PAD309]"
-    assert values["tokenizer.ggml.token_type"][:3] == [3, 3, 1] and values["tokenizer.ggml.token_type"][-1] == 5
-    assert values["tokenizer.ggml.eos_token_id"] == 1
-    assert values["tokenizer.ggml.add_bos_token"] is False
-    assert values["tokenizer.chat_template"] == "{{ messages }}"
+    assert keys["tokenizer.ggml.model"] == "gpt2" and keys["tokenizer.ggml.pre"] == "gpt-2"
+    assert keys["tokenizer.ggml.tokens"][:2] == ["<s>", "</s>"]
+    assert keys["tokenizer.ggml.tokens"][bpe.convert_tokens_to_ids("w")] == "w"
+    assert keys["tokenizer.ggml.tokens"][-1] == "[PAD309]"
+    assert keys["tokenizer.ggml.token_type"][:3] == [3, 3, 1] and keys["tokenizer.ggml.token_type"][-1] == 5
+    assert keys["tokenizer.ggml.eos_token_id"] == 1
+    assert keys["tokenizer.ggml.add_bos_token"] is False
+    assert keys["tokenizer.chat_template"] == "{{ messages }}"
 
 
 def test_tied_embeddings_are_written_once(tmp_path, bpe):
     _, folder = save(tmp_path, bpe, "tied")
     assert "output.weight" not in {tensor.name for tensor in export(folder).tensors}
+
+
+def test_a_head_of_its_own_is_written_whatever_the_flag_says(tmp_path, bpe):
+    small, folder = save(tmp_path, bpe, "tied")
+    state = load_file(folder / "model.safetensors")
+    state["lm_head.weight"] = torch.randn(small.lm_head.weight.shape)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = {tensor.name: tensor.data for tensor in export(folder, "--outtype", "f32").tensors}
+    assert torch.equal(torch.from_numpy(tensors["output.weight"].copy()), state["lm_head.weight"])
+    assert torch.equal(torch.from_numpy(tensors["token_embd.weight"].copy()), state["model.embed_tokens.weight"])
+
+
+def test_a_file_says_what_it_is(tmp_path, bpe):
+    small, folder = save(tmp_path, bpe)
+    for inner, name in (("model", "model"), ("Tiny-p20/pruned_weights", "Tiny-p20"), ("Tiny/lora_fused_model", "Tiny")):
+        (tmp_path / inner).parent.mkdir(exist_ok=True)
+        folder = folder.rename(tmp_path / inner)
+        keys = values(export(folder))
+        assert keys["general.name"] == name
+    assert keys["general.type"] == "model" and keys["general.file_type"] == 1
+    assert keys["general.size_label"] == f"{sum(p.numel() for p in small.parameters()) / 1e3:.0f}K"
+    assert keys["general.quantization_version"] == 2
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_sliding_window_ends_the_context(tmp_path, bpe, uniform, caplog):
+    _, folder = save(tmp_path, bpe, "mistral", uniform)
+    keys, arch = values(export(folder)), "llama" if uniform else "deci"
+    assert keys[f"{arch}.context_length"] == keys[f"{arch}.attention.sliding_window"] == 8
+    assert "the context length is that of the window, 8 tokens instead of 64" in caplog.text
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_a_window_that_hides_nothing_leaves_the_context(tmp_path, bpe, window, caplog):
+    _, folder = save(tmp_path, bpe, "mistral", True, sliding_window=window)
+    assert values(export(folder))["llama.context_length"] == 64
+    assert "window" not in caplog.text
+
+
+ROPE = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"hidden_act": "gelu"}, r"hidden_act 'gelu' is not exported; llama\.cpp's LLaMA has silu alone"),
+        ({"rope_parameters": ROPE | {"rope_type": "dynamic"}}, "rotary embeddings of type 'dynamic' are not exported"),
+        (
+            {"rope_parameters": ROPE | {"rope_type": "yarn", "original_max_position_embeddings": 32}},
+            "rotary embeddings of type 'yarn' are not exported; exported: default, linear, llama3",
+        ),
+        ({"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}, "rotary embeddings of a part of each head"),
+    ],
+)
+def test_check_exportable_refuses_what_changes_the_maths(overrides, message):
+    with pytest.raises(UserError, match=message):
+        check_exportable(make_tiny("gqa", **overrides).config, "f16")
 
 
 @pytest.mark.parametrize(("outtype", "tolerance"), [("f16", 1e-3), ("bf16", 1e-2), ("q8_0", 2e-2), ("q4_0", 0.3)])
@@ -123,35 +158,10 @@ def test_llama3_frequencies_are_the_librarys():
     assert rope_factors(make_tiny("gqa").config) is None
 
 
-@pytest.mark.parametrize("variant", [name for name in TINY_VARIANTS if name != "biases"])
+@pytest.mark.parametrize("variant", TINY_VARIANTS)
 def test_every_variant_is_exported(tmp_path, bpe, variant):
     _, folder = save(tmp_path, bpe, variant)
     assert export(folder).tensors
-
-
-@pytest.mark.parametrize(
-    ("steps", "name"),
-    [
-        ([{"type": BYTES}], "gpt-2"),
-        ([{"type": "Digits"}, {"type": BYTES}], "smollm"),
-        ([{"type": "Split", "pattern": {"Regex": LLAMA3}}, {"type": BYTES}], "llama-bpe"),
-        ([{"type": "Split", "pattern": {"Regex": QWEN2}}, {"type": BYTES}], "qwen2"),
-    ],
-)
-def test_splitting_rules_have_llama_cpps_names(tmp_path, steps, name):
-    assert pre_tokenizer_name({"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}, tmp_path) == name
-
-
-def test_an_unknown_splitting_rule_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"llama\.cpp has no name for the tokenizer's splitting rule \['Whitespace'\]"):
-        pre_tokenizer_name({"pre_tokenizer": {"type": "Whitespace"}}, tmp_path)
-
-
-def test_sentencepiece_types():
-    vocab = {"<unk>": 0, "<s>": 1, "<0x0A>": 2, "a": 3}
-    content = {"model": {"vocab": vocab, "byte_fallback": True, "unk_token": "<unk>"}}
-    content["added_tokens"] = [{"id": 1, "content": "<s>", "special": True}]
-    assert token_types(content, 5) == [2, 3, 6, 1, 5]
 
 
 def test_what_llama_cpp_cannot_hold(tmp_path, bpe, tokenizer):

@@ -1,0 +1,44 @@
+"""A LLaMA with a SentencePiece model through pruning, recovery and export: the file stays, the tokens are the same."""
+
+import shutil
+
+import pytest
+from transformers import AutoTokenizer
+
+import model_slimming
+from tests.conftest import make_tiny
+from tests.gguf_files import TEXTS, export, sentencepiece_folder, values
+from tests.integration.finetuning import main as finetune
+
+PRUNE = ["--num_samples", 8, "--seqlen", 32, "--sparsity", 0.5, "--device", "cpu", "--skip_evaluate"]
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A tiny checkpoint as LLaMA 1's: ``tokenizer.model``, no ``tokenizer.json``, a space after special tokens too."""
+    make_tiny("gqa", vocab_size=400).save_pretrained(tmp_path / "base")
+    return sentencepiece_folder(tmp_path / "base", legacy=True)
+
+
+def assert_same_tokenizer(folder, base):
+    assert (folder / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+    texts = [*TEXTS, "<s>Market</s>Market"]
+    got, expected = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(base)
+    assert [got(text).input_ids for text in texts] == [expected(text).input_ids for text in texts]
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_pruning_keeps_the_sentencepiece_model(base, text_file, tmp_path, stream):
+    words = [base, "--data_file", text_file, *PRUNE, "--save_pruned_weights", "--save_dir", tmp_path / "out", *stream]
+    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, words))))
+    for folder in (tmp_path / "out", tmp_path / "out/pruned_weights"):
+        assert_same_tokenizer(folder, base)
+    shutil.rmtree(base)
+    keys = values(export(tmp_path / "out/pruned_weights"))
+    assert keys["tokenizer.ggml.add_space_prefix"] is True and keys["general.name"] == "out"
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_finetuning_keeps_the_sentencepiece_model(base, words, tmp_path, lora):
+    finetune(words(base, "--use_lora", str(lora).lower(), "--max_steps", "1"))
+    assert_same_tokenizer(tmp_path / "out/lora_fused_model" if lora else tmp_path / "out", base)

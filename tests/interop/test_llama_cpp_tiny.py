@@ -1,0 +1,60 @@
+"""Tiny GGUF files in a real llama.cpp: the tokens of Transformers from every kind of tokenizer, and its perplexity."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from ppl_eval.ppl_eval import perplexity
+from tests.conftest import TINY_VARIANTS, make_tiny, random_text
+from tests.gguf_files import BYTE_LEVEL, SENTENCEPIECE, TEXTS, byte_level, export, save_pruned, sentencepiece_llama
+from tests.interop.common import engine
+from tests.interop.test_llama_cpp import PYTHON, pytestmark  # noqa: F401 - marks this file too
+
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize("kind", [*BYTE_LEVEL, *SENTENCEPIECE])
+def test_token_ids_are_those_of_transformers(tmp_path, kind):
+    sentencepiece = kind in SENTENCEPIECE
+    tokenizer = sentencepiece_llama(tmp_path / "base", kind) if sentencepiece else byte_level(kind)
+    make_tiny("gqa", vocab_size=410, bos_token_id=1).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model")
+    got = engine(PYTHON, "llama_cpp_tokenize.py", tmp_path / "model.gguf", stdin=json.dumps(TEXTS))["ids"]
+    assert got == [tokenizer(text).input_ids for text in TEXTS]
+
+
+MODELS = {
+    **{name: (name, {}) for name in TINY_VARIANTS},
+    "linear": ("gqa", {"rope_parameters": LINEAR}),
+    "window": ("mistral", {"sliding_window": 24}),
+    "own head": ("tied", {}),
+}
+
+
+def printable() -> PreTrainedTokenizerFast:
+    """A BPE of letters and digits alone: llama.cpp's server holds back what is not whole UTF-8."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.train_from_iterator([random_text(500)], trainers.BpeTrainer(special_tokens=["<s>", "</s>"]))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_perplexity_is_that_of_transformers(tmp_path, name, uniform):
+    variant, overrides = MODELS[name]
+    save_pruned(tmp_path / "model", printable(), variant, uniform, vocab_size=400, **overrides)
+    if name == "own head":
+        state = load_file(tmp_path / "model/model.safetensors")
+        state["lm_head.weight"] = torch.randn(state["model.embed_tokens.weight"].shape)
+        save_file(state, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    export(tmp_path / "model", "--outtype", "f32")
+    windows = torch.randint(2, 400, (1, 24), generator=torch.Generator().manual_seed(0))
+    expected = perplexity(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), windows)
+    got = engine(PYTHON, "llama_cpp_perplexity.py", tmp_path / "model.gguf", stdin=json.dumps(windows.tolist()))
+    assert got["perplexity"] == pytest.approx(expected, rel=0.01)
