@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import model_slimming
 import test_flops
@@ -20,6 +21,7 @@ from slim_utils.checkpoint_checks import check_weights
 from slim_utils.errors import UserError
 from slim_utils.layer_host import StreamedHost
 from slim_utils.model_io import load_config, load_model, load_tokenizer, save_checkpoint
+from slim_utils.model_stats import model_stats
 from tests.conftest import make_tiny
 from train_utils.finetune_args import parse_args
 
@@ -240,3 +242,63 @@ def test_load_model_of_quantised_weights_is_refused(nested, checkpoint, tmp_path
     model = configured(tmp_path / "m", checkpoint, **{key: settings})
     with pytest.raises(UserError, match=r"quantised \(fp8\)"):
         load_model(str(model), "auto", False)
+
+
+@pytest.fixture(scope="module")
+def own_head(tmp_path_factory, tokenizer) -> Path:
+    """A checkpoint whose configuration ties the head to the embeddings, with a head of its own."""
+    path = tmp_path_factory.mktemp("models") / "own-head"
+    make_tiny("tied").save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    state = load_file(path / WEIGHTS)
+    head = torch.randn(64, 24, generator=torch.Generator().manual_seed(1))
+    save_file(state | {"lm_head.weight": head}, path / WEIGHTS, metadata={"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("flags", [[], ["--stream"]])
+def test_model_slimming_of_a_tied_model_with_its_own_head_keeps_the_head(flags, own_head, text_file, tmp_path, samples):
+    head = load_file(own_head / WEIGHTS)["lm_head.weight"]
+    words = [own_head, "--data_file", text_file, "--num_samples", 4, "--seqlen", 16, "--device", "cpu", *flags]
+    words += ["--sparsity", 0.5, "--save_pruned_weights", "--save_dir", tmp_path / "out", "--eval_datasets", text_file]
+    model_slimming.main(model_slimming.build_parser().parse_args([*map(str, words), "--eval_seqlens", "16"]))
+    logits = []
+    for folder in (tmp_path / "out", tmp_path / "out" / "pruned_weights"):
+        # By the library alone: what is saved is what others read.
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert not model.config.tie_word_embeddings
+        assert torch.equal(model.lm_head.weight, head)
+        logits.append(model(samples).logits)
+    assert torch.allclose(*logits, atol=1e-4)
+
+
+def test_load_model_of_a_pickled_tied_model_with_its_own_head_clears_the_flag(own_head, tmp_path):
+    """Only the library has read both matrices here."""
+    shutil.copytree(own_head, tmp_path / "bin")
+    torch.save(load_file(own_head / WEIGHTS), tmp_path / "bin" / "pytorch_model.bin")
+    (tmp_path / "bin" / WEIGHTS).unlink()
+    assert not load_model(str(tmp_path / "bin"), "auto", False).config.tie_word_embeddings
+    host = StreamedHost(str(tmp_path / "bin"), "auto", False, tmp_path / "scratch")
+    assert not host.model.config.tie_word_embeddings
+    with host.outside():
+        assert not torch.equal(host.model.lm_head.weight, host.model.model.embed_tokens.weight)
+    host.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_load_config_of_a_tied_model_that_stores_its_head_twice_keeps_the_flag(dtype, own_head, tmp_path):
+    def twice(state: State) -> State:
+        state = {name: tensor.to(dtype) for name, tensor in state.items()}
+        return state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
+
+    stored(tmp_path / "m", own_head, twice)
+    assert load_config(str(tmp_path / "m"), False).tie_word_embeddings
+    assert load_model(str(tmp_path / "m"), "auto", False).config.tie_word_embeddings
+
+
+def test_test_flops_of_a_tied_model_with_its_own_head_counts_the_head(own_head, capsys):
+    words = ["--base_model", str(own_head), "--seqlen", "4"]
+    test_flops.main(test_flops.build_parser().parse_args(words))
+    expected = sum(tensor.numel() for tensor in load_file(own_head / WEIGHTS).values())
+    assert f"{'parameters (M)':24}{expected / 1e6:12.2f}" in capsys.readouterr().out
+    assert model_stats(load_config(str(own_head), False)).parameters == expected
