@@ -32,6 +32,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedToke
 
 from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalKey, EvalSets, load_eval_sets
 from ppl_eval.ppl_eval import evaluate
+from slim_utils.checkpoint_checks import FUSED_FOLDER
 from slim_utils.cli import command_line, run_cli
 from slim_utils.families import Family, find_family, layer_shapes
 from slim_utils.model_io import (
@@ -62,8 +63,6 @@ from train_utils.lora import cast_parameters, fuse_lora, prepare_model
 from train_utils.sparse_trainer import MaskCallback, SlimTrainer, masked_slices
 
 logger = logging.getLogger("model_finetune")
-
-FUSED_FOLDER = "lora_fused_model"
 
 
 @dataclass(frozen=True)

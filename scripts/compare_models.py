@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import models  # noqa: F401 - registers the classes of pruned checkpoints
 from ppl_eval.ppl_eval import ppl_metric
 from slim_utils.cli import ArgumentParser, run_cli
 from slim_utils.errors import UserError
-from slim_utils.model_io import DTYPES, choose_device, peak_memory_mib, write_json_atomic
+from slim_utils.model_io import DTYPES, choose_device, load_model, load_tokenizer, peak_memory_mib, write_json_atomic
 from slim_utils.model_stats import model_stats
 from slim_utils.run_record import environment
 from slim_utils.side_by_side import side_by_side
@@ -49,8 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything about the one model ``args.pruned``."""
     device = choose_device(args.device)
-    tokenizer = AutoTokenizer.from_pretrained(args.pruned)
-    model = AutoModelForCausalLM.from_pretrained(args.pruned, dtype=DTYPES[args.dtype]).eval().to(device)
+    tokenizer = load_tokenizer(args.pruned, False)
+    model = load_model(args.pruned, args.dtype, False).to(device)
     start = time.perf_counter()
     perplexities = {}
     for seqlen in args.eval_seqlens:

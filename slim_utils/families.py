@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from models import SLIM_CLASSES
+from slim_utils.checkpoint_checks import check_unquantised
 from slim_utils.errors import UserError
 
 # What the rows of a linear map are made of, in the order they are stacked.
@@ -150,8 +151,7 @@ def find_family(config: PreTrainedConfig) -> Family:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UserError(f"model type '{config.model_type}' is not supported; supported: {', '.join(SLIM_CLASSES)}")
-    if getattr(config, "quantization_config", None):
-        raise UserError("the model's weights are quantised; give the unquantised checkpoint")
+    check_unquantised(config, config.name_or_path)
     return family
 
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slim_utils.errors import UserError
+from slim_utils.checkpoint_checks import log_own_head
 from slim_utils.families import Family, find_family
 from slim_utils.model_io import load_model
 from slim_utils.pruning_record import LayerMask
@@ -94,7 +94,8 @@ class StreamedHost(LayerHost):
             raise
         # Where the tensor of a parameter is: file, name in it, dtype wanted.
         self._places = _offload_index(model)
-        _check_ties(model, self._places)
+        if _settle_ties(model, self._places):
+            log_own_head(model_path)
         # From here on layers come and go by this class alone.
         remove_hook_from_module(model, recurse=True)
         del model.hf_device_map
@@ -225,13 +226,14 @@ class StreamedHost(LayerHost):
         setattr(self.model.get_submodule(path), own, buffer)
 
 
-def _check_ties(model: PreTrainedModel, places: dict[str, dict[str, str]]) -> None:
-    """Make sure that weights which the configuration ties are stored once, or alike; either name may be the stored one.
+def _settle_ties(model: PreTrainedModel, places: dict[str, dict[str, str]]) -> bool:
+    """Find where weights that the configuration ties are stored; either name may be the stored one.
 
-    Raises:
-        UserError: if they differ: the library then keeps them apart, after comparing them in memory.
+    Returns:
+        Whether both are, with different values: they are apart from then on, as in a model that is in memory.
     """
-    for target, source in model.all_tied_weights_keys.items():
+    apart = False
+    for target, source in list(model.all_tied_weights_keys.items()):
         stored = [places[name] for name in (source, target) if name in places]
         if source not in places and stored:
             places[source] = stored[0]
@@ -240,7 +242,11 @@ def _check_ties(model: PreTrainedModel, places: dict[str, dict[str, str]]) -> No
             with safe_open(place["safetensors_file"], "pt") as file:
                 tensors.append(file.get_tensor(place["weight_name"]))
         if any(not torch.equal(tensors[0], other) for other in tensors[1:]):
-            raise UserError(f"--stream: {target} is tied to {source} by the configuration, but is stored differently")
+            del model.all_tied_weights_keys[target]
+            apart = True
+    if apart:
+        model.config.tie_word_embeddings = False
+    return apart
 
 
 def _offload_index(model: PreTrainedModel) -> dict[str, dict[str, str]]:

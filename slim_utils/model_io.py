@@ -15,7 +15,6 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
@@ -27,6 +26,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from slim_utils.checkpoint_checks import (
+    building,
+    check_unquantised,
+    check_weights,
+    load_report,
+    loading,
+    log_own_head,
+    untie_own_head,
+)
 from slim_utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -57,48 +65,58 @@ def choose_device(name: str, flag: str = "--device") -> torch.device:
 
 
 def load_config(model_path: str, trust_remote_code: bool) -> PreTrainedConfig:
-    """Configuration of a checkpoint (folder or hub name), without its weights."""
-    with _loading(model_path):
-        return AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    """Configuration of a checkpoint (folder or hub name), without its weights.
+
+    Raises:
+        UserError: if it cannot be read, or says that the weights are quantised.
+    """
+    with loading(model_path):
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        untie_own_head(config, model_path)
+        check_unquantised(config, model_path)
+        return config
 
 
 def load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """Tokenizer of a checkpoint."""
-    with _loading(model_path):
+    with loading(model_path):
         return AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
 
 
 def load_model(model_path: str, dtype: str, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
     """Causal language model of a checkpoint, in the given dtype (a key of ``DTYPES``); on the CPU unless ``options``,
     those of the library's ``from_pretrained``, say otherwise.
+
+    Raises:
+        UserError: if it cannot be loaded, is quantised, or its weights are not those of its configuration.
     """
-    with _loading(model_path):
-        model = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, **options
-        )
+    config = load_config(model_path, trust_remote_code)
+    with loading(model_path):
+        renamings = check_weights(model_path, config, trust_remote_code=trust_remote_code)
+        if renamings:
+            options["key_mapping"] = renamings
+        with load_report():
+            model = AutoModelForCausalLM.from_pretrained(
+                model_path, config=config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, **options
+            )
+    if renamings:
+        # Else the library would save them under their old names again.
+        model._weight_conversions = None
+    if getattr(model.config, "tie_word_embeddings", False) and not model.all_tied_weights_keys:
+        # The library has read both, and found them to differ.
+        model.config.tie_word_embeddings = False
+        log_own_head(model_path)
     return model.eval()
 
 
 def model_on_meta(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
-    """The causal language model of a configuration, without weights; ``options`` are those of ``from_config``."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, **options).eval()
-
-
-@contextmanager
-def _loading(model_path: str) -> Iterator[None]:
-    """Turn the library's errors about a checkpoint into one line.
+    """The causal language model of a configuration, without weights; ``options`` are those of ``from_config``.
 
     Raises:
-        UserError: if the checkpoint is missing, damaged, or needs code that was not allowed.
+        UserError: if the installed library cannot make it.
     """
-    if model_path.startswith((".", "/", "~")) and not Path(model_path).is_dir():
-        raise UserError(f"model {model_path}: no such folder")
-    try:
-        yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model {model_path}: cannot be loaded: {reason}") from error
+    with building(config), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **options).eval()
 
 
 def check_output(

@@ -1,6 +1,7 @@
 """``model_evaluate.py`` against the lm-eval package's own command line, and run as a user runs it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -223,3 +224,12 @@ def test_a_missing_model_is_one_line():
     assert process.returncode == 2
     assert process.stderr.splitlines()[-1].startswith("model_evaluate.py: error: --batch_size x")
     assert "Traceback" not in process.stderr
+
+
+def test_main_with_a_quantised_model_is_refused(checkpoint, data_dir, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "gptq")
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    (tmp_path / "gptq" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"quantised \(gptq\)"):
+        main("--model", tmp_path / "gptq", "--tasks", "piqa", "--data_dir", data_dir, "--device", "cpu")
