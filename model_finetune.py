@@ -17,7 +17,6 @@ import copy
 import gc
 import logging
 import os
-import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -59,6 +58,7 @@ from train_utils.finetune_dataset import (
     window_dataset,
 )
 from train_utils.lora import cast_parameters, fuse_lora, prepare_model
+from train_utils.run_folder import install_result, open_run_folder
 from train_utils.sparse_trainer import MaskCallback, SlimTrainer, masked_slices
 
 logger = logging.getLogger("model_finetune")
@@ -124,9 +124,11 @@ def build_trainer(
     padding.pad_token = padding.pad_token or padding.eos_token
     eval_sets = {"validation": data.validation} if data.validation is not None else {}
     eval_sets |= {name: window_dataset(windows) for (name, _), windows in watched.items()}
+    training = copy.copy(args.training)
+    training.output_dir = str(args.run_folder)
     options = {
         "model": model,
-        "args": args.training,
+        "args": training,
         "data_collator": DataCollatorForSeq2Seq(padding, padding=True),
         "train_dataset": data.train,
         "eval_dataset": eval_sets if args.training.do_eval else None,
@@ -190,15 +192,6 @@ def start_record(args: FinetuneArguments, data: FinetuneData, model: PreTrainedM
     }
 
 
-def open_output(args: FinetuneArguments, record: dict[str, Any]) -> None:
-    """Make the output folder, emptied of an earlier run's where that was asked for, and mark it as a run's."""
-    output_dir = Path(args.training.output_dir)
-    if args.training.overwrite and output_dir.exists() and not args.training.resume_from_checkpoint:
-        shutil.rmtree(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(output_dir / RUN_FILE, record)
-
-
 def mask_record(mask: MaskCallback) -> dict[str, int]:
     """Size of the mask and what the optimizer did to it."""
     record = {
@@ -247,7 +240,7 @@ def main(args: FinetuneArguments) -> None:
         trainer.add_callback(mask)
     record = start_record(args, data, model)
     if is_main:
-        open_output(args, record)
+        open_run_folder(args.run_folder, record, resumes=training.resume_from_checkpoint is not None)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     seconds = time.perf_counter() - start
@@ -263,7 +256,7 @@ def main(args: FinetuneArguments) -> None:
     if pruned:
         record["mask"] = mask_record(mask)
     with ExitStack() as stack:
-        folder = stack.enter_context(atomic_entries(Path(training.output_dir)))
+        folder = stack.enter_context(atomic_entries(args.run_folder))
         result = save_result(args, model, tokenizer, dtype, pruned, folder)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
         del trainer, model, teacher
@@ -272,6 +265,7 @@ def main(args: FinetuneArguments) -> None:
         record |= {"perplexity": {"before": before, "after": after}}
         record |= {"peak_memory_mib": peak_memory_mib(training.device)}
         write_json_atomic(folder / RUN_FILE, record)
+    install_result(args.run_folder, Path(training.output_dir))
     logger.info("saved %s", training.output_dir)
     report(before, after)
 
