@@ -16,6 +16,7 @@ from ppl_eval.ppl_dataset import parse_eval_dataset
 from slim_utils.cli import ArgumentParser
 from slim_utils.errors import UserError
 from slim_utils.input_paths import check_inputs_outside, eval_files
+from train_utils.optional_packages import check_packages
 from train_utils.prompts import TEMPLATES
 from train_utils.run_folder import choose_run_folder
 
@@ -227,6 +228,7 @@ def check_args(args: FinetuneArguments) -> None:
     check_model_args(args)
     check_data_args(args.data)
     check_distribution(args.training)
+    check_packages(args.training)
     check_output_dir(args)
 
 

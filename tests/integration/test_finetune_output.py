@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import model_finetune
 from slim_utils.errors import UserError
 from slim_utils.pruning_record import PRUNING_FILE
 from tests.integration.finetuning import losses, main
+from train_utils.sparse_trainer import SlimTrainer
 
 CHECKPOINTS = ["--save_strategy", "steps", "--save_steps", 2, "--logging_steps", 1]
 
@@ -24,7 +24,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def stop_at(monkeypatch):
     """Makes training stop as by Ctrl-C before a step."""
-    real = model_finetune.SlimTrainer.training_step
+    real = SlimTrainer.training_step
 
     def stop(step: int | None) -> None:
         def training_step(self, *args, **kwargs):
@@ -32,7 +32,7 @@ def stop_at(monkeypatch):
                 raise KeyboardInterrupt
             return real(self, *args, **kwargs)
 
-        monkeypatch.setattr(model_finetune.SlimTrainer, "training_step", training_step)
+        monkeypatch.setattr(SlimTrainer, "training_step", training_step)
 
     return stop
 
