@@ -39,6 +39,7 @@ from ppl_eval.zero_shot import (
 from slim_utils.bos import BOS_CHOICES, BOS_POLICIES, set_bos
 from slim_utils.cli import ArgumentParser, command_line, run_cli
 from slim_utils.errors import UserError
+from slim_utils.input_paths import check_inputs_outside
 from slim_utils.model_io import (
     DTYPES,
     check_output_file,
@@ -96,6 +97,8 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--data_dir {args.data_dir}: no such folder")
     if args.output_path:
         check_output_file(args.output_path, args.overwrite, "--output_path")
+        files = args.data_dir.rglob("*") if args.data_dir else ()
+        check_inputs_outside(args.output_path, "--output_path", {"--model": [args.model], "--data_dir": files})
     args.device = choose_device(args.device)
     args.batch_size = choose_batch_size(args.batch_size, args.device)
     if args.no_cache:

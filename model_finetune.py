@@ -13,11 +13,9 @@ Limits: every process holds the whole model and the whole teacher (ZeRO up to st
 perplexities.
 """
 
-import copy
 import gc
 import logging
 import os
-import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ import torch
 import transformers
 from peft import PeftModel
 from torch import distributed
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalKey, EvalSets, load_eval_sets
 from ppl_eval.ppl_eval import evaluate
@@ -50,17 +48,19 @@ from slim_utils.params_remove import shrink
 from slim_utils.pruning_record import PRUNING_FILE, LayerMask, read_masks, write_pruning
 from slim_utils.run_record import environment
 from slim_utils.side_by_side import side_by_side
-from train_utils.distillation import DistillationTrainer, check_teacher, load_teacher
+from train_utils.distillation import check_teacher, load_teacher
 from train_utils.finetune_args import FinetuneArguments, extra_val_specs, parse_args
 from train_utils.finetune_dataset import (
     FinetuneData,
     SampleSettings,
     default_cache_dir,
     load_finetune_data,
-    window_dataset,
 )
 from train_utils.lora import cast_parameters, fuse_lora, prepare_model
-from train_utils.sparse_trainer import MaskCallback, SlimTrainer, masked_slices
+from train_utils.resumption import check_resumed, run_settings
+from train_utils.run_folder import install_result, open_run_folder
+from train_utils.sparse_trainer import MaskCallback, masked_slices
+from train_utils.trainer_setup import best_metric, build_trainer, evaluation_sets
 
 logger = logging.getLogger("model_finetune")
 
@@ -110,33 +110,6 @@ def load_data(
         if key.seqlen == data.extra_val_seqlen and key.name not in {other.name for other in watched}:
             watched[key] = value
     return samples, watched, {key: value for key, value in windows.items() if key.seqlen in seqlens}
-
-
-def build_trainer(
-    args: FinetuneArguments,
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: FinetuneData,
-    watched: EvalSets,
-    teacher: PreTrainedModel | None,
-) -> SlimTrainer:
-    """The Trainer with its data, and with its teacher where there is one."""
-    # For the batches alone; the saved tokenizer stays as it is.
-    padding = copy.deepcopy(tokenizer)
-    padding.padding_side = "right"
-    padding.pad_token = padding.pad_token or padding.eos_token
-    eval_sets = {"validation": data.validation} if data.validation is not None else {}
-    eval_sets |= {key.name: window_dataset(windows) for key, windows in watched.items()}
-    options = {
-        "model": model,
-        "args": args.training,
-        "data_collator": DataCollatorForSeq2Seq(padding, padding=True),
-        "train_dataset": data.train,
-        "eval_dataset": eval_sets if args.training.do_eval else None,
-    }
-    if teacher is None:
-        return SlimTrainer(focal_gamma=args.model.focal_loss_gamma if args.model.use_focal_loss else None, **options)
-    return DistillationTrainer(teacher=teacher, **options)
 
 
 def save_result(
@@ -193,15 +166,6 @@ def start_record(args: FinetuneArguments, data: FinetuneData, model: PreTrainedM
     }
 
 
-def open_output(args: FinetuneArguments, record: dict[str, Any]) -> None:
-    """Make the output folder, emptied of an earlier run's where that was asked for, and mark it as a run's."""
-    output_dir = Path(args.training.output_dir)
-    if args.training.overwrite and output_dir.exists() and not args.training.resume_from_checkpoint:
-        shutil.rmtree(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(output_dir / RUN_FILE, record)
-
-
 def mask_record(mask: MaskCallback) -> dict[str, int]:
     """Size of the mask and what the optimizer did to it."""
     record = {
@@ -242,19 +206,24 @@ def main(args: FinetuneArguments) -> None:
     if args.model.distill_from is not None:
         check_teacher(args, config, tokenizer)
     data, watched, measured = load_data(args, tokenizer, config.max_position_embeddings)
+    eval_sets = evaluation_sets(data, watched)
+    training.metric_for_best_model = best_metric(training.metric_for_best_model, list(eval_sets))
     model = load_model(path, "auto", trusted)
     teacher = load_teacher(args) if args.model.distill_from is not None else None
+    settings = run_settings(args, data, model, teacher, pruned and pruned.masks)
+    if training.resume_from_checkpoint is not None:
+        check_resumed(training.resume_from_checkpoint, settings)
     dtype = model.dtype
     before = evaluate(model.to(training.device), measured) if is_main else []
 
     model = prepare_model(model, args)
-    trainer = build_trainer(args, model, tokenizer, data, watched, teacher)
+    trainer = build_trainer(args, model, tokenizer, data, eval_sets, teacher, settings)
     if pruned:
         mask = MaskCallback(list(masked_slices(model, pruned.family, pruned.masks)))
         trainer.add_callback(mask)
     record = start_record(args, data, model)
     if is_main:
-        open_output(args, record)
+        open_run_folder(args.run_folder, record, resumes=training.resume_from_checkpoint is not None)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     seconds = time.perf_counter() - start
@@ -270,7 +239,7 @@ def main(args: FinetuneArguments) -> None:
     if pruned:
         record["mask"] = mask_record(mask)
     with ExitStack() as stack:
-        folder = stack.enter_context(atomic_entries(Path(training.output_dir)))
+        folder = stack.enter_context(atomic_entries(args.run_folder))
         result = save_result(args, model, tokenizer, dtype, pruned, folder)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
         del trainer, model, teacher
@@ -279,6 +248,7 @@ def main(args: FinetuneArguments) -> None:
         record |= {"perplexity": {"before": before, "after": after}}
         record |= {"peak_memory_mib": peak_memory_mib(training.device)}
         write_json_atomic(folder / RUN_FILE, record)
+    install_result(args.run_folder, Path(training.output_dir))
     logger.info("saved %s", training.output_dir)
     report(before, after)
 

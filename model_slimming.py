@@ -29,6 +29,7 @@ from ppl_eval.streamed_eval import layers_run_once
 from slim_utils.cli import ArgumentParser, run_cli
 from slim_utils.errors import UserError
 from slim_utils.families import find_family
+from slim_utils.input_paths import check_inputs_outside, eval_files
 from slim_utils.layer_host import LayerHost, StreamedHost
 from slim_utils.layer_store import LayerStore, fingerprint
 from slim_utils.layer_walk import prune_layers
@@ -173,6 +174,9 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
             raise UserError(f"--save_dir {args.save_dir}: a run was cut off; --resume goes on, --overwrite starts anew")
         # It may have been cut off when its output was there already, and not evaluated yet.
         check_output(Path(args.save_dir), args.overwrite or (args.resume and cut_off))
+        texts = [] if args.skip_evaluate else eval_files(args.eval_datasets)
+        inputs = {"MODEL": [args.model_path], "--data_file": args.data_file or [], "--profile": [args.profile]}
+        check_inputs_outside(Path(args.save_dir), "--save_dir", inputs | {"--eval_datasets": texts})
     if args.push_to_hub:
         args.push_to_hub = check_publishable(args.push_to_hub, args.overwrite)
     if args.device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():

@@ -21,6 +21,7 @@ import models  # noqa: F401 - registers the classes of pruned checkpoints
 from ppl_eval.ppl_eval import ppl_metric
 from slim_utils.cli import ArgumentParser, run_cli
 from slim_utils.errors import UserError
+from slim_utils.input_paths import check_inputs_outside, eval_files
 from slim_utils.model_io import DTYPES, choose_device, load_model, load_tokenizer, peak_memory_mib, write_json_atomic
 from slim_utils.model_stats import model_stats
 from slim_utils.run_record import environment
@@ -104,6 +105,9 @@ def main(args: argparse.Namespace) -> None:
     if args.measure_to:
         args.measure_to.write_text(json.dumps(measure(args)), encoding="utf-8")
         return
+    if args.out:
+        inputs = {"DENSE": [args.dense], "PRUNED": [args.pruned], "--eval_datasets": eval_files(args.eval_datasets)}
+        check_inputs_outside(args.out, "--out", inputs)
     dense, pruned = (measure_in_new_process(args, path) for path in (args.dense, args.pruned))
     print(table(dense, pruned))
     if args.out:

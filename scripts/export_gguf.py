@@ -14,8 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models  # noqa: F401 - registers the classes of pruned checkpoints
 from slim_utils.cli import ArgumentParser, run_cli
+from slim_utils.errors import UserError
 from slim_utils.gguf_export import OUTTYPES, check_exportable, export_gguf
 from slim_utils.gguf_vocabulary import read_vocabulary
+from slim_utils.input_paths import check_inputs_outside
 from slim_utils.model_io import (
     SMALL_MODEL_FOLDER,
     atomic_file,
@@ -24,6 +26,9 @@ from slim_utils.model_io import (
     load_model,
     load_tokenizer,
 )
+
+# The first bytes of every GGUF file.
+GGUF_MAGIC = b"GGUF"
 
 logger = logging.getLogger("export_gguf")
 
@@ -47,9 +52,23 @@ def folder_name(model: str) -> str:
     return path.parent.name if path.name in INNER_FOLDERS else path.name
 
 
+def check_gguf(out: Path) -> None:
+    """Make sure that what ``--overwrite`` would replace is an earlier export, not a file of the model.
+
+    Raises:
+        UserError: if it is another file.
+    """
+    if out.is_file():
+        with out.open("rb") as file:
+            if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
+                raise UserError(f"OUT {out}: not a GGUF file; not overwritten")
+
+
 def main(args: argparse.Namespace) -> None:
     """Check, load, write to a temporary name, rename."""
     check_output_file(args.out, args.overwrite, "OUT")
+    check_inputs_outside(args.out, "OUT", {"MODEL": [args.model]})
+    check_gguf(args.out)
     config = load_config(args.model, trust_remote_code=False)
     check_exportable(config, args.outtype)
     tokenizer = load_tokenizer(args.model, trust_remote_code=False)

@@ -26,6 +26,7 @@ from scripts.report_page import Picture, page
 from scripts.report_plots import Plot
 from scripts.report_sources import read_sources
 from slim_utils.cli import ArgumentParser, command_line, run_cli
+from slim_utils.input_paths import check_inputs_outside
 from slim_utils.model_io import RUN_FILE, atomic_folder, check_output, write_json_atomic, write_text_atomic
 from slim_utils.run_record import environment
 
@@ -69,6 +70,7 @@ def file_names(pictures: list[Picture]) -> list[str]:
 def main(args: argparse.Namespace) -> None:
     """Read, draw, write to a temporary name, rename."""
     check_output(args.out, args.overwrite, "--out", (RUN_FILE, PAGE))
+    check_inputs_outside(args.out, "--out", {"RUN": args.runs})
     sources = read_sources(args.runs)
     numbers = [(source, raw_rows(source)) for source in sources]
     pictures = [picture(plot) for plot in plots(sources)]

@@ -63,12 +63,7 @@ class LayerStore:
             self.folder.mkdir()
             write_json_atomic(path, settings)
             return
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changes = [
-            f"{name} was {before.get(name)}, is {settings.get(name)}"
-            for name in sorted(before.keys() | settings.keys())
-            if before.get(name) != settings.get(name)
-        ]
+        changes = setting_changes(json.loads(path.read_text(encoding="utf-8")), settings)
         if changes:
             raise UserError(
                 f"--resume: not the same run: {'; '.join(changes)}; to start anew pass --overwrite, without --resume"
@@ -106,6 +101,15 @@ def changed_parameters(layer: nn.Module, family: Family) -> dict[str, nn.Paramet
         return dict(layer.named_parameters())
     names = (f"{family.attention_out}.weight", f"{family.mlp_out}.weight", f"{family.experts}.down_proj")
     return {name: parameter for name, parameter in layer.named_parameters() if name in names}
+
+
+def setting_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between the settings of a run and those of one that would go on with it."""
+    return [
+        f"{name} was {before.get(name)}, is {now.get(name)}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
 
 
 def fingerprint(config: PreTrainedConfig, parameters: Iterable[tuple[str, Tensor]]) -> str:

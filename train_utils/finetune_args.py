@@ -16,8 +16,10 @@ from ppl_eval.ppl_dataset import parse_eval_dataset
 from slim_utils.bos import BOS_HELP, BOS_POLICIES
 from slim_utils.cli import ArgumentParser
 from slim_utils.errors import UserError
-from slim_utils.model_io import check_output
+from slim_utils.input_paths import check_inputs_outside, eval_files
+from train_utils.optional_packages import check_packages
 from train_utils.prompts import TEMPLATES
+from train_utils.run_folder import choose_run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,6 @@ RENAMED_FLAGS = {
     "--warmup_ratio": "--warmup_steps",
 }
 RENAMED_VALUES = {("--optim", "adamw_hf"): "adamw_torch"}
-TRAINER_STATE = "trainer_state.json"
 LORA_BIASES = ("none", "all", "lora_only")
 
 
@@ -136,12 +137,17 @@ REFUSED_FLAGS = {
 
 @dataclass
 class FinetuneArguments:
-    """All four groups."""
+    """All four groups.
+
+    Attributes:
+        run_folder: where the run trains: its output folder, or one inside it while that holds an earlier result.
+    """
 
     model: ModelArguments
     data: DataArguments
     training: TrainingArguments
     sparse: SparseArguments
+    run_folder: Path = field(init=False)
 
     def flat(self) -> dict[str, Any]:
         """Every flag that differs from its default, as plain values for ``run.json``."""
@@ -224,7 +230,8 @@ def check_args(args: FinetuneArguments) -> None:
     check_model_args(args)
     check_data_args(args.data)
     check_distribution(args.training)
-    check_output_dir(args.training)
+    check_packages(args.training)
+    check_output_dir(args)
 
 
 def check_model_args(args: FinetuneArguments) -> None:
@@ -275,26 +282,23 @@ def check_distribution(training: TrainingArguments) -> None:
         raise UserError("--fsdp splits the weights; use --deepspeed configs/deepspeed.json")
 
 
-def check_output_dir(training: TrainingArguments) -> None:
-    """Check ``--output_dir``, and find the checkpoint that ``--resume_from_checkpoint`` means."""
-    if training.resume_from_checkpoint is None or training.resume_from_checkpoint.lower() == "false":
-        training.resume_from_checkpoint = None
-        check_output(Path(training.output_dir), training.overwrite, "--output_dir")
-        return
-    if training.resume_from_checkpoint.lower() == "true":
-        training.resume_from_checkpoint = last_complete_checkpoint(Path(training.output_dir))
-    elif not (Path(training.resume_from_checkpoint) / TRAINER_STATE).is_file():
-        raise UserError(f"--resume_from_checkpoint {training.resume_from_checkpoint}: no {TRAINER_STATE} there")
-
-
-def last_complete_checkpoint(output_dir: Path) -> str:
-    """The newest checkpoint that was written to its end: the Trainer writes ``trainer_state.json`` last.
+def check_output_dir(args: FinetuneArguments) -> None:
+    """Check ``--output_dir``, and find the folder to train in and the checkpoint to go on from.
 
     Raises:
-        UserError: if there is none.
+        UserError: if it may not be written, holds an input of the run, or there is no such checkpoint.
     """
-    complete = [path.parent for path in output_dir.glob(f"checkpoint-*/{TRAINER_STATE}")]
-    steps = {int(path.name.rpartition("-")[2]): path for path in complete if path.name.rpartition("-")[2].isdigit()}
-    if not steps:
-        raise UserError(f"--resume_from_checkpoint true: no whole checkpoint in {output_dir}; leave it out")
-    return str(steps[max(steps)])
+    training = args.training
+    args.run_folder, training.resume_from_checkpoint = choose_run_folder(
+        Path(training.output_dir), training.overwrite, training.resume_from_checkpoint
+    )
+    deepspeed = training.deepspeed if isinstance(training.deepspeed, str) else None
+    inputs = {
+        "--model_name_or_path": [args.model.model_name_or_path],
+        "--distill_from": [args.model.distill_from],
+        "--data_path": [args.data.data_path],
+        "--mask_config_dir": [args.sparse.mask_config_dir],
+        "--extra_val_set": eval_files(extra_val_specs(args.data)),
+        "--deepspeed": [deepspeed],
+    }
+    check_inputs_outside(Path(training.output_dir), "--output_dir", inputs)

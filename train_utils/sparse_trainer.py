@@ -4,6 +4,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,12 +28,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from slim_utils.errors import UserError
 from slim_utils.families import Family
+from slim_utils.model_io import write_json_atomic
 from slim_utils.params_remove import removed_indices, select_indices, zero_indices
 from slim_utils.pruning_record import LayerMask
 from train_utils.finetune_dataset import IGNORED_LABEL
 
 logger = logging.getLogger(__name__)
 
+SETTINGS_FILE = "run_settings.json"
 UNTOLD_FIGURES = ("_runtime", "_per_second", "total_flos")
 
 
@@ -175,17 +178,39 @@ def focal_loss(
 class SlimTrainer(Seq2SeqTrainer):
     """The library's Trainer with one line a log entry, and a clear end where training says nothing.
 
+    Args:
+        focal_gamma: of :func:`focal_loss`; ``None`` for the model's own loss.
+        run_settings: what a run that goes on from a checkpoint may not change.
+
     Raises, in ``train``:
-        UserError: at a loss that is not finite, or a batch without a target.
+        UserError: at a loss that is not finite, a batch without a target, or an optimizer or a schedule that the
+            library refuses.
     """
 
-    def __init__(self, *args: Any, focal_gamma: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        focal_gamma: float | None = None,
+        run_settings: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         loss = None if focal_gamma is None else partial(focal_loss, gamma=focal_gamma)
         super().__init__(*args, compute_loss_func=loss, **kwargs)
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(QuietProgress)
         self.add_callback(LogCallback)
+        self.run_settings = run_settings
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The optimizer of ``--optim`` and ``--optim_args``."""
+        with _refusal(f"--optim {getattr(self.args.optim, 'value', self.args.optim)}"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """The schedule of ``--lr_scheduler_type`` and ``--lr_scheduler_kwargs``."""
+        with _refusal(f"--lr_scheduler_type {getattr(self.args.lr_scheduler_type, 'value', '')}"):
+            return super().create_scheduler(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward, checked."""
@@ -201,9 +226,27 @@ class SlimTrainer(Seq2SeqTrainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Write a checkpoint, or remove what was written of it (full disk, Ctrl-C, SIGTERM)."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
+            if self.args.process_index == 0 and self.run_settings is not None:
+                # Before the library's own files, the last of which says that the checkpoint is whole.
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json_atomic(folder / SETTINGS_FILE, self.run_settings)
             super()._save_checkpoint(*args, **kwargs)
         except BaseException:
             if self.args.process_index == 0:
-                shutil.rmtree(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+@contextmanager
+def _refusal(flag: str) -> Iterator[None]:
+    """Turn what the library says against the value of ``flag`` into one line.
+
+    Raises:
+        UserError: in its place.
+    """
+    try:
+        yield
+    except (ImportError, ValueError, TypeError) as error:
+        raise UserError(f"{flag}: {' '.join(str(error).split())}") from error

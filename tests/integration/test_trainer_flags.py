@@ -1,0 +1,134 @@
+"""Flags of the library's Trainer, which ``model_finetune.py`` passes on, and runs that go on from a checkpoint."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers.training_args import OptimizerNames
+
+from slim_utils.errors import UserError
+from tests.conftest import make_tiny
+from tests.integration.finetuning import losses, main
+from train_utils import optional_packages
+from train_utils.finetune_args import parse_args
+from train_utils.optional_packages import optimizer_package
+from train_utils.trainer_setup import best_metric
+
+EVERY_STEP = ["--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "steps", "--save_steps", 1]
+CHECKPOINTS = ["--save_strategy", "steps", "--save_steps", 2, "--logging_steps", 1]
+TORCH_OPTIMIZERS = {"adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"}
+
+
+@pytest.mark.parametrize("metric", [[], ["--metric_for_best_model", "wikitext2_loss"]])
+def test_finetune_load_best_model_at_end_saves_the_best(slim, words, tmp_path, metric):
+    # So far that the loss rises in the end.
+    flags = [*EVERY_STEP, "--load_best_model_at_end", "true", "--learning_rate", 0.3, "--use_lora", "true", *metric]
+    out, name = tmp_path / "out", "wikitext2" if metric else "validation"
+    for _ in range(2):
+        main(words(slim / "pruned_weights", *flags, "--overwrite", "true"))
+        log = json.loads((out / "run.json").read_text())["log"]
+        evaluated = {entry["step"]: entry[f"eval_{name}_loss"] for entry in log if f"eval_{name}_loss" in entry}
+        best = min(evaluated, key=evaluated.get)
+        state = json.loads((out / "trainer_state.json").read_text())
+        # Also where the run worked in another folder, beside an earlier result.
+        assert state["best_model_checkpoint"] == str(out / f"checkpoint-{best}")
+        saved, kept = (load_file(path / "adapter_model.safetensors") for path in (out, out / f"checkpoint-{best}"))
+        assert all(torch.equal(saved[key], kept[key]) for key in kept)
+    assert best != max(evaluated)
+
+
+def test_finetune_reduce_lr_on_plateau_watches_the_validation_loss(slim, words, tmp_path):
+    flags = [*EVERY_STEP, "--lr_scheduler_type", "reduce_lr_on_plateau", "--use_lora", "true"]
+    main(words(slim / "pruned_weights", *flags))
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"] is True
+
+
+def test_best_metric_is_that_of_a_set_or_refused():
+    names = ["validation", "wikitext2"]
+    for asked in ("loss", "eval_loss", "validation_loss", "eval_validation_loss"):
+        assert best_metric(asked, names) == "eval_validation_loss"
+    assert best_metric("wikitext2_loss", names) == "eval_wikitext2_loss"
+    assert best_metric("eval_loss", names[1:]) == "eval_wikitext2_loss"
+    assert best_metric(None, []) is None
+    with pytest.raises(UserError, match="--metric_for_best_model accuracy: choose one of eval_loss, eval_validation"):
+        best_metric("accuracy", names)
+    with pytest.raises(UserError, match="raise --val_dataset_size, or give a text by --extra_val_set"):
+        best_metric("loss", [])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--report_to tensorboard", "--report_to tensorboard needs .*: pip install tensorboard"),
+        ("--report_to wandb", "--report_to wandb needs .*: pip install wandb"),
+        ("--report_to paper", "--report_to paper: choose among none, all, azure_ml, .*wandb"),
+        ("--optim paged_adamw_32bit", "--optim paged_adamw_32bit needs .*: pip install bitsandbytes"),
+        ("--optim adamw_torch_4bit", "--optim adamw_torch_4bit needs .*: pip install torchao"),
+        ("--use_liger_kernel true", "--use_liger_kernel true needs .*: pip install liger-kernel"),
+    ],
+)
+def test_parse_args_without_an_optional_package_names_it(slim, words, monkeypatch, flags, message):
+    monkeypatch.setattr(optional_packages, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=message) as error:
+        parse_args([*words(slim), *flags.split()])
+    assert "\n" not in str(error.value)
+
+
+def test_optimizer_package_is_known_for_every_optimizer():
+    known = {name.value for name in OptimizerNames if optimizer_package(name.value)}
+    assert {name.value for name in OptimizerNames} - known == TORCH_OPTIMIZERS
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--optim rmsprop --optim_args colour=red", "--optim rmsprop: "),
+        ("--lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_type cosine_with_min_lr: "),
+    ],
+)
+def test_finetune_with_settings_the_trainer_refuses_is_one_line(slim, words, flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        main([*words(slim / "pruned_weights", "--use_lora", "true"), *flags.split()])
+    assert "\n" not in str(error.value)
+
+
+def test_finetune_resume_of_another_run_is_refused_with_the_difference(
+    slim, words, tmp_path, instruction_file, checkpoint
+):
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(slim / "pruned_weights", base)
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    model = make_tiny("gqa")
+    model.model.embed_tokens.weight.data += 1
+    model.save_pretrained(other)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(reversed(instruction_file.read_text().splitlines(keepends=True))))
+    flags = ["--use_lora", "true", *CHECKPOINTS]
+    main(words(base, *flags))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    differences = {
+        "--peft_lora_r was 8, is 4": ["--peft_lora_r", 4],
+        "--use_lora was True, is False": ["--use_lora", "false"],
+        "data was [0-9a-f]{16}, is [0-9a-f]{16}": ["--data_path", rows],
+        "model was [0-9a-f]{16}, is [0-9a-f]{16}": ["--model_name_or_path", other],
+        "samples of a step was 8, is 4": ["--gradient_accumulation_steps", 1],
+        "teacher was None, is [0-9a-f]{16}": ["--distill_from", checkpoint],
+    }
+    for message, change in differences.items():
+        with pytest.raises(UserError, match=rf"--resume_from_checkpoint .*: not the same run: .*{message}") as error:
+            main(words(base, *flags, "--resume_from_checkpoint", "true", *change))
+        assert "\n" not in str(error.value)
+        with pytest.raises(UserError, match=message):
+            change = [*change, "--output_dir", tmp_path / "new"]
+            main(words(base, *flags, "--resume_from_checkpoint", out / "checkpoint-2", *change))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "new").exists()
+
+    # The same model elsewhere is the same run; it may go on for longer, and its record stays until the end.
+    moved, whole = Path(shutil.move(base, tmp_path / "moved")), losses(out)
+    main(words(moved, *flags, "--resume_from_checkpoint", "true", "--num_train_epochs", 2))
+    assert losses(out).keys() > whole.keys()

@@ -1,0 +1,76 @@
+"""What a run that goes on from a checkpoint may not change; it is kept in every checkpoint."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from slim_utils.errors import UserError
+from slim_utils.layer_store import fingerprint, setting_changes
+from slim_utils.pruning_record import LayerMask
+from train_utils.finetune_args import FinetuneArguments
+from train_utils.finetune_dataset import FinetuneData
+from train_utils.sparse_trainer import SETTINGS_FILE
+
+logger = logging.getLogger(__name__)
+
+_HASH_DIGITS = 16
+_LORA_FLAGS = ("peft_lora_r", "peft_lora_alpha", "peft_lora_dropout", "peft_target_modules", "peft_lora_bias")
+_DATA_FLAGS = ("prompt_template_name", "max_length", "val_dataset_size")
+
+
+def run_settings(
+    args: FinetuneArguments,
+    data: FinetuneData,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    masks: list[LayerMask] | None,
+) -> dict[str, Any]:
+    """What the weights of a run depend on: model, teacher, masks and data by what they hold, the rest by its flags.
+
+    Args:
+        args: of the run.
+        data: its samples.
+        model: as loaded, before anything is changed in it.
+        teacher: of ``--distill_from``.
+        masks: of ``--is_mask_training``.
+    """
+    training = args.training
+    settings = {f"--{name}": getattr(args.model, name) for name in ("use_lora", *_LORA_FLAGS)}
+    if not args.model.use_lora:
+        settings |= {f"--{name}": None for name in _LORA_FLAGS}
+    settings |= {f"--{name}": getattr(args.data, name) for name in _DATA_FLAGS}
+    settings |= {f"--{name}": getattr(training, name) for name in ("seed", "data_seed", "label_smoothing_factor")}
+    return settings | {
+        "--train_full_prompt": training.train_full_prompt,
+        "--optim": str(getattr(training.optim, "value", training.optim)),
+        "--deepspeed": training.deepspeed is not None,
+        "--use_focal_loss": args.model.use_focal_loss and args.model.focal_loss_gamma,
+        "model": fingerprint(model.config, model.named_parameters())[:_HASH_DIGITS],
+        "teacher": teacher and fingerprint(teacher.config, teacher.named_parameters())[:_HASH_DIGITS],
+        "masks": masks and hashlib.sha256(repr(masks).encode()).hexdigest()[:_HASH_DIGITS],
+        "data": data.sha256[:_HASH_DIGITS],
+        "samples of a step": training.per_device_train_batch_size
+        * training.gradient_accumulation_steps
+        * training.world_size,
+    }
+
+
+def check_resumed(checkpoint: str, settings: dict[str, Any]) -> None:
+    """Make sure that ``checkpoint`` is of a run of the same settings.
+
+    Raises:
+        UserError: with what differs.
+    """
+    path = Path(checkpoint) / SETTINGS_FILE
+    if not path.is_file():
+        logger.warning("--resume_from_checkpoint %s: no %s there; settings are not compared", checkpoint, path.name)
+        return
+    changes = setting_changes(json.loads(path.read_text(encoding="utf-8")), settings)
+    if changes:
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: not the same run: {'; '.join(changes)}; to start anew leave it out"
+        )

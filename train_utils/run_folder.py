@@ -1,0 +1,116 @@
+"""Where a fine-tuning run works: its output folder or, while that holds an earlier result, a folder inside it.
+
+An earlier run's files stay until the new result is whole. Checkpoints of the two never share a folder.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from slim_utils.errors import UserError
+from slim_utils.input_paths import is_inside
+from slim_utils.model_io import RUN_FILE, check_output, write_json_atomic
+
+TRAINER_STATE = "trainer_state.json"
+UNFINISHED_FOLDER = ".unfinished"
+
+
+def choose_run_folder(output_dir: Path, overwrite: bool, resume: str | None) -> tuple[Path, str | None]:
+    """The folder to train in, and the checkpoint to go on from, if any; nothing is written.
+
+    Args:
+        output_dir: ``--output_dir``.
+        overwrite: ``--overwrite``.
+        resume: ``--resume_from_checkpoint``: ``true``, ``false``, or a checkpoint, of this output or of another run.
+
+    Raises:
+        UserError: if the output may not be written, or there is no whole checkpoint.
+    """
+    unfinished = output_dir / UNFINISHED_FOLDER
+    resume = None if resume is None or resume.lower() == "false" else resume
+    if resume is not None and resume.lower() == "true":
+        folder = unfinished if unfinished.is_dir() else output_dir
+        return folder, last_complete_checkpoint(folder)
+    if resume is not None:
+        if not (Path(resume) / TRAINER_STATE).is_file():
+            raise UserError(f"--resume_from_checkpoint {resume}: no {TRAINER_STATE} there")
+        for folder in (unfinished, output_dir):
+            if Path(resume).resolve().parent == folder.resolve() and (folder / RUN_FILE).is_file():
+                return folder, resume
+        if is_inside(Path(resume), output_dir):
+            raise UserError(
+                f"--resume_from_checkpoint {resume}: inside --output_dir {output_dir}, but no checkpoint of its run; "
+                "choose another --output_dir"
+            )
+    check_output(output_dir, overwrite, "--output_dir")
+    return (unfinished if output_dir.is_dir() and any(output_dir.iterdir()) else output_dir), resume
+
+
+def last_complete_checkpoint(output_dir: Path) -> str:
+    """The newest checkpoint that was written to its end: the Trainer writes ``trainer_state.json`` last.
+
+    Raises:
+        UserError: if there is none.
+    """
+    complete = [path.parent for path in output_dir.glob(f"checkpoint-*/{TRAINER_STATE}")]
+    steps = {int(path.name.rpartition("-")[2]): path for path in complete if path.name.rpartition("-")[2].isdigit()}
+    if not steps:
+        raise UserError(f"--resume_from_checkpoint true: no whole checkpoint in {output_dir}; leave it out")
+    return str(steps[max(steps)])
+
+
+def open_run_folder(folder: Path, record: dict[str, Any], resumes: bool) -> None:
+    """Make the folder to train in, and mark it as an unfinished run's.
+
+    Args:
+        folder: of :func:`choose_run_folder`.
+        record: content of ``run.json``.
+        resumes: whether a run goes on; a finished run's record then stays until the new result is whole.
+    """
+    if folder.name == UNFINISHED_FOLDER and not resumes:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (resumes and _is_finished(folder / RUN_FILE)):
+        write_json_atomic(folder / RUN_FILE, record)
+
+
+def _is_finished(run_file: Path) -> bool:
+    try:
+        return json.loads(run_file.read_text(encoding="utf-8")).get("finished") is True
+    except (OSError, ValueError):
+        return False
+
+
+def install_result(folder: Path, output_dir: Path) -> None:
+    """Move the finished run in ``folder`` to ``output_dir``, in the place of an earlier one; ``run.json`` last."""
+    if folder == output_dir:
+        shutil.rmtree(output_dir / UNFINISHED_FOLDER, ignore_errors=True)
+        return
+    for state in folder.glob(f"**/{TRAINER_STATE}"):
+        _move_best_checkpoint(state, folder, output_dir)
+    earlier = Path(tempfile.mkdtemp(prefix=".earlier-", dir=output_dir))
+    old = [path for path in output_dir.iterdir() if path not in (folder, earlier)]
+    new = sorted(folder.iterdir(), key=lambda path: path.name == RUN_FILE)
+    moves = [(path, earlier / path.name) for path in old] + [(path, output_dir / path.name) for path in new]
+    done: list[tuple[Path, Path]] = []
+    try:
+        for source, target in moves:
+            source.rename(target)
+            done.append((source, target))
+    except BaseException:
+        for source, target in reversed(done):
+            target.rename(source)
+        earlier.rmdir()
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
+    folder.rmdir()
+
+
+def _move_best_checkpoint(state: Path, folder: Path, output_dir: Path) -> None:
+    """The Trainer's state names its best checkpoint by a path."""
+    content = json.loads(state.read_text(encoding="utf-8"))
+    best = content.get("best_model_checkpoint")
+    if best and Path(best).parent == folder:
+        write_json_atomic(state, content | {"best_model_checkpoint": str(output_dir / Path(best).name)})
