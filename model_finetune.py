@@ -30,7 +30,7 @@ from peft import PeftModel
 from torch import distributed
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
-from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalSets, load_eval_sets
+from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalSets, load_eval_sets, split_eval_specs
 from ppl_eval.ppl_eval import evaluate
 from slim_utils.cli import command_line, run_cli
 from slim_utils.families import Family, find_family, layer_shapes
@@ -50,7 +50,7 @@ from slim_utils.pruning_record import PRUNING_FILE, LayerMask, read_masks, write
 from slim_utils.run_record import environment
 from slim_utils.side_by_side import side_by_side
 from train_utils.distillation import DistillationTrainer, check_teacher, load_teacher
-from train_utils.finetune_args import FinetuneArguments, extra_val_specs, parse_args
+from train_utils.finetune_args import FinetuneArguments, parse_args
 from train_utils.finetune_dataset import (
     FinetuneData,
     SampleSettings,
@@ -104,7 +104,8 @@ def load_data(
         longest = [seqlen for seqlen in DEFAULT_EVAL_SEQLENS[1:] if seqlen <= max_positions]
         seqlens = data.eval_seqlens or [data.extra_val_seqlen, *longest]
         both = sorted({*seqlens, data.extra_val_seqlen})
-        windows = load_eval_sets(extra_val_specs(data), tokenizer, both, max_positions)
+        flags = {data.extra_val_seqlen: "--extra_val_seqlen"}
+        windows = load_eval_sets(split_eval_specs(data.extra_val_set), tokenizer, both, max_positions, flags)
     watched = {key: value for key, value in windows.items() if key[1] == data.extra_val_seqlen}
     return samples, watched, {key: value for key, value in windows.items() if key[1] in seqlens}
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppl_eval.ppl_dataset import EvalSets, eval_windows, load_eval_tokens, parse_eval_dataset
+from ppl_eval.ppl_dataset import EvalSets, eval_windows, load_eval_tokens, name_eval_sets
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,7 @@ def ppl_metric(
         Perplexity by name of the data set.
     """
     results = {}
-    for spec in datasets:
-        name, _ = parse_eval_dataset(spec)
+    for name, spec in name_eval_sets(datasets).items():
         windows = eval_windows(load_eval_tokens(spec, tokenizer), seq_len, name)
         results[name] = perplexity(model, windows, batch_size)
     return results

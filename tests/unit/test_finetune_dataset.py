@@ -1,7 +1,6 @@
 """Instruction rows become samples whose targets are the answer."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
