@@ -28,7 +28,7 @@ from peft import PeftModel
 from torch import distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalKey, EvalSets, load_eval_sets
+from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalKey, EvalSets, load_eval_sets, split_eval_specs
 from ppl_eval.ppl_eval import evaluate
 from slim_utils.checkpoint_checks import FUSED_FOLDER
 from slim_utils.cli import command_line, run_cli
@@ -49,7 +49,7 @@ from slim_utils.pruning_record import PRUNING_FILE, LayerMask, read_masks, write
 from slim_utils.run_record import environment
 from slim_utils.side_by_side import side_by_side
 from train_utils.distillation import check_teacher, load_teacher
-from train_utils.finetune_args import FinetuneArguments, extra_val_specs, parse_args
+from train_utils.finetune_args import FinetuneArguments, parse_args
 from train_utils.finetune_dataset import (
     FinetuneData,
     SampleSettings,
@@ -103,7 +103,9 @@ def load_data(
         longest = [seqlen for seqlen in DEFAULT_EVAL_SEQLENS[1:] if seqlen <= max_positions]
         seqlens = data.eval_seqlens or [data.extra_val_seqlen, *longest]
         both = sorted({*seqlens, data.extra_val_seqlen})
-        windows = load_eval_sets(extra_val_specs(data), tokenizer, both, max_positions, data.bos)
+        flags = {data.extra_val_seqlen: "--extra_val_seqlen"}
+        specs = split_eval_specs(data.extra_val_set)
+        windows = load_eval_sets(specs, tokenizer, both, max_positions, data.bos, flags)
     watched: EvalSets = {}
     for key, value in windows.items():
         # Where a text is measured with a BOS and without, the one to quote comes first.

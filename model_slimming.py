@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ppl_eval.ppl_dataset import EVAL_SPLITS, EvalSets, load_eval_sets, parse_eval_dataset
+from ppl_eval.ppl_dataset import EVAL_SPLITS, EvalSets, load_eval_sets, name_eval_sets
 from ppl_eval.ppl_eval import evaluate
 from ppl_eval.streamed_eval import layers_run_once
 from slim_utils.cli import ArgumentParser, run_cli
@@ -186,8 +186,7 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
     if any(seqlen < 2 for seqlen in args.eval_seqlens or ()):
         raise UserError("--eval_seqlens: at least 2")
     if not args.skip_evaluate:
-        for spec in args.eval_datasets:
-            parse_eval_dataset(spec)
+        name_eval_sets(args.eval_datasets)
     return args
 
 

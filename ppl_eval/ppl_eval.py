@@ -12,7 +12,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppl_eval.ppl_dataset import EvalSets, eval_windows, load_eval_tokens, parse_eval_dataset
+from ppl_eval.ppl_dataset import EvalSets, eval_windows, load_eval_tokens, name_eval_sets
 from slim_utils.bos import evaluation_bos
 
 logger = logging.getLogger(__name__)
@@ -42,9 +42,8 @@ def ppl_metric(
         Perplexity by name of the data set.
     """
     results = {}
-    for spec in datasets:
-        name, _ = parse_eval_dataset(spec)
-        first = evaluation_bos(tokenizer, bos)[0]
+    first = evaluation_bos(tokenizer, bos)[0]
+    for name, spec in name_eval_sets(datasets).items():
         windows = eval_windows(load_eval_tokens(spec, tokenizer, first is None), seq_len, name, first)
         results[name] = perplexity(model, windows, batch_size)
     return results

@@ -15,7 +15,8 @@ import yaml
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
-from slim_utils.errors import UserError
+from slim_utils.errors import UserError, error_reason
+from slim_utils.text_source import cache_advice
 
 logger = logging.getLogger(__name__)
 
@@ -72,15 +73,18 @@ def task_specs(manager: TaskManager, names: list[str], data_dir: Path | None) ->
     with TemporaryDirectory() as folder:
         specs = []
         for name in names:
-            definition = local_definition(manager, name, data_dir)
+            definition = local_definition(manager, name, data_dir, Path(folder))
             path = Path(folder) / f"{name}.yaml"
             path.write_text(yaml.safe_dump(definition), encoding="utf-8")
             specs.append(str(path))
         yield specs
 
 
-def local_definition(manager: TaskManager, name: str, data_dir: Path) -> dict[str, Any]:
+def local_definition(manager: TaskManager, name: str, data_dir: Path, scratch: Path) -> dict[str, Any]:
     """The definition of task ``name`` on the files ``data_dir/name/{train,validation,test}.*``.
+
+    They are linked from ``scratch``, and their cache is there: the reader of files takes some characters of a path for
+    patterns, and the user's cache may not be writable. What is loaded is kept in memory and outlives that folder.
 
     Raises:
         UserError: if there is none of these, or they are of different kinds, or ``name`` is a group of tasks.
@@ -102,12 +106,19 @@ def local_definition(manager: TaskManager, name: str, data_dir: Path) -> dict[st
     builders = {_BUILDERS["".join(path.suffixes)] for path in files.values()}
     if len(builders) > 1:
         raise UserError(f"--data_dir {data_dir}: the files of {name} are of different kinds; give one kind")
+    links = {split: scratch / f"{name}-{split}{''.join(path.suffixes)}" for split, path in files.items()}
+    for split, link in links.items():
+        link.symlink_to(files[split].absolute())
     definition = {
         "include": str(source),
         "task": name,
         "dataset_path": builders.pop(),
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {split: str(path.absolute()) for split, path in files.items()}},
+        "dataset_kwargs": {
+            "data_files": {split: str(link) for split, link in links.items()},
+            "cache_dir": str(scratch / "cache"),
+            "keep_in_memory": True,
+        },
     }
     # A split that is not there must not be asked for; one that the task never had stays out.
     missing = {key: None for split, key in SPLIT_KEYS.items() if split not in files}
@@ -124,9 +135,9 @@ def load_tasks(manager: TaskManager, specs: list[str], data_dir: Path | None) ->
         return manager.load(specs)
     except Exception as error:
         # Hub clients, file readers and templates each raise classes of their own; to the user it is the data.
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         way_out = "look at the columns of its files" if data_dir else "give local files by --data_dir DIR"
-        raise UserError(f"the data of {', '.join(Path(spec).stem for spec in specs)}: {reason}; {way_out}") from error
+        problem = (None if data_dir else cache_advice(error)) or f"{error_reason(error)}; {way_out}"
+        raise UserError(f"the data of {', '.join(Path(spec).stem for spec in specs)}: {problem}") from error
 
 
 def evaluated_split(task: Any) -> str:

@@ -7,3 +7,11 @@ class UserError(ValueError):
 
 class ProcessLostError(Exception):
     """Another process of the run has ended, or cannot be reached."""
+
+
+def error_reason(error: BaseException) -> str:
+    """Class and whole message of ``error`` on one line; of the error that a library wrapped, where it hides that."""
+    while error.__cause__ is not None and "An error occurred while generating the dataset" in str(error):
+        error = error.__cause__
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -1,14 +1,27 @@
-"""Text of the known data sets, from the hub or from a local file, read only as far as it is needed."""
+"""Text of the known data sets, from the hub or from a local file, read only as far as it is needed.
 
-from collections.abc import Iterable, Iterator
+Local files are read without guesses about their values: a reader that infers column types turns dates into timestamps,
+``NA`` into null, and all texts of a column with one number in it into something else.
+"""
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO
 
 import datasets
+import pyarrow
+from pyarrow import parquet
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from slim_utils.errors import UserError
+from slim_utils.errors import UserError, error_reason
 
 CALIBRATION_DATASETS = ("wikitext2", "c4", "alpaca", "gpt4_alpaca")
 DOCUMENT_SEPARATOR = "\n\n"
@@ -25,12 +38,13 @@ HUB_SOURCES: dict[str, dict[str, str]] = {
     "gpt4_alpaca": {"path": "vicgalle/alpaca-gpt4"},
 }
 Row = dict[str, Any]
-_BUILDERS = {".json": "json", ".jsonl": "json", ".json.gz": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
+FILE_KINDS = "txt, json, jsonl, csv, tsv (each also .gz or .zst) or parquet"
+_GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
 def hub_documents(name: str, split: str) -> Iterator[str]:
     """Stream the documents of a data set from the hub (see ``hub_rows``)."""
-    return map(row_text, hub_rows(name, split))
+    return _documents(hub_rows(name, split), f"data set '{name}'")
 
 
 def hub_rows(name: str, split: str) -> Iterator[Row]:
@@ -48,62 +62,168 @@ def hub_rows(name: str, split: str) -> Iterator[Row]:
         yield from datasets.load_dataset(**source, split=split, streaming=True)
     except Exception as error:
         # The hub's clients raise a dozen unrelated classes; to the user they all mean the same.
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if (advice := cache_advice(error)) is not None:
+            raise UserError(f"data set '{name}': {advice}") from error
         raise UserError(
-            f"data set '{name}' could not be read from the hub ({reason}); give a local file instead: --data_file FILE "
-            f"for calibration, --data_path FILE for training, --eval_datasets or --extra_val_set {name}=FILE (or "
+            f"data set '{name}' could not be read from the hub ({error_reason(error)}); give a local file "
+            "instead: --data_file FILE for calibration, --data_path FILE for training, "
+            f"--eval_datasets or --extra_val_set {name}=FILE (or "
             "--skip_evaluate) for evaluation"
         ) from error
+
+
+def cache_advice(error: BaseException) -> str | None:
+    """What to do where ``error`` says that the libraries' cache cannot be written; ``None`` for any other error."""
+    if not isinstance(error, PermissionError):
+        return None
+    return f"the cache of downloads cannot be written ({error_reason(error)}); set HF_HOME to a folder that can"
 
 
 def file_documents(path: Path) -> Iterator[str]:
     """Stream the documents of a local file.
 
-    json, jsonl (also gzipped) and parquet give a document a row: a column ``text`` or ``sentence``, or the columns
-    ``instruction``, ``input``, ``output``. Any other file is one document of UTF-8 text.
+    csv, tsv, json, jsonl (also compressed) and parquet give a document a row: a column ``text`` or ``sentence``, or the
+    columns ``instruction``, ``input``, ``output``. Any other file is one document of UTF-8 text.
 
     Raises:
-        UserError: if the file is missing, unreadable, or has none of these columns.
+        UserError: if the file is missing, unreadable, has none of these columns, or a value of theirs is not text.
     """
-    for row in file_rows(path):
-        try:
-            text = row_text(row)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        yield text
+    return _documents(file_rows(path), str(path))
 
 
 def file_rows(path: Path) -> Iterator[Row]:
-    """Stream the rows of a local json, jsonl (also gzipped) or parquet file; any other is one row with a ``text``.
+    """Stream the rows of a local csv, tsv, json, jsonl or parquet file; any other is one row with a ``text``.
+
+    All but parquet may be compressed by gzip or zstd. UTF-8, with or without a byte-order mark.
 
     Raises:
         UserError: if the file is missing or unreadable.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file (--data_file, --data_path, --eval_datasets, --extra_val_set)")
-    builder = next((_BUILDERS[suffix] for suffix in _BUILDERS if path.name.lower().endswith(suffix)), None)
+    read, newline = _reader(path)
     try:
-        if builder is None:
-            yield {"text": path.read_text(encoding="utf-8")}
-        else:
-            yield from datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
+        with _decompressed(path) as file:
+            # Only pyarrow reads bytes.
+            yield from read(file if read is _parquet_rows else io.TextIOWrapper(file, "utf-8-sig", newline=newline))
     except Exception as error:
-        # Readers of json, gzip and parquet each have errors of their own.
-        kinds = "txt, json, jsonl, json.gz or parquet"
-        raise UserError(f"{path}: cannot be read as {kinds} ({type(error).__name__})") from error
+        # The parsers and decompressors each have errors of their own.
+        raise UserError(f"{path}: cannot be read as {FILE_KINDS} ({error_reason(error)})") from error
+
+
+def _reader(path: Path) -> tuple[Callable[[Any], Iterator[Row]], str | None]:
+    """What reads the rows of a file of this name, and how it wants line ends."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in (".gz", ".zst"):
+        suffixes.pop()
+    kind = suffixes[-1] if suffixes else ""
+    if kind in (".csv", ".tsv"):
+        return partial(_table_rows, delimiter="\t" if kind == ".tsv" else ","), ""
+    readers = {".json": _json_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}
+    return readers.get(kind, _text_rows), None
+
+
+def _decompressed(path: Path) -> BinaryIO:
+    """The bytes of ``path``, by what it begins with: a download may have been decompressed on its way."""
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic.startswith(_GZIP_MAGIC):
+        return gzip.open(path)
+    return pyarrow.input_stream(path, compression="zstd") if magic == _ZSTD_MAGIC else path.open("rb")
+
+
+def _text_rows(file: IO[str]) -> Iterator[Row]:
+    yield {"text": file.read()}
+
+
+def _table_rows(file: IO[str], delimiter: str) -> Iterator[Row]:
+    """Rows of a table with a header; all values are text."""
+    csv.field_size_limit(sys.maxsize)
+    for index, row in enumerate(csv.DictReader(file, delimiter=delimiter, strict=True)):
+        if None in row:
+            raise ValueError(f"row {index} has more cells than the header; quote cells that hold the separator")
+        yield row
+
+
+def _json_rows(file: IO[str]) -> Iterator[Row]:
+    """Rows of an object a line, of one list of objects, or of one object."""
+    lines = (line for line in file if line.strip())
+    head = next(lines, "[]")
+    try:
+        first = json.loads(head)
+    except ValueError:
+        first = json.loads(head + file.read())
+    rows = first if isinstance(first, list) else itertools.chain([first], _json_lines(lines))
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {index} is {type(row).__name__}, not an object with columns")
+        yield row
+
+
+def _json_lines(lines: Iterator[str]) -> Iterator[Any]:
+    for index, line in enumerate(lines, start=1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"row {index}: {error}") from error
+
+
+def _parquet_rows(file: BinaryIO) -> Iterator[Row]:
+    for batch in parquet.ParquetFile(file).iter_batches(batch_size=1000):
+        yield from batch.to_pylist()
+
+
+def _documents(rows: Iterable[Row], source: str) -> Iterator[str]:
+    """Texts of ``rows``, whose errors name the ``source`` and the row."""
+    for index, row in enumerate(rows):
+        try:
+            text = row_text(row)
+        except UserError as error:
+            raise UserError(f"{source}: row {index}: {error}") from None
+        yield text
 
 
 def row_text(row: Row) -> str:
     """Text of a row: its instruction, input and output, newline-joined, or else its ``text`` or ``sentence``.
 
     Instruction data sets often carry a ``text`` too, with a prompt template around the three; that one is not meant.
+
+    Raises:
+        UserError: naming the column, if there is none of these or its value is not text.
     """
     if "instruction" in row and "output" in row:
-        return "\n".join(row.get(column) or "" for column in ("instruction", "input", "output"))
-    for column in ("text", "sentence"):
-        if isinstance(row.get(column), str):
-            return row[column]
-    raise UserError(f"no column text, sentence or instruction/output among: {', '.join(row)}")
+        return "\n".join(instruction_columns(row).values())
+    columns = [column for column in ("text", "sentence") if column in row]
+    if not columns:
+        raise UserError(f"no column text, sentence or instruction/output among: {', '.join(row)}")
+    # Of rows in unlike columns, readers fill what is missing with null.
+    return text_value(row, next((column for column in columns if row[column] is not None), columns[0]))
+
+
+def instruction_columns(row: Row) -> dict[str, str]:
+    """The columns ``instruction``, ``input`` and ``output`` of ``row``; an ``input`` that is missing or null is empty.
+
+    Raises:
+        UserError: naming the column whose value is not text.
+    """
+    filled = row | {"input": "" if row.get("input") is None else row["input"]}
+    return {column: text_value(filled, column) for column in ("instruction", "input", "output")}
+
+
+def text_value(row: Row, column: str) -> str:
+    """The value of ``column``.
+
+    Raises:
+        UserError: if it is not text, or holds half a surrogate pair, which no tokenizer reads.
+    """
+    value = row[column]
+    if not isinstance(value, str):
+        raise UserError(f"{column} is {type(value).__name__}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{column} is not text (a lone surrogate, as left by cutting an escaped character)") from None
+    return value
 
 
 def join_documents(documents: Iterable[str], max_chars: int | None = None) -> str:

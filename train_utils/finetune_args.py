@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
-from ppl_eval.ppl_dataset import parse_eval_dataset
+from ppl_eval.ppl_dataset import name_eval_sets, split_eval_specs
 from slim_utils.bos import BOS_HELP, BOS_POLICIES
 from slim_utils.cli import ArgumentParser
 from slim_utils.errors import UserError
@@ -264,13 +264,8 @@ def check_data_args(data: DataArguments) -> None:
             raise UserError(f"--{name} {getattr(data, name)}: at least {lowest}")
     if any(seqlen < 2 for seqlen in data.eval_seqlens or ()):
         raise UserError("--eval_seqlens: at least 2")
-    for spec in extra_val_specs(data):
-        parse_eval_dataset(spec, "--extra_val_set")
-
-
-def extra_val_specs(data: DataArguments) -> list[str]:
-    """The texts of ``--extra_val_set``; none where it is empty or ``none``."""
-    return [spec for spec in data.extra_val_set.split(",") if spec and spec != "none"]
+    if "validation" in name_eval_sets(split_eval_specs(data.extra_val_set), "--extra_val_set"):
+        raise UserError("--extra_val_set: validation is the name of the held-out rows; choose another: NAME=FILE")
 
 
 def check_distribution(training: TrainingArguments) -> None:
@@ -298,7 +293,7 @@ def check_output_dir(args: FinetuneArguments) -> None:
         "--distill_from": [args.model.distill_from],
         "--data_path": [args.data.data_path],
         "--mask_config_dir": [args.sparse.mask_config_dir],
-        "--extra_val_set": eval_files(extra_val_specs(args.data)),
+        "--extra_val_set": eval_files(split_eval_specs(args.data.extra_val_set)),
         "--deepspeed": [deepspeed],
     }
     check_inputs_outside(Path(training.output_dir), "--output_dir", inputs)

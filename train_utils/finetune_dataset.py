@@ -1,5 +1,6 @@
 """Instruction data for fine-tuning: rows, prompts, masked labels, the split, and the cache of tokenised samples."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from slim_utils.errors import UserError
 from slim_utils.model_io import atomic_folder
-from slim_utils.text_source import HUB_SOURCES, Row, file_rows, hub_rows
+from slim_utils.text_source import HUB_SOURCES, Row, file_rows, hub_rows, instruction_columns
 from train_utils.prompts import CHAT, TEMPLATES, chat_texts
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 IGNORED_LABEL = -100
 SPLIT_SEED = 24
 CACHE_FORMAT = 1
+# What a folder answers that belongs to someone else, or lies on a read-only disk, or below a file.
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
 Sample = dict[str, list[int]]
 
 
@@ -52,7 +55,7 @@ class FinetuneData:
         train: rows of ``input_ids``, ``attention_mask``, ``labels``.
         validation: the same of the held-out rows; ``None`` where none were asked for.
         source: file or hub name.
-        num_dropped: rows whose answer the cut left no token of.
+        num_dropped: rows with an empty answer, or one that the cut left no token of.
         sha256: of rows, tokenizer and settings.
     """
 
@@ -75,7 +78,7 @@ def load_finetune_data(
 
     Args:
         train_data: a name of ``HUB_SOURCES``; not read where ``data_path`` is given.
-        data_path: a json, jsonl, json.gz or parquet file, or a hub name.
+        data_path: a file (see ``file_rows``), or a hub name.
         tokenizer: the model's.
         settings: prompts and lengths.
         val_size: rows to hold out, drawn with ``SPLIT_SEED``.
@@ -86,18 +89,27 @@ def load_finetune_data(
     """
     source = data_path or train_data
     rows = instruction_rows(source)
-    key = fingerprint(rows, tokenizer, settings)
-    samples = cached_samples(cache_dir and cache_dir / f"finetune-{key[:32]}", rows, tokenizer, settings)
-    dropped = len(rows) - len(samples)
-    if dropped:
+    answered = [row for row in rows if row["output"].strip()]
+    key = fingerprint(answered, tokenizer, settings)
+    samples = cached_samples(cache_dir and cache_dir / f"finetune-{key[:32]}", answered, tokenizer, settings)
+    unanswered, cut = len(rows) - len(answered), len(answered) - len(samples)
+    if len(samples) == 0:
+        reasons = [f"{unanswered} {'has' if unanswered == 1 else 'have'} an empty answer"] if unanswered else []
+        whose = "has no token of its answer" if cut == 1 else "have no token of their answer"
+        reasons += [f"{cut} {whose} within --max_length {settings.max_length}"] if cut else []
+        raise UserError(f"{source}: no sample is left of {len(rows)} rows{': ' if reasons else ''}{', '.join(reasons)}")
+    if unanswered:
+        logger.warning("%d of %d rows dropped: their answer is empty", unanswered, len(rows))
+    if cut:
         logger.warning(
             "%d of %d rows dropped: --max_length %d leaves no token of their answer",
-            dropped,
+            cut,
             len(rows),
             settings.max_length,
         )
     if len(samples) <= val_size:
         raise UserError(f"{source}: {len(samples)} samples, {val_size} of them held out; lower --val_dataset_size")
+    dropped = unanswered + cut
     if val_size == 0:
         return FinetuneData(samples, None, source, dropped, key)
     split = samples.train_test_split(test_size=val_size, shuffle=True, seed=SPLIT_SEED, load_from_cache_file=False)
@@ -125,11 +137,10 @@ def check_row(row: Row, index: int, source: str) -> Row:
     """
     if not {"instruction", "output"} <= row.keys():
         raise UserError(f"{source}: row {index} has no columns instruction and output, but: {', '.join(row)}")
-    checked = {"instruction": row["instruction"], "input": row.get("input") or "", "output": row["output"]}
-    for column, value in checked.items():
-        if not isinstance(value, str):
-            raise UserError(f"{source}: row {index}: {column} is {type(value).__name__}, not text")
-    return checked
+    try:
+        return instruction_columns(row)
+    except UserError as error:
+        raise UserError(f"{source}: row {index}: {error}") from None
 
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase, settings: SampleSettings) -> Sample | None:
@@ -186,9 +197,16 @@ def cached_samples(
     samples = [sample for row in progress if (sample := encode(row, tokenizer, settings)) is not None]
     made = datasets.Dataset.from_list(samples)
     if folder is not None:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(folder) as partial:
-            made.save_to_disk(str(partial))
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_folder(folder) as partial:
+                made.save_to_disk(str(partial))
+        except OSError as error:
+            if error.errno not in NOT_WRITABLE:
+                raise
+            logger.warning(
+                "the tokenised samples are not kept for the next run (%s); choose another --cache_dir", error
+            )
     return made
 
 

@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import lm_eval.tasks
 import pytest
 import yaml
+from lm_eval.tasks import TaskManager
 
 import model_evaluate
 import model_slimming
-from ppl_eval.zero_shot import README_TASKS, averages, results_table
+from ppl_eval.zero_shot import README_TASKS, averages, load_tasks, results_table, task_specs
 from slim_utils.errors import UserError
 from tests.conftest import random_text
 
@@ -197,6 +199,27 @@ def test_rows_in_another_schema_and_an_unreachable_hub(checkpoint, tmp_path):
         main("--model", checkpoint, "--data_dir", tmp_path, "--tasks", "piqa", "--device", "cpu")
     with pytest.raises(UserError, match=r"the data of piqa: .*; give local files by --data_dir DIR"):
         main("--model", checkpoint, "--tasks", "piqa", "--device", "cpu")
+
+
+def test_load_tasks_odd_path_and_unwritable_cache_read(data_dir, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    odd = tmp_path / "a::b, run[1]"
+    shutil.copytree(data_dir / "hellaswag", odd / "hellaswag")
+    manager = TaskManager()
+    with task_specs(manager, ["hellaswag"], odd) as specs:
+        tasks = load_tasks(manager, specs, odd)["tasks"]
+    # The rows outlive the folder that they were prepared in.
+    assert len(list(tasks["hellaswag"].validation_docs())) == ROWS
+
+
+def test_load_tasks_unwritable_cache_named(monkeypatch, tmp_path):
+    def load(self, specs):
+        raise PermissionError(13, "Permission denied", "/sys/cache")
+
+    monkeypatch.setattr(TaskManager, "load", load)
+    with pytest.raises(UserError, match=r"cache of downloads cannot be written \(.*'/sys/cache'\); set HF_HOME"):
+        load_tasks(TaskManager(), ["piqa"], None)
 
 
 @pytest.mark.parametrize(

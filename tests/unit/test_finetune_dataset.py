@@ -157,6 +157,8 @@ def test_the_cache_is_used_only_for_the_same_data_tokenizer_and_settings(
         ({"text": "x"}, "row 0 has no columns instruction and output, but: text"),
         ({"instruction": "a", "output": None}, "row 0: output is NoneType, not text"),
         ({"instruction": 3, "output": "a"}, "row 0: instruction is int, not text"),
+        ({"instruction": "a", "output": ["b"]}, "row 0: output is list, not text"),
+        ({"instruction": "a", "input": 0, "output": "b"}, "row 0: input is int, not text"),
     ],
 )
 def test_bad_rows(tmp_path, row, message):
@@ -164,6 +166,52 @@ def test_bad_rows(tmp_path, row, message):
     path.write_text(json.dumps([row]))
     with pytest.raises(UserError, match=message):
         instruction_rows(str(path))
+
+
+def test_instruction_rows_csv_read_as_table(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text('\ufeffinstruction,input,output\n"w3, w4",,2020\n', encoding="utf-8")
+    assert instruction_rows(str(path)) == [{"instruction": "w3, w4", "input": "", "output": "2020"}]
+
+
+def test_load_finetune_data_empty_answers_own_reason(tokenizer, tmp_path, caplog):
+    path = tmp_path / "data.jsonl"
+    rows = [ROW] * 4 + [{**ROW, "output": ""}, {**ROW, "output": " \n"}, {**ROW, "instruction": "w3 " * 40}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_finetune_data("x", str(path), tokenizer, NONE, 1, tmp_path / "cache")
+    assert data.num_dropped == 3
+    assert len(data.train) == 3
+    assert "2 of 7 rows dropped: their answer is empty" in caplog.text
+    assert "1 of 7 rows dropped: --max_length 32 leaves no token of their answer" in caplog.text
+    caplog.clear()
+    assert load_finetune_data("x", str(path), tokenizer, NONE, 1, tmp_path / "cache").num_dropped == 3
+    assert "2 of 7 rows dropped: their answer is empty" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        ([{**ROW, "output": ""}] * 3, NONE, "no sample is left of 3 rows: 3 have an empty answer$"),
+        (
+            [ROW, {**ROW, "output": ""}],
+            SampleSettings("none", 2),
+            "of 2 rows: 1 has an empty answer, 1 has no token of its answer within --max_length 2$",
+        ),
+        ([], NONE, "no sample is left of 0 rows$"),
+    ],
+)
+def test_load_finetune_data_no_sample_left_reason_named(tokenizer, tmp_path, rows, settings, message):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=message):
+        load_finetune_data("x", str(path), tokenizer, settings, 0, None)
+
+
+def test_load_finetune_data_unwritable_cache_goes_without(tokenizer, instruction_file, caplog):
+    data = load_finetune_data("x", str(instruction_file), tokenizer, NONE, 4, instruction_file / "slimgpt")
+    assert len(data.train) == 44
+    assert "the tokenised samples are not kept for the next run" in caplog.text
+    assert "--cache_dir" in caplog.text
 
 
 def test_too_few_rows_name_the_flag(tokenizer, instruction_file):

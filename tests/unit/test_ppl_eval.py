@@ -1,16 +1,23 @@
 """Perplexity against the library's own loss."""
 
-import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from ppl_eval.ppl_dataset import EvalKey, eval_windows, load_eval_sets, load_eval_tokens, parse_eval_dataset
-from ppl_eval.ppl_eval import evaluate, perplexity, ppl_metric
-from slim_utils.bos import BOS_POLICIES, calibration_bos, evaluation_bos
+from ppl_eval.ppl_dataset import (
+    EvalKey,
+    eval_windows,
+    load_eval_sets,
+    load_eval_tokens,
+    name_eval_sets,
+    parse_eval_dataset,
+    split_eval_specs,
+)
+from ppl_eval.ppl_eval import perplexity, ppl_metric
 from slim_utils.errors import UserError
-from tests.conftest import adding_bos, make_tiny, word_tokenizer
+from tests.conftest import make_tiny, random_text
 
 
 def test_perplexity_is_exp_of_the_models_own_loss(samples):
@@ -48,53 +55,74 @@ def test_unknown_data_set(spec):
         parse_eval_dataset(spec)
 
 
-def test_eval_windows_with_bos_have_it_first_and_lose_no_text():
-    windows = eval_windows(torch.arange(11), 4, "x", bos=99)
-    assert windows.tolist() == [[99, 0, 1, 2], [99, 3, 4, 5], [99, 6, 7, 8]]
-    with pytest.raises(UserError, match="2 tokens are less than one window of 4"):
-        eval_windows(torch.arange(2), 4, "x", bos=99)
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Texts of the same names in folders of odd names, seen from the folder above."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/x/t.txt", "b/x/t.txt", "lr=0.1/u.txt", "a,b/v, w.txt", "c/wikitext2"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(random_text(40, len(name)))
+    return tmp_path
 
 
-def test_load_eval_sets_of_a_tokenizer_that_adds_bos(bos_tokenizer, text_file):
-    sets = {policy: load_eval_sets([str(text_file)], bos_tokenizer, [16], 64, policy) for policy in BOS_POLICIES}
-    assert [list(of) for of in sets.values()] == [
-        [EvalKey(text_file.name, 16, True)],
-        [EvalKey(text_file.name, 16, True)],
-        [EvalKey(text_file.name, 16, False)],
-    ]
-    (with_bos,), (without,) = sets["auto"].values(), sets["never"].values()
-    assert with_bos[:, 0].tolist() == [bos_tokenizer.bos_token_id] * len(with_bos)
-    assert (with_bos[:, 1:] != bos_tokenizer.bos_token_id).all()
-    # As in the published tables: the tokenizer's own BOS, once, in front of the whole text.
-    assert without[0, 0] == bos_tokenizer.bos_token_id
-    assert (without.flatten()[1:] != bos_tokenizer.bos_token_id).all()
-    assert torch.equal(without.flatten()[1:16], with_bos[0, 1:])
+def test_parse_eval_dataset_file_as_spelled_wins(files):
+    assert parse_eval_dataset("lr=0.1/u.txt") == ("u.txt", Path("lr=0.1/u.txt"))
+    assert parse_eval_dataset("mine=lr=0.1/u.txt") == ("mine", Path("lr=0.1/u.txt"))
+    with pytest.raises(UserError, match="neither one of"):
+        parse_eval_dataset("x" * 5000)
 
 
-def test_load_eval_sets_of_llama_2_on_auto_measures_without_bos_first(text_file):
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 29871)}, "▁": 29871}
-    tokenizer = adding_bos(word_tokenizer(words))
-    assert list(load_eval_sets([str(text_file)], tokenizer, [16], 64)) == [
-        EvalKey(text_file.name, 16, False),
-        EvalKey(text_file.name, 16, True),
-    ]
-    assert evaluation_bos(tokenizer, "always") == [1]
-    assert evaluation_bos(tokenizer, "never") == [None]
-    assert calibration_bos(tokenizer, "auto") == 1
+def test_name_eval_sets_equal_file_names_told_apart_by_folder(files):
+    specs = ["a/x/t.txt", str(files / "b/x/t.txt"), "lr=0.1/u.txt", "c/wikitext2", "ptb"]
+    names = ["a/x/t.txt", "b/x/t.txt", "u.txt", "c/wikitext2", "ptb"]
+    assert name_eval_sets(specs) == dict(zip(names, specs, strict=True))
+    (files / "x").mkdir()
+    (files / "x/t.txt").touch()
+    inside = list(name_eval_sets(["x/t.txt", "a/x/t.txt"]))
+    assert inside == [f"{files.name}/x/t.txt", "a/x/t.txt"]
+    assert list(name_eval_sets(["x=a/x/t.txt", "b/x/t.txt"])) == ["x", "t.txt"]
+    assert list(name_eval_sets(["t.txt=a/x/t.txt", "b/x/t.txt"])) == ["t.txt", "x/t.txt"]
 
 
-def test_bos_always_without_a_bos_token_is_refused(tokenizer, text_file):
-    bare = copy.deepcopy(tokenizer)
-    bare.bos_token = None
-    with pytest.raises(UserError, match="--bos always: the tokenizer has no BOS token"):
-        load_eval_sets([str(text_file)], bare, [16], 64, "always")
-    assert calibration_bos(bare, "auto") is None
+@pytest.mark.parametrize(
+    ("specs", "name"),
+    [
+        (["ptb", "ptb"], "ptb"),
+        (["ptb", "ptb=a/x/t.txt"], "ptb"),
+        (["mine=a/x/t.txt", "mine=b/x/t.txt"], "mine"),
+        (["a/x/t.txt", "a/../a/x/t.txt"], "t.txt"),
+    ],
+)
+def test_name_eval_sets_one_name_twice_refused(files, specs, name):
+    with pytest.raises(UserError, match=f"--extra_val_set: {name} is given twice; leave one out.* NAME=FILE"):
+        name_eval_sets(specs, "--extra_val_set")
 
 
-def test_evaluate_says_how_windows_begin(bos_tokenizer, text_file, caplog):
-    caplog.set_level("INFO")
-    sets = load_eval_sets([f"mine={text_file}"], bos_tokenizer, [16], 64)
-    (entry,) = evaluate(make_tiny("gqa"), sets)
-    assert entry["bos"] is True
-    assert "BOS first" in caplog.text
-    assert next(iter(sets)).label == "mine, seqlen 16, BOS"
+def test_load_eval_sets_equal_file_names_both_measured(files, tokenizer):
+    sets = load_eval_sets(["a/x/t.txt", "b/x/t.txt"], tokenizer, [16], 64)
+    assert list(sets) == [EvalKey("a/x/t.txt", 16), EvalKey("b/x/t.txt", 16)]
+    model = make_tiny("gqa")
+    assert list(ppl_metric(model, tokenizer, ["a/x/t.txt", "b/x/t.txt"], 16)) == ["a/x/t.txt", "b/x/t.txt"]
+
+
+def test_load_eval_sets_bad_length_its_own_flag_named(files, tokenizer):
+    flags = {65: "--extra_val_seqlen", 50: "--extra_val_seqlen"}
+    for flag, given in (("--extra_val_seqlen", flags), ("--eval_seqlens", {})):
+        with pytest.raises(UserError, match=f"^{flag} 65: the model has 64 positions"):
+            load_eval_sets(["u=a/x/t.txt"], tokenizer, [65], 64, seqlen_flags=given)
+        with pytest.raises(UserError, match=rf"one window of 50 \({flag}\)"):
+            load_eval_sets(["u=a/x/t.txt"], tokenizer, [50], 64, seqlen_flags=given)
+
+
+@pytest.mark.parametrize(
+    ("text", "specs"),
+    [
+        ("wikitext2, ptb", ["wikitext2", "ptb"]),
+        ("a,b/v, w.txt", ["a,b/v, w.txt"]),
+        ("ptb,mine=a,b/v, w.txt , a/x/t.txt", ["ptb", "mine=a,b/v, w.txt", "a/x/t.txt"]),
+        ("none", []),
+        (" ,", []),
+    ],
+)
+def test_split_eval_specs_existing_file_with_comma_kept(files, text, specs):
+    assert split_eval_specs(text) == specs
