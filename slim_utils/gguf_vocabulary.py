@@ -151,10 +151,12 @@ def space_prefix(content: dict[str, Any], source: str) -> bool:
         (step,) = splits
         inner = any(_SPACE in token[1:] for token in content["model"]["vocab"])
         if step["replacement"] == _SPACE and not (step["split"] and inner):
-            if step["prepend_scheme"] != "never":
+            scheme = step["prepend_scheme"]
+            if scheme != "never":
                 # SentencePiece's own way; there is no key for another.
-                logger.info("llama.cpp puts a space before a text that begins with one too, and after special tokens")
-            return step["prepend_scheme"] != "never"
+                places = " and after every special token" if scheme == "first" else ""
+                logger.info("llama.cpp, unlike this tokenizer, puts a space before a text that has one%s", places)
+            return scheme != "never"
     kinds = [step["type"] for step in normalizers + splits]
     raise UserError(f"{source}: llama.cpp's SentencePiece does not have the tokenizer's steps {kinds}")
 

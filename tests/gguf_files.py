@@ -50,15 +50,33 @@ TEXTS = [
     "The Market garden isn't open in 12345 days.",
     "NewYork HTTPServer we'LL go/\n\n  river   stone\r\n\tend  ",
     "Überall stehen große Häuser; 東京 и Москва 2024!?",
-    "x",
+    "xylophone x",
 ]
-CORPUS = " ".join((*TEXTS, random_text(300), "don't DON'T Garden GARDEN newYork 99 100 1000 10000 12345 //  \n\n")) * 3
+CORPUS = "\n".join((*TEXTS[:3], random_text(20), "don't DON'T Garden GARDEN newYork 99 1000 // ")) * 3
+# Has no merges.
+WHOLE = "xylophone"
 
 
 def byte_level(name: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 400 tokens with the splitting rule that llama.cpp calls ``name``."""
+    """A byte-level BPE of at most 600 tokens with the splitting rule that llama.cpp calls ``name``.
+
+    It has learnt whatever stands between spaces, and one token is that of no merge: another rule gives other tokens.
+    """
+    inner = Tokenizer(models.BPE())
+    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    learnt = pre_tokenizers.Split(Regex(r" ?\S+|\s+"), "isolated")
+    inner.pre_tokenizer = pre_tokenizers.Sequence([learnt, bytes_alone])
+    trainer = trainers.BpeTrainer(
+        vocab_size=599,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([CORPUS], trainer)
+    model = json.loads(inner.to_str())["model"]
     regex, ignore_merges = BYTE_LEVEL[name]
-    inner = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    vocab, merges = model["vocab"] | {WHOLE: len(model["vocab"])}, list(map(tuple, model["merges"]))
+    inner.model = models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges)
     steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex is None)]
     if regex is not None:
         steps.insert(0, pre_tokenizers.Split(Regex(regex), "isolated"))
@@ -66,24 +84,18 @@ def byte_level(name: str) -> PreTrainedTokenizerFast:
         steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
     inner.pre_tokenizer = pre_tokenizers.Sequence(steps)
     inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    inner.train_from_iterator([CORPUS], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
 
 
 def sentencepiece_folder(folder: Path, legacy: bool = False) -> Path:
-    """A folder with a SentencePiece model of 400 tokens as LLaMA 2 has it, and no ``tokenizer.json``."""
+    """A folder with a SentencePiece model of at most 400 tokens as LLaMA 2 has it, and no ``tokenizer.json``."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "corpus.txt").write_text(CORPUS.replace(". ", ".\n"), encoding="utf-8")
+    (folder / "corpus.txt").write_text(CORPUS, encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "corpus.txt"),
         model_prefix=str(folder / "tokenizer"),
         vocab_size=400,
+        hard_vocab_limit=False,
         model_type="bpe",
         byte_fallback=True,
         minloglevel=2,

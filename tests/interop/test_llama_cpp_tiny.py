@@ -21,7 +21,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 def test_token_ids_are_those_of_transformers(tmp_path, kind):
     sentencepiece = kind in SENTENCEPIECE
     tokenizer = sentencepiece_llama(tmp_path / "base", kind) if sentencepiece else byte_level(kind)
-    make_tiny("gqa", vocab_size=410, bos_token_id=1).save_pretrained(tmp_path / "model")
+    make_tiny("gqa", vocab_size=610, bos_token_id=1).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     export(tmp_path / "model")
     got = engine(PYTHON, "llama_cpp_tokenize.py", tmp_path / "model.gguf", stdin=json.dumps(TEXTS))["ids"]

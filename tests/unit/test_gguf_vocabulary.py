@@ -46,7 +46,7 @@ def changed(tokenizer, change) -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("name", BYTE_LEVEL)
 def test_read_vocabulary_names_known_splitting_rules(name):
-    assert read_vocabulary(byte_level(name), 400, "here").pre_tokenizer == name
+    assert read_vocabulary(byte_level(name), 600, "here").pre_tokenizer == name
 
 
 def test_pre_tokenizer_name_takes_each_way_of_isolating_matches():
@@ -160,7 +160,7 @@ def test_an_unknown_token_that_ends_texts_stays_control():
     def name_unknown(content):
         content["model"]["unk_token"] = "</s>"
 
-    assert read_vocabulary(changed(byte_level("gpt-2"), name_unknown), 400, "here").types[:3] == [3, 3, 1]
+    assert read_vocabulary(changed(byte_level("gpt-2"), name_unknown), 600, "here").types[:3] == [3, 3, 1]
 
 
 def test_read_vocabulary_refuses_dropout():
@@ -168,15 +168,16 @@ def test_read_vocabulary_refuses_dropout():
         content["model"]["dropout"] = 0.5
 
     with pytest.raises(UserError, match=r"here: a tokenizer with dropout, which llama\.cpp does not have"):
-        read_vocabulary(changed(byte_level("gpt-2"), drop), 400, "here")
+        read_vocabulary(changed(byte_level("gpt-2"), drop), 600, "here")
 
 
 @pytest.mark.parametrize(
-    ("rows", "beyond"), [(401, r"1 .* \('<tool>'\)"), (398, r"4 .* \('.*', '.*', '\[PAD\]', '<tool>'\)")]
+    ("missing", "beyond"), [(1, r"1 .* \('<tool>'\)"), (4, r"4 .* \('.*', '.*', '\[PAD\]', '<tool>'\)")]
 )
-def test_export_refuses_tokens_beyond_the_embedding(tmp_path, rows, beyond):
+def test_export_refuses_tokens_beyond_the_embedding(tmp_path, missing, beyond):
     tokenizer = byte_level("gpt-2")
     tokenizer.add_tokens(["[PAD]", "<tool>"])
+    rows = len(tokenizer) - missing
     make_tiny("gqa", vocab_size=rows).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match=rf": {beyond} have no row in the embedding of {rows};"):
