@@ -45,6 +45,7 @@ from slim_utils.model_io import (
     save_checkpoint,
     write_json_atomic,
 )
+from slim_utils.output_folder import output_lock
 from slim_utils.params_remove import shrink
 from slim_utils.pruning_record import PRUNING_FILE, LayerMask, read_masks, write_pruning
 from slim_utils.run_record import environment
@@ -221,7 +222,7 @@ def report(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
         print(side_by_side(rows, ("before", "after")))
 
 
-def main(args: FinetuneArguments) -> None:
+def run(args: FinetuneArguments) -> None:
     """Load, measure, train, fuse, save, measure."""
     training = args.training
     is_main = training.process_index == 0
@@ -274,6 +275,12 @@ def main(args: FinetuneArguments) -> None:
         write_json_atomic(folder / RUN_FILE, record)
     logger.info("saved %s", training.output_dir)
     report(before, after)
+
+
+def main(args: FinetuneArguments) -> None:
+    """Run as the only one that writes the output folder."""
+    with output_lock(args.training.output_dir, "--output_dir"):
+        run(args)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from ppl_eval.ppl_dataset import parse_eval_dataset
 from slim_utils.cli import ArgumentParser
 from slim_utils.errors import UserError
 from slim_utils.model_io import check_output
+from slim_utils.output_folder import output_lock
 from train_utils.prompts import TEMPLATES
 
 logger = logging.getLogger(__name__)
@@ -222,7 +223,9 @@ def check_args(args: FinetuneArguments) -> None:
     check_model_args(args)
     check_data_args(args.data)
     check_distribution(args.training)
-    check_output_dir(args.training)
+    # A live run is named first; what it has written so far is nobody else's to replace.
+    with output_lock(args.training.output_dir, "--output_dir"):
+        check_output_dir(args.training)
 
 
 def check_model_args(args: FinetuneArguments) -> None:

@@ -177,6 +177,17 @@ def test_overwrite_discards_a_cut_off_run(words, tmp_path):
         main(*words, "--resume")
 
 
+@pytest.mark.parametrize("more", [[], ["--resume"], ["--overwrite"]])
+def test_main_beside_a_live_run_names_it_and_keeps_its_layers(words, more, tmp_path, lock_holder):
+    store = LayerStore(tmp_path / "out")
+    store.open({}, False)
+    (store.folder / "layer_0000.safetensors").write_bytes(b"of the live run")
+    process = lock_holder(tmp_path / "out")
+    with pytest.raises(UserError, match=f"--save_dir .*out: process {process.pid} on .* writes it"):
+        main(*words, *more, "--save_dir", tmp_path / "out")
+    assert (store.folder / "layer_0000.safetensors").read_bytes() == b"of the live run"
+
+
 def test_layers_of_an_unknown_run_are_not_taken(tmp_path):
     store = LayerStore(tmp_path / "out")
     store.open({"a": 1}, False)
