@@ -45,7 +45,7 @@ from slim_utils.model_io import (
     save_checkpoint,
     write_json_atomic,
 )
-from slim_utils.output_folder import output_lock
+from slim_utils.output_folder import output_entries, output_lock
 from slim_utils.params_remove import shrink
 from slim_utils.pruning_record import PRUNING_FILE, LayerMask, read_masks, write_pruning
 from slim_utils.run_record import environment
@@ -195,7 +195,8 @@ def open_output(args: FinetuneArguments, record: dict[str, Any]) -> None:
     """Make the output folder, emptied of an earlier run's where that was asked for, and mark it as a run's."""
     output_dir = Path(args.training.output_dir)
     if args.training.overwrite and output_dir.exists() and not args.training.resume_from_checkpoint:
-        shutil.rmtree(output_dir)
+        for entry in output_entries(output_dir):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json_atomic(output_dir / RUN_FILE, record)
 

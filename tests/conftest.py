@@ -185,3 +185,17 @@ def lock_holder() -> Iterator[Callable[[Path], subprocess.Popen]]:
     for process in processes:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(params=["tmpfs", "bind"])
+def mount_point(request, tmp_path) -> Iterator[Path]:
+    """An empty folder that is a mount point: a file system of its own, or a folder of the same one."""
+    folder, source = tmp_path / "volume", tmp_path.parent / f"{tmp_path.name}-source"
+    folder.mkdir()
+    source.mkdir()
+    kinds = {"tmpfs": ["-t", "tmpfs", "tmpfs"], "bind": ["--bind", str(source)]}
+    mount = ["mount", *kinds[request.param], str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("cannot mount a file system here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -16,7 +16,7 @@ from slim_utils.errors import UserError
 from slim_utils.families import find_family
 from slim_utils.layer_store import LayerStore, changed_parameters, fingerprint
 from slim_utils.layer_walk import prune_layers
-from slim_utils.model_io import clear_leftovers
+from slim_utils.output_folder import clear_leftovers
 from slim_utils.walk_settings import WalkSettings
 from tests.conftest import ALL_TINY, make_tiny
 
