@@ -44,6 +44,7 @@ from slim_utils.model_io import (
     save_checkpoint,
     write_json_atomic,
 )
+from slim_utils.output_folder import output_lock
 from slim_utils.params_remove import shrink
 from slim_utils.pruning_record import PRUNING_FILE, LayerMask, read_masks, write_pruning
 from slim_utils.run_record import environment
@@ -194,7 +195,7 @@ def report(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
         print(side_by_side(rows, ("before", "after")))
 
 
-def main(args: FinetuneArguments) -> None:
+def run(args: FinetuneArguments) -> None:
     """Load, measure, train, fuse, save, measure."""
     training = args.training
     is_main = training.process_index == 0
@@ -253,6 +254,12 @@ def main(args: FinetuneArguments) -> None:
     install_result(args.run_folder, Path(training.output_dir))
     logger.info("saved %s", training.output_dir)
     report(before, after)
+
+
+def main(args: FinetuneArguments) -> None:
+    """Run as the only one that writes the output folder."""
+    with output_lock(args.training.output_dir, "--output_dir"):
+        run(args)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from slim_utils.model_io import (
     warn_if_short_of_space,
 )
 from slim_utils.model_stats import count_parameters, removed_share
+from slim_utils.output_folder import output_lock
 from slim_utils.pruned_output import WholeOutput, write_output, write_record
 from slim_utils.pruning_record import LayerMask
 from slim_utils.publishing import check_publishable, publish
@@ -228,9 +229,8 @@ def evaluate_pruned(args: argparse.Namespace, host: LayerHost, eval_sets: EvalSe
         return evaluate(saved.model, eval_sets, partial(layers_run_once, saved, args.device))
 
 
-def main(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Load, prune, save, evaluate."""
-    args = process_args(args)
     config = load_config(args.model_path, args.trust_remote_code)
     family = find_family(config)
     positions = config.max_position_embeddings
@@ -286,6 +286,12 @@ def main(args: argparse.Namespace) -> None:
         logger.info("published %s", publish(Path(args.save_dir) / SMALL_MODEL_FOLDER, args.push_to_hub))
     if store:
         store.discard()
+
+
+def main(args: argparse.Namespace) -> None:
+    """Check ``args`` and run, as the only one that writes the output folder."""
+    with output_lock(args.save_dir, "--save_dir"):
+        run(process_args(args))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from transformers import PreTrainedConfig
 from slim_utils.errors import UserError
 from slim_utils.families import Family
 from slim_utils.layer_report import LayerReport
-from slim_utils.model_io import clear_leftovers, save_tensors_atomic, write_json_atomic
+from slim_utils.model_io import save_tensors_atomic, write_json_atomic
+from slim_utils.output_folder import clear_leftovers, hidden_path
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +35,10 @@ class LayerStore:
     """
 
     def __init__(self, save_dir: Path) -> None:
-        target = save_dir.absolute()
-        self.folder = target.with_name(f".{target.name}.unfinished")
+        self.folder = hidden_path(save_dir, "unfinished")
         # Checkpoints that are written layer by layer.
         self.output = self.folder / "output"
-        self._target = target
+        self._target = save_dir
 
     def measured(self, refinement: int = 0) -> Path:
         """What a search for the allocation has measured, at first or in a round of refinement."""

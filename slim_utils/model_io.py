@@ -1,6 +1,5 @@
 """Loading models, choosing devices, and writing output folders that appear whole or not at all."""
 
-import glob
 import json
 import logging
 import os
@@ -36,11 +35,19 @@ from slim_utils.checkpoint_checks import (
     untie_own_head,
 )
 from slim_utils.errors import UserError
+from slim_utils.output_folder import (
+    RUN_FILE,
+    hidden_path,
+    is_fixed,
+    make_parent,
+    output_entries,
+    put_aside,
+    replace_entries,
+)
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-RUN_FILE = "run.json"
 SMALL_MODEL_FOLDER = "pruned_weights"
 SENTENCEPIECE_FILE = "tokenizer.model"
 
@@ -129,19 +136,17 @@ def check_output(
     Raises:
         UserError: if it exists and ``overwrite`` is not set, or is not an earlier run's, or cannot be written.
     """
+    make_parent(save_dir, flag)
     if save_dir.exists():
-        occupied = not save_dir.is_dir() or any(save_dir.iterdir())
+        occupied = not save_dir.is_dir() or any(output_entries(save_dir))
         if occupied and not overwrite:
             raise UserError(f"{flag} {save_dir}: exists; choose another or pass --overwrite")
         for name in written:
             if occupied and not (save_dir / name).is_file():
                 raise UserError(f"{flag} {save_dir}: not the output of an earlier run (no {name}); not overwritten")
-    try:
-        save_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag} {save_dir}: {error.strerror}") from error
-    if not os.access(save_dir.absolute().parent, os.W_OK):
-        raise UserError(f"{flag} {save_dir}: {save_dir.absolute().parent} is not writable")
+    place = hidden_path(save_dir, "partial-").parent
+    if not os.access(place, os.W_OK):
+        raise UserError(f"{flag} {save_dir}: {place} is not writable")
 
 
 def check_output_file(path: Path, overwrite: bool, flag: str) -> None:
@@ -159,7 +164,7 @@ def check_output_file(path: Path, overwrite: bool, flag: str) -> None:
 def warn_if_short_of_space(save_dir: Path, model: PreTrainedModel, copies: int) -> None:
     """Say, before any long work, that ``copies`` checkpoints of the size of ``model`` may not fit."""
     needed = copies * sum(parameter.nbytes for parameter in model.parameters())
-    free = shutil.disk_usage(save_dir.absolute().parent).free
+    free = shutil.disk_usage(hidden_path(save_dir, "partial-").parent).free
     if free < needed:
         gib = 1 << 30
         logger.warning("--save_dir %s: up to %.1f GiB to write, %.1f GiB free", save_dir, needed / gib, free / gib)
@@ -167,37 +172,47 @@ def warn_if_short_of_space(save_dir: Path, model: PreTrainedModel, copies: int) 
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside ``target`` that takes its name when the block ends well, and is removed otherwise."""
-    target = target.absolute()
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    old = partial.with_name(f"{partial.name}-old")
+    """A temporary folder that becomes ``target`` when the block ends well, and is removed otherwise.
+
+    A symbolic link stays, and its target is replaced; of a folder that cannot be renamed the entries are replaced.
+    """
+    target = target.resolve()
+    if is_fixed(target):
+        with _staged(target) as partial:
+            yield partial
+            replace_entries(partial, target, output_entries(target))
+        return
+    with _staged(target) as partial:
+        old = partial.with_name(f"{partial.name}-old")
+        try:
+            yield partial
+            # mkdtemp makes private folders; this one becomes an ordinary one.
+            partial.chmod(0o777 & ~_umask())
+            if target.exists():
+                target.rename(old)
+            partial.rename(target)
+        finally:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A temporary folder on the file system of ``target``, a resolved path; it is removed if it is still there."""
+    prefix = hidden_path(target, "partial-")
+    partial = Path(tempfile.mkdtemp(prefix=prefix.name, dir=prefix.parent))
     try:
         yield partial
-        # mkdtemp makes private folders; this one becomes an ordinary one.
-        partial.chmod(0o777 & ~_umask())
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
     finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        # What could not even be settled stays for clear_leftovers.
+        if not any(path.exists() for path in put_aside(partial)):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def scratch_folder(target: Path) -> Path:
-    """A folder beside ``target`` for what a run needs as long as it goes, of each of its processes."""
-    return target.absolute().with_name(f".{target.name}.scratch-{os.environ.get('RANK', '0')}")
-
-
-def clear_leftovers(target: Path) -> None:
-    """Remove what :func:`atomic_folder` could not when it was killed; what it had put aside comes back."""
-    target = target.absolute()
-    for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-*-old"):
-        if not target.exists():
-            leftover.rename(target)
-    for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """A folder on the file system of ``target`` for what a run needs while it lasts, of each of its processes."""
+    return hidden_path(target, f"scratch-{os.environ.get('RANK', '0')}")
 
 
 @contextmanager
@@ -206,15 +221,11 @@ def atomic_entries(target: Path) -> Iterator[Path]:
 
     Each entry is whole or absent, replaces its namesake, and ``RUN_FILE`` comes last: where it is, all are.
     """
-    target = target.absolute()
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.partial-", dir=target.parent) as name:
-        partial = Path(name)
+    target = target.resolve()
+    with _staged(target) as partial:
         yield partial
-        for entry in sorted(partial.iterdir(), key=lambda path: path.name == RUN_FILE):
-            old = target / entry.name
-            if old.is_dir():
-                shutil.rmtree(old)
-            entry.replace(old)
+        namesakes = [target / entry.name for entry in partial.iterdir() if (target / entry.name).exists()]
+        replace_entries(partial, target, namesakes)
 
 
 @contextmanager

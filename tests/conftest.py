@@ -6,6 +6,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
 import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +178,45 @@ def instruction_file(tmp_path_factory) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+# Holds the lock of a folder until it is killed.
+LOCK_HOLDER = """
+import sys, time
+from slim_utils.output_folder import output_lock
+with output_lock(sys.argv[1], "--save_dir"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def lock_holder() -> Iterator[Callable[[Path], subprocess.Popen]]:
+    """Starts a process that holds the lock of an output folder."""
+    processes = []
+
+    def start(folder: Path) -> subprocess.Popen:
+        command = [sys.executable, "-c", LOCK_HOLDER, str(folder)]
+        root = Path(__file__).resolve().parents[1]
+        processes.append(subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True))
+        assert processes[-1].stdout.readline() == "held\n"
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(params=["tmpfs", "bind"])
+def mount_point(request, tmp_path) -> Iterator[Path]:
+    """An empty folder that is a mount point: a file system of its own, or a folder of the same one."""
+    folder, source = tmp_path / "volume", tmp_path.parent / f"{tmp_path.name}-source"
+    folder.mkdir()
+    source.mkdir()
+    kinds = {"tmpfs": ["-t", "tmpfs", "tmpfs"], "bind": ["--bind", str(source)]}
+    mount = ["mount", *kinds[request.param], str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("cannot mount a file system here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

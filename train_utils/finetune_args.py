@@ -17,6 +17,7 @@ from slim_utils.bos import BOS_HELP, BOS_POLICIES
 from slim_utils.cli import ArgumentParser
 from slim_utils.errors import UserError
 from slim_utils.input_paths import check_inputs_outside, eval_files
+from slim_utils.output_folder import output_lock
 from train_utils.optional_packages import check_packages
 from train_utils.prompts import TEMPLATES
 from train_utils.run_folder import choose_run_folder
@@ -231,7 +232,9 @@ def check_args(args: FinetuneArguments) -> None:
     check_data_args(args.data)
     check_distribution(args.training)
     check_packages(args.training)
-    check_output_dir(args)
+    # A live run is named first; what it has written so far is nobody else's to replace.
+    with output_lock(args.training.output_dir, "--output_dir"):
+        check_output_dir(args)
 
 
 def check_model_args(args: FinetuneArguments) -> None:

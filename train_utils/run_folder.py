@@ -5,20 +5,22 @@ An earlier run's files stay until the new result is whole. Checkpoints of the tw
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from slim_utils.errors import UserError
 from slim_utils.input_paths import is_inside
 from slim_utils.model_io import RUN_FILE, check_output, write_json_atomic
+from slim_utils.output_folder import clear_leftovers, output_entries, replace_entries, settle_entries
 
 TRAINER_STATE = "trainer_state.json"
 UNFINISHED_FOLDER = ".unfinished"
 
 
 def choose_run_folder(output_dir: Path, overwrite: bool, resume: str | None) -> tuple[Path, str | None]:
-    """The folder to train in, and the checkpoint to go on from, if any; nothing is written.
+    """The folder to train in, and the checkpoint to go on from, if any.
+
+    Nothing is written, but a replacement of the output that was cut off is completed or undone.
 
     Args:
         output_dir: ``--output_dir``.
@@ -29,9 +31,10 @@ def choose_run_folder(output_dir: Path, overwrite: bool, resume: str | None) -> 
         UserError: if the output may not be written, or there is no whole checkpoint.
     """
     unfinished = output_dir / UNFINISHED_FOLDER
+    settle_entries(unfinished, output_dir)
     resume = None if resume is None or resume.lower() == "false" else resume
     if resume is not None and resume.lower() == "true":
-        folder = unfinished if unfinished.is_dir() else output_dir
+        folder = unfinished if unfinished.is_dir() and any(unfinished.iterdir()) else output_dir
         return folder, last_complete_checkpoint(folder)
     if resume is not None:
         if not (Path(resume) / TRAINER_STATE).is_file():
@@ -45,7 +48,7 @@ def choose_run_folder(output_dir: Path, overwrite: bool, resume: str | None) -> 
                 "choose another --output_dir"
             )
     check_output(output_dir, overwrite, "--output_dir")
-    return (unfinished if output_dir.is_dir() and any(output_dir.iterdir()) else output_dir), resume
+    return (unfinished if output_dir.is_dir() and output_entries(output_dir) else output_dir), resume
 
 
 def last_complete_checkpoint(output_dir: Path) -> str:
@@ -71,6 +74,7 @@ def open_run_folder(folder: Path, record: dict[str, Any], resumes: bool) -> None
     """
     if folder.name == UNFINISHED_FOLDER and not resumes:
         shutil.rmtree(folder, ignore_errors=True)
+        clear_leftovers(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not (resumes and _is_finished(folder / RUN_FILE)):
         write_json_atomic(folder / RUN_FILE, record)
@@ -90,21 +94,7 @@ def install_result(folder: Path, output_dir: Path) -> None:
         return
     for state in folder.glob(f"**/{TRAINER_STATE}"):
         _move_best_checkpoint(state, folder, output_dir)
-    earlier = Path(tempfile.mkdtemp(prefix=".earlier-", dir=output_dir))
-    old = [path for path in output_dir.iterdir() if path not in (folder, earlier)]
-    new = sorted(folder.iterdir(), key=lambda path: path.name == RUN_FILE)
-    moves = [(path, earlier / path.name) for path in old] + [(path, output_dir / path.name) for path in new]
-    done: list[tuple[Path, Path]] = []
-    try:
-        for source, target in moves:
-            source.rename(target)
-            done.append((source, target))
-    except BaseException:
-        for source, target in reversed(done):
-            target.rename(source)
-        earlier.rmdir()
-        raise
-    shutil.rmtree(earlier, ignore_errors=True)
+    replace_entries(folder, output_dir, [entry for entry in output_entries(output_dir) if entry != folder])
     folder.rmdir()
 
 

@@ -16,7 +16,7 @@ from slim_utils.errors import UserError
 from slim_utils.families import find_family
 from slim_utils.layer_store import LayerStore, changed_parameters, fingerprint
 from slim_utils.layer_walk import prune_layers
-from slim_utils.model_io import clear_leftovers
+from slim_utils.output_folder import clear_leftovers
 from slim_utils.walk_settings import WalkSettings
 from tests.conftest import ALL_TINY, make_tiny
 
@@ -175,6 +175,17 @@ def test_overwrite_discards_a_cut_off_run(words, tmp_path):
     assert not store.exists()
     with pytest.raises(UserError, match="--resume needs the --save_dir"):
         main(*words, "--resume")
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"], ["--overwrite"]])
+def test_main_beside_a_live_run_names_it_and_keeps_its_layers(words, more, tmp_path, lock_holder):
+    store = LayerStore(tmp_path / "out")
+    store.open({}, False)
+    (store.folder / "layer_0000.safetensors").write_bytes(b"of the live run")
+    process = lock_holder(tmp_path / "out")
+    with pytest.raises(UserError, match=f"--save_dir .*out: process {process.pid} on .* writes it"):
+        main(*words, *more, "--save_dir", tmp_path / "out")
+    assert (store.folder / "layer_0000.safetensors").read_bytes() == b"of the live run"
 
 
 def test_layers_of_an_unknown_run_are_not_taken(tmp_path):
