@@ -105,7 +105,9 @@ class SlimGPT:
         """Zero ``round(units · sparsity)`` units of columns (never all) and compensate in the others.
 
         A unit of one column goes in groups, a larger one (a head, a kv group) alone; after each, the scores are taken
-        anew. Where the Hessian is not positive-definite the damping is raised tenfold until it is.
+        anew. Where the Hessian is not positive-definite the damping is raised tenfold until it is. Columns whose inputs
+        were all zero count as zero, as in the original, but those of kept units keep their weights; with no unit to
+        remove nothing is solved, and the weights stay as they are.
 
         Args:
             sparsity: share of the units to remove, in [0, 1).
@@ -120,6 +122,9 @@ class SlimGPT:
         """
         num_units = self.columns // unit_size
         target = units_to_remove(num_units, sparsity, num_groups)
+        self._check_finite()
+        if not target:
+            return PruneResult([], list(range(num_units)), 0.0, 0.0, percdamp)
         attempts = self._attempts(target, unit_size, percdamp, compensate, num_groups, choices)
         for damping, weight, pruned_weight, removal in attempts:
             columns = unit_columns(removal.units, unit_size)
@@ -131,6 +136,9 @@ class SlimGPT:
                 logger.warning(
                     "%s: Hessian not positive-definite at percdamp %g; raised to %g", self.name, percdamp, damping
                 )
+            kept_dead = self.hessian.diagonal() == 0
+            kept_dead[columns] = False
+            pruned_weight[:, kept_dead] = self.linear.weight[:, kept_dead].to(SOLVE_DTYPE)
             self.linear.weight.copy_(pruned_weight)
             pruned = sorted(removal.units.tolist())
             kept = sorted(set(range(num_units)) - set(pruned))
@@ -162,6 +170,9 @@ class SlimGPT:
             UserError: as :meth:`struct_prune`.
         """
         target = units_to_remove(self.columns // unit_size, sparsity, num_groups)
+        self._check_finite()
+        if not target:
+            return torch.zeros(1, dtype=torch.float64)
         for _, _, _, removal in self._attempts(target, unit_size, percdamp, True, num_groups, choices):
             counts = torch.tensor(removal.steps, dtype=torch.long)
             each = (removal.costs.cpu().double() / counts).repeat_interleave(counts)
@@ -179,8 +190,6 @@ class SlimGPT:
         choices: Choices,
     ) -> Iterator[tuple[float, Tensor, Tensor, Removal]]:
         """Damping, weights before and after, and what was removed, at every damping that makes the Hessian definite."""
-        if not torch.isfinite(self.hessian).all():
-            raise UserError(f"{self.name}: non-finite activations; try --dtype bfloat16 or float32")
         hessian = self.hessian.to(SOLVE_DTYPE, copy=True)
         weight = self.linear.weight.to(SOLVE_DTYPE, copy=True)
         dead = hessian.diagonal() == 0
@@ -193,6 +202,10 @@ class SlimGPT:
             removal = greedy_obs(pruned_weight, hessian, target, unit_size, compensate, num_groups, choices)
             if removal is not None:
                 yield damping, weight, pruned_weight, removal
+
+    def _check_finite(self) -> None:
+        if not torch.isfinite(self.hessian).all():
+            raise UserError(f"{self.name}: non-finite activations; try --dtype bfloat16 or float32")
 
     def _unsolvable(self) -> UserError:
         return UserError(
@@ -233,7 +246,7 @@ def units_to_remove(num_units: int, sparsity: float, num_groups: int = 1) -> int
 def relative_errors(dense: Tensor, pruned: Tensor, hessian: Tensor, columns: Tensor) -> tuple[float, float]:
     """Output error, as a share of the output's energy, of zeroing ``columns`` alone and of the weights ``pruned``.
 
-    Computed in the Hessian's own dtype.
+    Computed in the Hessian's own dtype, whose rounding can turn a singular Hessian indefinite: never below 0.
     """
     dense, pruned = dense.to(hessian.dtype), pruned.to(hessian.dtype)
     energy = ((dense @ hessian) * dense).sum()
@@ -241,5 +254,5 @@ def relative_errors(dense: Tensor, pruned: Tensor, hessian: Tensor, columns: Ten
     zeroed = ((removed @ hessian[columns][:, columns]) * removed).sum()
     change = dense - pruned
     compensated = ((change @ hessian) * change).sum()
-    share = torch.stack([zeroed, compensated]) / energy.clamp_min(torch.finfo(energy.dtype).tiny)
+    share = torch.stack([zeroed, compensated]).clamp_min(0) / energy.clamp_min(torch.finfo(energy.dtype).tiny)
     return share[0].item(), share[1].item()

@@ -67,6 +67,21 @@ def test_every_expert_by_its_own_tokens():
     assert 0 < result.error < result.error_zeroed
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.3])
+def test_prune_experts_dead_columns_of_kept_units_keep_their_weights(ratio):
+    experts, dense = tiny_experts(), tiny_experts()
+    dead = list(range(4, 24))
+    for module in (experts, dense):
+        module.gate_up_proj.data[1, dead] = 0
+    calls = some_calls(experts, [60, 50, 45, 70])
+    result = prune_experts(experts, "experts", [calls], ratio, WalkSettings(CPU, CPU))
+    kept = [unit - 40 for unit in result.kept_units if unit // 40 == 1]
+    assert len(kept) == 40 - round(40 * ratio)
+    kept_dead = sorted(set(kept) & set(dead))
+    assert kept_dead and torch.equal(experts.down_proj[1][:, kept_dead], dense.down_proj[1][:, kept_dead])
+    assert torch.equal(experts.down_proj, dense.down_proj) == (ratio == 0)
+
+
 def test_batches_add_up():
     whole, parts = tiny_experts(), tiny_experts()
     calls = some_calls(whole, [60, 50, 45, 70])

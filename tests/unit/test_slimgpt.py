@@ -18,7 +18,7 @@ from slim_utils.obs import (
     remove_columns,
     unit_scores,
 )
-from slim_utils.slimgpt import SlimGPT
+from slim_utils.slimgpt import SlimGPT, relative_errors
 from tests.reference_slimgpt import hessian_of, struct_prune
 
 
@@ -204,6 +204,54 @@ def test_dead_columns_go_first():
     result = pruner.struct_prune(0.1, percdamp=0.01)
     assert result.pruned_units == [2, 11]
     assert result.error == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("compensate", [True, False])
+@pytest.mark.parametrize(("unit", "sparsity"), [(1, 0.125), (4, 0.25), (4, 0.5)])
+def test_struct_prune_dead_columns_of_kept_units_keep_their_weights(unit, sparsity, compensate):
+    """Chosen and compensated as in the original, which zeroes dead columns; the kept ones are as they were."""
+    weight = torch.randn(6, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    inputs, dead = random_inputs(24), [0, 1, 5, 6, 14, 23]
+    inputs[..., dead] = 0
+    pruner = make_pruner(weight, inputs)
+    result = pruner.struct_prune(sparsity, unit, 0.01, compensate)
+    expected, removed = struct_prune(weight, hessian_of(inputs), sparsity, unit, 0.01, compensate)
+    gone = [u * unit + i for u in removed for i in range(unit)]
+    kept_dead = [column for column in dead if column not in gone]
+    assert result.pruned_units == removed and kept_dead
+    assert not expected[:, kept_dead].any()
+    assert torch.equal(pruner.linear.weight[:, kept_dead], weight[:, kept_dead])
+    assert not pruner.linear.weight[:, gone].any()
+    live = [column for column in range(24) if column not in dead]
+    assert torch.allclose(pruner.linear.weight[:, live], expected[:, live], rtol=1e-6, atol=1e-6)
+    flat = inputs.reshape(-1, 24)
+    error = (flat @ (weight - pruner.linear.weight).T).square().sum() / (flat @ weight.T).square().sum()
+    assert result.error == pytest.approx(error.item(), rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize(("sparsity", "unit", "groups"), [(0.0, 1, 1), (0.01, 4, 1), (0.9, 12, 2)])
+def test_struct_prune_without_a_unit_to_remove_leaves_the_weight(sparsity, unit, groups, dtype, monkeypatch):
+    weight, inputs = torch.randn(4, 24, dtype=torch.float64).to(dtype), random_inputs(24)
+    inputs[..., [2, 11]] = 0
+    pruner = make_pruner(weight, inputs)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda *args: pytest.fail("factorised"))
+    result = pruner.struct_prune(sparsity, unit, num_groups=groups)
+    assert torch.equal(pruner.linear.weight, weight)
+    assert (result.pruned_units, result.kept_units) == ([], list(range(24 // unit)))
+    assert (result.error_zeroed, result.error, result.percdamp) == (0, 0, 0.01)
+    assert pruner.error_curve(sparsity, unit, num_groups=groups).tolist() == [0]
+
+
+def test_relative_errors_of_a_rank_deficient_hessian_are_not_negative():
+    """Rounded to fp32 such a Hessian has negative eigenvalues."""
+    hessian = hessian_of(random_inputs(32, tokens=3, samples=1)).float()
+    values, vectors = torch.linalg.eigh(hessian.double())
+    assert values[0] < 0
+    pruned = torch.eye(4, 32, dtype=torch.float64)
+    for columns in (torch.arange(8, 32), torch.arange(32)):
+        dense = pruned + vectors[:, 0]
+        assert min(relative_errors(dense, pruned, hessian, columns)) >= 0
 
 
 @pytest.mark.parametrize(("groups", "sparsity"), [(2, 0.3), (3, 0.5), (4, 0.4), (6, 0.7)])
