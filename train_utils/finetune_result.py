@@ -1,0 +1,110 @@
+"""What a fine-tuning run saves: adapters and fused model, or the trained model, masked where its masks say so."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slim_utils.families import Family, find_family, layer_shapes
+from slim_utils.model_io import SMALL_MODEL_FOLDER, load_config, load_model, save_checkpoint
+from slim_utils.params_remove import shrink, zero_removed
+from slim_utils.pruning_record import PRUNING_FILE, LayerMask, read_masks, write_pruning
+from train_utils.finetune_args import FinetuneArguments
+from train_utils.lora import cast_parameters, fuse_lora
+from train_utils.sparse_trainer import MaskCallback, masked_slices
+
+logger = logging.getLogger(__name__)
+
+FUSED_FOLDER = "lora_fused_model"
+
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """What stays zero in a model that is trained with its masks."""
+
+    family: Family
+    masks: list[LayerMask]
+
+    def count(self, model: PreTrainedModel) -> tuple[int, int]:
+        """Removed weights of ``model`` that are not zero, and all of them."""
+        slices = list(masked_slices(model, self.family, self.masks))
+        return int(sum(masked.nonzeros() for masked in slices)), sum(masked.size() for masked in slices)
+
+
+def load_pruned(args: FinetuneArguments) -> PrunedModel | None:
+    """The masks of ``--is_mask_training``; ``None`` without it."""
+    if not args.sparse.is_mask_training:
+        return None
+    config = load_config(args.model.model_name_or_path, args.model.trust_remote_code)
+    family = find_family(config)
+    path = Path(args.sparse.mask_config_dir or args.model.model_name_or_path)
+    return PrunedModel(family, read_masks(path, family, layer_shapes(config)))
+
+
+def warn_if_not_masked(model: PreTrainedModel, pruned: PrunedModel, path: str) -> None:
+    """Say that the base ``path`` has weights that its masks remove."""
+    nonzeros, total = pruned.count(model)
+    if nonzeros:
+        logger.warning(
+            "%d of %d weights that the masks remove are not zero in %s; they are from here on, and in what is saved, "
+            "but adapters on %s alone do not remove them",
+            nonzeros,
+            total,
+            path,
+            path,
+        )
+
+
+def save_result(
+    args: FinetuneArguments,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    pruned: PrunedModel | None,
+    folder: Path,
+) -> PreTrainedModel:
+    """Write adapters and fused model, or the trained model, to ``folder``; returns what a user would load.
+
+    Args:
+        args: of the run.
+        model: as trained.
+        tokenizer: the base's.
+        dtype: of the base checkpoint.
+        pruned: its masks.
+        folder: to write into.
+    """
+    trusted = args.model.trust_remote_code
+    if args.model.use_lora:
+        model.save_pretrained(folder, save_embedding_layers=False)
+        result = fuse_lora(args.model.model_name_or_path, str(folder), trusted)
+        folder = folder / FUSED_FOLDER
+    else:
+        result = model.cpu()
+        cast_parameters(result, dtype)
+    if pruned:
+        # Adapters are masked, the base that they are fused into need not be.
+        zero_removed(result, pruned.family, pruned.masks)
+    save_checkpoint(result, tokenizer, folder)
+    if pruned:
+        write_pruning(folder / PRUNING_FILE, pruned.masks, result.config.model_type)
+        if args.sparse.save_pruned_weights:
+            save_checkpoint(shrink(result, pruned.family, pruned.masks), tokenizer, folder / SMALL_MODEL_FOLDER)
+        # What is counted and measured is in the file.
+        result = load_model(str(folder), "auto", trusted)
+    return result
+
+
+def mask_record(mask: MaskCallback, pruned: PrunedModel, saved: PreTrainedModel) -> dict[str, int]:
+    """Size of the mask, what is not zero of it in the saved model, and what the optimizer did to it."""
+    nonzeros, total = pruned.count(saved)
+    record = {
+        "masked_weights": total,
+        "nonzero_after_training": nonzeros,
+        "moved_by_optimizer": int(mask.moved),
+        "optimizer_steps": mask.steps,
+    }
+    logger.info("mask: %s", ", ".join(f"{name} {value}" for name, value in record.items()))
+    return record
