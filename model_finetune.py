@@ -38,6 +38,7 @@ from slim_utils.model_io import (
     peak_memory_mib,
     write_json_atomic,
 )
+from slim_utils.provenance import read_provenance
 from slim_utils.run_record import environment
 from slim_utils.side_by_side import side_by_side
 from train_utils.distillation import check_teacher, load_teacher
@@ -48,7 +49,7 @@ from train_utils.finetune_dataset import (
     default_cache_dir,
     load_finetune_data,
 )
-from train_utils.finetune_result import load_pruned, mask_record, save_result, warn_if_not_masked
+from train_utils.finetune_result import load_pruned, mask_record, save_result, warn_if_not_masked, write_cards
 from train_utils.lora import prepare_model
 from train_utils.resumption import check_resumed, run_settings
 from train_utils.run_folder import install_result, open_run_folder
@@ -130,6 +131,7 @@ def main(args: FinetuneArguments) -> None:
     data, watched, measured = load_data(args, tokenizer, config.max_position_embeddings)
     eval_sets = evaluation_sets(data, watched)
     training.metric_for_best_model = best_metric(training.metric_for_best_model, list(eval_sets))
+    provenance = read_provenance(path, config, trusted)
     model = load_model(path, "auto", trusted)
     teacher = load_teacher(args) if args.model.distill_from is not None else None
     settings = run_settings(args, data, model, teacher, pruned and pruned.masks)
@@ -171,6 +173,7 @@ def main(args: FinetuneArguments) -> None:
         after = evaluate(result.to(training.device), measured)
         record |= {"perplexity": {"before": before, "after": after}}
         record |= {"peak_memory_mib": peak_memory_mib(training.device)}
+        write_cards(args, folder, record, provenance, pruned, result)
         write_json_atomic(folder / RUN_FILE, record)
     install_result(args.run_folder, Path(training.output_dir))
     logger.info("saved %s", training.output_dir)

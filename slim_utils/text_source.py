@@ -28,6 +28,12 @@ Row = dict[str, Any]
 _BUILDERS = {".json": "json", ".jsonl": "json", ".json.gz": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
 
 
+def hub_dataset(name: str | None) -> str | None:
+    """The hub's own name of a data set; ``None`` for a file, or where only files of it are read."""
+    path = HUB_SOURCES.get(name, {}).get("path", "")
+    return path if "/" in path else None
+
+
 def hub_documents(name: str, split: str) -> Iterator[str]:
     """Stream the documents of a data set from the hub (see ``hub_rows``)."""
     return map(row_text, hub_rows(name, split))

@@ -3,15 +3,26 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slim_utils.families import Family, find_family, layer_shapes
+from slim_utils.model_card import version_list, write_card
 from slim_utils.model_io import SMALL_MODEL_FOLDER, load_config, load_model, save_checkpoint
 from slim_utils.params_remove import shrink, zero_removed
+from slim_utils.provenance import (
+    pruning_step,
+    prunings,
+    public_name,
+    recovery_step,
+    remaining_weights,
+    with_step,
+)
 from slim_utils.pruning_record import PRUNING_FILE, LayerMask, read_masks, write_pruning
+from slim_utils.text_source import hub_dataset
 from train_utils.finetune_args import FinetuneArguments
 from train_utils.lora import cast_parameters, fuse_lora
 from train_utils.sparse_trainer import MaskCallback, masked_slices
@@ -95,6 +106,64 @@ def save_result(
         # What is counted and measured is in the file.
         result = load_model(str(folder), "auto", trusted)
     return result
+
+
+def write_cards(
+    args: FinetuneArguments,
+    folder: Path,
+    record: dict[str, Any],
+    base_provenance: dict[str, Any],
+    pruned: PrunedModel | None,
+    saved: PreTrainedModel,
+) -> None:
+    """Write card, record of origin and licence files beside all the weights in ``folder``.
+
+    Args:
+        args: of the run.
+        folder: of :func:`save_result`.
+        record: content of ``run.json``; it gets the ``provenance`` of the result.
+        base_provenance: of the model before this run.
+        pruned: its masks.
+        saved: the result.
+    """
+    provenance = base_provenance
+    if pruned and not prunings(provenance):
+        masks = Path(args.sparse.mask_config_dir or args.model.model_name_or_path)
+        remaining = remaining_weights(pruned.family.decoder_layers(saved), pruned.family, pruned.masks)
+        provenance = with_step(provenance, pruning_step([("masks", masks.name)], remaining))
+    step = recovery_step(recovery_settings(args, record), hub_dataset(record["data"]["source"]))
+    record["provenance"] = with_step(provenance, step)
+    options = {"masks": pruned and pruned.masks, "perplexity": record["perplexity"]}
+    folder = folder / FUSED_FOLDER if args.model.use_lora else folder
+    for place in (folder, folder / SMALL_MODEL_FOLDER):
+        if place.is_dir():
+            write_card(place, record["provenance"], args.model.model_name_or_path, **options)
+
+
+def recovery_settings(args: FinetuneArguments, record: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What a card says of a fine-tuning run.
+
+    Args:
+        args: of the run.
+        record: content of its ``run.json``.
+    """
+    model, training, data = args.model, args.training, record["data"]
+    adapters = f"LoRA adapters of rank {model.peft_lora_r} on {model.peft_target_modules}, fused"
+    return [
+        ("trained", adapters if model.use_lora else "all weights"),
+        ("pruned weights kept at zero", "yes" if args.sparse.is_mask_training else "no"),
+        ("teacher", public_name(model.distill_from) if model.distill_from else "none"),
+        ("data", public_name(data["source"])),
+        ("samples", data["train_samples"]),
+        ("their fingerprint (sha256)", data["sha256"]),
+        ("epochs", f"{record['log'][-1]['epoch']:g}"),
+        (
+            "samples of a step",
+            training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size,
+        ),
+        ("learning rate", f"{training.learning_rate:g}"),
+        ("versions", version_list(record)),
+    ]
 
 
 def mask_record(mask: MaskCallback, pruned: PrunedModel, saved: PreTrainedModel) -> dict[str, int]:
