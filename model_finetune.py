@@ -18,11 +18,9 @@ import logging
 import os
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from peft import PeftModel
 from torch import distributed
@@ -30,23 +28,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalKey, EvalSets, load_eval_sets, split_eval_specs
 from ppl_eval.ppl_eval import evaluate
-from slim_utils.checkpoint_checks import FUSED_FOLDER
 from slim_utils.cli import command_line, run_cli
-from slim_utils.families import Family, find_family, layer_shapes
 from slim_utils.model_io import (
     RUN_FILE,
-    SMALL_MODEL_FOLDER,
     atomic_entries,
     load_config,
     load_model,
     load_tokenizer,
     peak_memory_mib,
-    save_checkpoint,
     write_json_atomic,
 )
 from slim_utils.output_folder import output_lock
-from slim_utils.params_remove import shrink
-from slim_utils.pruning_record import PRUNING_FILE, LayerMask, read_masks, write_pruning
+from slim_utils.provenance import read_provenance
 from slim_utils.run_record import environment
 from slim_utils.side_by_side import side_by_side
 from train_utils.distillation import check_teacher, load_teacher
@@ -57,31 +50,14 @@ from train_utils.finetune_dataset import (
     default_cache_dir,
     load_finetune_data,
 )
-from train_utils.lora import cast_parameters, fuse_lora, prepare_model
+from train_utils.finetune_result import load_pruned, mask_record, save_result, warn_if_not_masked, write_cards
+from train_utils.lora import prepare_model
 from train_utils.resumption import check_resumed, run_settings
 from train_utils.run_folder import install_result, open_run_folder
 from train_utils.sparse_trainer import MaskCallback, masked_slices
 from train_utils.trainer_setup import best_metric, build_trainer, evaluation_sets
 
 logger = logging.getLogger("model_finetune")
-
-
-@dataclass(frozen=True)
-class PrunedModel:
-    """What stays zero in a model that is trained with its masks."""
-
-    family: Family
-    masks: list[LayerMask]
-
-
-def load_pruned(args: FinetuneArguments) -> PrunedModel | None:
-    """The masks of ``--is_mask_training``; ``None`` without it."""
-    if not args.sparse.is_mask_training:
-        return None
-    config = load_config(args.model.model_name_or_path, args.model.trust_remote_code)
-    family = find_family(config)
-    path = Path(args.sparse.mask_config_dir or args.model.model_name_or_path)
-    return PrunedModel(family, read_masks(path, family, layer_shapes(config)))
 
 
 def load_data(
@@ -115,39 +91,6 @@ def load_data(
     return samples, watched, {key: value for key, value in windows.items() if key.seqlen in seqlens}
 
 
-def save_result(
-    args: FinetuneArguments,
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
-    pruned: PrunedModel | None,
-    folder: Path,
-) -> PreTrainedModel:
-    """Write adapters and fused model, or the trained model, to ``folder``; returns what a user would load.
-
-    Args:
-        args: of the run.
-        model: as trained.
-        tokenizer: the base's.
-        dtype: of the base checkpoint.
-        pruned: its masks.
-        folder: to write into.
-    """
-    if args.model.use_lora:
-        model.save_pretrained(folder, save_embedding_layers=False)
-        result = fuse_lora(args.model.model_name_or_path, str(folder), args.model.trust_remote_code)
-        folder = folder / FUSED_FOLDER
-    else:
-        result = model.cpu()
-        cast_parameters(result, dtype)
-    save_checkpoint(result, tokenizer, folder)
-    if pruned:
-        write_pruning(folder / PRUNING_FILE, pruned.masks, result.config.model_type)
-        if args.sparse.save_pruned_weights:
-            save_checkpoint(shrink(result, pruned.family, pruned.masks), tokenizer, folder / SMALL_MODEL_FOLDER)
-    return result
-
-
 def start_record(args: FinetuneArguments, data: FinetuneData, model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     """The content of ``run.json`` before training."""
     return {
@@ -167,18 +110,6 @@ def start_record(args: FinetuneArguments, data: FinetuneData, model: PreTrainedM
         "trained_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "finished": False,
     }
-
-
-def mask_record(mask: MaskCallback) -> dict[str, int]:
-    """Size of the mask and what the optimizer did to it."""
-    record = {
-        "masked_weights": mask.size(),
-        "nonzero_after_training": mask.nonzeros(),
-        "moved_by_optimizer": int(mask.moved),
-        "optimizer_steps": mask.steps,
-    }
-    logger.info("mask: %s", ", ".join(f"{name} {value}" for name, value in record.items()))
-    return record
 
 
 def report(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
@@ -211,12 +142,15 @@ def run(args: FinetuneArguments) -> None:
     data, watched, measured = load_data(args, tokenizer, config.max_position_embeddings)
     eval_sets = evaluation_sets(data, watched)
     training.metric_for_best_model = best_metric(training.metric_for_best_model, list(eval_sets))
+    provenance = read_provenance(path, config, trusted)
     model = load_model(path, "auto", trusted)
     teacher = load_teacher(args) if args.model.distill_from is not None else None
     settings = run_settings(args, data, model, teacher, pruned and pruned.masks)
     if training.resume_from_checkpoint is not None:
         check_resumed(training.resume_from_checkpoint, settings)
     dtype = model.dtype
+    if pruned:
+        warn_if_not_masked(model, pruned, path)
     before = evaluate(model.to(training.device), measured) if is_main else []
 
     model = prepare_model(model, args)
@@ -239,17 +173,18 @@ def run(args: FinetuneArguments) -> None:
         os._exit(0)
 
     record |= {"finished": True, "training_seconds": round(seconds, 2), "log": trainer.state.log_history}
-    if pruned:
-        record["mask"] = mask_record(mask)
     with ExitStack() as stack:
         folder = stack.enter_context(atomic_entries(args.run_folder))
         result = save_result(args, model, tokenizer, dtype, pruned, folder)
+        if pruned:
+            record["mask"] = mask_record(mask, pruned, result)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
         del trainer, model, teacher
         gc.collect()
         after = evaluate(result.to(training.device), measured)
         record |= {"perplexity": {"before": before, "after": after}}
         record |= {"peak_memory_mib": peak_memory_mib(training.device)}
+        write_cards(args, folder, record, provenance, pruned, result)
         write_json_atomic(folder / RUN_FILE, record)
     install_result(args.run_folder, Path(training.output_dir))
     logger.info("saved %s", training.output_dir)

@@ -33,7 +33,6 @@ from slim_utils.input_paths import check_inputs_outside, eval_files
 from slim_utils.layer_host import LayerHost, StreamedHost
 from slim_utils.layer_store import LayerStore, fingerprint
 from slim_utils.layer_walk import prune_layers
-from slim_utils.model_card import base_card_data
 from slim_utils.model_io import (
     DTYPES,
     SMALL_MODEL_FOLDER,
@@ -49,6 +48,7 @@ from slim_utils.model_io import (
 )
 from slim_utils.model_stats import count_parameters, removed_share
 from slim_utils.output_folder import output_lock
+from slim_utils.provenance import read_provenance
 from slim_utils.pruned_output import WholeOutput, write_output, write_record
 from slim_utils.pruning_record import LayerMask
 from slim_utils.publishing import check_publishable, publish
@@ -243,7 +243,7 @@ def run(args: argparse.Namespace) -> None:
     if not measures(args):
         ratios, planned = plan(args, skeleton, settings)
     tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
-    base_card = base_card_data(args.model_path) if args.save_pruned_weights else {}
+    provenance = read_provenance(args.model_path, config, args.trust_remote_code) if args.save_dir else {}
     texts = calibration_texts(args)
     data = load_calibration(texts, tokenizer, args.num_samples, args.seqlen, args.seed, args.bos)
     settle_text_starts(args, data.bos)
@@ -272,7 +272,7 @@ def run(args: argparse.Namespace) -> None:
             "block_share_removed": removed_share(host.layers, family, masks),
         }
         logger.info("removed %.2f %% of the block weights in %.1f s", 100 * sizes["block_share_removed"], seconds)
-        record = pruning_record(args, data, base_card, reports, sizes, seconds)
+        record = pruning_record(args, data, provenance, reports, sizes, seconds)
         record |= {kind: search_record(of) for kind, of in measured.items()}
         if args.save_dir:
             write_output(Path(args.save_dir), output, tokenizer, masks, record)

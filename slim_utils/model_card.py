@@ -1,23 +1,25 @@
-"""The model card of a pruned checkpoint, made from its run."""
+"""The card of a pruned or recovered model, made from the record of where it comes from."""
 
 import json
-import logging
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import ModelCardData
 from transformers import PreTrainedConfig
 
 from slim_utils.families import EXPORTED_FAMILIES, FAMILIES, SERVED_FAMILIES, layer_shapes
+from slim_utils.model_io import load_config, model_on_meta, write_text_atomic
+from slim_utils.model_stats import count_parameters
+from slim_utils.provenance import (
+    CARD_FILE,
+    RECOVERY,
+    copy_license_files,
+    prunings,
+    total_share_removed,
+    write_provenance,
+)
 from slim_utils.pruning_record import LayerMask
-from slim_utils.text_source import HUB_SOURCES
-
-CARD_FILE = "README.md"
-CARRIED_KEYS = ("license", "license_name", "license_link", "language")
-
-logger = logging.getLogger(__name__)
 
 
 def vllm_options(config: PreTrainedConfig) -> dict[str, Any] | None:
@@ -35,67 +37,92 @@ def vllm_options(config: PreTrainedConfig) -> dict[str, Any] | None:
     return {}
 
 
-def base_card_data(model_path: str) -> dict[str, Any]:
-    """What carries over of the base model's own card, from its folder or the hub; empty where there is none."""
-    path = Path(model_path) / CARD_FILE
-    try:
-        if not Path(model_path).is_dir():
-            path = Path(hf_hub_download(model_path, CARD_FILE))
-        data = ModelCard.load(path).data.to_dict()
-    except Exception as error:
-        logger.info("no card of %s is carried over (%s)", model_path, type(error).__name__)
-        return {}
-    return {key: data[key] for key in CARRIED_KEYS if key in data}
-
-
-def copy_license_files(model_path: str, folder: Path) -> None:
-    """Copy the licence and notice files of a base model's folder beside the weights made from it."""
-    for path in sorted(Path(model_path).glob("*")):
-        if path.is_file() and path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE")):
-            shutil.copyfile(path, folder / path.name)
-
-
-def model_card(record: dict[str, Any], config: PreTrainedConfig, masks: list[LayerMask]) -> str:
-    """Text of the card.
+def model_card(
+    provenance: dict[str, Any],
+    config: PreTrainedConfig,
+    parameters: int,
+    masks: list[LayerMask] | None = None,
+    perplexity: list[dict[str, Any]] | dict[str, list[dict[str, Any]]] | None = None,
+    address: str = "DIR",
+) -> str:
+    """Text of the card of a pruned or recovered model.
 
     Args:
-        record: content of ``run.json``; without ``perplexity`` the card says that none was measured.
-        config: of the small model.
-        masks: what each layer keeps.
+        provenance: of :func:`~slim_utils.provenance.read_provenance`, with the steps of this run.
+        config: the model's.
+        parameters: its size.
+        masks: what each layer keeps, where that is not the shape of ``config``.
+        perplexity: measured at the end of this run, or ``before`` and ``after`` it; ``None`` says that none was.
+        address: what the commands call the model.
     """
-    arguments = record["arguments"]
-    base, is_local = arguments["model_path"], Path(arguments["model_path"]).is_dir()
-    base_data = record["base_card"]
-    names = [source["name"] for source in record["calibration"]["sources"]]
-    sources = [path for name in names if "/" in (path := HUB_SOURCES.get(name, {}).get("path", ""))]
+    base, steps = provenance["base"], provenance["steps"]
+    removals, trained = prunings(provenance), any(step["kind"] == RECOVERY for step in steps)
+    tags = ["slimgpt", *(["pruned", "structured-pruning"] if removals else [])]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["slimgpt", "pruned", "structured-pruning"],
-        base_model=None if is_local else base,
-        datasets=sources or None,
-        **base_data,
+        tags=tags,
+        base_model=base["name"] if base["on_hub"] else None,
+        datasets=sorted({name for step in steps for name in step["datasets"]}) or None,
+        **base["card"],
     )
-    name = Path(base).resolve().name if is_local else base
-    license_name = base_data.get("license_name") or base_data.get("license")
+    license_name = base["card"].get("license_name") or base["card"].get("license")
+    done = " and ".join(word for word, so in (("pruned", removals), ("fine-tuned", trained)) if so)
     sections = [
         f"---\n{data.to_yaml()}\n---\n",
-        f"# {name.rsplit('/', 1)[-1]}, pruned\n",
-        f"{name} without {100 * record['sizes']['block_share_removed']:.1f} % of the weights of its decoder layers: "
-        "attention heads and FFN columns removed by [SlimGPT](https://arxiv.org/abs/2412.18110), layer by layer, "
-        "the weights that stay updated to make up for them; no training.\n",
+        f"# {base['name'].rsplit('/', 1)[-1]}, {done}\n",
+        _summary(provenance, trained),
         "## Sizes\n",
-        _sizes(record["sizes"], masks),
+        _sizes(base, parameters, "pruned" if removals else "this model", _kept(config, masks)),
         "## Method\n",
-        _method(record),
+        _method(steps),
         "## Perplexity\n",
-        _perplexities(record.get("perplexity")),
+        _perplexities(perplexity),
         "## Use\n",
-        _usage(arguments["push_to_hub"] or "DIR", config),
+        _usage(address, config),
         "## Licence\n",
         f"That of the base model: {license_name}.\n" if license_name else "That of the base model, whatever it is.\n",
     ]
     return "\n".join(sections)
+
+
+def write_card(folder: Path, provenance: dict[str, Any], model_path: str, **options: Any) -> None:
+    """Write the record, the card and the licence files beside the weights in ``folder``.
+
+    Args:
+        folder: of a checkpoint.
+        provenance: with the steps of this run.
+        model_path: what the run started from, whose licence files are copied.
+        options: of :func:`model_card`.
+    """
+    config = load_config(str(folder), trust_remote_code=False)
+    parameters = count_parameters(model_on_meta(config))
+    write_provenance(folder, provenance)
+    copy_license_files(model_path, folder)
+    write_text_atomic(folder / CARD_FILE, model_card(provenance, config, parameters, **options))
+
+
+def _summary(provenance: dict[str, Any], trained: bool) -> str:
+    name, removals = provenance["base"]["name"], prunings(provenance)
+    training = "fine-tuned afterwards to recover" if removals else "fine-tuned"
+    if not removals:
+        return f"{name}, {training}.\n"
+    times = f" in {len(removals)} prunings" if len(removals) > 1 else ""
+    return (
+        f"{name} without {100 * total_share_removed(provenance):.1f} % of the weights of its decoder layers: "
+        f"attention heads and FFN columns removed{times} by [SlimGPT](https://arxiv.org/abs/2412.18110), layer by "
+        f"layer, the weights that stay updated to make up for them; {training if trained else 'no training'}.\n"
+    )
+
+
+def _kept(config: PreTrainedConfig, masks: list[LayerMask] | None) -> list[tuple[int, int, int, int]]:
+    """Heads, kv heads, FFN width and experts of every layer."""
+    if masks:
+        return [
+            (len(mask.kept_heads), len(mask.kept_kv_heads), mask.kept_width, mask.shape.num_experts) for mask in masks
+        ]
+    shapes = layer_shapes(config)
+    return [(shape.num_heads, shape.num_kv_heads, shape.ffn_width, shape.num_experts) for shape in shapes]
 
 
 def _table(header: tuple[str, ...], rows: list[tuple]) -> str:
@@ -103,21 +130,30 @@ def _table(header: tuple[str, ...], rows: list[tuple]) -> str:
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
-def _sizes(sizes: dict[str, Any], masks: list[LayerMask]) -> str:
-    counts = (f"{sizes['parameters_dense']:,}", f"{sizes['parameters_pruned']:,}")
-    total = _table(("", "base", "pruned"), [("parameters", *counts)])
+def _sizes(base: dict[str, Any], parameters: int, name: str, kept: list[tuple[int, int, int, int]]) -> str:
+    total = _table(("", "base", name), [("parameters", f"{base['parameters']:,}", f"{parameters:,}")])
     rows = []
-    for index, mask in enumerate(masks):
-        shape = mask.shape
-        heads = f"{len(mask.kept_heads)} of {shape.num_heads}"
-        groups = f"{len(mask.kept_kv_heads)} of {shape.num_kv_heads}"
-        columns = f"{mask.kept_width} of {shape.ffn_width}"
-        experts = f" (each of {shape.num_experts} experts)" if shape.num_experts else ""
+    for index, (layer, dense) in enumerate(zip(kept, base["layers"], strict=True)):
+        heads, groups, columns = (f"{now} of {before}" for now, before in zip(layer[:3], dense, strict=True))
+        experts = f" (each of {layer[3]} experts)" if layer[3] else ""
         rows.append((index, heads, groups, columns + experts))
     return f"{total}\n{_table(('layer', 'heads', 'key/value heads', 'FFN columns'), rows)}"
 
 
-def _method(record: dict[str, Any]) -> str:
+def _method(steps: list[dict[str, Any]]) -> str:
+    tables = [_table(("", ""), list(step["settings"].items())) for step in steps]
+    if len(steps) == 1:
+        return tables[0]
+    titles = [f"### {number}. {step['kind'].capitalize()}\n" for number, step in enumerate(steps, 1)]
+    return "\n".join(part for pair in zip(titles, tables, strict=True) for part in pair)
+
+
+def pruning_settings(record: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What a card says of a pruning run.
+
+    Args:
+        record: content of its ``run.json``.
+    """
     arguments, calibration = record["arguments"], record["calibration"]
     samples = f"{calibration['num_samples']} × {calibration['seqlen']} tokens, seed {record['seed']}"
     ratio = f"{arguments['sparsity']:g}"
@@ -130,7 +166,7 @@ def _method(record: dict[str, Any]) -> str:
         ratio = f"down to {arguments['target_params']:,.0f} parameters ({_allocation(arguments)})"
     elif arguments["profile"]:
         ratio = f"those of {Path(arguments['profile']).name}"
-    rows = [
+    return [
         ("pruning ratio", ratio),
         ("compensation", "no" if arguments["no_compensate"] else "yes"),
         ("unit in grouped-query attention", arguments["gqa_unit"]),
@@ -142,9 +178,13 @@ def _method(record: dict[str, Any]) -> str:
         ("first token of a sample", "BOS" if calibration["bos"] else "text"),
         ("calibration samples", samples),
         ("their fingerprint (sha256)", calibration["samples_sha256"]),
-        ("versions", ", ".join(f"{package} {version}" for package, version in record["versions"].items())),
+        ("versions", version_list(record)),
     ]
-    return _table(("", ""), rows)
+
+
+def version_list(record: dict[str, Any]) -> str:
+    """The versions of a run on one line."""
+    return ", ".join(f"{package} {version}" for package, version in record["versions"].items())
 
 
 def _allocation(arguments: dict[str, Any]) -> str:
@@ -152,14 +192,17 @@ def _allocation(arguments: dict[str, Any]) -> str:
     return f"{arguments['allocation'] or 'uniform'}{f', refined {rounds} ×' if rounds else ''}"
 
 
-def _perplexities(perplexities: list[dict[str, Any]] | None) -> str:
-    if not perplexities:
+def _perplexities(measured: list[dict[str, Any]] | dict[str, list[dict[str, Any]]] | None) -> str:
+    columns = measured if isinstance(measured, dict) else {"perplexity": measured or []}
+    lists = list(columns.values())
+    if not lists[0]:
         return "Not measured.\n"
     rows = [
-        (entry["dataset"], entry["seqlen"], "BOS" if entry["bos"] else "text", f"{entry['perplexity']:.2f}")
-        for entry in perplexities
+        (entries[0]["dataset"], entries[0]["seqlen"], "BOS" if entries[0]["bos"] else "text")
+        + tuple(f"{entry['perplexity']:.2f}" for entry in entries)
+        for entries in zip(*lists, strict=True)
     ]
-    return _table(("text", "tokens of a window", "the first of them", "perplexity"), rows)
+    return _table(("text", "tokens of a window", "the first of them", *columns), rows)
 
 
 def _usage(model: str, config: PreTrainedConfig) -> str:

@@ -6,20 +6,27 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slim_utils.families import Family
-from slim_utils.model_card import CARD_FILE, copy_license_files, model_card
+from slim_utils.model_card import pruning_settings, write_card
 from slim_utils.model_io import (
     RUN_FILE,
     SMALL_MODEL_FOLDER,
     atomic_folder,
-    load_config,
     save_checkpoint,
     write_json_atomic,
-    write_text_atomic,
 )
 from slim_utils.model_stats import count_parameters
 from slim_utils.params_remove import shrink, zero_removed
+from slim_utils.provenance import (
+    copy_license_files,
+    pruning_step,
+    remaining_weights,
+    total_share_removed,
+    with_step,
+    write_provenance,
+)
 from slim_utils.pruning_record import PRUNING_FILE, LayerMask, write_pruning
 from slim_utils.streamed_output import StreamedOutput
+from slim_utils.text_source import hub_datasets
 
 
 class WholeOutput:
@@ -67,7 +74,13 @@ def write_output(
         small = output.write(folder, masks, tokenizer)
         if small is not None:
             record["sizes"]["parameters_pruned"] = count_parameters(small)
-            copy_license_files(record["arguments"]["model_path"], folder / SMALL_MODEL_FOLDER)
+        remaining = remaining_weights(output.family.decoder_layers(output.model), output.family, masks)
+        texts = hub_datasets(source["name"] for source in record["calibration"]["sources"])
+        step = pruning_step(pruning_settings(record), remaining, texts)
+        record["provenance"] = with_step(record["provenance"], step)
+        record["sizes"]["block_share_removed_in_total"] = total_share_removed(record["provenance"])
+        write_provenance(folder, record["provenance"])
+        copy_license_files(record["arguments"]["model_path"], folder)
         write_pruning(folder / PRUNING_FILE, masks, output.model.config.model_type)
         write_record(folder, masks, record)
 
@@ -75,6 +88,13 @@ def write_output(
 def write_record(folder: Path, masks: list[LayerMask], record: dict[str, Any]) -> None:
     """Write ``run.json``, and the model card that is made from it where there is a small model."""
     write_json_atomic(folder / RUN_FILE, record)
-    if record["arguments"]["save_pruned_weights"]:
-        small = folder / SMALL_MODEL_FOLDER
-        write_text_atomic(small / CARD_FILE, model_card(record, load_config(str(small), False), masks))
+    arguments = record["arguments"]
+    if arguments["save_pruned_weights"]:
+        write_card(
+            folder / SMALL_MODEL_FOLDER,
+            record["provenance"],
+            arguments["model_path"],
+            masks=masks,
+            perplexity=record.get("perplexity"),
+            address=arguments["push_to_hub"] or "DIR",
+        )

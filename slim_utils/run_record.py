@@ -54,12 +54,21 @@ def calibration_record(data: CalibrationData) -> dict[str, Any]:
 def pruning_record(
     args: argparse.Namespace,
     data: CalibrationData,
-    base_card: dict[str, Any],
+    provenance: dict[str, Any],
     reports: list[LayerReport],
     sizes: dict[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
-    """The content of ``run.json`` of a pruning run, before the evaluation."""
+    """The content of ``run.json`` of a pruning run, before the evaluation.
+
+    Args:
+        args: of the command line.
+        data: the calibration samples.
+        provenance: of the model before this run.
+        reports: a report a layer.
+        sizes: of the model, and the share that was removed.
+        seconds: of the pruning.
+    """
     arguments = {
         name: value if isinstance(value, (int, float, list, type(None))) else str(value)
         for name, value in vars(args).items()
@@ -70,7 +79,7 @@ def pruning_record(
         "seed": args.seed,
         **environment(args.device),
         "calibration": calibration_record(data),
-        "base_card": base_card,
+        "provenance": provenance,
         "sizes": sizes,
         "layers": [layer_record(report) for report in reports],
         "pruning_seconds": round(seconds, 2),

@@ -42,6 +42,12 @@ FILE_KINDS = "txt, json, jsonl, csv, tsv (each also .gz or .zst) or parquet"
 _GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
+def hub_datasets(names: Iterable[str]) -> list[str]:
+    """The hub's own names of those of ``names`` that are data sets of it, not files, nor read as single files of it."""
+    paths = [HUB_SOURCES.get(name, {}).get("path", "") for name in names]
+    return [path for path in paths if "/" in path]
+
+
 def hub_documents(name: str, split: str) -> Iterator[str]:
     """Stream the documents of a data set from the hub (see ``hub_rows``)."""
     return _documents(hub_rows(name, split), f"data set '{name}'")

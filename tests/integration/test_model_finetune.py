@@ -21,8 +21,10 @@ from slim_utils.errors import UserError
 from slim_utils.families import find_family
 from slim_utils.params_remove import shrink
 from slim_utils.pruning_record import read_pruning
+from tests.conftest import make_tiny
 from tests.integration.finetuning import ROOT, logits, losses, main, run
 from tests.unit.test_sparse_trainer import removed_weights
+from train_utils import finetune_result
 from train_utils.finetune_args import parse_args
 
 
@@ -31,7 +33,7 @@ def test_lora_on_the_small_model(slim, words, tmp_path, samples, capsys):
     main(words(base, "--use_lora", "true", "--is_mask_training", "false"))
     assert "perplexity wikitext2, seqlen 16" in capsys.readouterr().out
     fused = out / "lora_fused_model"
-    assert {path.name for path in base.iterdir()} - {"README.md"} == {path.name for path in fused.iterdir()}
+    assert {path.name for path in base.iterdir()} == {path.name for path in fused.iterdir()}
     assert json.loads((base / "config.json").read_text()) == json.loads((fused / "config.json").read_text())
 
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out).eval()
@@ -91,6 +93,31 @@ def test_mask_training_keeps_zeros_at_every_step(slim, words, tmp_path, samples,
         assert (shrink(trained, family, masks)(samples).logits - expected).abs().max() < 1e-4
     assert (logits(trained_dir / "pruned_weights", samples) - expected).abs().max() < 1e-4
     assert (logits(slim, samples) - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("lora", ["true", "false"])
+def test_mask_training_of_a_dense_base_saves_a_masked_model(slim, checkpoint, words, tmp_path, caplog, lora):
+    flags = ["--use_lora", lora, "--is_mask_training", "true", "--mask_config_dir", slim]
+    with caplog.at_level("WARNING"):
+        main(words(checkpoint, *flags))
+    masks, out = read_pruning(slim / "pruning.json"), tmp_path / "out"
+    trained = AutoModelForCausalLM.from_pretrained(out / "lora_fused_model" if lora == "true" else out)
+    removed = list(removed_weights(trained, masks))
+    assert all(not weights.any() for weights in removed)
+    record = json.loads((out / "run.json").read_text())
+    assert record["mask"]["nonzero_after_training"] == 0
+    total = sum(weights.numel() for weights in removed)
+    assert f"{total} of {total} weights that the masks remove are not zero in {checkpoint}" in caplog.text
+
+
+def test_mask_record_counts_in_what_was_saved(slim, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune_result, "zero_removed", lambda *args: None)
+    base = tmp_path / "base"
+    make_tiny("gqa").save_pretrained(base)
+    AutoTokenizer.from_pretrained(slim).save_pretrained(base)
+    main(words(base, "--use_lora", "true", "--is_mask_training", "true", "--mask_config_dir", slim))
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["mask"]["nonzero_after_training"] == record["mask"]["masked_weights"] > 0
 
 
 def test_masks_in_the_originals_format(slim, words, tmp_path):

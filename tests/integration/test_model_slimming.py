@@ -25,7 +25,8 @@ README_FLAGS = (
     "log_increase --min_sparsity 0.0625 --max_sparsity 0.25 --save_pruned_weights"
 )
 WEIGHT_FILES = {"model.safetensors", "config.json", "generation_config.json"}
-CARD = {"README.md"}
+RECORD = {"slimgpt.json"}
+CARD = RECORD | {"README.md"}
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
 
@@ -60,7 +61,7 @@ def test_outputs_are_complete(pruned):
     assert process.returncode == 0, process.stderr
     assert "Traceback" not in process.stderr
     names = {path.name for path in save_dir.iterdir()}
-    assert names == WEIGHT_FILES | TOKENIZER_FILES | {"pruning.json", "run.json", "pruned_weights"}
+    assert names == WEIGHT_FILES | TOKENIZER_FILES | RECORD | {"pruning.json", "run.json", "pruned_weights"}
     names = {path.name for path in (save_dir / "pruned_weights").iterdir()}
     assert names == WEIGHT_FILES | TOKENIZER_FILES | CARD | {"modeling_slim_llama.py", "slim_base.py"}
     assert [path.name for path in save_dir.parent.iterdir()] == ["out"]

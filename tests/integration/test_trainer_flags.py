@@ -85,7 +85,7 @@ def test_optimizer_package_is_known_for_every_optimizer():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--optim rmsprop --optim_args colour=red", "--optim rmsprop: "),
+        ("--optim rmsprop --optim_args red", "--optim rmsprop: "),
         ("--lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_type cosine_with_min_lr: "),
     ],
 )

@@ -1,0 +1,118 @@
+"""Base, prunings, recoveries and licence of a model, told by all that is made from it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import model_slimming
+from slim_utils.families import layer_shapes
+from slim_utils.provenance import read_provenance, total_share_removed
+from tests.conftest import make_tiny
+from tests.integration.finetuning import main as finetune
+
+BASE_CARD = "---\nlicense: other\nlicense_name: tiny\nlanguage: en\n---\n# Tiny\n"
+
+
+@pytest.fixture
+def base(tmp_path, tokenizer) -> Path:
+    """A model with a card and a licence."""
+    path = tmp_path / "tiny-model"
+    make_tiny("gqa").save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    (path / "README.md").write_text(BASE_CARD)
+    (path / "LICENSE.txt").write_text("the licence")
+    return path
+
+
+@pytest.fixture
+def prune(text_file):
+    """Prunes a model into a folder."""
+
+    def prune(model: Path, out: Path, *flags: object) -> None:
+        words = [model, "--data_file", text_file, "--num_samples", 8, "--seqlen", 32, "--device", "cpu"]
+        words += ["--save_pruned_weights", "--skip_evaluate", "--save_dir", out, *flags]
+        model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, words))))
+
+    return prune
+
+
+def block_weights(path: Path) -> int:
+    """Weights of the attention and MLP matrices of a LLaMA's layers, of 24 hidden columns and 4 a head."""
+    shapes = layer_shapes(AutoConfig.from_pretrained(path))
+    return sum(24 * (2 * 4 * (shape.num_heads + shape.num_kv_heads) + 3 * shape.ffn_width) for shape in shapes)
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_cards_of_pruned_recovered_and_pruned_again_models(base, prune, words, tmp_path, stream):
+    prune(base, tmp_path / "one", "--sparsity", 0.25, *stream)
+    finetune(words(tmp_path / "one" / "pruned_weights", "--use_lora", "true"))
+    fused = tmp_path / "out" / "lora_fused_model"
+    prune(fused, tmp_path / "two", "--sparsity", 0.25, *stream)
+    again = tmp_path / "two" / "pruned_weights"
+    dense = block_weights(base)
+    for folder, title, kinds in (
+        (tmp_path / "one" / "pruned_weights", "# tiny-model, pruned\n", ["pruning"]),
+        (fused, "# tiny-model, pruned and fine-tuned\n", ["pruning", "recovery"]),
+        (again, "# tiny-model, pruned and fine-tuned\n", ["pruning", "recovery", "pruning"]),
+    ):
+        card = ModelCard.load(folder / "README.md")
+        share = 1 - block_weights(folder) / dense
+        assert title in card.content
+        assert f"tiny-model without {100 * share:.1f} % of the weights" in card.content
+        assert ("no training" in card.content) == (len(kinds) == 1)
+        assert ("in 2 prunings" in card.content) == (kinds.count("pruning") == 2)
+        assert (card.data.license_name, "That of the base model: tiny." in card.content) == ("tiny", True)
+        assert (folder / "LICENSE.txt").read_text() == "the licence"
+        config = AutoConfig.from_pretrained(folder)
+        provenance = read_provenance(str(folder), config)
+        assert [step["kind"] for step in provenance["steps"]] == kinds
+        assert total_share_removed(provenance) == pytest.approx(share)
+        parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(folder).parameters())
+        assert f"| {provenance['base']['parameters']:,} | {parameters:,} |" in card.content
+        for index, shape in enumerate(layer_shapes(config)):
+            assert f"| {index} | {shape.num_heads} of 6 | {shape.num_kv_heads} of 2 | {shape.ffn_width} of 40 |" in (
+                card.content
+            )
+        # It may be published: nothing of where it was made.
+        assert str(tmp_path.parent) not in card.content + (folder / "slimgpt.json").read_text()
+    assert "| trained | LoRA adapters of rank 8 on q_proj," in ModelCard.load(again / "README.md").content
+    assert "| text | tokens of a window | before | after |" in (fused / "README.md").read_text()
+    record = json.loads((tmp_path / "two" / "run.json").read_text())
+    assert record["sizes"]["block_share_removed_in_total"] == pytest.approx(1 - block_weights(again) / dense)
+    assert record["sizes"]["block_share_removed"] < record["sizes"]["block_share_removed_in_total"]
+
+
+def test_cards_of_a_masked_model_and_of_masks_from_elsewhere(base, prune, words, tmp_path):
+    prune(base, tmp_path / "one", "--sparsity", 0.4)
+    share = 1 - block_weights(tmp_path / "one" / "pruned_weights") / block_weights(base)
+    flags = ["--is_mask_training", "true", "--mask_config_dir", tmp_path / "one", "--overwrite", "true"]
+    for model in (tmp_path / "one", base):
+        finetune(words(model, *flags))
+        for folder in (tmp_path / "out", tmp_path / "out" / "pruned_weights"):
+            card = ModelCard.load(folder / "README.md").content
+            assert f"# tiny-model, pruned and fine-tuned\n\ntiny-model without {100 * share:.1f} %" in card
+            assert "| pruned weights kept at zero | yes |" in card and "| trained | all weights |" in card
+            assert (folder / "LICENSE.txt").is_file()
+        assert "| masks | one |" in card or model == tmp_path / "one"
+    # A masked model keeps its shapes: pruned again, what was removed is not counted twice.
+    prune(tmp_path / "out", tmp_path / "two", "--sparsity", 0.5)
+    small = tmp_path / "two" / "pruned_weights"
+    share = 1 - block_weights(small) / block_weights(base)
+    assert f"tiny-model without {100 * share:.1f} % of the weights" in (small / "README.md").read_text()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 9}', '{"format": 1}'])
+def test_read_provenance_of_a_damaged_file_starts_anew(base, content):
+    (base / "slimgpt.json").write_text(content)
+    provenance = read_provenance(str(base), AutoConfig.from_pretrained(base))
+    assert (provenance["base"]["name"], provenance["steps"]) == ("tiny-model", [])
+    assert provenance["base"]["block_weights"] == block_weights(base)
+
+
+def test_card_of_a_model_that_was_only_fine_tuned(base, words, tmp_path):
+    finetune(words(base, "--use_lora", "true"))
+    card = (tmp_path / "out" / "lora_fused_model" / "README.md").read_text()
+    assert "# tiny-model, fine-tuned\n\ntiny-model, fine-tuned.\n" in card and "SlimGPT]" not in card

@@ -1,0 +1,179 @@
+"""What a fine-tuning run saves: adapters and fused model, or the trained model, masked where its masks say so."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slim_utils.families import Family, find_family, layer_shapes
+from slim_utils.model_card import version_list, write_card
+from slim_utils.model_io import SMALL_MODEL_FOLDER, load_config, load_model, save_checkpoint
+from slim_utils.params_remove import shrink, zero_removed
+from slim_utils.provenance import (
+    pruning_step,
+    prunings,
+    public_name,
+    recovery_step,
+    remaining_weights,
+    with_step,
+)
+from slim_utils.pruning_record import PRUNING_FILE, LayerMask, read_masks, write_pruning
+from slim_utils.text_source import hub_datasets
+from train_utils.finetune_args import FinetuneArguments
+from train_utils.lora import cast_parameters, fuse_lora
+from train_utils.sparse_trainer import MaskCallback, masked_slices
+
+logger = logging.getLogger(__name__)
+
+FUSED_FOLDER = "lora_fused_model"
+
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """What stays zero in a model that is trained with its masks."""
+
+    family: Family
+    masks: list[LayerMask]
+
+    def count(self, model: PreTrainedModel) -> tuple[int, int]:
+        """Removed weights of ``model`` that are not zero, and all of them."""
+        slices = list(masked_slices(model, self.family, self.masks))
+        return int(sum(masked.nonzeros() for masked in slices)), sum(masked.size() for masked in slices)
+
+
+def load_pruned(args: FinetuneArguments) -> PrunedModel | None:
+    """The masks of ``--is_mask_training``; ``None`` without it."""
+    if not args.sparse.is_mask_training:
+        return None
+    config = load_config(args.model.model_name_or_path, args.model.trust_remote_code)
+    family = find_family(config)
+    path = Path(args.sparse.mask_config_dir or args.model.model_name_or_path)
+    return PrunedModel(family, read_masks(path, family, layer_shapes(config)))
+
+
+def warn_if_not_masked(model: PreTrainedModel, pruned: PrunedModel, path: str) -> None:
+    """Say that the base ``path`` has weights that its masks remove."""
+    nonzeros, total = pruned.count(model)
+    if nonzeros:
+        logger.warning(
+            "%d of %d weights that the masks remove are not zero in %s; they are from here on, and in what is saved, "
+            "but adapters on %s alone do not remove them",
+            nonzeros,
+            total,
+            path,
+            path,
+        )
+
+
+def save_result(
+    args: FinetuneArguments,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    pruned: PrunedModel | None,
+    folder: Path,
+) -> PreTrainedModel:
+    """Write adapters and fused model, or the trained model, to ``folder``; returns what a user would load.
+
+    Args:
+        args: of the run.
+        model: as trained.
+        tokenizer: the base's.
+        dtype: of the base checkpoint.
+        pruned: its masks.
+        folder: to write into.
+    """
+    trusted = args.model.trust_remote_code
+    if args.model.use_lora:
+        model.save_pretrained(folder, save_embedding_layers=False)
+        result = fuse_lora(args.model.model_name_or_path, str(folder), trusted)
+        folder = folder / FUSED_FOLDER
+    else:
+        result = model.cpu()
+        cast_parameters(result, dtype)
+    if pruned:
+        # Adapters are masked, the base that they are fused into need not be.
+        zero_removed(result, pruned.family, pruned.masks)
+    save_checkpoint(result, tokenizer, folder)
+    if pruned:
+        write_pruning(folder / PRUNING_FILE, pruned.masks, result.config.model_type)
+        if args.sparse.save_pruned_weights:
+            save_checkpoint(shrink(result, pruned.family, pruned.masks), tokenizer, folder / SMALL_MODEL_FOLDER)
+        # What is counted and measured is in the file.
+        result = load_model(str(folder), "auto", trusted)
+    return result
+
+
+def write_cards(
+    args: FinetuneArguments,
+    folder: Path,
+    record: dict[str, Any],
+    base_provenance: dict[str, Any],
+    pruned: PrunedModel | None,
+    saved: PreTrainedModel,
+) -> None:
+    """Write card, record of origin and licence files beside all the weights in ``folder``.
+
+    Args:
+        args: of the run.
+        folder: of :func:`save_result`.
+        record: content of ``run.json``; it gets the ``provenance`` of the result.
+        base_provenance: of the model before this run.
+        pruned: its masks.
+        saved: the result.
+    """
+    provenance = base_provenance
+    if pruned and not prunings(provenance):
+        masks = Path(args.sparse.mask_config_dir or args.model.model_name_or_path)
+        remaining = remaining_weights(pruned.family.decoder_layers(saved), pruned.family, pruned.masks)
+        provenance = with_step(provenance, pruning_step([("masks", masks.name)], remaining))
+    step = recovery_step(recovery_settings(args, record), hub_datasets([record["data"]["source"]]))
+    record["provenance"] = with_step(provenance, step)
+    options = {"masks": pruned and pruned.masks, "perplexity": record["perplexity"]}
+    folder = folder / FUSED_FOLDER if args.model.use_lora else folder
+    for place in (folder, folder / SMALL_MODEL_FOLDER):
+        if place.is_dir():
+            write_card(place, record["provenance"], args.model.model_name_or_path, **options)
+
+
+def recovery_settings(args: FinetuneArguments, record: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What a card says of a fine-tuning run.
+
+    Args:
+        args: of the run.
+        record: content of its ``run.json``.
+    """
+    model, training, data = args.model, args.training, record["data"]
+    adapters = f"LoRA adapters of rank {model.peft_lora_r} on {model.peft_target_modules}, fused"
+    return [
+        ("trained", adapters if model.use_lora else "all weights"),
+        ("pruned weights kept at zero", "yes" if args.sparse.is_mask_training else "no"),
+        ("teacher", public_name(model.distill_from) if model.distill_from else "none"),
+        ("data", public_name(data["source"])),
+        ("samples", data["train_samples"]),
+        ("their fingerprint (sha256)", data["sha256"]),
+        ("epochs", f"{record['log'][-1]['epoch']:g}"),
+        (
+            "samples of a step",
+            training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size,
+        ),
+        ("learning rate", f"{training.learning_rate:g}"),
+        ("versions", version_list(record)),
+    ]
+
+
+def mask_record(mask: MaskCallback, pruned: PrunedModel, saved: PreTrainedModel) -> dict[str, int]:
+    """Size of the mask, what is not zero of it in the saved model, and what the optimizer did to it."""
+    nonzeros, total = pruned.count(saved)
+    record = {
+        "masked_weights": total,
+        "nonzero_after_training": nonzeros,
+        "moved_by_optimizer": int(mask.moved),
+        "optimizer_steps": mask.steps,
+    }
+    logger.info("mask: %s", ", ".join(f"{name} {value}" for name, value in record.items()))
+    return record
