@@ -38,10 +38,12 @@ from ppl_eval.zero_shot import (
 )
 from slim_utils.cli import ArgumentParser, command_line, run_cli
 from slim_utils.errors import UserError
+from slim_utils.input_checks import guard_token_ids, use_padding
 from slim_utils.model_io import (
     DTYPES,
     check_output_file,
     choose_device,
+    load_config,
     load_model,
     load_tokenizer,
     peak_memory_mib,
@@ -118,7 +120,9 @@ def choose_batch_size(asked: str, device: torch.device) -> int | str:
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """What ``simple_evaluate`` returns, with ``splits``; the tasks are loaded before the model."""
+    """What ``simple_evaluate`` returns, with ``splits``; the model's weights are loaded last."""
+    load_config(args.model, args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     manager = TaskManager()
     names = match_task_names(manager, args.tasks)
     with ExitStack() as stack:
@@ -126,9 +130,12 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         loaded = load_tasks(manager, specs, args.data_dir)
     splits = {name: evaluated_split(task) for name, task in loaded["tasks"].items()}
     logger.info("tasks: %s", ", ".join(f"{name} ({split})" for name, split in splits.items()))
+    model = load_model(args.model, args.dtype, args.trust_remote_code).to(args.device)
+    guard_token_ids(model)
+    use_padding(tokenizer, model.config)
     lm = HFLM(
-        pretrained=load_model(args.model, args.dtype, args.trust_remote_code).to(args.device),
-        tokenizer=load_tokenizer(args.model, args.trust_remote_code),
+        pretrained=model,
+        tokenizer=tokenizer,
         batch_size=args.batch_size,
         max_batch_size=args.max_batch_size,
     )

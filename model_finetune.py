@@ -35,6 +35,7 @@ from ppl_eval.ppl_eval import evaluate
 from slim_utils.checkpoint_checks import FUSED_FOLDER
 from slim_utils.cli import command_line, run_cli
 from slim_utils.families import Family, find_family, layer_shapes
+from slim_utils.input_checks import check_length, check_token_ids, use_padding
 from slim_utils.model_io import (
     RUN_FILE,
     SMALL_MODEL_FOLDER,
@@ -120,7 +121,7 @@ def build_trainer(
     # For the batches alone; the saved tokenizer stays as it is.
     padding = copy.deepcopy(tokenizer)
     padding.padding_side = "right"
-    padding.pad_token = padding.pad_token or padding.eos_token
+    use_padding(padding, model.config)
     eval_sets = {"validation": data.validation} if data.validation is not None else {}
     eval_sets |= {name: window_dataset(windows) for (name, _), windows in watched.items()}
     options = {
@@ -231,9 +232,12 @@ def main(args: FinetuneArguments) -> None:
     path, trusted = args.model.model_name_or_path, args.model.trust_remote_code
     tokenizer = load_tokenizer(path, trusted)
     config = load_config(path, trusted)
+    check_length(args.data.max_length, config, "--max_length")
     if args.model.distill_from is not None:
         check_teacher(args, config, tokenizer)
     data, watched, measured = load_data(args, tokenizer, config.max_position_embeddings)
+    splits = [split["input_ids"] for split in (data.train, data.validation) if split is not None]
+    check_token_ids(config, tokenizer, *splits, *watched.values(), *measured.values())
     model = load_model(path, "auto", trusted)
     teacher = load_teacher(args) if args.model.distill_from is not None else None
     dtype = model.dtype

@@ -36,6 +36,7 @@ from slim_utils.checkpoint_checks import (
     untie_own_head,
 )
 from slim_utils.errors import UserError
+from slim_utils.input_checks import check_padding_id
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +68,13 @@ def load_config(model_path: str, trust_remote_code: bool) -> PreTrainedConfig:
     """Configuration of a checkpoint (folder or hub name), without its weights.
 
     Raises:
-        UserError: if it cannot be read, or says that the weights are quantised.
+        UserError: if it cannot be read, says that the weights are quantised, or contradicts itself.
     """
     with loading(model_path):
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         untie_own_head(config, model_path)
         check_unquantised(config, model_path)
+        check_padding_id(config, model_path)
         return config
 
 
