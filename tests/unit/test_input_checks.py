@@ -149,4 +149,4 @@ def test_model_finetune_with_samples_too_long_for_the_teacher_names_it(checkpoin
     config = json.loads((checkpoint / "config.json").read_text()) | {"max_position_embeddings": 16}
     (tmp_path / "teacher" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"--distill_from .*: --max_length 32: the model has 16 positions"):
-        tune(checkpoint, instruction_file, tmp_path, "--max_length", 32, "--distill_from", tmp_path / "teacher")
+        tune(checkpoint, instruction_file, tmp_path / "out", "--max_length", 32, "--distill_from", tmp_path / "teacher")
