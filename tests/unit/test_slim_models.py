@@ -40,8 +40,14 @@ def test_shipped_code_under_an_older_library_names_the_version_it_needs(tmp_path
     (tmp_path / "transformers").mkdir()
     (tmp_path / "transformers" / "__init__.py").write_text('__version__ = "4.57.1"')
     modules = sorted(path.stem for path in (tmp_path / "shipped").glob("modeling_slim_*.py"))
-    code = "import importlib, sys\nfor name in sys.argv[1:]:\n    try:\n        importlib.import_module('shipped.' + name)\n"
-    code += "    except ImportError as error:\n        print(error)\n"
+    code = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(f"shipped.{name}")
+    except ImportError as error:
+        print(error)
+"""
     command = [sys.executable, "-c", code, *modules]
     lines = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
     assert len(lines) == len(modules) > 10
