@@ -39,11 +39,13 @@ from ppl_eval.zero_shot import (
 from slim_utils.bos import BOS_CHOICES, BOS_POLICIES, set_bos
 from slim_utils.cli import ArgumentParser, command_line, run_cli
 from slim_utils.errors import UserError
+from slim_utils.input_checks import guard_token_ids, use_padding
 from slim_utils.input_paths import check_inputs_outside
 from slim_utils.model_io import (
     DTYPES,
     check_output_file,
     choose_device,
+    load_config,
     load_model,
     load_tokenizer,
     peak_memory_mib,
@@ -123,7 +125,9 @@ def choose_batch_size(asked: str, device: torch.device) -> int | str:
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """What ``simple_evaluate`` returns, with ``splits``; the tasks are loaded before the model."""
+    """What ``simple_evaluate`` returns, with ``splits``; the model's weights are loaded last."""
+    load_config(args.model, args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     manager = TaskManager()
     names = match_task_names(manager, args.tasks)
     with ExitStack() as stack:
@@ -131,11 +135,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         loaded = load_tasks(manager, specs, args.data_dir)
     splits = {name: evaluated_split(task) for name, task in loaded["tasks"].items()}
     logger.info("tasks: %s", ", ".join(f"{name} ({split})" for name, split in splits.items()))
-    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     add_bos = set_bos(tokenizer, args.bos)
     logger.info("prompts begin with %s (--bos)", "a BOS" if add_bos else "text")
+    model = load_model(args.model, args.dtype, args.trust_remote_code).to(args.device)
+    guard_token_ids(model)
+    use_padding(tokenizer, model.config)
     lm = HFLM(
-        pretrained=load_model(args.model, args.dtype, args.trust_remote_code).to(args.device),
+        pretrained=model,
         tokenizer=tokenizer,
         # With None the tokenizer decides, of its EOS too.
         add_bos_token=None if args.bos == "auto" else add_bos,

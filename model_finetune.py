@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalKey, EvalSets, load_eval_sets, split_eval_specs
 from ppl_eval.ppl_eval import evaluate
 from slim_utils.cli import command_line, run_cli
+from slim_utils.input_checks import check_length, check_token_ids
 from slim_utils.model_io import (
     RUN_FILE,
     atomic_entries,
@@ -137,9 +138,12 @@ def run(args: FinetuneArguments) -> None:
     path, trusted = args.model.model_name_or_path, args.model.trust_remote_code
     tokenizer = load_tokenizer(path, trusted)
     config = load_config(path, trusted)
+    check_length(args.data.max_length, config, "--max_length")
     if args.model.distill_from is not None:
         check_teacher(args, config, tokenizer)
     data, watched, measured = load_data(args, tokenizer, config.max_position_embeddings)
+    splits = [split["input_ids"] for split in (data.train, data.validation) if split is not None]
+    check_token_ids(config, tokenizer, *splits, *watched.values(), *measured.values())
     eval_sets = evaluation_sets(data, watched)
     training.metric_for_best_model = best_metric(training.metric_for_best_model, list(eval_sets))
     provenance = read_provenance(path, config, trusted)

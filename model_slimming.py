@@ -29,6 +29,7 @@ from ppl_eval.streamed_eval import layers_run_once
 from slim_utils.cli import ArgumentParser, run_cli
 from slim_utils.errors import UserError
 from slim_utils.families import find_family
+from slim_utils.input_checks import check_length, check_token_ids
 from slim_utils.input_paths import check_inputs_outside, eval_files
 from slim_utils.layer_host import LayerHost, StreamedHost
 from slim_utils.layer_store import LayerStore, fingerprint
@@ -234,8 +235,7 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(args.model_path, args.trust_remote_code)
     family = find_family(config)
     positions = config.max_position_embeddings
-    if args.seqlen > positions:
-        raise UserError(f"--seqlen {args.seqlen}: the model has {positions} positions")
+    check_length(args.seqlen, config, "--seqlen")
     settings = walk_settings(args)
     skeleton = LayerHost(model_on_meta(config, trust_remote_code=args.trust_remote_code), family)
     if measures(args):
@@ -249,6 +249,7 @@ def run(args: argparse.Namespace) -> None:
     settle_text_starts(args, data.bos)
     specs = [] if args.skip_evaluate else args.eval_datasets
     eval_sets = load_eval_sets(specs, tokenizer, args.eval_seqlens, positions, args.bos)
+    check_token_ids(config, tokenizer, data.samples, *eval_sets.values())
     with closing(open_host(args, args.model_path)) as host:
         if args.save_dir:
             warn_if_short_of_space(Path(args.save_dir), host.model, copies=2 + args.save_pruned_weights)

@@ -1,9 +1,11 @@
 """Gemma 2 whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
 
+# First: it names the library's version that the rest needs.
+from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
+
+# isort: split
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model
 from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
-
-from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
 
 class SlimGemma2Config(SlimConfigMixin, Gemma2Config):

@@ -1,9 +1,11 @@
 """Gemma 3 (text) whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
 
+# First: it names the library's version that the rest needs.
+from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
+
+# isort: split
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Gemma3TextModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
-
-from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
 
 class SlimGemma3Config(SlimConfigMixin, Gemma3TextConfig):

@@ -1,9 +1,11 @@
 """Granite whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
 
+# First: it names the library's version that the rest needs.
+from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
+
+# isort: split
 from transformers import GraniteConfig, GraniteForCausalLM, GraniteModel
 from transformers.models.granite.modeling_granite import GraniteDecoderLayer
-
-from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
 
 class SlimGraniteConfig(SlimConfigMixin, GraniteConfig):

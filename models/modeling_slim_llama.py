@@ -1,9 +1,11 @@
 """LLaMA whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
 
+# First: it names the library's version that the rest needs.
+from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
+
+# isort: split
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-
-from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
 
 class SlimLlamaConfig(SlimConfigMixin, LlamaConfig):

@@ -1,9 +1,11 @@
 """Mistral whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
 
+# First: it names the library's version that the rest needs.
+from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
+
+# isort: split
 from transformers import MistralConfig, MistralForCausalLM, MistralModel
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-
-from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
 
 class SlimMistralConfig(SlimConfigMixin, MistralConfig):

@@ -1,9 +1,11 @@
 """Mixtral whose decoder layers differ in heads and experts' width; travels with a pruned checkpoint."""
 
+# First: it names the library's version that the rest needs.
+from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
+
+# isort: split
 from transformers import MixtralConfig, MixtralForCausalLM, MixtralModel
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
-
-from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
 # The library looks for the words @use_experts_implementation in this file before it lets a user choose, as for its own
 # class, how experts are computed; without them the choice would hang on which of the two classes is asked first.

@@ -1,9 +1,11 @@
 """OLMo 2 whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
 
+# First: it names the library's version that the rest needs.
+from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
+
+# isort: split
 from transformers import Olmo2Config, Olmo2ForCausalLM, Olmo2Model
 from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer
-
-from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
 
 class SlimOlmo2Config(SlimConfigMixin, Olmo2Config):

@@ -1,10 +1,12 @@
 """OPT whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
 
+# First: it names the library's version that the rest needs.
+from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin, init_dense
+
+# isort: split
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM, OPTModel
 from transformers.models.opt.modeling_opt import OPTDecoder, OPTDecoderLayer
-
-from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
 
 class SlimOPTConfig(SlimConfigMixin, OPTConfig):
@@ -41,7 +43,7 @@ class SlimOPTModel(OPTModel):
     config: SlimOPTConfig
 
     def __init__(self, config: SlimOPTConfig) -> None:
-        super().__init__(config)
+        init_dense(super().__init__, config)
         self.decoder = SlimOPTDecoder(config)
         self.post_init()
 

@@ -1,9 +1,11 @@
 """Phi-3 and Phi-4 whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
 
+# First: it names the library's version that the rest needs.
+from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
+
+# isort: split
 from transformers import Phi3Config, Phi3ForCausalLM, Phi3Model
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
-
-from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
 
 class SlimPhi3Config(SlimConfigMixin, Phi3Config):

@@ -1,9 +1,11 @@
 """Qwen3-MoE whose decoder layers differ in heads and experts' width; travels with a pruned checkpoint."""
 
+# First: it names the library's version that the rest needs.
+from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
+
+# isort: split
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Qwen3MoeModel
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
-
-from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
 # The library looks for the words @use_experts_implementation in this file before it lets a user choose, as for its own
 # class, how experts are computed; without them the choice would hang on which of the two classes is asked first.

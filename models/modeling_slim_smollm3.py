@@ -1,9 +1,11 @@
 """SmolLM3 whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
 
+# First: it names the library's version that the rest needs.
+from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
+
+# isort: split
 from transformers import SmolLM3Config, SmolLM3ForCausalLM, SmolLM3Model
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer
-
-from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
 
 class SlimSmolLM3Config(SlimConfigMixin, SmolLM3Config):

@@ -5,7 +5,16 @@ This file travels with a pruned checkpoint, beside the family's own. It depends 
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
+
+import transformers
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 15):
+    raise ImportError(
+        f"a model pruned by SlimGPT needs transformers >= 5.15, for layers that differ in shape; this is transformers "
+        f"{transformers.__version__}: pip install --upgrade transformers"
+    )
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -54,6 +63,17 @@ class LayerConfigView:
         return getattr(self.shared, name)
 
 
+def init_dense(init: Callable[[PreTrainedConfig], None], config: PreTrainedConfig) -> None:
+    """Run a class's own ``init``, whose modules are then built anew.
+
+    On its way the library obeys ``gradient_checkpointing`` and deletes it from ``config``; the new modules want it too.
+    """
+    checkpointing = getattr(config, "gradient_checkpointing", False)
+    init(config)
+    if checkpointing:
+        config.gradient_checkpointing = checkpointing
+
+
 class SlimModelMixin:
     """A family's model that builds layer ``i`` from ``config.per_layer_config[i]``.
 
@@ -64,7 +84,7 @@ class SlimModelMixin:
     layer_class: type[nn.Module]
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__(config)
+        init_dense(super().__init__, config)
         self.layers = nn.ModuleList(
             self.layer_class(config.per_layer_config[i], i) for i in range(config.num_hidden_layers)
         )
@@ -86,6 +106,6 @@ class SlimForCausalLMMixin:
     model_class: type[nn.Module]
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__(config)
+        init_dense(super().__init__, config)
         self.model = self.model_class(config)
         self.post_init()

@@ -18,11 +18,21 @@ from typing import Any
 import torch
 
 import models  # noqa: F401 - registers the classes of pruned checkpoints
-from ppl_eval.ppl_eval import ppl_metric
+from ppl_eval.ppl_dataset import load_eval_sets
+from ppl_eval.ppl_eval import evaluate
 from slim_utils.cli import ArgumentParser, run_cli
 from slim_utils.errors import UserError
+from slim_utils.input_checks import check_token_ids
 from slim_utils.input_paths import check_inputs_outside, eval_files
-from slim_utils.model_io import DTYPES, choose_device, load_model, load_tokenizer, peak_memory_mib, write_json_atomic
+from slim_utils.model_io import (
+    DTYPES,
+    choose_device,
+    load_config,
+    load_model,
+    load_tokenizer,
+    peak_memory_mib,
+    write_json_atomic,
+)
 from slim_utils.model_stats import model_stats
 from slim_utils.run_record import environment
 from slim_utils.side_by_side import side_by_side
@@ -37,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("dense")
     parser.add_argument("pruned")
     parser.add_argument("--eval_datasets", nargs="+", default=["wikitext2"])
-    parser.add_argument("--eval_seqlens", nargs="+", type=int, default=[128, 2048])
+    parser.add_argument("--eval_seqlens", nargs="+", type=int, help="window lengths (default: 128 2048)")
     parser.add_argument("--prompt", default="The history of the city began in")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
@@ -49,13 +59,14 @@ def build_parser() -> argparse.ArgumentParser:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything about the one model ``args.pruned``."""
     device = choose_device(args.device)
-    tokenizer = load_tokenizer(args.pruned, False)
+    config, tokenizer = load_config(args.pruned, False), load_tokenizer(args.pruned, False)
+    sets = load_eval_sets(args.eval_datasets, tokenizer, args.eval_seqlens, config.max_position_embeddings)
+    check_token_ids(config, tokenizer, *sets.values(), torch.tensor(tokenizer(args.prompt).input_ids))
     model = load_model(args.pruned, args.dtype, False).to(device)
     start = time.perf_counter()
-    perplexities = {}
-    for seqlen in args.eval_seqlens:
-        for name, value in ppl_metric(model, tokenizer, args.eval_datasets, seqlen).items():
-            perplexities[f"perplexity {name}, seqlen {seqlen}"] = value
+    perplexities = {
+        f"perplexity {row['dataset']}, seqlen {row['seqlen']}": row["perplexity"] for row in evaluate(model, sets)
+    }
     seconds = time.perf_counter() - start
     stats = model_stats(model.config, MACS_SEQLEN)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(device)
@@ -80,7 +91,8 @@ def measure_in_new_process(args: argparse.Namespace, model_path: str) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, "-m", "scripts.compare_models", model_path, model_path]
-        command += ["--eval_datasets", *args.eval_datasets, "--eval_seqlens", *map(str, args.eval_seqlens)]
+        command += ["--eval_datasets", *args.eval_datasets]
+        command += ["--eval_seqlens", *map(str, args.eval_seqlens)] if args.eval_seqlens else []
         command += ["--prompt", args.prompt, "--device", args.device, "--dtype", args.dtype]
         if subprocess.run([*command, "--measure_to", str(result)], check=False).returncode != 0:
             raise UserError(f"{model_path} could not be measured")

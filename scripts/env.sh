@@ -1,16 +1,24 @@
 # Sourced by the other scripts: makes .venv with the pinned packages of a requirements file, once.
 
+# check_python PYTHON ADVICE: the pinned packages have no releases for an older one.
+check_python() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && return
+    echo "$1 is not Python 3.11 or newer; $2" >&2
+    return 2
+}
+
 # make_venv REQUIREMENTS: (re)installs only when the file changed since the last time.
 make_venv() {
     local requirements=$1 python=${PYTHON:-python3} stamp
     stamp=".venv/.installed-$(cat requirements*.txt | cksum | tr ' ' '-')"
     # What the tests need includes what the scripts need.
     { [ -e "$stamp-requirements-dev.txt" ] || [ -e "$stamp-$requirements" ]; } && return
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-        echo "$python is older than Python 3.10; set PYTHON to a newer one" >&2
-        return 2
-    }
-    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    if [ -x .venv/bin/python ]; then
+        check_python .venv/bin/python "remove .venv, and set PYTHON to a newer one" || return
+    else
+        check_python "$python" "set PYTHON to a newer one" || return
+        "$python" -m venv .venv
+    fi
     echo "installing $requirements into .venv" >&2
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
     touch "$stamp-$requirements"
@@ -50,6 +58,7 @@ make_engine_venv() {
     local folder=$1 requirements=$2
     shift 2
     [ -e "$folder/.installed" ] && return
+    check_python "${PYTHON:-python3}" "set PYTHON to a newer one" || return
     "${PYTHON:-python3}" -m venv "$folder"
     echo "installing $requirements into $folder" >&2
     "$folder/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"

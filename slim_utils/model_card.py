@@ -198,8 +198,10 @@ def _perplexities(measured: list[dict[str, Any]] | dict[str, list[dict[str, Any]
     if not lists[0]:
         return "Not measured.\n"
     rows = [
-        (entries[0]["dataset"], entries[0]["seqlen"], "BOS" if entries[0]["bos"] else "text")
-        + tuple(f"{entry['perplexity']:.2f}" for entry in entries)
+        (
+            *(entries[0]["dataset"], entries[0]["seqlen"], "BOS" if entries[0]["bos"] else "text"),
+            *(f"{entry['perplexity']:.2f}" for entry in entries),
+        )
         for entries in zip(*lists, strict=True)
     ]
     return _table(("text", "tokens of a window", "the first of them", *columns), rows)

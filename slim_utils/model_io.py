@@ -35,6 +35,7 @@ from slim_utils.checkpoint_checks import (
     untie_own_head,
 )
 from slim_utils.errors import UserError
+from slim_utils.input_checks import check_padding_id
 from slim_utils.output_folder import (
     RUN_FILE,
     hidden_path,
@@ -75,12 +76,13 @@ def load_config(model_path: str, trust_remote_code: bool) -> PreTrainedConfig:
     """Configuration of a checkpoint (folder or hub name), without its weights.
 
     Raises:
-        UserError: if it cannot be read, or says that the weights are quantised.
+        UserError: if it cannot be read, says that the weights are quantised, or contradicts itself.
     """
     with loading(model_path):
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         untie_own_head(config, model_path)
         check_unquantised(config, model_path)
+        check_padding_id(config, model_path)
         return config
 
 

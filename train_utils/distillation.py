@@ -14,6 +14,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
 
 from slim_utils.errors import UserError
+from slim_utils.input_checks import check_length
 from slim_utils.model_io import load_config, load_model, load_tokenizer
 from train_utils.finetune_args import FinetuneArguments
 from train_utils.finetune_dataset import IGNORED_LABEL
@@ -33,13 +34,14 @@ def check_teacher(args: FinetuneArguments, config: PreTrainedConfig, tokenizer: 
         tokenizer: the student's, which makes the tokens of both.
 
     Raises:
-        UserError: if it cannot be read, or its logits are not of the student's tokens.
+        UserError: if it cannot be read, its logits are not of the student's tokens, or samples are too long for it.
     """
     path, trusted = args.model.distill_from, args.model.trust_remote_code
     try:
         teacher, vocabulary = load_config(path, trusted), load_tokenizer(path, trusted).get_vocab()
     except UserError as error:
         raise UserError(f"--distill_from: {error}") from error
+    check_length(args.data.max_length, teacher, f"--distill_from {path}: --max_length")
     sizes = [of.get_text_config().vocab_size for of in (teacher, config)]
     if sizes[0] != sizes[1]:
         raise UserError(f"--distill_from {path}: a vocabulary of {sizes[0]}, the trained model's is {sizes[1]}")

@@ -9,6 +9,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedToke
 
 from ppl_eval.ppl_dataset import EvalSets
 from slim_utils.errors import UserError
+from slim_utils.input_checks import use_padding
 from train_utils.distillation import DistillationTrainer
 from train_utils.finetune_args import FinetuneArguments
 from train_utils.finetune_dataset import FinetuneData, window_dataset
@@ -72,7 +73,7 @@ def build_trainer(
     # For the batches alone; the saved tokenizer stays as it is.
     padding = copy.deepcopy(tokenizer)
     padding.padding_side = "right"
-    padding.pad_token = padding.pad_token or padding.eos_token
+    use_padding(padding, model.config)
     training = copy.copy(args.training)
     training.output_dir = str(args.run_folder)
     options = {

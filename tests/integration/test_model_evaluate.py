@@ -1,5 +1,6 @@
 """``model_evaluate.py`` against the lm-eval package's own command line, and run as a user runs it."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -249,10 +250,22 @@ def test_a_missing_model_is_one_line():
     assert "Traceback" not in process.stderr
 
 
-def test_main_with_a_quantised_model_is_refused(checkpoint, data_dir, tmp_path):
+def test_main_with_a_quantised_model_is_refused_before_the_tasks_are_read(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "gptq")
     config = json.loads((checkpoint / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     (tmp_path / "gptq" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"quantised \(gptq\)"):
-        main("--model", tmp_path / "gptq", "--tasks", "piqa", "--data_dir", data_dir, "--device", "cpu")
+        main("--model", tmp_path / "gptq", "--tasks", "none of them", "--device", "cpu")
+
+
+def test_main_with_tokens_beyond_the_embedding_is_one_line(checkpoint, tokenizer, tmp_path, data_dir):
+    shutil.copytree(checkpoint, tmp_path / "grown")
+    more = copy.deepcopy(tokenizer)
+    more.add_tokens(["w900"])
+    more.save_pretrained(tmp_path / "grown")
+    rows = (data_dir / "piqa" / "validation.jsonl").read_text()
+    (tmp_path / "tasks" / "piqa").mkdir(parents=True)
+    (tmp_path / "tasks" / "piqa" / "validation.jsonl").write_text(rows.replace("w3", "w900").replace("w4", "w900"))
+    with pytest.raises(UserError, match="token 64, but the model has embeddings of tokens 0 to 63"):
+        main("--model", tmp_path / "grown", "--tasks", "piqa", "--data_dir", tmp_path / "tasks", "--device", "cpu")
