@@ -58,7 +58,7 @@ from train_utils.finetune_dataset import (
     load_finetune_data,
     window_dataset,
 )
-from train_utils.lora import cast_parameters, fuse_lora, prepare_model
+from train_utils.lora import cast_parameters, check_lora_targets, fuse_lora, prepare_model
 from train_utils.sparse_trainer import MaskCallback, SlimTrainer, masked_slices
 
 logger = logging.getLogger("model_finetune")
@@ -233,6 +233,7 @@ def main(args: FinetuneArguments) -> None:
     path, trusted = args.model.model_name_or_path, args.model.trust_remote_code
     tokenizer = load_tokenizer(path, trusted)
     config = load_config(path, trusted)
+    check_lora_targets(args.model, config)
     if args.model.distill_from is not None:
         check_teacher(args, config, tokenizer)
     data, watched, measured = load_data(args, tokenizer, config.max_position_embeddings)
