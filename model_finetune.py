@@ -59,6 +59,7 @@ from train_utils.finetune_dataset import (
     window_dataset,
 )
 from train_utils.lora import cast_parameters, check_lora_targets, fuse_lora, prepare_model
+from train_utils.prompts import check_tokenizer
 from train_utils.sparse_trainer import MaskCallback, SlimTrainer, masked_slices
 
 logger = logging.getLogger("model_finetune")
@@ -232,6 +233,7 @@ def main(args: FinetuneArguments) -> None:
     pruned = load_pruned(args)
     path, trusted = args.model.model_name_or_path, args.model.trust_remote_code
     tokenizer = load_tokenizer(path, trusted)
+    check_tokenizer(tokenizer, args.data.prompt_template_name, path)
     config = load_config(path, trusted)
     check_lora_targets(args.model, config)
     if args.model.distill_from is not None:
