@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("model_path", help="checkpoint folder or hub name")
     parser.add_argument("dataset", nargs="?", choices=CALIBRATION_DATASETS, help="calibration data set from the hub")
     data = parser.add_argument_group("calibration")
-    data.add_argument("--data_file", type=Path, help="local calibration text instead: txt, json[l], json.gz, parquet")
+    data.add_argument("--data_file", type=Path, help="local calibration text instead: txt, json[l], csv, tsv, parquet")
     data.add_argument("--num_samples", type=int, default=1024, help="calibration samples (default %(default)s)")
     data.add_argument("--seqlen", type=int, default=2048, help="tokens of a sample (default %(default)s)")
     data.add_argument("--seed", type=int, default=0, help="of the choice of samples (default %(default)s)")

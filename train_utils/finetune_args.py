@@ -64,7 +64,9 @@ class DataArguments:
     """The instruction data, and the texts whose perplexity is watched."""
 
     train_data: str = field(default="alpaca", metadata={"help": "alpaca or gpt4_alpaca, from the hub"})
-    data_path: str | None = field(default=None, metadata={"help": "json, jsonl or parquet file, or hub name, instead"})
+    data_path: str | None = field(
+        default=None, metadata={"help": "json, jsonl, csv, tsv or parquet file, or hub name, instead"}
+    )
     max_length: int = field(default=512, metadata={"help": "tokens of a sample; longer ones are cut"})
     cache_dataset: bool = field(default=True, metadata={"help": "keep the tokenised samples for the next run"})
     cache_dir: str | None = field(
