@@ -28,6 +28,7 @@ import models  # noqa: F401 - registers the classes of pruned checkpoints
 from ppl_eval.zero_shot import (
     README_TASKS,
     averages,
+    check_specials,
     evaluated_split,
     load_tasks,
     match_task_names,
@@ -135,6 +136,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         loaded = load_tasks(manager, specs, args.data_dir)
     splits = {name: evaluated_split(task) for name, task in loaded["tasks"].items()}
     logger.info("tasks: %s", ", ".join(f"{name} ({split})" for name, split in splits.items()))
+    check_specials(tokenizer, loaded["tasks"].values(), args.model)
     add_bos = set_bos(tokenizer, args.bos)
     logger.info("prompts begin with %s (--bos)", "a BOS" if add_bos else "text")
     model = load_model(args.model, args.dtype, args.trust_remote_code).to(args.device)

@@ -52,7 +52,8 @@ from train_utils.finetune_dataset import (
     load_finetune_data,
 )
 from train_utils.finetune_result import load_pruned, mask_record, save_result, warn_if_not_masked, write_cards
-from train_utils.lora import prepare_model
+from train_utils.lora import check_lora_targets, prepare_model
+from train_utils.prompts import check_tokenizer
 from train_utils.resumption import check_resumed, run_settings
 from train_utils.run_folder import install_result, open_run_folder
 from train_utils.sparse_trainer import MaskCallback, masked_slices
@@ -137,8 +138,10 @@ def run(args: FinetuneArguments) -> None:
     pruned = load_pruned(args)
     path, trusted = args.model.model_name_or_path, args.model.trust_remote_code
     tokenizer = load_tokenizer(path, trusted)
+    check_tokenizer(tokenizer, args.data.prompt_template_name, path)
     config = load_config(path, trusted)
     check_length(args.data.max_length, config, "--max_length")
+    check_lora_targets(args.model, config)
     if args.model.distill_from is not None:
         check_teacher(args, config, tokenizer)
     data, watched, measured = load_data(args, tokenizer, config.max_position_embeddings)

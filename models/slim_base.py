@@ -5,6 +5,7 @@ This file travels with a pruned checkpoint, beside the family's own. It depends 
 """
 
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -109,3 +110,16 @@ class SlimForCausalLMMixin:
         init_dense(super().__init__, config)
         self.model = self.model_class(config)
         self.post_init()
+        share_lora_defaults(type(config))
+
+
+def share_lora_defaults(config_class: type[PreTrainedConfig]) -> None:
+    """Let peft, where it is imported, adapt by default the same maps of a slim model as of its family's own."""
+    constants = sys.modules.get("peft.utils.constants")
+    if constants is None:
+        return
+    defaults = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    types = [getattr(parent, "model_type", "") for parent in config_class.__mro__]
+    base_type = next(model_type for model_type in types if model_type not in ("", config_class.model_type))
+    if base_type in defaults:
+        defaults.setdefault(config_class.model_type, defaults[base_type])

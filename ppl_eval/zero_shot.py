@@ -2,7 +2,7 @@
 
 import difflib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +14,7 @@ import lm_eval.models.huggingface
 import yaml
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from slim_utils.errors import UserError, error_reason
 from slim_utils.text_source import cache_advice
@@ -138,6 +139,23 @@ def load_tasks(manager: TaskManager, specs: list[str], data_dir: Path | None) ->
         way_out = "look at the columns of its files" if data_dir else "give local files by --data_dir DIR"
         problem = (None if data_dir else cache_advice(error)) or f"{error_reason(error)}; {way_out}"
         raise UserError(f"the data of {', '.join(Path(spec).stem for spec in specs)}: {problem}") from error
+
+
+def check_specials(tokenizer: PreTrainedTokenizerBase, tasks: Iterable[Any], model_path: str) -> None:
+    """Make sure that the tokenizer of ``model_path`` has the special tokens that the package needs for ``tasks``.
+
+    Raises:
+        UserError: if it lacks what ends an answer, stands before an empty context, or pads.
+    """
+    if tokenizer.eos_token is not None:
+        return
+    generates = any(task.OUTPUT_TYPE == "generate_until" for task in tasks)
+    pads = tokenizer.pad_token is not None or tokenizer.unk_token is not None
+    if generates or tokenizer.bos_token is None or not pads:
+        raise UserError(
+            f"--model {model_path}: the tokenizer has no end-of-sequence token, which lm-eval needs here; set "
+            "eos_token in its tokenizer_config.json"
+        )
 
 
 def evaluated_split(task: Any) -> str:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 import models  # noqa: F401 - registers the classes of pruned checkpoints
-from ppl_eval.ppl_dataset import load_eval_sets
+from ppl_eval.ppl_dataset import EvalKey, load_eval_sets
 from ppl_eval.ppl_eval import evaluate
+from slim_utils.bos import BOS_HELP, BOS_POLICIES
 from slim_utils.cli import ArgumentParser, run_cli
 from slim_utils.errors import UserError
 from slim_utils.input_checks import check_token_ids
@@ -48,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("pruned")
     parser.add_argument("--eval_datasets", nargs="+", default=["wikitext2"])
     parser.add_argument("--eval_seqlens", nargs="+", type=int, help="window lengths (default: 128 2048)")
+    parser.add_argument("--bos", choices=BOS_POLICIES, default="auto", help=BOS_HELP)
     parser.add_argument("--prompt", default="The history of the city began in")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
@@ -60,12 +62,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything about the one model ``args.pruned``."""
     device = choose_device(args.device)
     config, tokenizer = load_config(args.pruned, False), load_tokenizer(args.pruned, False)
-    sets = load_eval_sets(args.eval_datasets, tokenizer, args.eval_seqlens, config.max_position_embeddings)
+    sets = load_eval_sets(args.eval_datasets, tokenizer, args.eval_seqlens, config.max_position_embeddings, args.bos)
     check_token_ids(config, tokenizer, *sets.values(), torch.tensor(tokenizer(args.prompt).input_ids))
     model = load_model(args.pruned, args.dtype, False).to(device)
     start = time.perf_counter()
     perplexities = {
-        f"perplexity {row['dataset']}, seqlen {row['seqlen']}": row["perplexity"] for row in evaluate(model, sets)
+        f"perplexity {EvalKey(row['dataset'], row['seqlen'], row['bos']).label}": row["perplexity"]
+        for row in evaluate(model, sets)
     }
     seconds = time.perf_counter() - start
     stats = model_stats(model.config, MACS_SEQLEN)
@@ -93,7 +96,7 @@ def measure_in_new_process(args: argparse.Namespace, model_path: str) -> dict[st
         command = [sys.executable, "-m", "scripts.compare_models", model_path, model_path]
         command += ["--eval_datasets", *args.eval_datasets]
         command += ["--eval_seqlens", *map(str, args.eval_seqlens)] if args.eval_seqlens else []
-        command += ["--prompt", args.prompt, "--device", args.device, "--dtype", args.dtype]
+        command += ["--bos", args.bos, "--prompt", args.prompt, "--device", args.device, "--dtype", args.dtype]
         if subprocess.run([*command, "--measure_to", str(result)], check=False).returncode != 0:
             raise UserError(f"{model_path} could not be measured")
         return json.loads(result.read_text(encoding="utf-8"))

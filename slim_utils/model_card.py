@@ -217,6 +217,7 @@ def _usage(model: str, config: PreTrainedConfig) -> str:
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{model}"{remote})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{model}"{remote})\n```\n',
+        'LoRA by peft: `LoraConfig(target_modules="all-linear")` adapts every linear map of the layers.\n',
     ]
     options = vllm_options(config)
     if options is not None:

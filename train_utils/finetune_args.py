@@ -44,9 +44,12 @@ class ModelArguments:
     peft_lora_r: int = field(default=8, metadata={"help": "rank of the adapters"})
     peft_lora_alpha: int = field(default=16, metadata={"help": "the adapters' product is scaled by alpha / r"})
     peft_lora_dropout: float = field(default=0.05, metadata={"help": "dropout before the adapters"})
-    peft_target_modules: str = field(
-        default="q_proj,k_proj,v_proj,o_proj,gate_proj,down_proj,up_proj",
-        metadata={"help": "linear maps that get an adapter, comma-separated"},
+    peft_target_modules: str | None = field(
+        default=None,
+        metadata={
+            "help": "linear maps that get an adapter, comma-separated, or all-linear (default: those of the decoder "
+            "layers, by the model's family)"
+        },
     )
     peft_lora_bias: str = field(default="none", metadata={"help": f"biases to train: {', '.join(LORA_BIASES)}"})
     use_focal_loss: bool = field(default=False, metadata={"help": "weigh a token's loss by (1 - p)^gamma"})
@@ -64,7 +67,9 @@ class DataArguments:
     """The instruction data, and the texts whose perplexity is watched."""
 
     train_data: str = field(default="alpaca", metadata={"help": "alpaca or gpt4_alpaca, from the hub"})
-    data_path: str | None = field(default=None, metadata={"help": "json, jsonl or parquet file, or hub name, instead"})
+    data_path: str | None = field(
+        default=None, metadata={"help": "json, jsonl, csv, tsv or parquet file, or hub name, instead"}
+    )
     max_length: int = field(default=512, metadata={"help": "tokens of a sample; longer ones are cut"})
     cache_dataset: bool = field(default=True, metadata={"help": "keep the tokenised samples for the next run"})
     cache_dir: str | None = field(

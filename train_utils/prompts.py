@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from slim_utils.errors import UserError
+from slim_utils.errors import UserError, error_reason
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,33 @@ def chat_texts(tokenizer: PreTrainedTokenizerBase, instruction: str, context: st
     """Prompt, and prompt with answer, by the tokenizer's own chat template.
 
     Raises:
-        UserError: if the tokenizer has none.
+        UserError: if the tokenizer has none, or it fails.
     """
     if not tokenizer.chat_template:
         raise UserError("--prompt_template_name chat: the tokenizer has no chat template; choose alpaca")
     question = {"role": "user", "content": f"{instruction}\n{context}" if context else instruction}
-    prompt = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
     reply = {"role": "assistant", "content": answer}
-    return prompt, tokenizer.apply_chat_template([question, reply], tokenize=False)
+    try:
+        prompt = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+        return prompt, tokenizer.apply_chat_template([question, reply], tokenize=False)
+    except Exception as error:
+        # A template is a program of the tokenizer's author: it may raise anything, and refuse on purpose.
+        raise UserError(
+            f"--prompt_template_name {CHAT}: the tokenizer's chat template fails ({error_reason(error)}); choose alpaca"
+        ) from error
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, model_path: str) -> None:
+    """Make sure that the tokenizer of ``model_path`` can end, pad and, in a chat, write samples.
+
+    Raises:
+        UserError: if it cannot, for want of a token or of a chat template that works.
+    """
+    padded = tokenizer.pad_token is not None
+    if tokenizer.eos_token is None and not (template == CHAT and padded):
+        raise UserError(
+            f"--model_name_or_path: the tokenizer of {model_path} has no end-of-sequence token to end a sample by; set "
+            "eos_token in its tokenizer_config.json"
+        )
+    if template == CHAT:
+        chat_texts(tokenizer, "question", "", "answer")

@@ -66,7 +66,12 @@ def test_the_card_tells_the_run(words, text_file, tmp_path):
     assert record["calibration"]["samples_sha256"] in card.content
     # Nothing of where it was made.
     assert str(tmp_path) not in card.content and str(text_file.parent) not in card.content
-    for command in ("trust_remote_code=True", "vllm serve DIR --model-impl transformers", "export_gguf.py DIR"):
+    for command in (
+        "trust_remote_code=True",
+        "vllm serve DIR --model-impl transformers",
+        "export_gguf.py DIR",
+        '"all-linear"',
+    ):
         assert command in card.content
 
 

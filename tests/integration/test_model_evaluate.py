@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import lm_eval.tasks
@@ -15,7 +16,7 @@ from lm_eval.tasks import TaskManager
 
 import model_evaluate
 import model_slimming
-from ppl_eval.zero_shot import README_TASKS, averages, load_tasks, results_table, task_specs
+from ppl_eval.zero_shot import README_TASKS, averages, check_specials, load_tasks, results_table, task_specs
 from slim_utils.errors import UserError
 from tests.conftest import random_text
 
@@ -221,6 +222,39 @@ def test_load_tasks_unwritable_cache_named(monkeypatch, tmp_path):
     monkeypatch.setattr(TaskManager, "load", load)
     with pytest.raises(UserError, match=r"cache of downloads cannot be written \(.*'/sys/cache'\); set HF_HOME"):
         load_tasks(TaskManager(), ["piqa"], None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "removed", "usable"),
+    [
+        ("multiple_choice", ["eos_token"], True),
+        ("multiple_choice", ["bos_token"], True),
+        ("generate_until", ["eos_token"], False),
+        ("multiple_choice", ["eos_token", "bos_token"], False),
+        ("multiple_choice", ["eos_token", "unk_token"], False),
+    ],
+)
+def test_check_specials_missing_token_one_line(tokenizer, kind, removed, usable):
+    changed = copy.deepcopy(tokenizer)
+    for name in removed:
+        setattr(changed, name, None)
+    tasks = [SimpleNamespace(OUTPUT_TYPE=kind)]
+    if usable:
+        check_specials(changed, tasks, "DIR")
+        return
+    with pytest.raises(UserError, match=r"--model DIR: the tokenizer has no end-of-sequence token.*set eos_token"):
+        check_specials(changed, tasks, "DIR")
+
+
+def test_a_tokenizer_without_special_tokens_is_refused(checkpoint, data_dir, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "bare")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = tmp_path / "bare" / name
+        if path.is_file():
+            content = json.loads(path.read_text())
+            path.write_text(json.dumps({key: value for key, value in content.items() if not key.endswith("_token")}))
+    with pytest.raises(UserError, match="the tokenizer has no end-of-sequence token"):
+        main("--model", tmp_path / "bare", "--tasks", "piqa", "--data_dir", data_dir, "--device", "cpu", "--limit", 2)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Instruction rows become samples whose targets are the answer."""
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from train_utils.finetune_dataset import (
     load_finetune_data,
     window_dataset,
 )
-from train_utils.prompts import TEMPLATES
+from train_utils.prompts import TEMPLATES, check_tokenizer
 
 ROW = {"instruction": "w3 w4", "input": "", "output": "w5 w6 w7"}
 WITH_INPUT = {**ROW, "input": "w9"}
@@ -225,3 +226,41 @@ def test_windows_are_all_targets():
     data = window_dataset(torch.arange(6).view(2, 3))
     assert data["labels"] == data["input_ids"] == [[0, 1, 2], [3, 4, 5]]
     assert data["attention_mask"] == [[1, 1, 1]] * 2
+
+
+def specials(tokenizer, **changes):
+    """A copy of ``tokenizer`` with other special tokens or another chat template."""
+    changed = copy.deepcopy(tokenizer)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("template", "changes", "message"),
+    [
+        ("none", {"eos_token": None}, "the tokenizer of DIR has no end-of-sequence token.*; set eos_token in"),
+        ("chat", {"eos_token": None}, "the tokenizer of DIR has no end-of-sequence token.*; set eos_token in"),
+        ("chat", {"chat_template": None}, "--prompt_template_name chat: the tokenizer has no chat template"),
+        (
+            "chat",
+            {"chat_template": "{{ raise_exception('only system\nprompts') }}"},
+            "--prompt_template_name chat: the tokenizer's chat template fails .*only system prompts.*; choose alpaca",
+        ),
+        ("chat", {"chat_template": "{% for m in messages %}x"}, "template fails .TemplateSyntaxError.*choose alpaca"),
+        ("chat", {"chat_template": "{{ messages[7].content.x }}"}, "template fails .UndefinedError.*choose alpaca"),
+        ("chat", {"chat_template": "{{ 1 + 'a' }}"}, "template fails .TypeError.*choose alpaca"),
+    ],
+)
+def test_check_tokenizer_unusable_one_line(tokenizer, template, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        check_tokenizer(specials(tokenizer, **changes), template, "DIR")
+    assert "\n" not in str(error.value)
+
+
+def test_check_tokenizer_usable_passes(tokenizer):
+    check_tokenizer(tokenizer, "none", "DIR")
+    # A chat template ends the answer itself.
+    check_tokenizer(specials(tokenizer, eos_token=None, pad_token="<unk>"), "chat", "DIR")
+    check_tokenizer(specials(tokenizer, bos_token=None), "alpaca", "DIR")
+    check_tokenizer(specials(tokenizer, chat_template="{% broken"), "alpaca", "DIR")
