@@ -44,7 +44,7 @@ def add_calibration_flags(group: argparse._ArgumentGroup) -> None:
         "--data_file",
         nargs="+",
         metavar="FILE",
-        help="local calibration text instead: txt, json[l], csv, tsv, parquet; several files or names of data sets give "
+        help="local calibration text instead: txt, json[l], csv, tsv, parquet; several files or data sets give "
         "equally many samples each",
     )
     group.add_argument("--num_samples", type=int, default=1024, help="calibration samples (default %(default)s)")
