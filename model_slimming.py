@@ -60,6 +60,7 @@ from slim_utils.slimming_args import (
     check_search,
     measures,
     plan,
+    replace_preset_search,
     search,
     walk_settings,
 )
@@ -229,7 +230,7 @@ def evaluate_pruned(args: argparse.Namespace, host: LayerHost, eval_sets: EvalSe
 
 def main(args: argparse.Namespace) -> None:
     """Load, prune, save, evaluate."""
-    args = process_args(args)
+    asked, args = args.allocation, process_args(args)
     config = load_config(args.model_path, args.trust_remote_code)
     family = find_family(config)
     positions = config.max_position_embeddings
@@ -237,9 +238,10 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--seqlen {args.seqlen}: the model has {positions} positions")
     settings = walk_settings(args)
     skeleton = LayerHost(model_on_meta(config, trust_remote_code=args.trust_remote_code), family)
+    replace_preset_search(args, asked, config)
     if measures(args):
         check_search(args, skeleton, settings)
-    if not measures(args):
+    else:
         ratios, planned = plan(args, skeleton, settings)
     tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
     base_card = base_card_data(args.model_path) if args.save_pruned_weights else {}

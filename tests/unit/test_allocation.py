@@ -295,11 +295,17 @@ def test_what_another_search_measured_is_not_used(content, samples, tmp_path):
 def test_mixtures_of_experts_are_not_searched(tokenizer, text_file, tmp_path):
     make_tiny("mixtral").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    flags = ["--data_file", text_file, "--target_ratio", 0.3, "--allocation", "search", "--save_dir", tmp_path / "out"]
-    with pytest.raises(UserError, match="search does not know mixtures of experts yet"):
-        main(tmp_path / "model", *flags, "--seqlen", 32)
+    flags = ["--data_file", text_file, "--target_ratio", 0.3, "--seqlen", 32, "--save_dir", tmp_path / "out"]
+    # What was asked for is refused; only the preset's own choice is replaced.
+    for preset in ([], ["--preset", "best"]):
+        with pytest.raises(UserError, match="--allocation search does not know mixtures of experts yet"):
+            main(tmp_path / "model", *flags, *preset, "--allocation", "search")
+    for flag in ("--refine", "--search_minutes"):
+        with pytest.raises(UserError, match=f"{flag} .*mixtures of experts yet") as error:
+            main(tmp_path / "model", *flags, "--preset", "best", flag, 1)
+        assert "\n" not in str(error.value)
     assert not LayerStore(tmp_path / "out").exists()
-    flags += ["--preset", "best", "--num_samples", 8, "--seqlen", 32, "--device", "cpu", "--skip_evaluate"]
+    flags += ["--preset", "best", "--num_samples", 8, "--device", "cpu", "--skip_evaluate"]
     main(tmp_path / "model", *flags)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["arguments"]["allocation"] == "log_increase" and "search" not in record
