@@ -65,6 +65,7 @@ from slim_utils.slimming_args import (
     check_search,
     measures,
     plan,
+    replace_preset_search,
     search,
     settle_text_starts,
     walk_settings,
@@ -230,17 +231,18 @@ def evaluate_pruned(args: argparse.Namespace, host: LayerHost, eval_sets: EvalSe
         return evaluate(saved.model, eval_sets, partial(layers_run_once, saved, args.device))
 
 
-def run(args: argparse.Namespace) -> None:
-    """Load, prune, save, evaluate."""
+def run(args: argparse.Namespace, asked: str | None) -> None:
+    """Load, prune, save, evaluate; ``asked`` is the ``--allocation`` that was given, before any preset."""
     config = load_config(args.model_path, args.trust_remote_code)
     family = find_family(config)
     positions = config.max_position_embeddings
     check_length(args.seqlen, config, "--seqlen")
     settings = walk_settings(args)
     skeleton = LayerHost(model_on_meta(config, trust_remote_code=args.trust_remote_code), family)
+    replace_preset_search(args, asked, config)
     if measures(args):
         check_search(args, skeleton, settings)
-    if not measures(args):
+    else:
         ratios, planned = plan(args, skeleton, settings)
     tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
     provenance = read_provenance(args.model_path, config, args.trust_remote_code) if args.save_dir else {}
@@ -291,8 +293,9 @@ def run(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Check ``args`` and run, as the only one that writes the output folder."""
+    asked = args.allocation
     with output_lock(args.save_dir, "--save_dir"):
-        run(process_args(args))
+        run(process_args(args), asked)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,8 @@ def scaled_counts(
     Args:
         schedule: ratios of all layers for a highest one; they grow with it.
         units: of every layer.
-        budget: block weights to remove; met to one FFN column or, if ``alike``, to one of every layer.
+        budget: block weights to remove; met to one FFN column or, if ``alike``, to one of every layer. Where too few
+            columns are left to make up for a step of heads, as near as steps of heads layer by layer come.
         alike: layers of one ratio lose equally many.
 
     Raises:
@@ -101,16 +102,37 @@ def scaled_counts(
         low, high = (middle, high) if weights_removed(counts(middle), units) < budget else (low, middle)
     if alike:
         return counts(high)
-    chosen, ceiling = counts(low), counts(high)
+    floor, ceiling = counts(low), counts(high)
     # What the next step of the schedule would overshoot goes column by column, from the last layer on.
-    pruned = [index for index, heads_and_columns in enumerate(ceiling) if any(heads_and_columns)]
-    left = budget - weights_removed(chosen, units)
-    while left > 0:
-        for index in reversed(pruned):
-            if left > 0 and chosen[index][1] < units[index].columns - 1:
-                chosen[index][1] += 1
+    pruned = [index for index in reversed(range(len(units))) if any(ceiling[index])]
+    chosen = nearest = _settled_in_turn(floor, units, pruned, budget)
+    # Where the columns do not do, the step's heads go too, a layer at a time.
+    for index in pruned:
+        if weights_removed(chosen, units) >= budget:
+            break
+        floor[index] = ceiling[index]
+        chosen = _settled_in_turn(floor, units, pruned, budget)
+        nearest = min(nearest, chosen, key=lambda found: abs(weights_removed(found, units) - budget))
+    return nearest
+
+
+def _settled_in_turn(
+    counts: list[list[int]], units: list[LayerUnits], layers: list[int], budget: float
+) -> list[list[int]]:
+    """``counts`` with columns added in turn to ``layers`` up to the budget, or given back down to it."""
+    counts = [list(own) for own in counts]
+    left = budget - weights_removed(counts, units)
+    while left > 0 and any(counts[index][1] < units[index].columns - 1 for index in layers):
+        for index in layers:
+            if left > 0 and counts[index][1] < units[index].columns - 1:
+                counts[index][1] += 1
                 left -= units[index].column_weights
-    return chosen
+    while any(counts[index][1] and units[index].column_weights <= -left for index in layers):
+        for index in reversed(layers):
+            if counts[index][1] and units[index].column_weights <= -left:
+                counts[index][1] -= 1
+                left += units[index].column_weights
+    return counts
 
 
 def weights_removed(counts: list[list[int]], units: list[LayerUnits]) -> int:
@@ -140,7 +162,8 @@ def allocate(curves: list[LossCurve], budget: float) -> list[int]:
     """Units of every curve that go, so that the losses add up to the least for ``budget`` weights, to one FFN column.
 
     At a price of a weight every curve has its own best count, independent of the others; the price that nearly meets
-    the budget is found by bisection (Lagrange). Where too few columns are left, the budget may be missed by a head.
+    the budget is found by bisection (Lagrange). Where too few columns are left, the budget may be missed by part of a
+    head.
 
     Raises:
         UserError: if all of the curves together have fewer weights.
@@ -163,9 +186,10 @@ def allocate(curves: list[LossCurve], budget: float) -> list[int]:
     # Short of the budget, or beyond it, the rest goes or comes back column by column; then single heads are tried.
     column = max((curve.weight for curve in curves if curve.column), default=0)
 
-    def missed_and_loss(counts: list[int]) -> tuple[bool, float]:
+    def missed_and_loss(counts: list[int]) -> tuple[float, float]:
         loss = sum(curve.losses[count] for curve, count in zip(curves, counts, strict=True))
-        return not 0 <= removed(counts) - budget < max(column, 1), loss
+        beyond = removed(counts) - budget
+        return 0 if 0 <= beyond < max(column, 1) else abs(beyond), loss
 
     chosen = min((_settled(curves, best(price), budget) for price in (low, high)), key=missed_and_loss)
     while True:

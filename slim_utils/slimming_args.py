@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from slim_utils.allocation import LayerUnits, allocate_in_depth, block_weights, layer_units, read_profile, scaled_ratios
 from slim_utils.bos import BOS_HELP, BOS_POLICIES
@@ -131,6 +132,29 @@ def apply_preset(args: argparse.Namespace) -> None:
 def in_several_processes() -> bool:
     """Whether torchrun started more than this process."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def replace_preset_search(args: argparse.Namespace, asked: str | None, config: PreTrainedConfig) -> None:
+    """Put a schedule in place of the search of ``--preset best`` where the model of ``config`` cannot be searched.
+
+    Args:
+        args: of the command line, with the preset applied.
+        asked: the ``--allocation`` that was given; it stays.
+        config: of the model.
+
+    Raises:
+        UserError: if there is a flag for the search.
+    """
+    if asked or args.allocation != SEARCH or args.refine or not has_experts(config):
+        return
+    if args.search_minutes is not None:
+        raise UserError("--search_minutes is the time of a search, which does not know mixtures of experts yet")
+    do_without_search(args, "experts")
+
+
+def has_experts(config: PreTrainedConfig) -> bool:
+    """Whether a layer is a mixture of experts."""
+    return any(shape.num_experts for shape in layer_shapes(config))
 
 
 def do_without_search(args: argparse.Namespace, obstacle: str) -> None:
@@ -262,18 +286,15 @@ def weights_to_remove(args: argparse.Namespace, host: LayerHost) -> float:
 def check_search(args: argparse.Namespace, host: LayerHost, settings: WalkSettings) -> None:
     """Make sure, before anything is measured, that a search can be had and can meet the target.
 
-    With ``--preset best`` a model that cannot be searched gets another allocation. Weights are not looked at.
+    Weights are not looked at.
 
     Raises:
         UserError: if it cannot.
     """
+    if has_experts(host.model.config):
+        flag = measuring_flag(args)
+        raise UserError(f"{flag} does not know mixtures of experts yet; use --allocation log_increase alone")
     shapes = layer_shapes(host.model.config)
-    if any(shape.num_experts for shape in shapes):
-        if args.preset != "best" or args.refine:
-            flag = measuring_flag(args)
-            raise UserError(f"{flag} does not know mixtures of experts yet; use --allocation log_increase alone")
-        do_without_search(args, "experts")
-        return
     units = layer_units(host.layers, host.family, shapes, settings)
     most = most_removable(units, layer_range(args.minlayer, args.maxlayer, len(shapes)))
     budget = weights_to_remove(args, host)

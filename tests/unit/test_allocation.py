@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from slim_utils.allocation import (
     allocate_in_depth,
     block_weights,
     layer_units,
+    scaled_counts,
     scaled_ratios,
+    weights_removed,
 )
 from slim_utils.errors import UserError
 from slim_utils.families import find_family, layer_shapes
@@ -34,6 +37,20 @@ from tests.conftest import make_tiny
 
 CPU = torch.device("cpu")
 MODEL_KINDS = ["mha", "gqa", "phi3", "olmo2", "opt", "mixtral", "qwen3_moe"]
+
+
+@pytest.fixture
+def deadline():
+    """Fails a test that is not done after ten seconds of its own time."""
+
+    def expired(signum, frame):
+        pytest.fail("does not end", pytrace=False)
+
+    previous = signal.signal(signal.SIGVTALRM, expired)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 10)
+    yield
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    signal.signal(signal.SIGVTALRM, previous)
 
 
 def convex(generator: np.random.Generator, units: int) -> np.ndarray:
@@ -70,6 +87,36 @@ def test_heads_and_columns_are_traded_near_the_best(seed):
             if budget <= sum(curve.weight * n for curve, n in zip(curves, choice, strict=True)) < budget + 2
         )
         assert sum(curve.losses[n] for curve, n in zip(curves, counts, strict=True)) <= 1.02 * best
+
+
+def reachable(units: list[LayerUnits]) -> set[int]:
+    """Block weights that any choice of units removes."""
+    counts = [itertools.product(range(own.heads), range(own.columns)) for own in units]
+    return {weights_removed(choice, units) for choice in itertools.product(*counts)}
+
+
+@pytest.mark.usefixtures("deadline")
+@pytest.mark.parametrize("units", [[LayerUnits(8, 4, 100, 3)], [LayerUnits(4, 3, 100, 7)] * 3])
+def test_scaled_counts_without_columns_enough_end_near_the_budget(units):
+    """A step of heads is larger than all the columns: no choice meets most budgets to a column."""
+    choices = sorted(reachable(units))
+    for budget in range(1, choices[-1] + 1, 7):
+        removed = weights_removed(scaled_counts(lambda highest: [highest] * len(units), units, budget), units)
+        nearest = min(abs(total - budget) for total in choices)
+        assert abs(removed - budget) <= nearest + 14, budget
+        met = any(budget <= total < budget + 3 for total in choices)
+        assert len(units) > 1 or abs(removed - budget) <= (3 if met else nearest), budget
+
+
+@pytest.mark.usefixtures("deadline")
+@pytest.mark.parametrize("budget", range(1, 709, 37))
+def test_allocate_without_columns_enough_ends_near_the_budget(budget):
+    curves = [LossCurve(np.arange(8.0) ** 2, 100, False), LossCurve(np.arange(4.0) ** 2, 3, True)]
+    heads, columns = allocate(curves, budget)
+    reached = {100 * i + 3 * j for i in range(8) for j in range(4)}
+    met = any(budget <= total < budget + 3 for total in reached)
+    removed = 100 * heads + 3 * columns
+    assert 0 <= removed - budget < 3 if met else abs(removed - budget) == min(abs(r - budget) for r in reached)
 
 
 def test_late_layers_lose_more_the_more_goes():
@@ -249,11 +296,17 @@ def test_what_another_search_measured_is_not_used(content, samples, tmp_path):
 def test_mixtures_of_experts_are_not_searched(tokenizer, text_file, tmp_path):
     make_tiny("mixtral").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    flags = ["--data_file", text_file, "--target_ratio", 0.3, "--allocation", "search", "--save_dir", tmp_path / "out"]
-    with pytest.raises(UserError, match="search does not know mixtures of experts yet"):
-        main(tmp_path / "model", *flags, "--seqlen", 32)
+    flags = ["--data_file", text_file, "--target_ratio", 0.3, "--seqlen", 32, "--save_dir", tmp_path / "out"]
+    # What was asked for is refused; only the preset's own choice is replaced.
+    for preset in ([], ["--preset", "best"]):
+        with pytest.raises(UserError, match="--allocation search does not know mixtures of experts yet"):
+            main(tmp_path / "model", *flags, *preset, "--allocation", "search")
+    for flag in ("--refine", "--search_minutes"):
+        with pytest.raises(UserError, match=f"{flag} .*mixtures of experts yet") as error:
+            main(tmp_path / "model", *flags, "--preset", "best", flag, 1)
+        assert "\n" not in str(error.value)
     assert not LayerStore(tmp_path / "out").exists()
-    flags += ["--preset", "best", "--num_samples", 8, "--seqlen", 32, "--device", "cpu", "--skip_evaluate"]
+    flags += ["--preset", "best", "--num_samples", 8, "--device", "cpu", "--skip_evaluate"]
     main(tmp_path / "model", *flags)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["arguments"]["allocation"] == "log_increase" and "search" not in record
