@@ -19,7 +19,6 @@ import logging
 import os
 import shutil
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedToke
 from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalSets, load_eval_sets
 from ppl_eval.ppl_eval import evaluate
 from slim_utils.cli import command_line, run_cli
+from slim_utils.errors import noted
 from slim_utils.families import Family, find_family, layer_shapes
 from slim_utils.model_io import (
     RUN_FILE,
@@ -264,17 +264,18 @@ def run(args: FinetuneArguments) -> None:
     record |= {"finished": True, "training_seconds": round(seconds, 2), "log": trainer.state.log_history}
     if pruned:
         record["mask"] = mask_record(mask)
-    with ExitStack() as stack:
-        folder = stack.enter_context(atomic_entries(Path(training.output_dir)))
+    with atomic_entries(Path(training.output_dir)) as folder:
         result = save_result(args, model, tokenizer, dtype, pruned, folder)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
-        del trainer, model, teacher
-        gc.collect()
+        write_json_atomic(folder / RUN_FILE, record)
+    logger.info("saved %s", training.output_dir)
+    del trainer, model, teacher
+    gc.collect()
+    with noted(f"{training.output_dir} is saved; only its perplexities are missing in {RUN_FILE}"):
         after = evaluate(result.to(training.device), measured)
         record |= {"perplexity": {"before": before, "after": after}}
         record |= {"peak_memory_mib": peak_memory_mib(training.device)}
-        write_json_atomic(folder / RUN_FILE, record)
-    logger.info("saved %s", training.output_dir)
+        write_json_atomic(Path(training.output_dir) / RUN_FILE, record)
     report(before, after)
 
 

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -248,11 +247,6 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """
     model.save_pretrained(folder, **options)
     tokenizer.save_pretrained(folder)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the GPU, or available on the host."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def peak_memory_mib(device: torch.device) -> dict[str, float]:
