@@ -17,7 +17,6 @@ import gc
 import logging
 import os
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalKey, EvalSets, load_eval_sets, split_eval_specs
 from ppl_eval.ppl_eval import evaluate
 from slim_utils.cli import command_line, run_cli
+from slim_utils.errors import noted
 from slim_utils.input_checks import check_length, check_token_ids
 from slim_utils.model_io import (
     RUN_FILE,
@@ -180,21 +180,24 @@ def run(args: FinetuneArguments) -> None:
         os._exit(0)
 
     record |= {"finished": True, "training_seconds": round(seconds, 2), "log": trainer.state.log_history}
-    with ExitStack() as stack:
-        folder = stack.enter_context(atomic_entries(args.run_folder))
+    with atomic_entries(args.run_folder) as folder:
         result = save_result(args, model, tokenizer, dtype, pruned, folder)
         if pruned:
             record["mask"] = mask_record(mask, pruned, result)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
-        del trainer, model, teacher
-        gc.collect()
+        write_cards(args, folder, record, provenance, pruned, result)
+        write_json_atomic(folder / RUN_FILE, record)
+    output_dir = Path(training.output_dir)
+    install_result(args.run_folder, output_dir)
+    logger.info("saved %s", output_dir)
+    del trainer, model, teacher
+    gc.collect()
+    with noted(f"{output_dir} is saved; only its perplexities are missing in {RUN_FILE}"):
         after = evaluate(result.to(training.device), measured)
         record |= {"perplexity": {"before": before, "after": after}}
         record |= {"peak_memory_mib": peak_memory_mib(training.device)}
-        write_cards(args, folder, record, provenance, pruned, result)
-        write_json_atomic(folder / RUN_FILE, record)
-    install_result(args.run_folder, Path(training.output_dir))
-    logger.info("saved %s", training.output_dir)
+        write_cards(args, output_dir, record, provenance, pruned, result)
+        write_json_atomic(output_dir / RUN_FILE, record)
     report(before, after)
 
 

@@ -7,8 +7,7 @@ Writes OUT/ (original shapes, removed weights zero), OUT/pruned_weights/ (the sm
 OUT/pruning.json (what was kept and removed) and OUT/run.json (arguments, versions, data, errors and seconds per layer,
 perplexities).
 
-Limits: the families of the table; one layer and its Hessian have to fit on the device, the whole model in host memory
-unless --stream is given.
+Limits: the families of the table; a layer and its Hessian fit on the device, the model, without --stream, in memory.
 """
 
 import argparse
@@ -17,15 +16,13 @@ import logging
 import os
 import time
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ppl_eval.ppl_dataset import EVAL_SPLITS, EvalSets, load_eval_sets, name_eval_sets
-from ppl_eval.ppl_eval import evaluate
-from ppl_eval.streamed_eval import layers_run_once
+from ppl_eval.streamed_eval import evaluate_layers, evaluate_on
 from slim_utils.cli import ArgumentParser, run_cli
 from slim_utils.errors import UserError
 from slim_utils.families import find_family
@@ -50,10 +47,10 @@ from slim_utils.model_io import (
 from slim_utils.model_stats import count_parameters, removed_share
 from slim_utils.output_folder import output_lock
 from slim_utils.provenance import read_provenance
-from slim_utils.pruned_output import WholeOutput, write_output, write_record
+from slim_utils.pruned_output import WholeOutput, saved_before, write_output, write_record
 from slim_utils.pruning_record import LayerMask
 from slim_utils.publishing import check_publishable, publish
-from slim_utils.run_record import pruning_record, search_record
+from slim_utils.run_record import pruning_record, rounding_settings, search_record
 from slim_utils.slim_dataset import CalibrationData, load_calibration, text_starts
 from slim_utils.slimming_args import (
     add_budget_flags,
@@ -82,7 +79,7 @@ logger = logging.getLogger("model_slimming")
 RESUMED_ARGUMENTS = (
     *("num_samples", "seqlen", "seed", "sparsity", "non_uniform", "non_uniform_strategy", "min_sparsity"),
     *("max_sparsity", "gqa_unit", "multiple_of", "even_heads", "tp_size", "minlayer", "maxlayer", "no_compensate"),
-    *("target_ratio", "target_params", "allocation", "percdamp", "exact_heads", "column_group", "batch_samples"),
+    *("target_ratio", "target_params", "allocation", "percdamp", "exact_heads", "column_group"),
     *("text_starts", "bos", "dtype", "uniform_shapes", "stream", "refine"),
 )
 
@@ -207,9 +204,9 @@ def open_store(args: argparse.Namespace, host: LayerHost, data: CalibrationData,
     store = LayerStore(Path(args.save_dir))
     settings = {f"--{name}": getattr(args, name) for name in RESUMED_ARGUMENTS}
     settings |= {"--profile": args.profile and hashlib.sha256(args.profile.read_bytes()).hexdigest()}
-    settings |= {"device": str(args.device), "processes": world.size}
+    settings |= {"device": args.device.type, "processes": world.size}
     settings |= {"calibration": data.sha256, "model": fingerprint(host.model.config, host.sampled_tensors())}
-    world.once(lambda: store.open(settings, args.resume))
+    world.once(lambda: store.open(settings, args.resume, rounding_settings(args)))
     return None if world.rank else store
 
 
@@ -225,10 +222,10 @@ def open_output(
 def evaluate_pruned(args: argparse.Namespace, host: LayerHost, eval_sets: EvalSets) -> list[dict[str, Any]]:
     """Perplexities of the pruned model; where it was streamed, of what was saved."""
     if not args.stream:
-        return evaluate(host.model.to(args.device), eval_sets)
+        return evaluate_on(host, args.device, eval_sets)
     host.close()
     with closing(open_host(args, args.save_dir)) as saved:
-        return evaluate(saved.model, eval_sets, partial(layers_run_once, saved, args.device))
+        return evaluate_layers(saved, args.device, eval_sets)
 
 
 def run(args: argparse.Namespace, asked: str | None) -> None:
@@ -266,7 +263,7 @@ def run(args: argparse.Namespace, asked: str | None) -> None:
             ratios, planned = plan(args, host, settings, ratios)
         output = open_output(args, host, store, planned)
         masks, reports = prune_layers(host.model, family, samples, ratios, settings, store, world, host, starts)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start + (store.seconds_before if store else 0)
         world.leave()
         if world.rank:
             return
@@ -281,10 +278,11 @@ def run(args: argparse.Namespace, asked: str | None) -> None:
             write_output(Path(args.save_dir), output, tokenizer, masks, record)
             logger.info("saved %s", args.save_dir)
         if eval_sets:
-            record["perplexity"] = evaluate_pruned(args, host, eval_sets)
-            record["peak_memory_mib"] = peak_memory_mib(args.device)
-            if args.save_dir:
-                write_record(Path(args.save_dir), masks, record)
+            with saved_before(args.save_dir):
+                record["perplexity"] = evaluate_pruned(args, host, eval_sets)
+                record["peak_memory_mib"] = peak_memory_mib(args.device)
+                if args.save_dir:
+                    write_record(Path(args.save_dir), masks, record)
     if args.push_to_hub:
         logger.info("published %s", publish(Path(args.save_dir) / SMALL_MODEL_FOLDER, args.push_to_hub))
     if store:
@@ -302,7 +300,7 @@ if __name__ == "__main__":
     run_cli(
         lambda: main(build_parser().parse_args()),
         "model_slimming.py",
-        memory_advice="use --cache_dev cpu, lower --batch_samples, or use --device cpu",
+        memory_advice="use --cache_dev cpu, lower --batch_samples, or start anew with --device cpu",
         output_flag="--save_dir",
         resume_advice="; --resume with the same --save_dir goes on after the last finished layer",
     )

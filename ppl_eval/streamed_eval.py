@@ -1,16 +1,42 @@
 """Perplexity of a model that is larger than memory: every layer is brought once, and runs all windows."""
 
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 from tqdm import tqdm
 
+from ppl_eval.ppl_dataset import EvalSets
+from ppl_eval.ppl_eval import evaluate
 from slim_utils.layer_host import CPU, LayerHost
 from slim_utils.layer_replay import LayerReplay, capture_layer_calls, layer_outputs_given
+from slim_utils.memory import empty_cache, free_memory, with_less_memory
 from slim_utils.walk_settings import WalkSettings
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_on(host: LayerHost, device: torch.device, eval_sets: EvalSets) -> list[dict[str, Any]]:
+    """Perplexities of a model in host memory: on ``device`` as a whole where it fits, layer by layer otherwise."""
+    needed = sum(tensor.nbytes for tensor in (*host.model.parameters(), *host.model.buffers()))
+    if device.type == "cpu" or needed < free_memory(device):
+        with suppress(torch.OutOfMemoryError):
+            return evaluate(host.model.to(device), eval_sets)
+    # Out of the handler, which holds on to what was in memory.
+    host.model.to(CPU)
+    empty_cache(device)
+    logger.warning("evaluation: the model does not fit into the device's memory; it is evaluated layer by layer")
+    return evaluate_layers(host, device, eval_sets)
+
+
+def evaluate_layers(host: LayerHost, device: torch.device, eval_sets: EvalSets) -> list[dict[str, Any]]:
+    """Perplexities of a model whose layers are brought to ``device`` one by one."""
+    return evaluate(host.model, eval_sets, partial(layers_run_once, host, device))
 
 
 @contextmanager
@@ -24,13 +50,18 @@ def layers_run_once(host: LayerHost, device: torch.device, windows: Tensor, batc
         windows: (count, seq_len) token ids; the activations of all are kept on the CPU.
         batch_size: windows of each forward to come, in their order.
     """
+
+    def outputs_of_layers(settings: WalkSettings) -> Tensor:
+        with host.outside():
+            hidden, calls = capture_layer_calls(host.model, host.layers, windows, settings)
+        for index in tqdm(range(len(host.layers)), desc="layers", unit="layer", disable=None, leave=False):
+            layer = host.fetch(index, device)
+            LayerReplay(layer, host.family, hidden, send_to_device(calls[index], device), settings).advance()
+            host.release(index)
+        return hidden
+
     settings = WalkSettings(device, cache_dev=CPU)
-    with host.outside():
-        hidden, calls = capture_layer_calls(host.model, host.layers, windows, settings)
-    for index in tqdm(range(len(host.layers)), desc="layers", unit="layer", disable=None, leave=False):
-        layer = host.fetch(index, device)
-        LayerReplay(layer, host.family, hidden, send_to_device(calls[index], device), settings).advance()
-        host.release(index)
+    hidden = with_less_memory(outputs_of_layers, settings, windows, host, "evaluation")
     outputs = (batch.to(device) for batch in hidden.split(batch_size))
     with host.outside(device), layer_outputs_given(host.layers, outputs):
         yield

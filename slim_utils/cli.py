@@ -73,19 +73,25 @@ def run_cli(
         if _rank():
             # Raised in all processes alike.
             sys.exit(2)
-        _fail(prog, str(error), 2)
+        _fail(prog, str(error) + _notes(error), 2)
     except ProcessLostError as error:
         _fail(prog, f"process {_rank()}: {error}{resume_advice}", 1)
-    except KeyboardInterrupt:
-        _fail(prog, f"interrupted; nothing half-written is left behind{resume_advice}", 130)
-    except torch.OutOfMemoryError:
-        _fail(prog, f"the GPU's memory is full; {memory_advice}", 1)
+    except KeyboardInterrupt as error:
+        _fail(prog, f"interrupted; nothing half-written is left behind{_notes(error) or resume_advice}", 130)
+    except torch.OutOfMemoryError as error:
+        _fail(prog, f"the GPU's memory is full{_notes(error) or f'; {memory_advice}{resume_advice}'}", 1)
     except Exception as error:
         if not is_disk_full(error):
             raise
-        message = f"the disk is full, nothing was saved ({error}); free space or choose another {output_flag}"
-        _fail(prog, message + resume_advice, 1)
+        saved = _notes(error)
+        message = f"the disk is full{'' if saved else ', nothing was saved'} ({error}); free space"
+        _fail(prog, message + (saved or f" or choose another {output_flag}{resume_advice}"), 1)
     sys.exit(0)
+
+
+def _notes(error: BaseException) -> str:
+    """What holds in spite of ``error``, for the end of a message."""
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
 
 
 def _rank() -> int:

@@ -1,4 +1,7 @@
-"""The exceptions that end a run with one line."""
+"""The exceptions that end a run with one line, and notes that go with any exception."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -15,3 +18,13 @@ def error_reason(error: BaseException) -> str:
         error = error.__cause__
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+@contextmanager
+def noted(note: str) -> Iterator[None]:
+    """Add ``note`` to whatever exception leaves the block: what holds in spite of it."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(note)
+        raise

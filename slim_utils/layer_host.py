@@ -43,9 +43,9 @@ class LayerHost:
         prefix = f"{self.family.layers}."
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
         moved = [tensor for name, tensor in named if not name.startswith(prefix)]
-        for tensor in moved:
-            tensor.data = tensor.data.to(device)
         try:
+            for tensor in moved:
+                tensor.data = tensor.data.to(device)
             yield
         finally:
             for tensor in moved:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from slim_utils.errors import UserError
 from slim_utils.families import Family
-from slim_utils.model_io import free_memory
+from slim_utils.memory import free_memory
 from slim_utils.walk_settings import WalkSettings
 from slim_utils.world import ALONE, World
 
@@ -38,16 +38,24 @@ class LayerReplay:
         hidden: (num_samples, seqlen, hidden) its inputs, on ``settings.cache_dev``.
         calls: its other arguments, on ``settings.device``.
         settings: how to walk.
+        advanced: samples, from the first on, that are outputs of the layer already.
     """
 
     def __init__(
-        self, layer: nn.Module, family: Family, hidden: Tensor, calls: LayerCalls, settings: WalkSettings
+        self,
+        layer: nn.Module,
+        family: Family,
+        hidden: Tensor,
+        calls: LayerCalls,
+        settings: WalkSettings,
+        advanced: int = 0,
     ) -> None:
         self.layer = layer
         self.family = family
         self.hidden = hidden
         self.calls = calls
         self.settings = settings
+        self.advanced = advanced
         # By batch, on cache_dev: what the attention's output map is called with, later what it puts out.
         self._attention: list[Tensor] = []
         # By batch: what the FFN's output map is called with.
@@ -95,6 +103,7 @@ class LayerReplay:
                 if self._columns:
                     given.enter_context(self._columns_given(position))
                 self.hidden[start:stop] = self._run(batch)
+            self.advanced = stop
         self._attention, self._columns = [], []
 
     def _run(self, batch: Tensor) -> Tensor:
@@ -150,7 +159,9 @@ class LayerReplay:
         return self.layer.get_submodule(name) if name else None
 
     def _spans(self) -> list[tuple[int, int]]:
-        return self.settings.spans(self.hidden)
+        remaining = self.hidden[self.advanced :]
+        spans = self.settings.spans(remaining) if len(remaining) else []
+        return [(self.advanced + start, self.advanced + stop) for start, stop in spans]
 
     def _batches(self) -> Iterator[Tensor]:
         for start, stop in self._spans():

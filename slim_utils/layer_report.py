@@ -21,6 +21,8 @@ class LayerReport:
         mlp: that of the FFN's.
         seconds: it took.
         peak_memory_mib: of the process so far, by host and GPU.
+        batch_samples: samples at once at its end, fewer than asked where the device's memory was full.
+        cache_dev: where activations were then.
     """
 
     layer: int
@@ -30,6 +32,8 @@ class LayerReport:
     mlp: PruneResult
     seconds: float
     peak_memory_mib: dict[str, float]
+    batch_samples: int | None = None
+    cache_dev: str | None = None
 
     def to_json(self) -> str:
         """As json."""

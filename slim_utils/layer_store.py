@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from slim_utils.families import Family
 from slim_utils.layer_report import LayerReport
 from slim_utils.model_io import save_tensors_atomic, write_json_atomic
 from slim_utils.output_folder import clear_leftovers, hidden_path
+from slim_utils.walk_settings import WalkSettings
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_FILE = "settings.json"
+SETTINGS_FILE, REDUCED_FILE = "settings.json", "reduced.json"
+# In the file of settings, what is not compared, or not strictly.
+NOTED, SECONDS = "noted", "seconds"
 SAMPLED_VALUES = 64
 
 
@@ -39,6 +43,8 @@ class LayerStore:
         # Checkpoints that are written layer by layer.
         self.output = self.folder / "output"
         self._target = save_dir
+        # Of the processes before this one, from when each began to its last finished layer or measurement.
+        self.seconds_before = 0.0
 
     def measured(self, refinement: int = 0) -> Path:
         """What a search for the allocation has measured, at first or in a round of refinement."""
@@ -48,12 +54,18 @@ class LayerStore:
         """Whether there is an unfinished run."""
         return self.folder.exists()
 
-    def open(self, settings: dict[str, Any], resume: bool) -> None:
+    def open(self, settings: dict[str, Any], resume: bool, noted: dict[str, Any] | None = None) -> None:
         """Begin a run, or, to ``resume``, go on with one of the same settings.
+
+        Args:
+            settings: what its weights depend on.
+            resume: go on.
+            noted: what may change, with a warning: weights then agree up to rounding.
 
         Raises:
             UserError: if the unfinished run is another one, with what differs.
         """
+        noted = noted or {}
         path = self.folder / SETTINGS_FILE
         if not resume or not path.exists():
             if resume:
@@ -61,14 +73,35 @@ class LayerStore:
             self.discard()
             clear_leftovers(self._target)
             self.folder.mkdir()
-            write_json_atomic(path, settings)
-            return
-        changes = setting_changes(json.loads(path.read_text(encoding="utf-8")), settings)
-        if changes:
-            raise UserError(
-                f"--resume: not the same run: {'; '.join(changes)}; to start anew pass --overwrite, without --resume"
-            )
-        clear_leftovers(self._target)
+        else:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            earlier, seconds = before.pop(NOTED, {}), before.pop(SECONDS, 0.0)
+            if changes := setting_changes(before, settings):
+                raise UserError(
+                    f"--resume: not the same run: {'; '.join(changes)}; to start anew pass --overwrite, without --resume"
+                )
+            if changes := setting_changes(earlier, noted):
+                message = "--resume: %s; weights agree with those of one run up to rounding"
+                logger.warning(message, "; ".join(changes))
+            # Written when the process before this one began; what came after it came as that went on.
+            last = max(file.stat().st_mtime for file in self.folder.rglob("*") if file.is_file())
+            self.seconds_before = seconds + last - path.stat().st_mtime
+            clear_leftovers(self._target)
+        write_json_atomic(path, {**settings, NOTED: noted, SECONDS: self.seconds_before})
+
+    def reduced(self, settings: WalkSettings) -> WalkSettings:
+        """``settings``, with no more memory than what :meth:`keep_reduced` kept."""
+        path = self.folder / REDUCED_FILE
+        if not path.exists():
+            return settings
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        cache_dev = torch.device("cpu") if kept["cache_dev"] == "cpu" else settings.cache_dev
+        return replace(settings, batch_samples=min(kept["batch_samples"], settings.batch_samples), cache_dev=cache_dev)
+
+    def keep_reduced(self, settings: WalkSettings) -> None:
+        """Keep what the device's memory turned out to be enough for, so that a resumed run begins with it."""
+        content = {"batch_samples": settings.batch_samples, "cache_dev": str(settings.cache_dev)}
+        write_json_atomic(self.folder / REDUCED_FILE, content)
 
     def discard(self) -> None:
         """Remove it, what says whose layers they are at the end."""

@@ -6,8 +6,10 @@ The walk knows no family: it asks the table's row for the names of two linear ma
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import send_to_device
@@ -18,10 +20,11 @@ from transformers import PreTrainedModel
 
 from slim_utils.experts import prune_experts
 from slim_utils.families import Family, LayerShape, layer_shapes
-from slim_utils.layer_host import LayerHost
+from slim_utils.layer_host import CPU, LayerHost
 from slim_utils.layer_replay import LayerCalls, LayerReplay, capture_layer_calls, check_finite
 from slim_utils.layer_report import LayerReport
 from slim_utils.layer_store import LayerStore, changed_parameters
+from slim_utils.memory import empty_cache, warn_of_full_memory
 from slim_utils.model_io import peak_memory_mib
 from slim_utils.params_remove import settle_heads
 from slim_utils.pruning_record import LayerMask
@@ -31,6 +34,8 @@ from slim_utils.walk_settings import WalkSettings
 from slim_utils.world import ALONE, World
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Layer, name of the map, what has its Hessian, and the ratio, columns of a unit and groups that it is pruned with.
 Onlooker = Callable[[int, str, SlimGPT, float, int, int], None]
@@ -79,23 +84,21 @@ def prune_layers(
         return masks, reports
     aligned = settings.aligned(shapes, ratios)
     host = host or LayerHost(model, family)
-    walk = _Walk(host, [samples] if starts is None else [samples, starts], settings, world, onlooker)
+    walk = _Walk(host, [samples] if starts is None else [samples, starts], settings, world, onlooker, store)
     with logging_redirect_tqdm():
         for index in tqdm(range(pruned[-1] + 1), desc="layers", unit="layer", disable=world.rank > 0 or None):
             start = time.perf_counter()
-            layer = host.fetch(index, settings.device)
+            layer = walk.fetch(index)
             report = _restored(index, layer, family, store, world)
+            replays: list[LayerReplay] = []
             if index in pruned and report is None:
                 replays, (mask, attention, mlp) = walk.prune(index, layer, shapes[index], aligned[index])
-            else:
-                replays = walk.replays(index, layer)
             if index < pruned[-1]:
-                for replay in replays:
-                    replay.advance()
-                    check_finite(replay.hidden, f"layer {index}", world)
+                walk.advance(index, layer, replays)
             if index in pruned and report is None:
                 seconds, peak = time.perf_counter() - start, peak_memory_mib(settings.device)
-                report = LayerReport(index, ratios[index], mask, attention, mlp, seconds, peak)
+                batches = walk.settings.batch_samples, str(walk.settings.cache_dev)
+                report = LayerReport(index, ratios[index], mask, attention, mlp, seconds, peak, *batches)
                 logger.info(report.log_line(len(shapes)))
                 if store:
                     store.save(layer, family, report)
@@ -140,53 +143,109 @@ class _Walk:
         settings: WalkSettings,
         world: World,
         onlooker: Onlooker | None,
+        store: LayerStore | None,
     ) -> None:
         self.onlooker = onlooker
         self.host, self.family, self.windows, self.world = host, host.family, windows, world
-        self.settings = settings
-        self.hidden, self.calls = self._capture()
+        self.store = store
+        # What an earlier process of the run had to do with is kept.
+        self.settings = store.reduced(settings) if store else settings
+        self.hidden: list[Tensor] = []
+        self.calls: list[list[LayerCalls]] = []
+        self._attempt("the embeddings", self._begin, WalkSettings.hosted)
 
-    def _capture(self) -> tuple[list[Tensor], list[list[LayerCalls]]]:
+    def _begin(self) -> None:
+        found = self._capture(self.windows, self.settings)
+        self.hidden, self.calls = [hidden for hidden, _ in found], [calls for _, calls in found]
+
+    def _capture(self, windows: list[Tensor], settings: WalkSettings) -> list[tuple[Tensor, list[LayerCalls]]]:
         model, layers = self.host.model, self.host.layers
         with self.host.outside():
-            found = [capture_layer_calls(model, layers, own, self.settings, self.world) for own in self.windows]
-        return [hidden for hidden, _ in found], [calls for _, calls in found]
+            return [capture_layer_calls(model, layers, own, settings, self.world) for own in windows]
 
-    def replays(self, index: int, layer: nn.Module) -> list[LayerReplay]:
-        """The next layer on its inputs, a replay for each length of windows."""
+    def fetch(self, index: int) -> nn.Module:
+        """The next layer, on the device."""
         if index >= len(self.host.layers) / 2:
             self.windows, self.hidden, self.calls = self.windows[:1], self.hidden[:1], self.calls[:1]
-        return [
-            LayerReplay(layer, self.family, hidden, send_to_device(calls[index], self.settings.device), self.settings)
-            for hidden, calls in zip(self.hidden, self.calls, strict=True)
-        ]
+        device = self.settings.device
+        release = partial(self.host.release, index)
+        return self._attempt(f"layer {index}", lambda: self.host.fetch(index, device), WalkSettings.hosted, release)
 
     def prune(
         self, index: int, layer: nn.Module, shape: LayerShape, aligned: LayerRatio
     ) -> tuple[list[LayerReplay], tuple[LayerMask, PruneResult, PruneResult]]:
-        """Prune the next layer; where the device's memory does not do, once more with smaller batches."""
+        """Prune the next layer; its replays are ready to advance."""
         before = {name: value.to("cpu", copy=True) for name, value in changed_parameters(layer, self.family).items()}
+
+        def work() -> tuple[list[LayerReplay], tuple[LayerMask, PruneResult, PruneResult]]:
+            replays = [self._replay(index, layer, number) for number in range(len(self.windows))]
+            return replays, _prune_layer(index, replays, shape, aligned, self.world, self.onlooker)
+
+        def undo() -> None:
+            for name, parameter in changed_parameters(layer, self.family).items():
+                parameter.copy_(before[name])
+
+        return self._attempt(f"layer {index}", work, self._relieved, undo)
+
+    def advance(self, index: int, layer: nn.Module, replays: list[LayerReplay]) -> None:
+        """Replace the inputs of the next layer by its outputs, with ``replays`` where it was pruned."""
+        advanced = [0] * len(self.windows)
+
+        def work() -> None:
+            for number, done in enumerate(advanced):
+                replay = replays[number] if replays else self._replay(index, layer, number, done)
+                try:
+                    replay.advance()
+                finally:
+                    # Batches that were run are not run again.
+                    advanced[number] = replay.advanced
+                check_finite(replay.hidden, f"layer {index}", self.world)
+
+        # What they keep of the layer is given up first.
+        self._attempt(f"layer {index}", work, self._relieved, replays.clear)
+
+    def _replay(self, index: int, layer: nn.Module, number: int, advanced: int = 0) -> LayerReplay:
+        """The next layer on its inputs of one length of windows, the first ``advanced`` of which it has taken."""
+        calls = self.calls[number]
+        if 0 < advanced < len(self.windows[number]):
+            # The rest may end in a batch of another size.
+            [(_, calls)] = self._capture([self.windows[number][advanced:]], replace(self.settings, cache_dev=CPU))
+        device = self.settings.device
+        calls_there = send_to_device(calls[index], device)
+        return LayerReplay(layer, self.family, self.hidden[number], calls_there, self.settings, advanced)
+
+    def _relieved(self, settings: WalkSettings) -> WalkSettings | None:
+        return settings.relieved(self.windows[0])
+
+    def _attempt(
+        self,
+        where: str,
+        work: Callable[[], T],
+        reduce: Callable[[WalkSettings], WalkSettings | None],
+        undo: Callable[[], None] = lambda: None,
+    ) -> T:
+        """The result of ``work``; where the device's memory is full, after ``undo``, once more with less."""
         while True:
-            replays = self.replays(index, layer)
             try:
-                return replays, _prune_layer(index, replays, shape, aligned, self.world, self.onlooker)
+                return work()
             except torch.OutOfMemoryError:
-                relieved = self.settings.relieved(self.windows[0])
+                relieved = reduce(self.settings)
                 # One process cannot leave the others waiting in the middle of a layer.
                 if relieved is None or self.world.size > 1:
                     raise
             # Out of the handler, which holds on to all that the layer had in memory.
-            del replays
+            undo()
             self.host.give_way()
-            if self.settings.device.type == "cuda":
-                torch.cuda.empty_cache()
-            message = "layer %d: the device's memory is full; going on with %d samples at once, activations on %s"
-            logger.warning(message, index, relieved.batch_samples, relieved.cache_dev)
+            empty_cache(self.settings.device)
+            warn_of_full_memory(where, relieved)
             self.settings = relieved
-            _, self.calls = self._capture()
-            self.hidden = [hidden.to(relieved.cache_dev) for hidden in self.hidden]
-            for name, parameter in changed_parameters(layer, self.family).items():
-                parameter.copy_(before[name])
+            if self.store:
+                self.store.keep_reduced(relieved)
+            if self.hidden:
+                # Calls alone: captured activations would take the place of those on the device.
+                found = self._capture(self.windows, replace(relieved, cache_dev=CPU))
+                self.calls = [calls for _, calls in found]
+                self.hidden = [hidden.to(relieved.cache_dev) for hidden in self.hidden]
 
 
 def _restored(

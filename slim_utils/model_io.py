@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import resource
 import shutil
 import sys
 import tempfile
@@ -45,6 +44,12 @@ from slim_utils.output_folder import (
     put_aside,
     replace_entries,
 )
+
+try:
+    import resource
+except ImportError:
+    # On Windows.
+    resource = None
 
 logger = logging.getLogger(__name__)
 
@@ -278,16 +283,15 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         shutil.copyfile(vocab_file, kept)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the GPU, or available on the host."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-
-
 def peak_memory_mib(device: torch.device) -> dict[str, float]:
     """Peak memory of this process so far, in MiB: of the host, and of the GPU where one is used."""
-    # Linux counts in KiB, macOS in bytes.
-    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
-    peaks = {"host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)}
+    if resource is None:
+        host = psutil.Process().memory_info().peak_wset / (1 << 20)
+    else:
+        # Linux counts in KiB, macOS in bytes.
+        unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    peaks = {"host": round(host, 1)}
     if device.type == "cuda":
         peaks["gpu"] = round(torch.cuda.max_memory_allocated(device) / (1 << 20), 1)
     return peaks

@@ -1,10 +1,13 @@
 """The output folder of a pruning run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slim_utils.errors import noted
 from slim_utils.families import Family
 from slim_utils.model_card import pruning_settings, write_card
 from slim_utils.model_io import (
@@ -83,6 +86,14 @@ def write_output(
         copy_license_files(record["arguments"]["model_path"], folder)
         write_pruning(folder / PRUNING_FILE, masks, output.model.config.model_type)
         write_record(folder, masks, record)
+
+
+@contextmanager
+def saved_before(save_dir: str) -> Iterator[None]:
+    """While the output, if there is a ``save_dir``, is evaluated: whatever fails, the message says that it is saved."""
+    note = f"{save_dir} is saved, but not evaluated; --resume evaluates it, --resume --skip_evaluate ends without"
+    with noted(note) if save_dir else nullcontext():
+        yield
 
 
 def write_record(folder: Path, masks: list[LayerMask], record: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from slim_utils.families import Family
 from slim_utils.layer_host import LayerHost
 from slim_utils.layer_store import changed_parameters
 from slim_utils.layer_walk import prune_layers
+from slim_utils.memory import with_less_memory
 from slim_utils.search import (
     LEAST_LOSS,
     NEGLIGIBLE,
@@ -142,28 +143,40 @@ def measure_around(
     measured = Measurements(layers, len(ratios), protocol, finished, seconds)
     if measured.complete:
         return measured.found
-    with host.outside(settings.device):
-        probe = Probe(host, samples[:NEIGHBOUR_SAMPLES, :PROBE_TOKENS], settings)
-    onlooker, dense = _Onlooker(family, settings), _copies(host)
-    try:
-        logger.info("refining: the model is pruned as planned")
-        prune_layers(host.model, family, samples, ratios, settings, host=host, starts=starts, onlooker=onlooker)
-        with host.outside(settings.device), logging_redirect_tqdm():
-            planned = probe.divergence(0)
-            measured.begin()
-            logger.info("refining: as planned %.4f nats", planned)
-            for index in tqdm(range(layers[-1] + 1), desc="refining", unit="layer", disable=None):
-                layer = host.fetch(index, settings.device)
-                if measured.wanted(index):
-                    places = {name: onlooker.places[index, name] for name in (family.attention_out, family.mlp_out)}
-                    asked = probe if measured.in_time(index) else None
-                    parts = _measured_around(layer, index, places, asked, planned)
-                    measured.add(index, parts, "at the price of now,")
-                probe.advance(index)
-                host.release(index)
-    finally:
-        _put_back(host, dense)
+
+    def work(settings: WalkSettings) -> None:
+        with host.outside(settings.device):
+            probe = Probe(host, samples[:NEIGHBOUR_SAMPLES, :PROBE_TOKENS], settings)
+        onlooker, dense = _Onlooker(family, settings), _copies(host)
+        try:
+            logger.info("refining: the model is pruned as planned")
+            prune_layers(host.model, family, samples, ratios, settings, host=host, starts=starts, onlooker=onlooker)
+            _measure_layers(host, measured, onlooker, probe, settings)
+        finally:
+            _put_back(host, dense)
+
+    with_less_memory(work, settings, samples, host, "refining")
     return measured.found
+
+
+def _measure_layers(
+    host: LayerHost, measured: Measurements, onlooker: _Onlooker, probe: Probe, settings: WalkSettings
+) -> None:
+    """Go through the pruned model, and measure the layers that are wanted."""
+    family = host.family
+    with host.outside(settings.device), logging_redirect_tqdm():
+        planned = probe.divergence(0)
+        measured.begin()
+        logger.info("refining: as planned %.4f nats", planned)
+        for index in tqdm(range(measured.layers[-1] + 1), desc="refining", unit="layer", disable=None):
+            layer = host.fetch(index, settings.device)
+            if measured.wanted(index):
+                places = {name: onlooker.places[index, name] for name in (family.attention_out, family.mlp_out)}
+                asked = probe if measured.in_time(index) else None
+                parts = _measured_around(layer, index, places, asked, planned)
+                measured.add(index, parts, "at the price of now,")
+            probe.advance(index)
+            host.release(index)
 
 
 def _measured_around(

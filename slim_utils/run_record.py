@@ -37,6 +37,13 @@ def environment(device: torch.device, *packages: str) -> dict[str, Any]:
     }
 
 
+def rounding_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the weights depend on by rounding alone: the size of batches, the versions of libraries, and the GPU."""
+    found = environment(args.device)
+    versions = {name: found["versions"][name] for name in ("torch", "transformers")}
+    return {"--batch_samples": args.batch_samples, **versions, "GPU": found["hardware"]["device"]}
+
+
 def calibration_record(data: CalibrationData) -> dict[str, Any]:
     """The fingerprint of the calibration samples."""
     num_samples, seqlen = data.samples.shape
@@ -101,7 +108,7 @@ def search_record(measured: dict[int, list[Sublayer]]) -> list[dict[str, Any]]:
 
 
 def layer_record(report: LayerReport) -> dict[str, Any]:
-    """One layer: ratio asked and got, errors before and after compensation, damping used, seconds and peak memory."""
+    """One layer: ratio asked and got, errors before and after compensation, damping used, seconds, memory."""
     heads, columns = report.mask.removed_share()
     return {
         "layer": report.layer,
@@ -110,6 +117,8 @@ def layer_record(report: LayerReport) -> dict[str, Any]:
         "mlp": {"ratio": columns, **_errors(report.mlp)},
         "seconds": round(report.seconds, 3),
         "peak_memory_mib": report.peak_memory_mib,
+        "batch_samples": report.batch_samples,
+        "cache_dev": report.cache_dev,
     }
 
 

@@ -30,6 +30,7 @@ from slim_utils.families import LayerShape, layer_shapes
 from slim_utils.layer_host import LayerHost
 from slim_utils.layer_replay import LayerReplay, capture_layer_calls, layer_outputs_given
 from slim_utils.layer_walk import head_unit
+from slim_utils.memory import with_less_memory
 from slim_utils.model_io import write_json_atomic
 from slim_utils.slimgpt import SlimGPT, units_to_remove
 from slim_utils.walk_settings import WalkSettings
@@ -143,7 +144,7 @@ class Measurements:
     def __init__(
         self, layers: Sequence[int], num_layers: int, protocol: list[Any], path: Path | None, seconds: float
     ) -> None:
-        self._layers, self._num_layers, self._protocol = layers, num_layers, protocol
+        self.layers, self._num_layers, self._protocol = layers, num_layers, protocol
         self._path, self._seconds = path, seconds
         kept = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
         found = kept["layers"] if kept.get("protocol") == protocol else {}
@@ -155,7 +156,7 @@ class Measurements:
 
         Losses that were left out stay so: other ratios would not go with the layers that are pruned by now.
         """
-        return len(self.found) == len(self._layers)
+        return len(self.found) == len(self.layers)
 
     def begin(self) -> None:
         """Start the clock."""
@@ -163,12 +164,12 @@ class Measurements:
 
     def wanted(self, index: int) -> bool:
         """Whether the layer is one of those to measure, and not there yet."""
-        return index in self._layers and index not in self.found
+        return index in self.layers and index not in self.found
 
     def in_time(self, index: int) -> bool:
         """Whether its losses, too, are to be measured."""
-        due = self._seconds * self._layers.index(index) / len(self._layers)
-        return time.perf_counter() - self._start <= due or index in (self._layers[0], self._layers[-1])
+        due = self._seconds * self.layers.index(index) / len(self.layers)
+        return time.perf_counter() - self._start <= due or index in (self.layers[0], self.layers[-1])
 
     def add(self, index: int, parts: list[Sublayer], how: str) -> None:
         """Keep, and log, a layer's heads and columns; ``how`` they were measured."""
@@ -210,21 +211,31 @@ def measure(
     if measured.complete:
         return measured.found
     measured.begin()
+
+    def work(settings: WalkSettings) -> None:
+        _measure_layers(host, samples, measured, settings)
+
+    with_less_memory(work, settings, samples, host, "measuring")
+    return measured.found
+
+
+def _measure_layers(host: LayerHost, samples: Tensor, measured: Measurements, settings: WalkSettings) -> None:
+    """Go through the dense model, and measure the layers that are wanted."""
+    shapes, last = layer_shapes(host.model.config), measured.layers[-1]
     with host.outside(settings.device), logging_redirect_tqdm():
         hidden, calls = capture_layer_calls(host.model, host.layers, samples, settings)
         probes = [Probe(host, samples[:count, :PROBE_TOKENS], settings) for count in PROBE_SAMPLES]
-        for index in tqdm(range(layers.stop), desc="measuring", unit="layer", disable=None):
+        for index in tqdm(range(last + 1), desc="measuring", unit="layer", disable=None):
             layer = host.fetch(index, settings.device)
             replay = LayerReplay(layer, host.family, hidden, send_to_device(calls[index], settings.device), settings)
             if measured.wanted(index):
                 asked = probes if measured.in_time(index) else [None, None]
                 measured.add(index, _measured_layer(replay, asked, index, shapes[index], settings), "losing")
-            if index < layers[-1]:
+            if index < last:
                 replay.advance()
                 for probe in probes:
                     probe.advance(index)
             host.release(index)
-    return measured.found
 
 
 def loss_curves(measured: dict[int, list[Sublayer]], units: list[LayerUnits]) -> list[tuple[LossCurve, LossCurve]]:
@@ -319,7 +330,10 @@ def _measured(
     sublayer = Sublayer(errors.tolist(), count)
     if probe and count < len(errors):
         dense = pruner.linear.weight.clone()
-        pruner.struct_prune(count / per_group, unit_size, settings.percdamp, True, num_groups, settings.choices)
-        sublayer.loss = max(probe.divergence(index), LEAST_LOSS)
-        pruner.linear.weight.copy_(dense)
+        try:
+            pruner.struct_prune(count / per_group, unit_size, settings.percdamp, True, num_groups, settings.choices)
+            sublayer.loss = max(probe.divergence(index), LEAST_LOSS)
+        finally:
+            # Also where memory was full, and all is tried once more.
+            pruner.linear.weight.copy_(dense)
     return sublayer

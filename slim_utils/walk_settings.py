@@ -68,6 +68,10 @@ class WalkSettings:
         step = self._samples_at_once(samples)
         if step > 1:
             return replace(self, batch_samples=step // 2)
+        return self.hosted()
+
+    def hosted(self) -> "WalkSettings | None":
+        """Settings that keep activations on the host; ``None`` where they are there already."""
         host = torch.device("cpu")
         return None if self.cache_dev == host else replace(self, cache_dev=host)
 

@@ -101,15 +101,20 @@ class World:
 
 @contextmanager
 def _others_there() -> Iterator[None]:
-    """Turn the backends' errors about processes that are gone into one.
+    """Turn the backends' errors about processes that are gone into one that keeps their reason.
+
+    Errors of this process's own device, full memory among them, stay as they are.
 
     Raises:
         ProcessLostError: if another process has ended.
     """
     try:
         yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
     except RuntimeError as error:
-        raise ProcessLostError("another process has ended, and says why if it could") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ProcessLostError(f"another process has ended, and says why if it could ({reason})") from error
 
 
 ALONE = World()

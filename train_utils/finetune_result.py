@@ -116,7 +116,7 @@ def write_cards(
     pruned: PrunedModel | None,
     saved: PreTrainedModel,
 ) -> None:
-    """Write card, record of origin and licence files beside all the weights in ``folder``.
+    """Write card, record of origin and licence files beside all the weights in ``folder``, again once it is measured.
 
     Args:
         args: of the run.
@@ -133,7 +133,7 @@ def write_cards(
         provenance = with_step(provenance, pruning_step([("masks", masks.name)], remaining))
     step = recovery_step(recovery_settings(args, record), hub_datasets([record["data"]["source"]]))
     record["provenance"] = with_step(provenance, step)
-    options = {"masks": pruned and pruned.masks, "perplexity": record["perplexity"]}
+    options = {"masks": pruned and pruned.masks, "perplexity": record.get("perplexity")}
     folder = folder / FUSED_FOLDER if args.model.use_lora else folder
     for place in (folder, folder / SMALL_MODEL_FOLDER):
         if place.is_dir():

@@ -206,7 +206,7 @@ def test_cut_off_while_it_is_evaluated(words, text_file, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(model_slimming, "evaluate", stop)
+        patched.setattr(model_slimming, "evaluate_pruned", stop)
         main(*words)
     assert (out / "run.json").is_file()
     before = contents(out)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slim_utils.errors import UserError
+from slim_utils import world as world_module
+from slim_utils.errors import ProcessLostError, UserError
 from slim_utils.world import World
 from tests.conftest import make_tiny
 
@@ -104,3 +105,34 @@ def test_shares_are_all_samples(samples):
     assert torch.equal(torch.cat(shares), samples)
     with pytest.raises(UserError, match="--num_samples 8: fewer than the 9 processes"):
         World(0, 9).share(samples)
+
+
+@pytest.mark.parametrize(
+    "collective",
+    [
+        lambda world: world.sum(torch.zeros(1)),
+        lambda world: world.wait(),
+        lambda world: world.once(lambda: 1, [torch.zeros(1)]),
+        lambda world: world.everywhere(True, torch.device("cpu")),
+    ],
+)
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (torch.OutOfMemoryError("full"), torch.OutOfMemoryError, "^full$"),
+        (torch.AcceleratorError("an illegal access", 700), torch.AcceleratorError, "an illegal access"),
+        (
+            RuntimeError("gloo: closed by peer\nat"),
+            ProcessLostError,
+            r"another process has ended.*\(gloo: closed by peer",
+        ),
+    ],
+)
+def test_collectives_keep_the_cause(collective, error, kind, said, monkeypatch):
+    def fail(*args, **flags):
+        raise error
+
+    for name in ("all_reduce", "barrier", "broadcast", "broadcast_object_list"):
+        monkeypatch.setattr(world_module.distributed, name, fail)
+    with pytest.raises(kind, match=said):
+        collective(World(0, 2))

@@ -2,13 +2,23 @@
 
 import errno
 import os
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
+from slim_utils import model_io
 from slim_utils.cli import is_disk_full
 from slim_utils.errors import UserError
-from slim_utils.model_io import atomic_folder, check_output, choose_device, load_config, write_text_atomic
+from slim_utils.model_io import (
+    atomic_folder,
+    check_output,
+    choose_device,
+    load_config,
+    peak_memory_mib,
+    write_text_atomic,
+)
 
 
 def test_atomic_folder_appears_whole(tmp_path):
@@ -88,6 +98,14 @@ def test_devices():
     for name in ("gpu", "cuda:99", "meta"):
         with pytest.raises(UserError, match=f"--cache_dev {name}"):
             choose_device(name, "--cache_dev")
+
+
+def test_peak_memory_mib_where_there_is_no_resource_module(monkeypatch):
+    """On Windows."""
+    assert peak_memory_mib(torch.device("cpu"))["host"] > 1
+    monkeypatch.setattr(model_io, "resource", None)
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda self: SimpleNamespace(peak_wset=3 << 20))
+    assert peak_memory_mib(torch.device("cpu")) == {"host": 3.0}
 
 
 def test_missing_and_broken_checkpoints_are_one_line(tmp_path):
