@@ -53,6 +53,7 @@ from slim_utils.publishing import check_publishable, publish
 from slim_utils.run_record import pruning_record, rounding_settings, search_record
 from slim_utils.slim_dataset import CalibrationData, load_calibration, text_starts
 from slim_utils.slimming_args import (
+    RESUMED_ARGUMENTS,
     add_budget_flags,
     add_calibration_flags,
     add_choice_flags,
@@ -74,14 +75,6 @@ from slim_utils.walk_settings import GQA_UNITS
 from slim_utils.world import World
 
 logger = logging.getLogger("model_slimming")
-
-# What a resumed run may not change: all that its weights depend on; the text and the model by what they hold.
-RESUMED_ARGUMENTS = (
-    *("num_samples", "seqlen", "seed", "sparsity", "non_uniform", "non_uniform_strategy", "min_sparsity"),
-    *("max_sparsity", "gqa_unit", "multiple_of", "even_heads", "tp_size", "minlayer", "maxlayer", "no_compensate"),
-    *("target_ratio", "target_params", "allocation", "percdamp", "exact_heads", "column_group"),
-    *("text_starts", "bos", "dtype", "uniform_shapes", "stream", "refine"),
-)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -243,8 +236,7 @@ def run(args: argparse.Namespace, asked: str | None) -> None:
         ratios, planned = plan(args, skeleton, settings)
     tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
     provenance = read_provenance(args.model_path, config, args.trust_remote_code) if args.save_dir else {}
-    texts = calibration_texts(args)
-    data = load_calibration(texts, tokenizer, args.num_samples, args.seqlen, args.seed, args.bos)
+    data = load_calibration(calibration_texts(args), tokenizer, args.num_samples, args.seqlen, args.seed, args.bos)
     settle_text_starts(args, data.bos)
     specs = [] if args.skip_evaluate else args.eval_datasets
     eval_sets = load_eval_sets(specs, tokenizer, args.eval_seqlens, positions, args.bos)

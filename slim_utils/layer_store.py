@@ -77,8 +77,9 @@ class LayerStore:
             before = json.loads(path.read_text(encoding="utf-8"))
             earlier, seconds = before.pop(NOTED, {}), before.pop(SECONDS, 0.0)
             if changes := setting_changes(before, settings):
+                difference = "; ".join(changes)
                 raise UserError(
-                    f"--resume: not the same run: {'; '.join(changes)}; to start anew pass --overwrite, without --resume"
+                    f"--resume: not the same run: {difference}; to start anew pass --overwrite, without --resume"
                 )
             if changes := setting_changes(earlier, noted):
                 message = "--resume: %s; weights agree with those of one run up to rounding"

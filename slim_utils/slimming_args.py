@@ -37,6 +37,13 @@ PRESETS = ("paper", "best")
 BEST_COLUMN_GROUP = 32
 # First tokens enough for nearly all others to be attention sinks as before.
 BEST_TEXT_STARTS = 512
+# What a resumed run may not change: all that its weights depend on; the text and the model by what they hold.
+RESUMED_ARGUMENTS = (
+    *("num_samples", "seqlen", "seed", "sparsity", "non_uniform", "non_uniform_strategy", "min_sparsity"),
+    *("max_sparsity", "gqa_unit", "multiple_of", "even_heads", "tp_size", "minlayer", "maxlayer", "no_compensate"),
+    *("target_ratio", "target_params", "allocation", "percdamp", "exact_heads", "column_group"),
+    *("text_starts", "bos", "dtype", "uniform_shapes", "stream", "refine"),
+)
 
 
 def add_calibration_flags(group: argparse._ArgumentGroup) -> None:
