@@ -14,6 +14,7 @@ Rows that --out has are not measured again: a benchmark that was cut off goes on
 
 import argparse
 import logging
+import math
 import tempfile
 from dataclasses import dataclass, replace
 from itertools import product
@@ -145,6 +146,20 @@ def measure(args: argparse.Namespace, model_path: str, share: float, name: str, 
         row["profile"] = [[len(mask.kept_heads), len(mask.kept_columns)] for mask in masks]
     row["perplexity"] = {text: perplexity(model, of, batch_size=1) for text, of in eval_sets(args, model_path).items()}
     return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """As it stands in README: perplexities and, in brackets, what is lost over dense, in nats."""
+    dense = {row["model"]: row["perplexity"] for row in rows if row["variant"] == "dense"}
+    texts = list(next(iter(dense.values())))
+    lines = [f"| model | removed | | {' | '.join(texts)} |", "|---" * (3 + len(texts)) + "|"]
+    for row in sorted(rows, key=lambda row: (row["model"], row["share"])):
+        cells = [f"{row['perplexity'][text]:.2f}" for text in texts]
+        if row["share"]:
+            losses = [math.log(row["perplexity"][text] / dense[row["model"]][text]) for text in texts]
+            cells = [f"{cell} ({loss:.3f})" for cell, loss in zip(cells, losses, strict=True)]
+        lines.append(f"| {row['model']} | {100 * row['share']:.0f} % | {row['variant']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -11,4 +11,6 @@ source scripts/env.sh
 make_venv requirements-dev.txt
 .venv/bin/ruff check --quiet .
 .venv/bin/ruff format --check --quiet .
+# The default tier is many small processes, one core each; anything else runs alone.
+[ $# -gt 0 ] || set -- -n 2 --dist worksteal
 exec .venv/bin/python -m pytest "$@"
