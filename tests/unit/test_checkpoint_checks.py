@@ -205,11 +205,13 @@ def script(name: str, model: Path, folder: Path, text_file: Path, instruction_fi
 
 @pytest.mark.parametrize("name", ["model_slimming", "model_finetune", "compare_models", "export_gguf", "test_flops"])
 def test_main_of_each_script_with_a_wrong_checkpoint_is_one_line(
-    name, checkpoint, tmp_path, text_file, instruction_file
+    name, checkpoint, tmp_path, text_file, instruction_file, monkeypatch
 ):
+    # The tokenizer of the tests has no counterpart there, which is found before the weights are.
+    monkeypatch.setattr(export_gguf, "read_vocabulary", lambda *args: None)
     for words, model in wrong_checkpoints(tmp_path, checkpoint).items():
-        if name == "export_gguf" and "newer" in words:
-            continue  # refused by its own list of rotary embeddings
+        if name == "export_gguf" and ("newer" in words or "novel" in words):
+            continue  # refused by its own lists of rotary embeddings and activations
         with pytest.raises(UserError, match=words) as error:
             script(name, model, tmp_path, text_file, instruction_file)
         assert "\n" not in str(error.value) and str(model) in str(error.value)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ppl_eval import streamed_eval
+from ppl_eval.ppl_dataset import EvalKey
 from ppl_eval.ppl_eval import evaluate
 from ppl_eval.streamed_eval import evaluate_on
 from slim_utils import layer_walk, refinement, search
@@ -223,7 +224,7 @@ def full_on_device(monkeypatch, model):
 @pytest.mark.parametrize("known", [True, False])
 def test_evaluate_on_a_device_that_is_too_small_goes_layer_by_layer(samples, known, monkeypatch, caplog):
     model = make_tiny("gqa")
-    host, sets = LayerHost(model, find_family(model.config)), {("text", 16): samples}
+    host, sets = LayerHost(model, find_family(model.config)), {EvalKey("text", 16): samples}
     expected = evaluate(model, sets)[0]["perplexity"]
     if known:
         # As a GPU's would be: it is seen before.
@@ -244,7 +245,7 @@ RUN_ONCE = streamed_eval.layers_run_once
 
 def test_evaluate_on_with_room_for_a_few_windows_takes_smaller_batches(samples, monkeypatch, caplog):
     model = make_tiny("gqa")
-    host, sets = LayerHost(model, find_family(model.config)), {("text", 16): samples}
+    host, sets = LayerHost(model, find_family(model.config)), {EvalKey("text", 16): samples}
     expected = evaluate(model, sets)[0]["perplexity"]
     full_on_device(monkeypatch, model)
     full_where(monkeypatch, "_run", lambda replay, batch: len(batch) > 2)

@@ -171,6 +171,9 @@ def test_what_llama_cpp_cannot_hold(tmp_path, bpe, tokenizer):
     (tmp_path / "model.gguf").write_text("mine")
     with pytest.raises(UserError, match="exists; choose another or pass --overwrite"):
         export(folder)
+    with pytest.raises(UserError, match="not a GGUF file; not overwritten"):
+        export(folder, "--overwrite")
+    (tmp_path / "model.gguf").write_text("GGUF of an earlier export")
     export(folder, "--overwrite")
     (tmp_path / "model.gguf").unlink()
     tokenizer.save_pretrained(folder)
