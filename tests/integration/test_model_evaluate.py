@@ -1,6 +1,8 @@
 """``model_evaluate.py`` against the lm-eval package's own command line, and run as a user runs it."""
 
 import json
+import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import yaml
 
 import model_evaluate
 import model_slimming
+from ppl_eval.task_warnings import package_log
 from ppl_eval.zero_shot import README_TASKS, averages, results_table
 from slim_utils.errors import UserError
 from tests.conftest import random_text
@@ -182,6 +185,41 @@ def test_rows_in_another_schema_and_an_unreachable_hub(checkpoint, tmp_path):
         main("--model", checkpoint, "--tasks", "piqa", "--device", "cpu")
 
 
+def test_main_fewshot_tells_once_a_task_of_cut_prompts_and_measured_examples(checkpoint, data_dir, tmp_path, caplog):
+    words = ["--model", checkpoint, "--data_dir", data_dir, "--device", "cpu", "--limit", 6, "--batch_size", 4]
+    out = tmp_path / "out.json"
+    with caplog.at_level(logging.WARNING):
+        main(*words, "--tasks", "piqa, winogrande,", "--num_fewshot", 11, "--output_path", out)
+    record = json.loads(out.read_text())
+    assert record["truncated"]["piqa"] == 6
+    told = [message for message in caplog.messages if message.startswith(("piqa", "winogrande"))]
+    assert len(told) == 2 + len(record["truncated"])
+    assert any("piqa: the fewshot examples come from the split that is measured (validation)" in line for line in told)
+    expected = "piqa: the prompts of 6 of 6 rows exceed the 64 tokens that the model takes. Truncating them from the"
+    assert any(line.startswith(expected) and line.endswith("lower --num_fewshot") for line in told)
+    assert not any("Combined length" in line or "pretrained" in line for line in caplog.messages)
+    # Examples of their own, and few of them.
+    (tmp_path / "tasks").mkdir()
+    shutil.copytree(data_dir / "piqa", tmp_path / "tasks" / "piqa")
+    shutil.copy(data_dir / "piqa" / "validation.jsonl", tmp_path / "tasks" / "piqa" / "train.jsonl")
+    caplog.clear()
+    words[3] = tmp_path / "tasks"
+    main(*words, "--tasks", "piqa", "--num_fewshot", 1, "--output_path", out, "--overwrite")
+    assert not any(message.startswith("piqa") for message in caplog.messages)
+    assert json.loads(out.read_text())["truncated"] == {}
+
+
+def test_package_log_shows_a_warning_of_each_kind_once(caplog):
+    package = logging.getLogger("lm_eval.api.task")
+    for show_prompts, infos in ((False, []), (True, ["a prompt"])):
+        caplog.clear()
+        with package_log(show_prompts):
+            for row in range(3):
+                package.warning("Label %d is not one of the choices, Sample:\n\n{'row': %d}", row, row)
+            package.info("a prompt")
+        assert caplog.messages == ["lm-eval: Label 0 is not one of the choices, Sample: {'row': 0}", *infos]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -190,7 +228,7 @@ def test_rows_in_another_schema_and_an_unreachable_hub(checkpoint, tmp_path):
         (["--max_batch_size", "0"], "--max_batch_size 0: at least 1"),
         (["--limit", "0"], "--limit 0: above 0"),
         (["--num_fewshot", "-1"], "--num_fewshot -1: at least 0"),
-        (["--tasks", ","], "--tasks: give at least one"),
+        (["--tasks", " , "], "--tasks: give at least one"),
         (["--data_dir", "/none"], "--data_dir /none: no such folder"),
         (["--device", "tpu"], "--device tpu: choose auto"),
         (["--output_path", "/none/x.json"], "--output_path /none/x.json: no folder /none"),
