@@ -1,6 +1,6 @@
 """Load two checkpoints, each in a process of its own, and print them side by side.
 
-    python -m scripts.compare_models DENSE PRUNED --eval_datasets FILE --eval_seqlens 128 512
+    python scripts/compare_models.py DENSE PRUNED --eval_datasets FILE --eval_seqlens 128 512
 
 Parameters, multiply-accumulates of a (1, 64) forward, perplexities, seconds and peak memory of the evaluation, and one
 generated sentence of each.
@@ -16,13 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models  # noqa: F401 - registers the classes of pruned checkpoints
-from ppl_eval.ppl_eval import ppl_metric
+from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, load_eval_sets, parse_eval_dataset
+from ppl_eval.ppl_eval import perplexity
 from slim_utils.cli import ArgumentParser, run_cli
 from slim_utils.errors import UserError
-from slim_utils.model_io import DTYPES, choose_device, peak_memory_mib, write_json_atomic
+from slim_utils.families import find_family
+from slim_utils.model_io import (
+    DTYPES,
+    check_output_file,
+    choose_device,
+    load_config,
+    load_model,
+    load_tokenizer,
+    peak_memory_mib,
+    write_json_atomic,
+)
 from slim_utils.model_stats import model_stats
 from slim_utils.run_record import environment
 from slim_utils.side_by_side import side_by_side
@@ -37,25 +49,54 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("dense")
     parser.add_argument("pruned")
     parser.add_argument("--eval_datasets", nargs="+", default=["wikitext2"])
-    parser.add_argument("--eval_seqlens", nargs="+", type=int, default=[128, 2048])
+    parser.add_argument("--eval_seqlens", nargs="+", type=int, help="window lengths (default: 128 2048)")
     parser.add_argument("--prompt", default="The history of the city began in")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code found in the checkpoints")
     parser.add_argument("--out", type=Path, help="json to write the figures to")
     parser.add_argument("--measure_to", type=Path, help=argparse.SUPPRESS)
     return parser
 
 
+def process_args(args: argparse.Namespace) -> argparse.Namespace:
+    """Check ``args``, and both configurations against them, before any weights are loaded.
+
+    Raises:
+        UserError: naming the flag to change.
+    """
+    if any(seqlen < 2 for seqlen in args.eval_seqlens or ()):
+        raise UserError("--eval_seqlens: at least 2")
+    for spec in args.eval_datasets:
+        parse_eval_dataset(spec)
+    if args.out:
+        check_output_file(args.out, True, "--out")
+    choose_device(args.device)
+    positions = {}
+    for path in (args.dense, args.pruned):
+        config = load_config(path, args.trust_remote_code)
+        find_family(config)
+        positions[path] = config.max_position_embeddings
+    shorter = min(positions, key=positions.__getitem__)
+    args.eval_seqlens = args.eval_seqlens or [n for n in DEFAULT_EVAL_SEQLENS if n <= positions[shorter]]
+    if not args.eval_seqlens or max(args.eval_seqlens) > positions[shorter]:
+        longest = max(args.eval_seqlens, default=min(DEFAULT_EVAL_SEQLENS))
+        raise UserError(f"--eval_seqlens {longest}: {shorter} has {positions[shorter]} positions")
+    return args
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything about the one model ``args.pruned``."""
     device = choose_device(args.device)
-    tokenizer = AutoTokenizer.from_pretrained(args.pruned)
-    model = AutoModelForCausalLM.from_pretrained(args.pruned, dtype=DTYPES[args.dtype]).eval().to(device)
+    tokenizer = load_tokenizer(args.pruned, args.trust_remote_code)
+    model = load_model(args.pruned, args.dtype, args.trust_remote_code).to(device)
     start = time.perf_counter()
-    perplexities = {}
-    for seqlen in args.eval_seqlens:
-        for name, value in ppl_metric(model, tokenizer, args.eval_datasets, seqlen).items():
-            perplexities[f"perplexity {name}, seqlen {seqlen}"] = value
+    positions = model.config.max_position_embeddings
+    eval_sets = load_eval_sets(args.eval_datasets, tokenizer, args.eval_seqlens, positions)
+    perplexities = {
+        f"perplexity {name}, seqlen {seqlen}": perplexity(model, windows)
+        for (name, seqlen), windows in sorted(eval_sets.items(), key=lambda item: args.eval_seqlens.index(item[0][1]))
+    }
     seconds = time.perf_counter() - start
     stats = model_stats(model.config, MACS_SEQLEN)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(device)
@@ -75,15 +116,20 @@ def measure_in_new_process(args: argparse.Namespace, model_path: str) -> dict[st
     """``measure`` of ``model_path`` in a process that has seen nothing of the other model.
 
     Raises:
-        UserError: if that process fails; it has said why.
+        SystemExit: if that process fails; it has said why.
+        UserError: if it is killed.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "scripts.compare_models", model_path, model_path]
+        command = [sys.executable, __file__, model_path, model_path]
         command += ["--eval_datasets", *args.eval_datasets, "--eval_seqlens", *map(str, args.eval_seqlens)]
         command += ["--prompt", args.prompt, "--device", args.device, "--dtype", args.dtype]
-        if subprocess.run([*command, "--measure_to", str(result)], check=False).returncode != 0:
-            raise UserError(f"{model_path} could not be measured")
+        command += ["--trust_remote_code"] if args.trust_remote_code else []
+        code = subprocess.run([*command, "--measure_to", str(result)], check=False).returncode
+        if code < 0:
+            raise UserError(f"{model_path}: the process that measured it was killed by signal {-code}")
+        if code:
+            sys.exit(code)
         return json.loads(result.read_text(encoding="utf-8"))
 
 
@@ -105,6 +151,7 @@ def main(args: argparse.Namespace) -> None:
     if args.measure_to:
         args.measure_to.write_text(json.dumps(measure(args)), encoding="utf-8")
         return
+    args = process_args(args)
     dense, pruned = (measure_in_new_process(args, path) for path in (args.dense, args.pruned))
     print(table(dense, pruned))
     if args.out:
