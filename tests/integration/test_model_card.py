@@ -7,11 +7,14 @@ import re
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from peft import PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import model_slimming
@@ -76,6 +79,18 @@ def test_a_damaged_card_of_the_base_stops_nothing(words, tmp_path, card):
     main(*words, "--skip_evaluate")
     content = (tmp_path / "out" / "pruned_weights" / "README.md").read_text()
     assert "license" not in ModelCard(content).data.to_dict()
+
+
+@pytest.mark.parametrize(("flags", "limited"), [([], False), (["--gqa_unit", "kv_group"], True)])
+def test_the_card_names_what_fails_where_kv_heads_are_removed(words, tmp_path, flags, limited):
+    main(*words, *flags, "--sparsity", 0.5, "--skip_evaluate")
+    small = tmp_path / "out" / "pruned_weights"
+    assert ("prefix tuning fail" in (small / "README.md").read_text()) == limited
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(small), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match") if limited else nullcontext():
+        model(input_ids=torch.tensor([[5, 6, 7]]))
 
 
 def test_a_stock_checkpoint_needs_no_code_and_no_base_card_no_licence(words, tmp_path):
