@@ -20,11 +20,16 @@ from typing import Any
 
 import torch
 from lm_eval import simple_evaluate
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
 import models  # noqa: F401 - registers the classes of pruned checkpoints
+from ppl_eval.task_warnings import (
+    TruncationCountingLM,
+    package_log,
+    warn_of_measured_examples,
+    warn_of_truncated,
+)
 from ppl_eval.zero_shot import (
     README_TASKS,
     averages,
@@ -93,7 +98,7 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--limit {args.limit:g}: above 0")
     if args.max_batch_size < 1:
         raise UserError(f"--max_batch_size {args.max_batch_size}: at least 1")
-    args.tasks = [name for name in args.tasks.split(",") if name]
+    args.tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not args.tasks:
         raise UserError("--tasks: give at least one")
     if args.data_dir and not args.data_dir.is_dir():
@@ -126,7 +131,7 @@ def choose_batch_size(asked: str, device: torch.device) -> int | str:
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """What ``simple_evaluate`` returns, with ``splits``; the model's weights are loaded last."""
+    """What ``simple_evaluate`` returns, with ``splits``, ``bos`` and ``truncated``; the weights are loaded last."""
     load_config(args.model, args.trust_remote_code)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     manager = TaskManager()
@@ -136,13 +141,16 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         loaded = load_tasks(manager, specs, args.data_dir)
     splits = {name: evaluated_split(task) for name, task in loaded["tasks"].items()}
     logger.info("tasks: %s", ", ".join(f"{name} ({split})" for name, split in splits.items()))
+    if args.num_fewshot:
+        for name, task in loaded["tasks"].items():
+            warn_of_measured_examples(name, task)
     check_specials(tokenizer, loaded["tasks"].values(), args.model)
     add_bos = set_bos(tokenizer, args.bos)
     logger.info("prompts begin with %s (--bos)", "a BOS" if add_bos else "text")
     model = load_model(args.model, args.dtype, args.trust_remote_code).to(args.device)
     guard_token_ids(model)
     use_padding(tokenizer, model.config)
-    lm = HFLM(
+    lm = TruncationCountingLM(
         pretrained=model,
         tokenizer=tokenizer,
         # With None the tokenizer decides, of its EOS too.
@@ -160,7 +168,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         log_samples=False,
         task_manager=manager,
     )
-    return results | {"splits": splits, "bos": add_bos}
+    rows = {name: samples["effective"] for name, samples in results["n-samples"].items()}
+    return results | {"splits": splits, "bos": add_bos, "truncated": warn_of_truncated(lm, rows, args.num_fewshot)}
 
 
 def ungrouped(loaded: dict[str, Any]) -> list[Any]:
@@ -173,9 +182,9 @@ def main(args: argparse.Namespace) -> None:
     """Evaluate, print, write."""
     args = process_args(args)
     quieten_progress()
-    logging.getLogger("lm_eval").setLevel(logging.INFO if args.write_out else logging.ERROR)
     start = time.perf_counter()
-    results = evaluate(args)
+    with package_log(args.write_out):
+        results = evaluate(args)
     metrics = plain_metrics(results["results"])
     counts = {name: samples["effective"] for name, samples in results["n-samples"].items()}
     record = {
@@ -184,6 +193,7 @@ def main(args: argparse.Namespace) -> None:
         "versions": results["versions"],
         "samples": counts,
         "splits": results["splits"],
+        "truncated": results["truncated"],
         "config": {
             "model": args.model,
             "num_fewshot": args.num_fewshot,

@@ -49,7 +49,7 @@ from slim_utils.output_folder import output_lock
 from slim_utils.provenance import read_provenance
 from slim_utils.pruned_output import WholeOutput, saved_before, write_output, write_record
 from slim_utils.pruning_record import LayerMask
-from slim_utils.publishing import check_publishable, publish
+from slim_utils.publishing import add_hub_flags, check_hub_flags, check_publishable, publish
 from slim_utils.run_record import pruning_record, rounding_settings, search_record
 from slim_utils.slim_dataset import CalibrationData, load_calibration, text_starts
 from slim_utils.slimming_args import (
@@ -116,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     output.add_argument("--overwrite", action="store_true", help="replace an earlier run's --save_dir")
     output.add_argument("--resume", action="store_true", help="go on with an unfinished run of the same --save_dir")
-    output.add_argument("--push_to_hub", metavar="NAME", help="publish the small model, with its card, under this name")
+    add_hub_flags(output)
     output.add_argument("--skip_evaluate", action="store_true", help="no perplexity afterwards")
     output.add_argument(
         "--eval_datasets", nargs="+", default=["wikitext2"], help=f"{', '.join(EVAL_SPLITS)}, FILE or NAME=FILE"
@@ -159,8 +159,7 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError("--stream writes layer by layer as it goes: give --save_dir DIR")
     if args.save_pruned_weights and not args.save_dir:
         raise UserError("--save_pruned_weights needs --save_dir DIR")
-    if args.push_to_hub and not args.save_pruned_weights:
-        raise UserError("--push_to_hub publishes the small model: add --save_pruned_weights")
+    check_hub_flags(args)
     if args.save_dir:
         cut_off = LayerStore(Path(args.save_dir)).exists()
         if cut_off and not (args.resume or args.overwrite):
@@ -276,7 +275,8 @@ def run(args: argparse.Namespace, asked: str | None) -> None:
                 if args.save_dir:
                     write_record(Path(args.save_dir), masks, record)
     if args.push_to_hub:
-        logger.info("published %s", publish(Path(args.save_dir) / SMALL_MODEL_FOLDER, args.push_to_hub))
+        address = publish(Path(args.save_dir) / SMALL_MODEL_FOLDER, args.push_to_hub, args.hub_public)
+        logger.info("published %s", address)
     if store:
         store.discard()
 

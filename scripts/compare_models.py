@@ -1,6 +1,6 @@
 """Load two checkpoints, each in a process of its own, and print them side by side.
 
-    python -m scripts.compare_models DENSE PRUNED --eval_datasets FILE --eval_seqlens 128 512
+    python scripts/compare_models.py DENSE PRUNED --eval_datasets FILE --eval_seqlens 128 512
 
 Parameters, multiply-accumulates of a (1, 64) forward, perplexities, seconds and peak memory of the evaluation, and one
 generated sentence of each.
@@ -17,16 +17,20 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import models  # noqa: F401 - registers the classes of pruned checkpoints
-from ppl_eval.ppl_dataset import EvalKey, load_eval_sets
+from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalKey, load_eval_sets, name_eval_sets
 from ppl_eval.ppl_eval import evaluate
 from slim_utils.bos import BOS_HELP, BOS_POLICIES
 from slim_utils.cli import ArgumentParser, run_cli
 from slim_utils.errors import UserError
+from slim_utils.families import find_family
 from slim_utils.input_checks import check_token_ids
 from slim_utils.input_paths import check_inputs_outside, eval_files
 from slim_utils.model_io import (
     DTYPES,
+    check_output_file,
     choose_device,
     load_config,
     load_model,
@@ -53,18 +57,47 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", default="The history of the city began in")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code found in the checkpoints")
     parser.add_argument("--out", type=Path, help="json to write the figures to")
     parser.add_argument("--measure_to", type=Path, help=argparse.SUPPRESS)
     return parser
 
 
+def process_args(args: argparse.Namespace) -> argparse.Namespace:
+    """Check ``args``, and both configurations against them, before any weights are loaded.
+
+    Raises:
+        UserError: naming the flag to change.
+    """
+    if any(seqlen < 2 for seqlen in args.eval_seqlens or ()):
+        raise UserError("--eval_seqlens: at least 2")
+    name_eval_sets(args.eval_datasets)
+    if args.out:
+        check_output_file(args.out, True, "--out")
+        inputs = {"DENSE": [args.dense], "PRUNED": [args.pruned], "--eval_datasets": eval_files(args.eval_datasets)}
+        check_inputs_outside(args.out, "--out", inputs)
+    choose_device(args.device)
+    positions = {}
+    for path in (args.dense, args.pruned):
+        config = load_config(path, args.trust_remote_code)
+        find_family(config)
+        positions[path] = config.max_position_embeddings
+    shorter = min(positions, key=positions.__getitem__)
+    args.eval_seqlens = args.eval_seqlens or [n for n in DEFAULT_EVAL_SEQLENS if n <= positions[shorter]]
+    if not args.eval_seqlens or max(args.eval_seqlens) > positions[shorter]:
+        longest = max(args.eval_seqlens, default=min(DEFAULT_EVAL_SEQLENS))
+        raise UserError(f"--eval_seqlens {longest}: {shorter} has {positions[shorter]} positions")
+    return args
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything about the one model ``args.pruned``."""
     device = choose_device(args.device)
-    config, tokenizer = load_config(args.pruned, False), load_tokenizer(args.pruned, False)
+    config = load_config(args.pruned, args.trust_remote_code)
+    tokenizer = load_tokenizer(args.pruned, args.trust_remote_code)
     sets = load_eval_sets(args.eval_datasets, tokenizer, args.eval_seqlens, config.max_position_embeddings, args.bos)
     check_token_ids(config, tokenizer, *sets.values(), torch.tensor(tokenizer(args.prompt).input_ids))
-    model = load_model(args.pruned, args.dtype, False).to(device)
+    model = load_model(args.pruned, args.dtype, args.trust_remote_code).to(device)
     start = time.perf_counter()
     perplexities = {
         f"perplexity {EvalKey(row['dataset'], row['seqlen'], row['bos']).label}": row["perplexity"]
@@ -89,16 +122,21 @@ def measure_in_new_process(args: argparse.Namespace, model_path: str) -> dict[st
     """``measure`` of ``model_path`` in a process that has seen nothing of the other model.
 
     Raises:
-        UserError: if that process fails; it has said why.
+        SystemExit: if that process fails; it has said why.
+        UserError: if it is killed.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "scripts.compare_models", model_path, model_path]
+        command = [sys.executable, __file__, model_path, model_path]
         command += ["--eval_datasets", *args.eval_datasets]
         command += ["--eval_seqlens", *map(str, args.eval_seqlens)] if args.eval_seqlens else []
         command += ["--bos", args.bos, "--prompt", args.prompt, "--device", args.device, "--dtype", args.dtype]
-        if subprocess.run([*command, "--measure_to", str(result)], check=False).returncode != 0:
-            raise UserError(f"{model_path} could not be measured")
+        command += ["--trust_remote_code"] if args.trust_remote_code else []
+        code = subprocess.run([*command, "--measure_to", str(result)], check=False).returncode
+        if code < 0:
+            raise UserError(f"{model_path}: the process that measured it was killed by signal {-code}")
+        if code:
+            sys.exit(code)
         return json.loads(result.read_text(encoding="utf-8"))
 
 
@@ -120,9 +158,7 @@ def main(args: argparse.Namespace) -> None:
     if args.measure_to:
         args.measure_to.write_text(json.dumps(measure(args)), encoding="utf-8")
         return
-    if args.out:
-        inputs = {"DENSE": [args.dense], "PRUNED": [args.pruned], "--eval_datasets": eval_files(args.eval_datasets)}
-        check_inputs_outside(args.out, "--out", inputs)
+    args = process_args(args)
     dense, pruned = (measure_in_new_process(args, path) for path in (args.dense, args.pruned))
     print(table(dense, pruned))
     if args.out:

@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from slim_utils.cli import ArgumentParser, run_cli
 from slim_utils.errors import UserError
 from slim_utils.model_io import atomic_folder, save_checkpoint, write_text_atomic

@@ -9,8 +9,11 @@ another's, in PIQA's columns) and FOLDER/evaluation.txt. What comes of them says
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from slim_utils.cli import ArgumentParser, run_cli
 from slim_utils.errors import UserError

@@ -219,6 +219,11 @@ def _usage(model: str, config: PreTrainedConfig) -> str:
         f'tokenizer = AutoTokenizer.from_pretrained("{model}"{remote})\n```\n',
         'LoRA by peft: `LoraConfig(target_modules="all-linear")` adapts every linear map of the layers.\n',
     ]
+    if not stock and _loses_kv_heads(config):
+        parts.append(
+            "Some layers have fewer key/value heads than the base: the library's paged continuous batching "
+            "(`generate_batch`) and peft's prefix tuning fail on them; `generate` and LoRA work.\n"
+        )
     options = vllm_options(config)
     if options is not None:
         parts.append(f"vLLM:\n\n```bash\nvllm serve {model}{_vllm_flags(options)}\n```\n")
@@ -228,6 +233,12 @@ def _usage(model: str, config: PreTrainedConfig) -> str:
             f"```bash\npython scripts/export_gguf.py {model} pruned.gguf\n```\n"
         )
     return "\n".join(parts)
+
+
+def _loses_kv_heads(config: PreTrainedConfig) -> bool:
+    """Whether a layer has fewer key/value heads than the configuration says at its top level."""
+    whole = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return any(shape.num_kv_heads != whole for shape in layer_shapes(config))
 
 
 def _vllm_flags(options: dict[str, Any]) -> str:

@@ -7,11 +7,14 @@ import re
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from peft import PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import model_slimming
@@ -83,6 +86,18 @@ def test_a_damaged_card_of_the_base_stops_nothing(words, tmp_path, card):
     assert "license" not in ModelCard(content).data.to_dict()
 
 
+@pytest.mark.parametrize(("flags", "limited"), [([], False), (["--gqa_unit", "kv_group"], True)])
+def test_the_card_names_what_fails_where_kv_heads_are_removed(words, tmp_path, flags, limited):
+    main(*words, *flags, "--sparsity", 0.5, "--skip_evaluate")
+    small = tmp_path / "out" / "pruned_weights"
+    assert ("prefix tuning fail" in (small / "README.md").read_text()) == limited
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(small), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match") if limited else nullcontext():
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+
+
 def test_a_stock_checkpoint_needs_no_code_and_no_base_card_no_licence(words, tmp_path):
     (words[0] / "README.md").unlink()
     main(*words, "--uniform_shapes", "--skip_evaluate")
@@ -129,6 +144,8 @@ class Hub(BaseHTTPRequestHandler):
             name = json.loads(body)["name"]
             name = f"{json.loads(body).get('organization') or 'me'}/{name}"
             self.models.setdefault(name, {})
+            # By version of the client.
+            self.private[name] = json.loads(body).get("private", json.loads(body).get("visibility") == "private")
             self.answer({"url": f"{url}/{name}", "id": name, "name": name})
         elif "/preupload/" in self.path:
             files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
@@ -148,24 +165,33 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
+# Files of others in the model that is replaced.
+THEIRS = {"notes.md": b"mine", "adapter/adapter_model.safetensors": b"mine", "plot.png": b"mine"}
+
+
 @pytest.fixture
 def hub():
     """Address and models of a hub."""
-    handler = type("Hub", (Hub,), {"models": {"me/taken": {"stale.safetensors": b""}}})
+    stale = ("model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    taken = dict.fromkeys((*stale, "README.md"), b"") | THEIRS
+    handler = type("Hub", (Hub,), {"models": {"me/taken": taken}, "private": {}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
-    yield environment | {"HF_TOKEN": "secret", "HF_HUB_DISABLE_XET": "1"}, handler.models
+    yield environment | {"HF_TOKEN": "secret", "HF_HUB_DISABLE_XET": "1"}, handler
     server.shutdown()
 
 
-@pytest.mark.parametrize("flags", [["me/tiny-pruned"], ["tiny-pruned"], ["taken", "--overwrite"]])
+@pytest.mark.parametrize("flags", [["me/tiny-pruned", "--hub_public"], ["tiny-pruned"], ["taken", "--overwrite"]])
 def test_the_small_model_is_published_with_its_card(words, hub, tmp_path, flags):
-    environment, models = hub
+    environment, models = hub[0], hub[1].models
     process = run(*words, "--skip_evaluate", "--push_to_hub", *flags, **environment)
     assert process.returncode == 0, process.stderr
     small, name = tmp_path / "out" / "pruned_weights", f"me/{flags[0].removeprefix('me/')}"
-    assert models[name] == {path.name: path.read_bytes() for path in small.iterdir()}
+    published = {path.name: path.read_bytes() for path in small.iterdir()}
+    # Of what was there before only the weights that would be loaded instead are gone.
+    assert models[name] == published | (THEIRS if "taken" in flags else {})
+    assert hub[1].private[name] is ("--hub_public" not in flags)
     assert f'from_pretrained("{name}", trust_remote_code=True)'.encode() in models[name]["README.md"]
     assert "published" in process.stderr + process.stdout
 

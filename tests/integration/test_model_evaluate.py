@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -12,10 +13,12 @@ import datasets
 import lm_eval.tasks
 import pytest
 import yaml
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import model_evaluate
 import model_slimming
+from ppl_eval.task_warnings import package_log
 from ppl_eval.zero_shot import README_TASKS, averages, check_specials, load_tasks, results_table, task_specs
 from slim_utils.errors import UserError
 from tests.conftest import random_text
@@ -165,9 +168,9 @@ def test_zeroed_and_small_models_agree(tmp_path, checkpoint, text_file, data_dir
 
 def test_bos_is_first_in_prompts_where_it_is_asked_for(tmp_path, checkpoint, data_dir, monkeypatch):
     seen: list[list[int]] = []
-    encode = model_evaluate.HFLM.tok_encode
+    encode = HFLM.tok_encode
     monkeypatch.setattr(
-        model_evaluate.HFLM,
+        HFLM,
         "tok_encode",
         lambda self, text, *args, **options: seen.append(encode(self, text, *args, **options)) or seen[-1],
     )
@@ -257,6 +260,41 @@ def test_a_tokenizer_without_special_tokens_is_refused(checkpoint, data_dir, tmp
         main("--model", tmp_path / "bare", "--tasks", "piqa", "--data_dir", data_dir, "--device", "cpu", "--limit", 2)
 
 
+def test_main_fewshot_tells_once_a_task_of_cut_prompts_and_measured_examples(checkpoint, data_dir, tmp_path, caplog):
+    words = ["--model", checkpoint, "--data_dir", data_dir, "--device", "cpu", "--limit", 6, "--batch_size", 4]
+    out = tmp_path / "out.json"
+    with caplog.at_level(logging.WARNING):
+        main(*words, "--tasks", "piqa, winogrande,", "--num_fewshot", 11, "--output_path", out)
+    record = json.loads(out.read_text())
+    assert record["truncated"]["piqa"] == 6
+    told = [message for message in caplog.messages if message.startswith(("piqa", "winogrande"))]
+    assert len(told) == 2 + len(record["truncated"])
+    assert any("piqa: the fewshot examples come from the split that is measured (validation)" in line for line in told)
+    expected = "piqa: the prompts of 6 of 6 rows exceed the 64 tokens that the model takes. Truncating them from the"
+    assert any(line.startswith(expected) and line.endswith("lower --num_fewshot") for line in told)
+    assert not any("Combined length" in line or "pretrained" in line for line in caplog.messages)
+    # Examples of their own, and few of them.
+    (tmp_path / "tasks").mkdir()
+    shutil.copytree(data_dir / "piqa", tmp_path / "tasks" / "piqa")
+    shutil.copy(data_dir / "piqa" / "validation.jsonl", tmp_path / "tasks" / "piqa" / "train.jsonl")
+    caplog.clear()
+    words[3] = tmp_path / "tasks"
+    main(*words, "--tasks", "piqa", "--num_fewshot", 1, "--output_path", out, "--overwrite")
+    assert not any(message.startswith("piqa") for message in caplog.messages)
+    assert json.loads(out.read_text())["truncated"] == {}
+
+
+def test_package_log_shows_a_warning_of_each_kind_once(caplog):
+    package = logging.getLogger("lm_eval.api.task")
+    for show_prompts, infos in ((False, []), (True, ["a prompt"])):
+        caplog.clear()
+        with package_log(show_prompts):
+            for row in range(3):
+                package.warning("Label %d is not one of the choices, Sample:\n\n{'row': %d}", row, row)
+            package.info("a prompt")
+        assert caplog.messages == ["lm-eval: Label 0 is not one of the choices, Sample: {'row': 0}", *infos]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -265,7 +303,7 @@ def test_a_tokenizer_without_special_tokens_is_refused(checkpoint, data_dir, tmp
         (["--max_batch_size", "0"], "--max_batch_size 0: at least 1"),
         (["--limit", "0"], "--limit 0: above 0"),
         (["--num_fewshot", "-1"], "--num_fewshot -1: at least 0"),
-        (["--tasks", ","], "--tasks: give at least one"),
+        (["--tasks", " , "], "--tasks: give at least one"),
         (["--data_dir", "/none"], "--data_dir /none: no such folder"),
         (["--device", "tpu"], "--device tpu: choose auto"),
         (["--output_path", "/none/x.json"], "--output_path /none/x.json: no folder /none"),

@@ -217,6 +217,7 @@ WRONG = {
         ["{model}", "c4", "--uniform_shapes", "--non_uniform", "--save_pruned_weights"],
         "--uniform_shapes wants one ratio for all layers",
     ),
+    "public of nothing": (["{model}", "c4", "--hub_public"], "--hub_public is about what is published"),
     "uniform zeroed": (["{model}", "c4", "--uniform_shapes"], "--uniform_shapes is about the small model"),
     "uniform layers": (
         [

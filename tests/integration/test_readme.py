@@ -1,5 +1,6 @@
 """README against the files it speaks of."""
 
+import argparse
 import json
 import re
 import shlex
@@ -18,6 +19,15 @@ from train_utils import finetune_args
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+# By the heading they are described under.
+PARSERS = {
+    "Prune": model_slimming.build_parser,
+    "Evaluate": model_evaluate.build_parser,
+    "Count and time": test_flops.build_parser,
+}
+# Of torchrun, of vLLM, and what the recipes take.
+OF_OTHERS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--model-impl", "--trust-remote-code"}
+OF_OTHERS |= {"--smoke"}
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -80,18 +90,51 @@ def test_files_and_scripts_exist():
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
 
 
-@pytest.mark.parametrize("script", [model_slimming, model_evaluate, test_flops])
-def test_every_flag_is_listed(script):
-    for action in script.build_parser()._actions:
-        for flag in action.option_strings:
-            if flag.startswith("--") and flag != "--help":
-                assert flag in README, flag
+def named_flags(text: str) -> set[str]:
+    """Whole flags that ``text`` names."""
+    return set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", text))
 
 
-def test_every_flag_of_fine_tuning_is_listed():
+def section(title: str) -> str:
+    """README's text under a heading of the second level."""
+    (text,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", README, flags=re.DOTALL | re.MULTILINE)
+    return text
+
+
+def parser_flags(parser: argparse.ArgumentParser) -> set[str]:
+    return {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")} - {"--help"}
+
+
+def test_named_flags_are_whole():
+    assert named_flags("`--min_sparsity A`, (--max) x--y ---z --a-b=3") == {"--min_sparsity", "--max", "--a-b"}
+
+
+@pytest.mark.parametrize("title", PARSERS)
+def test_every_flag_of_a_script_is_listed_in_its_section(title):
+    assert parser_flags(PARSERS[title]()) <= named_flags(section(title))
+
+
+def test_every_flag_of_fine_tuning_is_listed_in_its_section():
+    named = named_flags(section("Recover"))
     for group in (finetune_args.ModelArguments, finetune_args.DataArguments, finetune_args.SparseArguments):
         for option in fields(group):
-            assert (f"--{option.name}" in README) != (option.name in finetune_args.REFUSED_FLAGS), option.name
+            assert (f"--{option.name}" in named) != (option.name in finetune_args.REFUSED_FLAGS), option.name
+
+
+@pytest.mark.parametrize("title", [*PARSERS, "Recover"])
+def test_every_flag_named_in_the_section_of_a_script_is_its_own(title):
+    known = (PARSERS | {"Recover": finetune_args.build_parser})[title]
+    assert named_flags(section(title)) - OF_OTHERS <= parser_flags(known()) | set(finetune_args.RENAMED_FLAGS)
+
+
+def test_every_flag_that_is_named_is_that_of_a_script():
+    flags = parser_flags(finetune_args.build_parser()) | set(finetune_args.RENAMED_FLAGS) | OF_OTHERS
+    flags = flags.union(*(parser_flags(build()) for build in PARSERS.values()))
+    for path in [*ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        flags |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', path.read_text(encoding="utf-8")))
+    for path in ROOT.glob("scripts/*.sh"):
+        flags |= set(re.findall(r"^ +(--\w+)\)", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert named_flags(README) <= flags
 
 
 def test_results_are_those_of_the_file():

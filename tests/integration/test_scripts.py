@@ -1,0 +1,114 @@
+"""The scripts beside the three stages: how they are started, and ``scripts/compare_models.py`` on its inputs."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts import compare_models
+from slim_utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("scripts",)
+SCRIPTS = [
+    path.relative_to(ROOT)
+    for folder in FOLDERS
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+]
+OWN = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()} | {*FOLDERS}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_every_script_puts_the_root_on_the_path_before_it_imports_from_it(script):
+    found = False
+    for statement in ast.parse((ROOT / script).read_text(encoding="utf-8")).body:
+        found |= ast.unparse(statement) == "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
+        names = [alias.name for alias in getattr(statement, "names", ())] if isinstance(statement, ast.Import) else []
+        names += [statement.module] if isinstance(statement, ast.ImportFrom) else []
+        assert found or not {name.partition(".")[0] for name in names} & OWN, ast.unparse(statement)
+    assert found
+
+
+@pytest.mark.parametrize(
+    "words", [["scripts/compare_models.py"], ["scripts/report.py"], ["-m", "scripts.compare_models"]]
+)
+def test_a_script_runs_by_path_and_as_a_module_from_another_folder(words, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    if words[0] == "-m":
+        environment["PYTHONPATH"] = str(ROOT)
+    else:
+        words = [str(ROOT / words[0])]
+    command = [sys.executable, *words, "--help"]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0 and process.stdout.startswith("usage: "), process.stderr
+
+
+def parse(*words) -> object:
+    return compare_models.build_parser().parse_args(list(map(str, words)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--eval_seqlens", 128], r"--eval_seqlens 128: .* has 64 positions"),
+        ([], r"--eval_seqlens 128: .* has 64 positions"),
+        (["--eval_seqlens", 1], "--eval_seqlens: at least 2"),
+        (["--eval_datasets", "none.txt", "--eval_seqlens", 32], "--eval_datasets none.txt: neither"),
+        (["--device", "tpu"], "--device tpu: choose"),
+        (["--out", "/none/x.json"], "--out /none/x.json: no folder /none"),
+    ],
+)
+def test_compare_models_wrong_flags_are_seen_before_anything_is_loaded(flags, message, checkpoint, monkeypatch):
+    monkeypatch.setattr(compare_models, "measure_in_new_process", lambda *args: pytest.fail("measured"))
+    with pytest.raises(UserError, match=message):
+        compare_models.main(parse(checkpoint, checkpoint, *flags))
+
+
+def test_compare_models_checkpoint_that_cannot_be_loaded_is_one_line(checkpoint, text_file, tmp_path):
+    flags = ["--eval_datasets", text_file, "--eval_seqlens", 32, "--device", "cpu"]
+    with pytest.raises(UserError, match="no such folder"):
+        compare_models.main(parse(tmp_path / "none", checkpoint, *flags))
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    with pytest.raises(UserError, match=f"{tmp_path}: cannot be loaded"):
+        compare_models.measure(parse(tmp_path, tmp_path, *flags))
+
+
+def test_compare_models_figures_come_from_the_common_loading(checkpoint, text_file, tmp_path, monkeypatch):
+    trusted = []
+    load = compare_models.load_model
+    monkeypatch.setattr(compare_models, "load_model", lambda *args: (trusted.append(args[2]), load(*args))[1])
+
+    def in_this_process(args, path):
+        return compare_models.measure(parse(path, path, *args.flags))
+
+    monkeypatch.setattr(compare_models, "measure_in_new_process", in_this_process)
+    flags = ["--eval_datasets", text_file, "--eval_seqlens", 32, 16, "--device", "cpu", "--trust_remote_code"]
+    args = parse(checkpoint, checkpoint, *flags, "--out", tmp_path / "out.json")
+    args.flags = flags
+    compare_models.main(args)
+    record = json.loads((tmp_path / "out.json").read_text())
+    names = [f"perplexity {text_file.name}, seqlen {seqlen}" for seqlen in (32, 16)]
+    assert list(record["dense"]["perplexities"]) == names and record["dense"]["parameters"] > 0
+    assert trusted == [True, True]
+
+
+def test_compare_models_a_failed_process_speaks_for_itself(checkpoint, text_file, monkeypatch):
+    args = parse(checkpoint, checkpoint, "--eval_datasets", text_file, "--eval_seqlens", 32, "--trust_remote_code")
+    commands = []
+
+    def run(command, check):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, codes.pop())
+
+    monkeypatch.setattr(compare_models.subprocess, "run", run)
+    codes = [-9, 2]
+    with pytest.raises(SystemExit) as ended:
+        compare_models.measure_in_new_process(args, str(checkpoint))
+    assert ended.value.code == 2 and "--trust_remote_code" in commands[0]
+    with pytest.raises(UserError, match="killed by signal 9"):
+        compare_models.measure_in_new_process(args, str(checkpoint))
