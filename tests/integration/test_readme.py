@@ -231,3 +231,9 @@ def test_table_of_beginnings_of_text_is_that_of_the_file():
     from benchmarks.text_starts import table
 
     assert table(json.loads((RESULTS / "text_starts.json").read_text())["rows"]) in README
+
+
+def test_table_of_constants_is_that_of_the_file():
+    from benchmarks.constants import table
+
+    assert table(json.loads((RESULTS / "constants.json").read_text())["rows"]) in README

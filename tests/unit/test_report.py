@@ -15,6 +15,7 @@ from scripts.report_sources import (
     CALIBRATION,
     CHOICES,
     COMPARISON,
+    CONSTANTS,
     PERPLEXITY,
     PRUNING_COST,
     QUALITY,
@@ -43,6 +44,7 @@ KINDS = {
     "layer_choices": CHOICES,
     "bench_calibration": CALIBRATION,
     "text_starts": STARTS,
+    "constants": CONSTANTS,
 }
 PART = {"error_before_compensation": 0.2, "error_after_compensation": 0.1}
 RUN_RECORD = {
