@@ -13,11 +13,14 @@ other numbers of samples, and other lengths of as many tokens. Rows that --out h
 
 import argparse
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_quality import (
     EVAL_SEQLEN,

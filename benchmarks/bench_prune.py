@@ -32,6 +32,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from benchmarks import original_slimgpt
 from slim_utils import layer_walk
 from slim_utils.cli import ArgumentParser, command_line, run_cli
@@ -205,7 +207,7 @@ def operations(args: argparse.Namespace) -> dict[str, float]:
 def measure_in_new_process(args: argparse.Namespace, way: str, **changes: int) -> dict[str, Any]:
     """``measure`` in a process of its own, with some arguments changed."""
     values = {name: changes.get(name, getattr(args, name)) for name in ("num_samples", "seqlen", "layers")}
-    command = [sys.executable, "-m", "benchmarks.bench_prune", args.model, "--measure", way, "--dtype", args.dtype]
+    command = [sys.executable, __file__, args.model, "--measure", way, "--dtype", args.dtype]
     command += ["--sparsity", str(args.sparsity), "--device", args.device, "--column_group", str(args.column_group)]
     command += ["--cache_dev", args.cache_dev] if args.cache_dev else []
     for name, value in values.items():

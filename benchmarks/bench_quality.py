@@ -32,6 +32,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from benchmarks.baselines import prune_flap, prune_magnitude, prune_wanda_sp
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
 from ppl_eval.ppl_dataset import eval_windows
@@ -240,7 +242,7 @@ def measure_in_new_process(
     args: argparse.Namespace, heads: str, method: str, share: float, seed: int, folder: Path
 ) -> dict[str, Any]:
     """:func:`measure` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.bench_quality", args.model, "--calib_file", args.calib_file]
+    command = [sys.executable, __file__, args.model, "--calib_file", args.calib_file]
     command += ["--eval_files", *args.eval_files, "--shares", share, "--seeds", seed, "--heads", heads]
     command += ["--measure", folder, "--out", folder / "row.json"]
     command += ["--methods", method] if share else []

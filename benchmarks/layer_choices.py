@@ -13,6 +13,7 @@ compared with the paper's, layer by layer; the table has the geometric mean of t
 import argparse
 import logging
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
 from slim_utils.cli import ArgumentParser, command_line, run_cli

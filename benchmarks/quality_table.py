@@ -7,8 +7,11 @@ import argparse
 import json
 import math
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from slim_utils.cli import ArgumentParser, run_cli
 

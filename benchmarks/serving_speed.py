@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import models  # noqa: F401 - registers the classes of pruned checkpoints
 from ppl_eval.ppl_dataset import eval_windows, load_eval_tokens
 from slim_utils.cli import ArgumentParser, command_line, run_cli

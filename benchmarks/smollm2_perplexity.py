@@ -11,6 +11,7 @@ and by query heads, and on the same model with its kv heads repeated to plain mu
 
 import argparse
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ppl_eval.ppl_dataset import eval_windows
 from ppl_eval.ppl_eval import perplexity

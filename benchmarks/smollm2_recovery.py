@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from benchmarks.smollm2_perplexity import MIN_SPARSITY, NUM_SAMPLES, PERCDAMP, SEQLEN, ratios_for_share
 from ppl_eval.ppl_dataset import load_eval_sets
 from ppl_eval.ppl_eval import evaluate

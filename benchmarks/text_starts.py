@@ -11,6 +11,7 @@ drawn by the seed. Perplexity: the first 8 × 1024 tokens of that text.
 
 import argparse
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_quality import EVAL_SEQLEN, EVAL_WINDOWS, FINE, MIN_SPARSITY, by_schedule
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads

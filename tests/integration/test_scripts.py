@@ -13,7 +13,7 @@ from scripts import compare_models
 from slim_utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("scripts",)
+FOLDERS = ("scripts", "benchmarks")
 SCRIPTS = [
     path.relative_to(ROOT)
     for folder in FOLDERS
