@@ -15,6 +15,7 @@ Rows that --out has are not measured again: a benchmark that was cut off goes on
 import argparse
 import logging
 import math
+import sys
 import tempfile
 from dataclasses import dataclass, replace
 from itertools import product
@@ -24,6 +25,8 @@ from unittest.mock import patch
 
 from torch import Tensor
 from transformers import PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_quality import FINE, MIN_SPARSITY, budgeted, by_schedule, named_files, rows_so_far
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN
