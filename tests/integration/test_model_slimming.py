@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import model_slimming
 from slim_utils import text_source
 from slim_utils.errors import UserError
+from slim_utils.output_folder import output_lock
 from slim_utils.pruning_record import read_pruning
 from tests.conftest import VOCAB, make_tiny, random_text
 
@@ -311,6 +312,11 @@ def test_a_killed_run_leaves_no_output(tmp_path, tokenizer, text_file, signum, c
     assert process.wait(timeout=60) == code
     assert "Traceback" not in rest
     assert "--resume with the same --save_dir goes on" in rest or signum != signal.SIGINT
+    # The file of the lock, which no one holds any more, goes with the next run.
+    locks = {".out.lock"} if signum == signal.SIGKILL else set()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", ".out.unfinished"} | locks
+    with output_lock(tmp_path / "out", "--save_dir"):
+        pass
     assert {path.name for path in tmp_path.iterdir()} == {"model", ".out.unfinished"}
 
 
