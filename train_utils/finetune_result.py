@@ -24,7 +24,7 @@ from slim_utils.provenance import (
 from slim_utils.pruning_record import PRUNING_FILE, LayerMask, read_masks, write_pruning
 from slim_utils.text_source import hub_datasets
 from train_utils.finetune_args import FinetuneArguments
-from train_utils.lora import cast_parameters, fuse_lora
+from train_utils.lora import cast_parameters, fuse_lora, lora_targets
 from train_utils.sparse_trainer import MaskCallback, masked_slices
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def write_cards(
         masks = Path(args.sparse.mask_config_dir or args.model.model_name_or_path)
         remaining = remaining_weights(pruned.family.decoder_layers(saved), pruned.family, pruned.masks)
         provenance = with_step(provenance, pruning_step([("masks", masks.name)], remaining))
-    step = recovery_step(recovery_settings(args, record), hub_datasets([record["data"]["source"]]))
+    step = recovery_step(recovery_settings(args, record, saved), hub_datasets([record["data"]["source"]]))
     record["provenance"] = with_step(provenance, step)
     options = {"masks": pruned and pruned.masks, "perplexity": record.get("perplexity")}
     folder = folder / FUSED_FOLDER if args.model.use_lora else folder
@@ -140,17 +140,22 @@ def write_cards(
             write_card(place, record["provenance"], args.model.model_name_or_path, **options)
 
 
-def recovery_settings(args: FinetuneArguments, record: dict[str, Any]) -> list[tuple[str, Any]]:
+def recovery_settings(args: FinetuneArguments, record: dict[str, Any], saved: PreTrainedModel) -> list[tuple[str, Any]]:
     """What a card says of a fine-tuning run.
 
     Args:
         args: of the run.
         record: content of its ``run.json``.
+        saved: the result.
     """
     model, training, data = args.model, args.training, record["data"]
-    adapters = f"LoRA adapters of rank {model.peft_lora_r} on {model.peft_target_modules}, fused"
+    trained = "all weights"
+    if model.use_lora:
+        targets = lora_targets(saved, model.peft_target_modules)
+        names = targets if isinstance(targets, str) else ",".join(targets)
+        trained = f"LoRA adapters of rank {model.peft_lora_r} on {names}, fused"
     return [
-        ("trained", adapters if model.use_lora else "all weights"),
+        ("trained", trained),
         ("pruned weights kept at zero", "yes" if args.sparse.is_mask_training else "no"),
         ("teacher", public_name(model.distill_from) if model.distill_from else "none"),
         ("data", public_name(data["source"])),

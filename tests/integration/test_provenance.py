@@ -79,7 +79,7 @@ def test_cards_of_pruned_recovered_and_pruned_again_models(base, prune, words, t
         # It may be published: nothing of where it was made.
         assert str(tmp_path.parent) not in card.content + (folder / "slimgpt.json").read_text()
     assert "| trained | LoRA adapters of rank 8 on q_proj," in ModelCard.load(again / "README.md").content
-    assert "| text | tokens of a window | before | after |" in (fused / "README.md").read_text()
+    assert "| text | tokens of a window | the first of them | before | after |" in (fused / "README.md").read_text()
     record = json.loads((tmp_path / "two" / "run.json").read_text())
     assert record["sizes"]["block_share_removed_in_total"] == pytest.approx(1 - block_weights(again) / dense)
     assert record["sizes"]["block_share_removed"] < record["sizes"]["block_share_removed_in_total"]
