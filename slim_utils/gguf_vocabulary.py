@@ -9,6 +9,7 @@ from gguf import GGUFWriter, TokenType
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
+from slim_utils.bos import adds_bos
 from slim_utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -284,7 +285,7 @@ def _write_special(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> No
         if token_id is not None:
             add(token_id)
     ids = tokenizer("a").input_ids
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id])
+    writer.add_add_bos_token(adds_bos(tokenizer))
     writer.add_add_eos_token(tokenizer.eos_token_id is not None and ids[-1:] == [tokenizer.eos_token_id])
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
