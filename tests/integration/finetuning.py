@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
 import model_finetune
+from tests.processes import run_python
 from train_utils.finetune_args import parse_args
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,8 +21,7 @@ def main(words: list[str]) -> None:
 
 def run(words: list[str], *launcher: str, **options) -> subprocess.CompletedProcess:
     """Run the script in processes of its own."""
-    command = [*(launcher or [sys.executable]), "model_finetune.py", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300, **options)
+    return run_python(*launcher, "model_finetune.py", *words, **options)
 
 
 def logits(path: Path, samples: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 from slim_utils.errors import UserError
 from tests.conftest import VOCAB, make_tiny
 from tests.integration.finetuning import logits, losses, main, run
+from tests.processes import run_ranks
 
 # On a CPU the Trainer takes bf16 alone.
 NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -87,7 +87,6 @@ def test_two_processes_with_a_teacher_learn_as_one(slim, words, tmp_path, checkp
     flags += ["--gradient_accumulation_steps"]
     main(words(slim / "pruned_weights", *flags, 4))
     alone = losses(tmp_path / "out")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--master_port=29715", "--master_addr=127.0.0.1"]
-    process = run(words(slim / "pruned_weights", *flags, 2, "--overwrite", "true"), *launcher, "--nproc_per_node=2")
+    process = run_ranks(2, "model_finetune.py", *words(slim / "pruned_weights", *flags, 2, "--overwrite", "true"))
     assert process.returncode == 0, process.stderr
     assert losses(tmp_path / "out") == pytest.approx(alone, rel=1e-4)

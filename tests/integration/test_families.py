@@ -1,8 +1,5 @@
 """Every family from checkpoint to checkpoint, and its small model loaded where the repository is not."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -13,6 +10,7 @@ from slim_utils.layer_walk import prune_layers
 from slim_utils.params_remove import shrink, zero_removed
 from slim_utils.walk_settings import WalkSettings
 from tests.conftest import TINY_FAMILIES, make_tiny
+from tests.processes import run_python
 
 # Loads every folder given, in a process that knows nothing of this repository, and compares logits and generation.
 LOADER = """
@@ -49,9 +47,7 @@ def test_small_models_of_every_family_load_without_the_repository(tmp_path, samp
         assert (logits - zeroed).abs().max() <= 1e-4 * zeroed.abs().max()
         save_file({"samples": samples, "logits": logits}, tmp_path / name / "expected.safetensors")
         folders.append(str(tmp_path / name / "small"))
-    process = subprocess.run(
-        [sys.executable, "-c", LOADER, *folders], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    process = run_python("-c", LOADER, *folders, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert process.stdout.strip() == f"loaded {len(TINY_FAMILIES)}"
 

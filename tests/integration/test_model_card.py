@@ -5,7 +5,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import threading
 from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import model_slimming
 from slim_utils.pruning_record import read_pruning
 from tests.conftest import make_tiny
+from tests.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE_CARD = "---\nlicense: other\nlicense_name: tiny\nlanguage: en\nbase_model: someone/tiny-base\n---\n# Tiny\n"
@@ -39,9 +39,7 @@ def words(tmp_path, tokenizer, text_file) -> list:
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
     """Run the script in a process of its own."""
-    command = [sys.executable, "model_slimming.py", *map(str, arguments)]
-    env = os.environ | environment
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
+    return run_python("model_slimming.py", *arguments, env=os.environ | environment)
 
 
 def main(*arguments: object) -> None:

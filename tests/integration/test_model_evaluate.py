@@ -5,7 +5,6 @@ import json
 import logging
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +21,7 @@ from ppl_eval.task_warnings import package_log
 from ppl_eval.zero_shot import README_TASKS, averages, check_specials, load_tasks, results_table, task_specs
 from slim_utils.errors import UserError
 from tests.conftest import random_text
+from tests.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = Path(lm_eval.tasks.__file__).parent
@@ -80,8 +80,7 @@ def main(*words) -> None:
 
 def run(*words, **options) -> subprocess.CompletedProcess:
     """Run the script in a process of its own."""
-    command = [sys.executable, "model_evaluate.py", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **options)
+    return run_python("model_evaluate.py", *words, **options)
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +103,10 @@ def test_the_numbers_are_those_of_the_packages_own_command_line(result, checkpoi
         content |= {f"{split}_split": None for split in ("validation", "test") if split not in source}
         (tmp_path / f"{task}.yaml").write_text(yaml.safe_dump(content))
     names = ",".join(f"mine_{task}" for task in DEFINITIONS)
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={checkpoint}"]
+    command = ["-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={checkpoint}"]
     command += ["--tasks", names, "--include_path", str(tmp_path), "--device", "cpu", "--batch_size", "4"]
     command += ["--num_fewshot", "0", "--output_path", str(tmp_path / "out")]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    process = run_python(*command)
     assert process.returncode == 0, process.stderr
     (file,) = (tmp_path / "out").rglob("*.json")
     expected = json.loads(file.read_text())["results"]

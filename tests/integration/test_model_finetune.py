@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,7 +20,8 @@ from slim_utils.families import find_family
 from slim_utils.params_remove import shrink
 from slim_utils.pruning_record import read_pruning
 from tests.conftest import make_tiny
-from tests.integration.finetuning import ROOT, logits, losses, main, run
+from tests.integration.finetuning import logits, losses, main, run
+from tests.processes import run_python, run_ranks, start_python
 from tests.unit.test_sparse_trainer import removed_weights
 from train_utils import finetune_result
 from train_utils.finetune_args import parse_args
@@ -60,8 +59,7 @@ def test_the_fused_model_loads_without_the_repository(slim, words, tmp_path):
         "import sys; from transformers import AutoModelForCausalLM;"
         "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)).__name__)"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "out" / "lora_fused_model")]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    process = run_python("-c", code, tmp_path / "out" / "lora_fused_model", cwd=tmp_path)
     assert process.stdout.strip() == "SlimLlamaForCausalLM"
 
 
@@ -248,9 +246,8 @@ def test_wrong_flags_exit_with_2_and_one_line(words):
 
 
 def test_the_originals_recipe_on_two_processes(slim, words, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--master_port=29713", "--master_addr=127.0.0.1"]
-    launcher += ["--nproc_per_node=2", "--nnodes=1", "--node_rank=0"]
-    process = run(words(slim, "--use_lora", "true", "--bf16", "true", "--is_mask_training", "true"), *launcher)
+    flags = ["--use_lora", "true", "--bf16", "true", "--is_mask_training", "true"]
+    process = run_ranks(2, "model_finetune.py", *words(slim, *flags))
     assert process.returncode == 0, process.stderr
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["processes"] == 2
@@ -262,16 +259,12 @@ def test_the_originals_recipe_on_two_processes(slim, words, tmp_path):
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_run_leaves_no_half_result(slim, words, tmp_path, stop):
-    command = [sys.executable, "model_finetune.py", *words(slim / "pruned_weights", "--num_train_epochs", 2000)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if "step 2:" in line:
-            break
+    process = start_python("model_finetune.py", *words(slim / "pruned_weights", "--num_train_epochs", 2000))
+    process.await_stderr("step 2:")
     process.send_signal(stop)
-    remaining = process.stderr.read()
-    code = process.wait(timeout=60)
-    assert code == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[stop]
-    assert "Traceback" not in remaining
+    end = process.wait(timeout=60)
+    assert end.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[stop]
+    assert "Traceback" not in end.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]
     assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"] is False
 
@@ -280,9 +273,9 @@ def test_a_stopped_run_leaves_no_half_result(slim, words, tmp_path, stop):
 @pytest.mark.parametrize(("processes", "taught"), [(1, False), (2, False), (2, True)])
 def test_deepspeed_zero_2(slim, words, tmp_path, checkpoint, processes, taught):
     """Compiles an extension the first time, about two minutes."""
-    launcher = [sys.executable]
+    launcher = []
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--master_port=29714", f"--nproc_per_node={processes}"]
+        launcher = ["-m", "torch.distributed.run", "--master_port=29714", f"--nproc_per_node={processes}"]
     flags = ["--deepspeed", "configs/deepspeed.json", "--bf16", "true", "--is_mask_training", "true"]
     flags += ["--distill_from", checkpoint] if taught else []
     start = time.perf_counter()

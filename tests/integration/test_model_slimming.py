@@ -19,6 +19,7 @@ from slim_utils.errors import UserError
 from slim_utils.output_folder import output_lock
 from slim_utils.pruning_record import read_pruning
 from tests.conftest import VOCAB, make_tiny, random_text
+from tests.processes import run_python, start_python
 
 ROOT = Path(__file__).resolve().parents[2]
 README_FLAGS = (
@@ -33,8 +34,7 @@ TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 def run(*arguments: str, **options) -> subprocess.CompletedProcess:
     """Run the script in a process of its own."""
-    command = [sys.executable, "model_slimming.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **options)
+    return run_python("model_slimming.py", *arguments, **options)
 
 
 def main(*arguments: str) -> None:
@@ -300,18 +300,15 @@ def test_a_killed_run_leaves_no_output(tmp_path, tokenizer, text_file, signum, c
     model = tmp_path / "model"
     make_tiny("mha", num_hidden_layers=200, intermediate_size=400).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    command = [sys.executable, "model_slimming.py", str(model), "--data_file", str(text_file), "--num_samples", "64"]
-    command += ["--seqlen", "32", "--sparsity", "0.5", "--skip_evaluate", "--save_dir", str(tmp_path / "out")]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if " INFO layer 3/" in line:
-            break
+    words = [model, "--data_file", text_file, "--num_samples", 64, "--seqlen", 32, "--sparsity", 0.5]
+    process = start_python("model_slimming.py", *words, "--skip_evaluate", "--save_dir", tmp_path / "out")
+    process.await_stderr(" INFO layer 3/")
     time.sleep(0.1)
     process.send_signal(signum)
-    rest = process.stderr.read()
-    assert process.wait(timeout=60) == code
-    assert "Traceback" not in rest
-    assert "--resume with the same --save_dir goes on" in rest or signum != signal.SIGINT
+    end = process.wait(timeout=60)
+    assert end.returncode == code
+    assert "Traceback" not in end.stderr
+    assert "--resume with the same --save_dir goes on" in end.stderr or signum != signal.SIGINT
     # The file of the lock, which no one holds any more, goes with the next run.
     locks = {".out.lock"} if signum == signal.SIGKILL else set()
     assert {path.name for path in tmp_path.iterdir()} == {"model", ".out.unfinished"} | locks

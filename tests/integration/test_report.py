@@ -5,7 +5,6 @@ import io
 import json
 import re
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from PIL import Image
 
 import model_slimming
 from tests.browser import Page, browser
+from tests.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -23,8 +23,7 @@ WIDTH = 1200
 
 def report(*arguments: object) -> subprocess.CompletedProcess:
     """Run the script in a process of its own."""
-    command = [sys.executable, "-m", "scripts.report", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run_python("-m", "scripts.report", *arguments)
 
 
 def shades(png: bytes | np.ndarray) -> int:

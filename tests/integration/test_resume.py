@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from slim_utils.layer_walk import prune_layers
 from slim_utils.output_folder import clear_leftovers
 from slim_utils.walk_settings import WalkSettings
 from tests.conftest import ALL_TINY, make_tiny
+from tests.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -89,8 +89,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("more", [[], ["--stream", "--text_starts", "20"]])
 def test_killed_at_any_instant(words, more, tmp_path):
-    command = [sys.executable, "-c", KILLER, str(KILLS), str(tmp_path / "out"), *words, *more]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    process = run_python("-c", KILLER, KILLS, tmp_path / "out", *words, *more)
     assert process.returncode == 0, process.stderr
     killed, done = map(int, process.stdout.split())
     assert killed >= KILLS and done
@@ -258,8 +257,8 @@ def small_disk(tmp_path):
 def test_a_full_disk_leaves_a_run_that_goes_on(words, more, small_disk, tmp_path):
     disk, make_room = small_disk
     words = [*words, *more]
-    command = [sys.executable, "model_slimming.py", *words, "--resume", "--save_dir", str(disk / "out")]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["model_slimming.py", *words, "--resume", "--save_dir", disk / "out"]
+    process = run_python(*command)
     assert process.returncode == 1, process.stderr
     error = process.stderr.splitlines()[-1]
     assert "the disk is full, nothing was saved" in error and "--resume with the same --save_dir goes on" in error
@@ -267,7 +266,7 @@ def test_a_full_disk_leaves_a_run_that_goes_on(words, more, small_disk, tmp_path
     assert [path.name for path in disk.iterdir()] == [".out.unfinished"]
     assert not list(disk.rglob("*.partial"))
     make_room()
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    process = run_python(*command)
     assert process.returncode == 0, process.stderr
     main(*words, "--save_dir", tmp_path / "other")
     assert contents(disk / "out") == contents(tmp_path / "other")

@@ -11,6 +11,7 @@ import pytest
 
 from scripts import compare_models
 from slim_utils.errors import UserError
+from tests.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("scripts", "benchmarks")
@@ -43,8 +44,7 @@ def test_a_script_runs_by_path_and_as_a_module_from_another_folder(words, tmp_pa
         environment["PYTHONPATH"] = str(ROOT)
     else:
         words = [str(ROOT / words[0])]
-    command = [sys.executable, *words, "--help"]
-    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    process = run_python(*words, "--help", cwd=tmp_path, env=environment)
     assert process.returncode == 0 and process.stdout.startswith("usage: "), process.stderr
 
 
@@ -112,3 +112,10 @@ def test_compare_models_a_failed_process_speaks_for_itself(checkpoint, text_file
     assert ended.value.code == 2 and "--trust_remote_code" in commands[0]
     with pytest.raises(UserError, match="killed by signal 9"):
         compare_models.measure_in_new_process(args, str(checkpoint))
+
+
+@pytest.mark.parametrize("script", ["model_slimming.py", "model_finetune.py", "model_evaluate.py", "test_flops.py"])
+def test_an_entry_script_starts_as_its_users_start_it(script, tmp_path):
+    command = [sys.executable, str(ROOT / script), "--help"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert process.returncode == 0 and process.stdout.startswith(f"usage: {script} "), process.stderr

@@ -1,10 +1,7 @@
 """--stream: one layer at a time from disk to disk, to the same bits, in less memory than the model has."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ from slim_utils.families import find_family
 from slim_utils.layer_host import StreamedHost
 from slim_utils.layer_store import LayerStore, fingerprint
 from tests.conftest import ALL_TINY, make_tiny
+from tests.processes import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["--num_samples", 16, "--seqlen", 32, "--save_pruned_weights", "--device", "cpu"]
@@ -157,11 +155,8 @@ def test_the_fingerprint_is_of_the_values(variant, tmp_path):
 def test_two_processes(checkpoint, words, tmp_path):
     flags = [*words, "--sparsity", 0.4, "--percdamp", 0.1, "--num_samples", 62]
     main(checkpoint, *flags, "--save_dir", tmp_path / "whole")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
-    command = [*launch, "--rdzv_endpoint=localhost:0", "model_slimming.py", checkpoint, *flags, "--stream"]
-    command += ["--save_dir", tmp_path / "streamed"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    flags = [*flags, "--stream", "--save_dir", tmp_path / "streamed"]
+    process = run_ranks(2, "model_slimming.py", checkpoint, *flags)
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "streamed" / "pruning.json").read_text() == (tmp_path / "whole" / "pruning.json").read_text()
     expected = tensors(tmp_path / "whole")

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,14 @@ import test_flops
 from slim_utils.errors import UserError
 from slim_utils.latency import measure_latency
 from tests.conftest import make_tiny
+from tests.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
     """Run the script in a process of its own."""
-    command = [sys.executable, "test_flops.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run_python("test_flops.py", *arguments)
 
 
 @pytest.fixture(scope="module")

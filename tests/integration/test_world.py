@@ -1,9 +1,7 @@
 """Several processes on one model: the same units and weights as one process, and one line when one of them dies."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from slim_utils import world as world_module
 from slim_utils.errors import ProcessLostError, UserError
 from slim_utils.world import World
 from tests.conftest import make_tiny
+from tests.processes import run_python, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,15 +34,9 @@ runpy.run_path("model_slimming.py", run_name="__main__")
 """
 
 
-def run(
-    processes: int, *words: object, script: str = "model_slimming.py", launcher: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess:
-    """The script in so many processes, a thread each."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
-    command = [sys.executable] if processes == 1 else [*command, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*command, *launcher, script, *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env, timeout=300)
+def run(processes: int, *words: object) -> subprocess.CompletedProcess:
+    """The script in so many processes."""
+    return run_ranks(processes, "model_slimming.py", *words)
 
 
 @pytest.fixture
@@ -86,7 +79,8 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on(checkpoint, words, tmp
     script.write_text(DYING)
     arguments = [checkpoint, *words, "--save_dir", tmp_path / "out"]
     # The launcher looks late, or it might end the first process before that one has spoken.
-    process = run(2, *arguments, script=str(script), launcher=("--monitor_interval=5",))
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--monitor_interval=5"]
+    process = run_python(*launcher, "--rdzv_endpoint=localhost:0", script, *arguments)
     assert process.returncode != 0
     assert process.stderr.count("model_slimming.py: error: process 0: another process has ended") == 1, process.stderr
     assert not (tmp_path / "out").exists()
