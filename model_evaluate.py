@@ -42,12 +42,13 @@ from ppl_eval.zero_shot import (
     results_table,
     task_specs,
 )
-from slim_utils.bos import BOS_CHOICES, BOS_POLICIES, set_bos
-from slim_utils.cli import ArgumentParser, command_line, run_cli
-from slim_utils.errors import UserError
-from slim_utils.input_checks import guard_token_ids, use_padding
-from slim_utils.input_paths import check_inputs_outside
-from slim_utils.model_io import (
+from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.bos import BOS_CHOICES, BOS_POLICIES, set_bos
+from slim_utils.common.environment import command_line, environment
+from slim_utils.common.errors import UserError
+from slim_utils.common.input_checks import guard_token_ids, use_padding
+from slim_utils.common.input_paths import check_inputs_outside
+from slim_utils.common.loading import (
     DTYPES,
     check_output_file,
     choose_device,
@@ -57,7 +58,6 @@ from slim_utils.model_io import (
     peak_memory_mib,
     write_json_atomic,
 )
-from slim_utils.run_record import environment
 
 logger = logging.getLogger("model_evaluate")
 

@@ -27,10 +27,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalKey, EvalSets, load_eval_sets, split_eval_specs
 from ppl_eval.ppl_eval import evaluate
-from slim_utils.cli import command_line, run_cli
-from slim_utils.errors import noted
-from slim_utils.input_checks import check_length, check_token_ids
-from slim_utils.model_io import (
+from slim_utils.cli.app import run_cli
+from slim_utils.common.environment import command_line, environment
+from slim_utils.common.errors import noted
+from slim_utils.common.input_checks import check_length, check_token_ids
+from slim_utils.common.loading import (
     RUN_FILE,
     atomic_entries,
     load_config,
@@ -39,10 +40,9 @@ from slim_utils.model_io import (
     peak_memory_mib,
     write_json_atomic,
 )
-from slim_utils.output_folder import output_lock
-from slim_utils.provenance import read_provenance
-from slim_utils.run_record import environment
-from slim_utils.side_by_side import side_by_side
+from slim_utils.common.output_folder import output_lock
+from slim_utils.output.provenance import read_provenance
+from slim_utils.profiling.tables import side_by_side
 from train_utils.distillation import check_teacher, load_teacher
 from train_utils.finetune_args import FinetuneArguments, parse_args
 from train_utils.finetune_dataset import (

@@ -23,36 +23,9 @@ import torch
 
 from ppl_eval.ppl_dataset import EVAL_SPLITS, EvalSets, load_eval_sets, name_eval_sets
 from ppl_eval.streamed_eval import evaluate_layers, evaluate_on
-from slim_utils.cli import ArgumentParser, run_cli
-from slim_utils.errors import UserError
-from slim_utils.families import find_family
-from slim_utils.input_checks import check_length, check_token_ids
-from slim_utils.input_paths import check_inputs_outside, eval_files
-from slim_utils.layer_host import LayerHost, StreamedHost
-from slim_utils.layer_store import LayerStore, fingerprint
-from slim_utils.layer_walk import prune_layers
-from slim_utils.model_io import (
-    DTYPES,
-    SMALL_MODEL_FOLDER,
-    check_output,
-    choose_device,
-    load_config,
-    load_model,
-    load_tokenizer,
-    model_on_meta,
-    peak_memory_mib,
-    scratch_folder,
-    warn_if_short_of_space,
-)
-from slim_utils.model_stats import count_parameters, removed_share
-from slim_utils.output_folder import output_lock
-from slim_utils.provenance import read_provenance
-from slim_utils.pruned_output import WholeOutput, saved_before, write_output, write_record
-from slim_utils.pruning_record import LayerMask
-from slim_utils.publishing import add_hub_flags, check_hub_flags, check_publishable, publish
-from slim_utils.run_record import pruning_record, rounding_settings, search_record
-from slim_utils.slim_dataset import CalibrationData, load_calibration, text_starts
-from slim_utils.slimming_args import (
+from slim_utils.allocation.schedules import STRATEGIES
+from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.cli.slimming_args import (
     RESUMED_ARGUMENTS,
     add_budget_flags,
     add_calibration_flags,
@@ -68,11 +41,38 @@ from slim_utils.slimming_args import (
     settle_text_starts,
     walk_settings,
 )
-from slim_utils.sparsity_schedule import STRATEGIES
-from slim_utils.streamed_output import StreamedOutput
+from slim_utils.common.errors import UserError
+from slim_utils.common.input_checks import check_length, check_token_ids
+from slim_utils.common.input_paths import check_inputs_outside, eval_files
+from slim_utils.common.loading import (
+    DTYPES,
+    SMALL_MODEL_FOLDER,
+    check_output,
+    choose_device,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_on_meta,
+    peak_memory_mib,
+    scratch_folder,
+    warn_if_short_of_space,
+)
+from slim_utils.common.output_folder import output_lock
+from slim_utils.families import find_family
+from slim_utils.layerwise.distributed import World
+from slim_utils.layerwise.offload import LayerHost, StreamedHost
+from slim_utils.layerwise.pruner import prune_layers
+from slim_utils.layerwise.resume import LayerStore, fingerprint
+from slim_utils.layerwise.settings import GQA_UNITS
+from slim_utils.masks import LayerMask
+from slim_utils.output.hub import add_hub_flags, check_hub_flags, check_publishable, publish
+from slim_utils.output.provenance import read_provenance
+from slim_utils.output.run_record import pruning_record, rounding_settings, search_record
+from slim_utils.output.streamed import StreamedOutput
+from slim_utils.output.writers import WholeOutput, saved_before, write_output, write_record
+from slim_utils.profiling.model_stats import count_parameters, removed_share
+from slim_utils.slim_dataset import CalibrationData, load_calibration, text_starts
 from slim_utils.text_source import CALIBRATION_DATASETS
-from slim_utils.walk_settings import GQA_UNITS
-from slim_utils.world import World
 
 logger = logging.getLogger("model_slimming")
 

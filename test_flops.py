@@ -19,13 +19,20 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from slim_utils.cli import ArgumentParser, command_line, run_cli
-from slim_utils.errors import UserError
-from slim_utils.latency import Latency, measure_latency
-from slim_utils.model_io import DTYPES, check_output_file, choose_device, load_config, load_model, write_json_atomic
-from slim_utils.model_stats import ModelStats, model_stats
-from slim_utils.run_record import environment
-from slim_utils.side_by_side import Row, side_by_side
+from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.environment import command_line, environment
+from slim_utils.common.errors import UserError
+from slim_utils.common.loading import (
+    DTYPES,
+    check_output_file,
+    choose_device,
+    load_config,
+    load_model,
+    write_json_atomic,
+)
+from slim_utils.profiling.latency import Latency, measure_latency
+from slim_utils.profiling.model_stats import ModelStats, model_stats
+from slim_utils.profiling.tables import Row, side_by_side
 
 logger = logging.getLogger("test_flops")
 

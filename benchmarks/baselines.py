@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slim_utils.families import LayerShape, find_family, layer_shapes
-from slim_utils.layer_replay import LayerReplay, capture_layer_calls
+from slim_utils.layerwise.layer_forward import LayerReplay, capture_layer_calls
+from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.masks import LayerMask
 from slim_utils.params_remove import expand, zero_layer, zero_removed
-from slim_utils.pruning_record import LayerMask
-from slim_utils.walk_settings import WalkSettings
 
 # Units of heads and FFN columns that go, of every layer.
 Counts = list[list[int]]

@@ -34,13 +34,13 @@ from benchmarks.bench_quality import (
 )
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
 from ppl_eval.ppl_eval import perplexity
-from slim_utils.cli import ArgumentParser, command_line, run_cli
-from slim_utils.layer_host import CPU
-from slim_utils.model_io import load_model, load_tokenizer, write_json_atomic
-from slim_utils.run_record import environment
+from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.environment import command_line, environment
+from slim_utils.common.loading import load_model, load_tokenizer, write_json_atomic
+from slim_utils.layerwise.offload import CPU
+from slim_utils.layerwise.settings import WalkSettings
 from slim_utils.slim_dataset import random_windows
 from slim_utils.text_source import file_documents, join_documents, tokenize
-from slim_utils.walk_settings import WalkSettings
 
 logger = logging.getLogger("bench_calibration")
 

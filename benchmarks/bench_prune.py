@@ -35,15 +35,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import original_slimgpt
-from slim_utils import layer_walk
-from slim_utils.cli import ArgumentParser, command_line, run_cli
-from slim_utils.errors import UserError
+from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.environment import command_line, environment
+from slim_utils.common.errors import UserError
+from slim_utils.common.loading import DTYPES, check_output_file, choose_device, peak_memory_mib, write_json_atomic
 from slim_utils.families import find_family
-from slim_utils.model_io import DTYPES, check_output_file, choose_device, peak_memory_mib, write_json_atomic
+from slim_utils.layerwise import pruner as layer_walk
+from slim_utils.layerwise.settings import WalkSettings
 from slim_utils.obs import PAPER_CHOICES, Choices
-from slim_utils.run_record import environment
 from slim_utils.slimgpt import SlimGPT
-from slim_utils.walk_settings import WalkSettings
 
 logger = logging.getLogger("bench_prune")
 

@@ -38,24 +38,24 @@ from benchmarks.baselines import prune_flap, prune_magnitude, prune_wanda_sp
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
 from ppl_eval.ppl_dataset import eval_windows
 from ppl_eval.ppl_eval import perplexity
-from slim_utils.allocation import LayerUnits, block_weights, layer_units, scaled_counts, scaled_ratios
-from slim_utils.cli import ArgumentParser, command_line, run_cli
-from slim_utils.errors import UserError
+from slim_utils.allocation.budget import LayerUnits, block_weights, layer_units, scaled_counts, scaled_ratios
+from slim_utils.allocation.refinement import measure_around, refined_ratios
+from slim_utils.allocation.schedules import non_uniform_ratios
+from slim_utils.allocation.sensitivity import measure as measure_losses
+from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.cli.slimming_args import BEST_COLUMN_GROUP, BEST_TEXT_STARTS, searched_ratios
+from slim_utils.common.environment import command_line, environment
+from slim_utils.common.errors import UserError
+from slim_utils.common.loading import check_output_file, load_model, load_tokenizer, peak_memory_mib, write_json_atomic
 from slim_utils.families import find_family, layer_shapes
-from slim_utils.layer_host import CPU, LayerHost
-from slim_utils.layer_walk import prune_layers
-from slim_utils.model_io import check_output_file, load_model, load_tokenizer, peak_memory_mib, write_json_atomic
-from slim_utils.model_stats import removed_share
+from slim_utils.layerwise.offload import CPU, LayerHost
+from slim_utils.layerwise.pruner import prune_layers
+from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.masks import LayerMask
 from slim_utils.obs import PAPER_CHOICES, Choices
-from slim_utils.pruning_record import LayerMask
-from slim_utils.refinement import measure_around, refined_ratios
-from slim_utils.run_record import environment
-from slim_utils.search import measure as measure_losses
+from slim_utils.profiling.model_stats import removed_share
 from slim_utils.slim_dataset import load_calibration, text_starts
-from slim_utils.slimming_args import BEST_COLUMN_GROUP, BEST_TEXT_STARTS, searched_ratios
-from slim_utils.sparsity_schedule import non_uniform_ratios
 from slim_utils.text_source import file_documents, join_documents, tokenize
-from slim_utils.walk_settings import WalkSettings
 
 logger = logging.getLogger("bench_quality")
 

@@ -32,20 +32,21 @@ from benchmarks.bench_quality import FINE, MIN_SPARSITY, budgeted, by_schedule, 
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN
 from ppl_eval.ppl_dataset import eval_windows, load_eval_tokens
 from ppl_eval.ppl_eval import perplexity
-from slim_utils import allocation, search
-from slim_utils.bos import BOS_POLICIES, evaluation_bos
-from slim_utils.cli import ArgumentParser, command_line, run_cli
+from slim_utils.allocation import budget as allocation
+from slim_utils.allocation import sensitivity as search
+from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.cli.slimming_args import searched_ratios
+from slim_utils.common.bos import BOS_POLICIES, evaluation_bos
+from slim_utils.common.environment import command_line, environment
+from slim_utils.common.loading import load_model, load_tokenizer, write_json_atomic
 from slim_utils.families import find_family
-from slim_utils.layer_host import CPU, LayerHost
-from slim_utils.layer_walk import prune_layers
-from slim_utils.model_io import load_model, load_tokenizer, write_json_atomic
-from slim_utils.model_stats import removed_share
+from slim_utils.layerwise.offload import CPU, LayerHost
+from slim_utils.layerwise.pruner import prune_layers
+from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.masks import LayerMask
 from slim_utils.obs import PAPER_CHOICES, Choices
-from slim_utils.pruning_record import LayerMask
-from slim_utils.run_record import environment
+from slim_utils.profiling.model_stats import removed_share
 from slim_utils.slim_dataset import load_calibration, text_starts
-from slim_utils.slimming_args import searched_ratios
-from slim_utils.walk_settings import WalkSettings
 
 logger = logging.getLogger("constants")
 

@@ -27,18 +27,18 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
-from slim_utils.cli import ArgumentParser, command_line, run_cli
-from slim_utils.errors import UserError
+from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.environment import command_line, environment
+from slim_utils.common.errors import UserError
+from slim_utils.common.loading import check_output_file, load_model, load_tokenizer, write_json_atomic
 from slim_utils.families import find_family
-from slim_utils.layer_host import CPU
-from slim_utils.layer_replay import LayerReplay, capture_layer_calls
-from slim_utils.model_io import check_output_file, load_model, load_tokenizer, write_json_atomic
+from slim_utils.layerwise.layer_forward import LayerReplay, capture_layer_calls
+from slim_utils.layerwise.offload import CPU
+from slim_utils.layerwise.settings import WalkSettings
 from slim_utils.obs import PAPER_CHOICES, Choices, remove_columns
-from slim_utils.run_record import environment
 from slim_utils.slim_dataset import random_windows
 from slim_utils.slimgpt import SlimGPT
 from slim_utils.text_source import file_documents, join_documents, tokenize
-from slim_utils.walk_settings import WalkSettings
 
 logger = logging.getLogger("layer_choices")
 

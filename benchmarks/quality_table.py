@@ -13,19 +13,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from slim_utils.cli import ArgumentParser, run_cli
+from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.report.sources import METHOD_NAMES
 
-NAMES = {
-    "dense": "dense",
-    "magnitude": "magnitude",
-    "wanda_sp": "Wanda-sp",
-    "flap": "FLAP",
-    "slimgpt_uniform": "SlimGPT, uniform",
-    "slimgpt_log_increase": "SlimGPT, log_increase",
-    "fine_log_increase": "the same, finer choices",
-    "best": "SlimGPT, --preset best",
-    "refined": "SlimGPT, --preset best --refine 1",
-}
 # Whose loss the others' is a share of, and those of whom no share is worth a line.
 ORIGINAL = "slimgpt_log_increase"
 LEFT_OUT = ("dense", "magnitude", ORIGINAL)
@@ -38,7 +28,7 @@ def grouped(record: dict[str, Any]) -> Rows:
     groups: Rows = {}
     for row in record["rows"]:
         groups.setdefault((row["heads"], row["share"], row["method"]), []).append(row)
-    order = list(NAMES)
+    order = list(METHOD_NAMES)
     return dict(
         sorted(groups.items(), key=lambda item: (item[0][0] != "repeated", item[0][1], order.index(item[0][2])))
     )
@@ -56,7 +46,7 @@ def table(record: dict[str, Any]) -> str:
         cells = [spread([row["perplexity"][text] for row in rows], ".2f") for text in texts]
         cells.append(spread([row["seconds"] for row in rows], ".0f") if share else "")
         cells.append(spread([row["peak_memory_mib"]["host"] for row in rows], ".0f"))
-        lines.append(f"| {heads} | {100 * removed:.1f} % | {NAMES[method]} | {' | '.join(cells)} |")
+        lines.append(f"| {heads} | {100 * removed:.1f} % | {METHOD_NAMES[method]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -72,7 +62,7 @@ def loss_table(record: dict[str, Any]) -> str:
             cells = [
                 spread([lost(row, dense, text) / lost(own, dense, text) for row, own in pairs], ".2f") for text in texts
             ]
-            lines.append(f"| {heads} | {100 * share:.0f} % | {NAMES[method]} | {' | '.join(cells)} |")
+            lines.append(f"| {heads} | {100 * share:.0f} % | {METHOD_NAMES[method]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models  # noqa: F401 - registers the classes of pruned checkpoints
 from ppl_eval.ppl_dataset import eval_windows, load_eval_tokens
-from slim_utils.cli import ArgumentParser, command_line, run_cli
-from slim_utils.errors import UserError
-from slim_utils.model_card import vllm_options
-from slim_utils.model_io import check_output_file, load_config, write_json_atomic
-from slim_utils.run_record import environment
+from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.environment import command_line, environment
+from slim_utils.common.errors import UserError
+from slim_utils.common.loading import check_output_file, load_config, write_json_atomic
+from slim_utils.output.model_card import vllm_options
 
 logger = logging.getLogger("serving_speed")
 

@@ -24,17 +24,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ppl_eval.ppl_dataset import eval_windows
 from ppl_eval.ppl_eval import perplexity
-from slim_utils.cli import ArgumentParser, command_line, run_cli
+from slim_utils.allocation.schedules import non_uniform_ratios
+from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.environment import command_line, environment
+from slim_utils.common.loading import choose_device, load_model, load_tokenizer, peak_memory_mib, write_json_atomic
 from slim_utils.families import find_family, layer_shapes
-from slim_utils.layer_walk import planned_masks, prune_layers
-from slim_utils.model_io import choose_device, load_model, load_tokenizer, peak_memory_mib, write_json_atomic
-from slim_utils.model_stats import count_parameters, removed_share
+from slim_utils.layerwise.pruner import planned_masks, prune_layers
+from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.output.run_record import calibration_record
 from slim_utils.params_remove import shrink
-from slim_utils.run_record import calibration_record, environment
+from slim_utils.profiling.model_stats import count_parameters, removed_share
 from slim_utils.slim_dataset import load_calibration
-from slim_utils.sparsity_schedule import non_uniform_ratios
 from slim_utils.text_source import file_documents, join_documents, tokenize
-from slim_utils.walk_settings import WalkSettings
 
 logger = logging.getLogger("smollm2_perplexity")
 

@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.smollm2_perplexity import MIN_SPARSITY, NUM_SAMPLES, PERCDAMP, SEQLEN, ratios_for_share
 from ppl_eval.ppl_dataset import load_eval_sets
 from ppl_eval.ppl_eval import evaluate
-from slim_utils.cli import ArgumentParser, command_line, run_cli
-from slim_utils.errors import UserError
-from slim_utils.model_io import choose_device, load_model, load_tokenizer, write_json_atomic
-from slim_utils.run_record import environment
-from slim_utils.walk_settings import WalkSettings
+from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.environment import command_line, environment
+from slim_utils.common.errors import UserError
+from slim_utils.common.loading import choose_device, load_model, load_tokenizer, write_json_atomic
+from slim_utils.layerwise.settings import WalkSettings
 
 logger = logging.getLogger("smollm2_recovery")
 

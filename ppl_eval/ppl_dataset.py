@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from slim_utils.bos import evaluation_bos
-from slim_utils.errors import UserError
+from slim_utils.common.bos import evaluation_bos
+from slim_utils.common.errors import UserError
 from slim_utils.text_source import file_documents, hub_documents, join_documents, tokenize
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppl_eval.ppl_dataset import EvalSets, eval_windows, load_eval_tokens, name_eval_sets
-from slim_utils.bos import evaluation_bos
+from slim_utils.common.bos import evaluation_bos
 
 logger = logging.getLogger(__name__)
 

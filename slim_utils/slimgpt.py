@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from slim_utils.errors import UserError
+from slim_utils.common.errors import UserError
 from slim_utils.obs import PAPER_CHOICES, Choices, Removal, damping_steps, greedy_obs, unit_columns
 
 logger = logging.getLogger(__name__)

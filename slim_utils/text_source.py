@@ -21,7 +21,7 @@ from pyarrow import parquet
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from slim_utils.errors import UserError, error_reason
+from slim_utils.common.errors import UserError, error_reason
 
 CALIBRATION_DATASETS = ("wikitext2", "c4", "alpaca", "gpt4_alpaca")
 DOCUMENT_SEPARATOR = "\n\n"

@@ -183,7 +183,7 @@ def instruction_file(tmp_path_factory) -> Path:
 # Holds the lock of a folder until it is killed.
 LOCK_HOLDER = """
 import sys, time
-from slim_utils.output_folder import output_lock
+from slim_utils.common.output_folder import output_lock
 with output_lock(sys.argv[1], "--save_dir"):
     print("held", flush=True)
     time.sleep(60)

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from scripts import export_gguf as script
 from slim_utils.families import find_family, layer_shapes
+from slim_utils.masks import LayerMask
 from slim_utils.params_remove import shrink
-from slim_utils.pruning_record import LayerMask
 from tests.conftest import make_tiny, random_text
 
 # Splitting rules as published tokenizers spell them.

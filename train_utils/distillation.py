@@ -13,9 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
 
-from slim_utils.errors import UserError
-from slim_utils.input_checks import check_length
-from slim_utils.model_io import load_config, load_model, load_tokenizer
+from slim_utils.common.errors import UserError
+from slim_utils.common.input_checks import check_length
+from slim_utils.common.loading import load_config, load_model, load_tokenizer
 from train_utils.finetune_args import FinetuneArguments
 from train_utils.finetune_dataset import IGNORED_LABEL
 from train_utils.lora import cast_parameters, frozen_dtype

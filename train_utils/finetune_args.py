@@ -13,11 +13,11 @@ import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from ppl_eval.ppl_dataset import name_eval_sets, split_eval_specs
-from slim_utils.bos import BOS_HELP, BOS_POLICIES
-from slim_utils.cli import ArgumentParser
-from slim_utils.errors import UserError
-from slim_utils.input_paths import check_inputs_outside, eval_files
-from slim_utils.output_folder import output_lock
+from slim_utils.cli.app import ArgumentParser
+from slim_utils.common.bos import BOS_HELP, BOS_POLICIES
+from slim_utils.common.errors import UserError
+from slim_utils.common.input_paths import check_inputs_outside, eval_files
+from slim_utils.common.output_folder import output_lock
 from train_utils.optional_packages import check_packages
 from train_utils.prompts import TEMPLATES
 from train_utils.run_folder import choose_run_folder

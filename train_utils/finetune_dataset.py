@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from slim_utils.errors import UserError
-from slim_utils.model_io import atomic_folder
+from slim_utils.common.errors import UserError
+from slim_utils.common.loading import atomic_folder
 from slim_utils.text_source import HUB_SOURCES, Row, file_rows, hub_rows, instruction_columns
 from train_utils.prompts import CHAT, TEMPLATES, chat_texts
 

@@ -9,11 +9,11 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slim_utils.common.loading import SMALL_MODEL_FOLDER, load_config, load_model, save_checkpoint
 from slim_utils.families import Family, find_family, layer_shapes
-from slim_utils.model_card import version_list, write_card
-from slim_utils.model_io import SMALL_MODEL_FOLDER, load_config, load_model, save_checkpoint
-from slim_utils.params_remove import shrink, zero_removed
-from slim_utils.provenance import (
+from slim_utils.masks import PRUNING_FILE, LayerMask, read_masks, write_pruning
+from slim_utils.output.model_card import version_list, write_card
+from slim_utils.output.provenance import (
     pruning_step,
     prunings,
     public_name,
@@ -21,7 +21,7 @@ from slim_utils.provenance import (
     remaining_weights,
     with_step,
 )
-from slim_utils.pruning_record import PRUNING_FILE, LayerMask, read_masks, write_pruning
+from slim_utils.params_remove import shrink, zero_removed
 from slim_utils.text_source import hub_datasets
 from train_utils.finetune_args import FinetuneArguments
 from train_utils.lora import cast_parameters, fuse_lora, lora_targets

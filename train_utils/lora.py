@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from slim_utils.errors import UserError
+from slim_utils.common.errors import UserError
+from slim_utils.common.loading import load_model, model_on_meta
 from slim_utils.families import FAMILIES, Family
-from slim_utils.model_io import load_model, model_on_meta
 from train_utils.finetune_args import FinetuneArguments, ModelArguments, TrainingArguments
 
 logger = logging.getLogger(__name__)

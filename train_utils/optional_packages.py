@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import TrainingArguments
 
-from slim_utils.errors import UserError
+from slim_utils.common.errors import UserError
 
 # Of --optim, by how the name begins: the module, any one of several, and what to install.
 _OPTIMIZERS: tuple[tuple[tuple[str, ...], str, str], ...] = (

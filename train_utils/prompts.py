@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from slim_utils.errors import UserError, error_reason
+from slim_utils.common.errors import UserError, error_reason
 
 
 @dataclass(frozen=True)

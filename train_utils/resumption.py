@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from slim_utils.errors import UserError
-from slim_utils.layer_store import fingerprint, setting_changes
-from slim_utils.pruning_record import LayerMask
+from slim_utils.common.errors import UserError
+from slim_utils.layerwise.resume import fingerprint, setting_changes
+from slim_utils.masks import LayerMask
 from train_utils.finetune_args import FinetuneArguments
 from train_utils.finetune_dataset import FinetuneData
 from train_utils.sparse_trainer import SETTINGS_FILE

@@ -26,11 +26,11 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from slim_utils.errors import UserError
+from slim_utils.common.errors import UserError
+from slim_utils.common.loading import write_json_atomic
 from slim_utils.families import Family
-from slim_utils.model_io import write_json_atomic
+from slim_utils.masks import LayerMask
 from slim_utils.params_remove import removed_indices, select_indices, zero_indices
-from slim_utils.pruning_record import LayerMask
 from train_utils.finetune_dataset import IGNORED_LABEL
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from peft import PeftModel
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppl_eval.ppl_dataset import EvalSets
-from slim_utils.errors import UserError
-from slim_utils.input_checks import use_padding
+from slim_utils.common.errors import UserError
+from slim_utils.common.input_checks import use_padding
 from train_utils.distillation import DistillationTrainer
 from train_utils.finetune_args import FinetuneArguments
 from train_utils.finetune_dataset import FinetuneData, window_dataset

@@ -8,7 +8,7 @@ import pytest
 
 import model_finetune
 import model_slimming
-from slim_utils.errors import UserError
+from slim_utils.common.errors import UserError
 from train_utils.finetune_args import parse_args
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slim_utils.errors import UserError
+from slim_utils.common.errors import UserError
 from tests.conftest import VOCAB, make_tiny
 from tests.integration.finetuning import logits, losses, main, run
 from tests.processes import run_ranks

@@ -4,11 +4,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from slim_utils.errors import UserError
+from slim_utils.common.errors import UserError
 from slim_utils.families import find_family
-from slim_utils.layer_walk import prune_layers
+from slim_utils.layerwise.pruner import prune_layers
+from slim_utils.layerwise.settings import WalkSettings
 from slim_utils.params_remove import shrink, zero_removed
-from slim_utils.walk_settings import WalkSettings
 from tests.conftest import TINY_FAMILIES, make_tiny
 from tests.processes import run_python
 

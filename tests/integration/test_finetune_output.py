@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slim_utils.errors import UserError
-from slim_utils.pruning_record import PRUNING_FILE
+from slim_utils.common.errors import UserError
+from slim_utils.masks import PRUNING_FILE
 from tests.integration.finetuning import losses, main
 from train_utils.sparse_trainer import SlimTrainer
 

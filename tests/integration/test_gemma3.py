@@ -47,7 +47,7 @@ def test_calibration_with_bos_loses_half_of_what_it_loses_without(cache, tmp_pat
 def perplexity(model: Path, folder: Path) -> float:
     """On the text in ``folder``, by the suite's own comparison of a model with itself."""
     from ppl_eval.ppl_eval import ppl_metric
-    from slim_utils.model_io import load_model, load_tokenizer
+    from slim_utils.common.loading import load_model, load_tokenizer
 
     loaded = load_model(str(model), "auto", False)
     return ppl_metric(loaded, load_tokenizer(str(model), False), [str(folder / "text.txt")], 512)["text.txt"]

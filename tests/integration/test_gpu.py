@@ -9,10 +9,10 @@ import model_evaluate
 import model_finetune
 import model_slimming
 from slim_utils.families import find_family
-from slim_utils.layer_walk import prune_layers
-from slim_utils.pruning_record import read_pruning
+from slim_utils.layerwise.pruner import prune_layers
+from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.masks import read_pruning
 from slim_utils.slimgpt import add_gram
-from slim_utils.walk_settings import WalkSettings
 from tests.conftest import make_tiny
 from tests.integration.test_stream import tensors
 from train_utils.finetune_args import parse_args

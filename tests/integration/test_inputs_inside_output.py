@@ -8,7 +8,7 @@ import pytest
 import model_evaluate
 import model_slimming
 from scripts import compare_models, export_gguf, report
-from slim_utils.errors import UserError
+from slim_utils.common.errors import UserError
 
 
 def parsed(script, *words: object):

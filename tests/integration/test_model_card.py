@@ -17,7 +17,7 @@ from peft import PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import model_slimming
-from slim_utils.pruning_record import read_pruning
+from slim_utils.masks import read_pruning
 from tests.conftest import make_tiny
 from tests.processes import run_python
 

@@ -19,7 +19,7 @@ import model_evaluate
 import model_slimming
 from ppl_eval.task_warnings import package_log
 from ppl_eval.zero_shot import README_TASKS, averages, check_specials, load_tasks, results_table, task_specs
-from slim_utils.errors import UserError
+from slim_utils.common.errors import UserError
 from tests.conftest import random_text
 from tests.processes import run_python
 

@@ -14,15 +14,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model_finetune
-from slim_utils.cli import is_disk_full
-from slim_utils.errors import UserError
+from slim_utils.common.errors import UserError, is_disk_full
 from slim_utils.families import find_family
+from slim_utils.masks import read_pruning
 from slim_utils.params_remove import shrink
-from slim_utils.pruning_record import read_pruning
 from tests.conftest import make_tiny
 from tests.integration.finetuning import logits, losses, main, run
 from tests.processes import run_python, run_ranks, start_python
-from tests.unit.test_sparse_trainer import removed_weights
+from tests.unit.train_utils.test_sparse_trainer import removed_weights
 from train_utils import finetune_result
 from train_utils.finetune_args import parse_args
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import model_slimming
 from slim_utils import text_source
-from slim_utils.errors import UserError
-from slim_utils.output_folder import output_lock
-from slim_utils.pruning_record import read_pruning
+from slim_utils.common.errors import UserError
+from slim_utils.common.output_folder import output_lock
+from slim_utils.masks import read_pruning
 from tests.conftest import VOCAB, make_tiny, random_text
 from tests.processes import run_python, start_python
 

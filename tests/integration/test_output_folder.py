@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import model_slimming
-from slim_utils.errors import UserError
+from slim_utils.common.errors import UserError
 from tests.integration import finetuning
 from train_utils.finetune_args import parse_args
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import model_slimming
 from slim_utils.families import layer_shapes
-from slim_utils.provenance import read_provenance, total_share_removed
+from slim_utils.output.provenance import read_provenance, total_share_removed
 from tests.conftest import make_tiny
 from tests.integration.finetuning import main as finetune
 

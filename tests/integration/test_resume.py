@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import model_slimming
-from slim_utils.errors import UserError
+from slim_utils.common.errors import UserError
+from slim_utils.common.output_folder import clear_leftovers
 from slim_utils.families import find_family
-from slim_utils.layer_store import LayerStore, changed_parameters, fingerprint
-from slim_utils.layer_walk import prune_layers
-from slim_utils.output_folder import clear_leftovers
-from slim_utils.walk_settings import WalkSettings
+from slim_utils.layerwise.pruner import prune_layers
+from slim_utils.layerwise.resume import LayerStore, changed_parameters, fingerprint
+from slim_utils.layerwise.settings import WalkSettings
 from tests.conftest import ALL_TINY, make_tiny
 from tests.processes import run_python
 
@@ -29,7 +29,7 @@ RATIOS = [0.2, 0.35, 0.0, 0.6]
 KILLER = """
 import os, random, signal, sys, time
 import model_slimming
-from slim_utils.cli import setup_logging
+from slim_utils.cli.app import setup_logging
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 def attempt(words, seconds):

@@ -8,10 +8,10 @@ import torch
 
 import model_finetune
 import model_slimming
-from slim_utils import run_record
-from slim_utils.cli import run_cli
-from slim_utils.layer_replay import LayerReplay
-from slim_utils.layer_store import LayerStore
+from slim_utils.cli.app import run_cli
+from slim_utils.layerwise.layer_forward import LayerReplay
+from slim_utils.layerwise.resume import LayerStore
+from slim_utils.output import run_record
 from tests.integration import finetuning
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from scripts import compare_models
-from slim_utils.errors import UserError
+from slim_utils.common.errors import UserError
 from tests.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,10 +10,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import model_slimming
-from slim_utils.errors import UserError
+from slim_utils.common.errors import UserError
 from slim_utils.families import find_family
-from slim_utils.layer_host import StreamedHost
-from slim_utils.layer_store import LayerStore, fingerprint
+from slim_utils.layerwise.offload import StreamedHost
+from slim_utils.layerwise.resume import LayerStore, fingerprint
 from tests.conftest import ALL_TINY, make_tiny
 from tests.processes import run_ranks
 
@@ -110,7 +110,7 @@ def test_goes_on_after_each_layer_and_each_write(checkpoint, words, tmp_path, mo
 
         out = tmp_path / f"out-{stop_at}"
         with monkeypatch.context() as patched:
-            patched.setattr("slim_utils.streamed_output.save_tensors_atomic", failing)
+            patched.setattr("slim_utils.output.streamed.save_tensors_atomic", failing)
             try:
                 main(checkpoint, *flags, "--save_dir", out)
             except KeyboardInterrupt:

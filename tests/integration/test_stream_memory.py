@@ -25,7 +25,7 @@ SCRIPT = r"""
 import re, sys
 from pathlib import Path
 import model_slimming
-from slim_utils.cli import setup_logging
+from slim_utils.cli.app import setup_logging
 setup_logging()
 model_slimming.main(model_slimming.build_parser().parse_args(sys.argv[1:]))
 print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024)

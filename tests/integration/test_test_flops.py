@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import test_flops
-from slim_utils.errors import UserError
-from slim_utils.latency import measure_latency
+from slim_utils.common.errors import UserError
+from slim_utils.profiling.latency import measure_latency
 from tests.conftest import make_tiny
 from tests.processes import run_python
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.training_args import OptimizerNames
 
-from slim_utils.errors import UserError
+from slim_utils.common.errors import UserError
 from tests.conftest import make_tiny
 from tests.integration.finetuning import losses, main
 from train_utils import optional_packages

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slim_utils import world as world_module
-from slim_utils.errors import ProcessLostError, UserError
-from slim_utils.world import World
+from slim_utils.common.errors import ProcessLostError, UserError
+from slim_utils.layerwise import distributed as world_module
+from slim_utils.layerwise.distributed import World
 from tests.conftest import make_tiny
 from tests.processes import run_python, run_ranks
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DYING = """
 import os, runpy, signal, sys
 sys.path.insert(0, os.getcwd())
-from slim_utils.layer_replay import LayerReplay
+from slim_utils.layerwise.layer_forward import LayerReplay
 finish, calls = LayerReplay.finish_attention, []
 def die(self):
     calls.append(1)

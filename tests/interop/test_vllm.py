@@ -8,9 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from slim_utils.families import SERVED_FAMILIES, find_family, layer_shapes
-from slim_utils.model_card import vllm_options
+from slim_utils.masks import LayerMask
+from slim_utils.output.model_card import vllm_options
 from slim_utils.params_remove import shrink
-from slim_utils.pruning_record import LayerMask
 from tests.interop.common import NEW_TOKENS, PROMPTS, ROOT, SHAPES, engine, greedy_tokens, smollm2
 
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"

@@ -9,11 +9,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from slim_utils.errors import UserError
+from slim_utils.common.errors import UserError
 from slim_utils.families import find_family, layer_shapes
-from slim_utils.model_stats import model_stats, removed_share
+from slim_utils.masks import LayerMask, read_pruning, write_pruning
 from slim_utils.params_remove import kept_indices, shrink, zero_removed
-from slim_utils.pruning_record import LayerMask, read_pruning, write_pruning
+from slim_utils.profiling.model_stats import model_stats, removed_share
 from tests.conftest import ALL_TINY, TINY_VARIANTS, make_tiny, set_attention
 
 # Norms over all heads, and routers, compute in fp32 whatever the weights are, on sums of more or fewer zeros.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slim_utils import slim_dataset, text_source
-from slim_utils.errors import UserError
+from slim_utils.common.errors import UserError
 from slim_utils.slim_dataset import load_calibration, random_windows, text_starts
 from slim_utils.text_source import file_documents, hub_documents, join_documents
 from tests.conftest import random_text

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from slim_utils import obs
-from slim_utils.errors import UserError
+from slim_utils.common.errors import UserError
 from slim_utils.obs import (
     Choices,
     damping_steps,

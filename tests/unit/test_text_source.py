@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 
 from slim_utils import text_source
-from slim_utils.errors import UserError, error_reason
+from slim_utils.common.errors import UserError, error_reason
 from slim_utils.text_source import file_documents, file_rows, hub_rows
 
 JSONL = b'{"text": "a"}\n{"text": "b"}\n'

@@ -1,0 +1,242 @@
+"""Refined allocation: units move to where they are worth more to the pruned model, a few of every layer at a time.
+
+What a head or an FFN column is worth changes with all else that goes, which neither a schedule nor losses measured on
+the dense model know. Here the model is pruned as planned; for the heads and for the columns of every layer it is then
+measured how far its predictions are from the dense model's with a few more of them gone, and with a few fewer. The
+difference, by the OBS errors at the inputs that the layer now gets, is the loss curve near the plan.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from slim_utils.allocation.budget import LayerUnits, LossCurve, allocate
+from slim_utils.allocation.schedules import LayerRatio
+from slim_utils.allocation.sensitivity import (
+    LEAST_LOSS,
+    NEGLIGIBLE,
+    PROBE_TOKENS,
+    Measurements,
+    Probe,
+    Sublayer,
+    error_curve,
+    loss_curves,
+    reference_count,
+)
+from slim_utils.families import Family
+from slim_utils.layerwise.less_memory import with_less_memory
+from slim_utils.layerwise.offload import LayerHost
+from slim_utils.layerwise.pruner import prune_layers
+from slim_utils.layerwise.resume import changed_parameters
+from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.slimgpt import SlimGPT, units_to_remove
+
+logger = logging.getLogger(__name__)
+
+# Shares of a layer's units: those more or fewer that the divergence is measured with, and those that may move.
+PROBED, MOVED = 1 / 16, 1 / 8
+# Calibration samples that it is measured on: what a few units change is little beside what samples differ by.
+NEIGHBOUR_SAMPLES = 4
+
+
+def units_of(share: float, total: int) -> int:
+    """So many units of ``total``, at least one."""
+    return max(1, round(total * share))
+
+
+@dataclass
+class _Place:
+    """The heads or the FFN columns of a layer, as the walk came by them.
+
+    Attributes:
+        errors: (n,) fp64, OBS error of 0, 1, … units of every group.
+        reference: units whose loss stands for the curve.
+        count: units that went.
+        neighbours: the output map's weights, on the host, had other counts gone.
+    """
+
+    errors: Tensor
+    reference: int
+    count: int
+    neighbours: dict[int, Tensor]
+
+    def sublayer(self, losses: dict[int, float]) -> Sublayer:
+        """With the loss of ``reference`` units, if all cost as much, by their errors, as those near ``count``.
+
+        Where a difference of losses is not positive it is noise, and nothing is known.
+
+        Args:
+            losses: of the pruned model, by count; of ``count`` alone where they were not measured.
+        """
+        known = Sublayer(self.errors.tolist(), self.reference)
+        fewer, more = min(losses), max(losses)
+        rise = (self.errors[more] - self.errors[fewer]).item()
+        if losses[more] <= losses[fewer] or rise <= NEGLIGIBLE * self.errors[-1] or self.reference >= len(self.errors):
+            return known
+        price = (losses[more] - losses[fewer]) / rise
+        return replace(known, loss=max(price * self.errors[self.reference].item(), LEAST_LOSS))
+
+
+class _Onlooker:
+    """Looks at every map before the walk prunes it; what it saw is in ``places``, by layer and name of the map."""
+
+    def __init__(self, family: Family, settings: WalkSettings) -> None:
+        self._family, self._settings = family, settings
+        self.places: dict[tuple[int, str], _Place] = {}
+
+    def __call__(self, index: int, name: str, pruner: SlimGPT, ratio: float, unit_size: int, num_groups: int) -> None:
+        """Of the map ``name`` of layer ``index``; the rest as for :meth:`SlimGPT.struct_prune`."""
+        units, percdamp, choices = pruner.columns // unit_size, self._settings.percdamp, self._settings.choices
+        per_group, count = units // num_groups, units_to_remove(units, ratio, num_groups) // num_groups
+        errors = error_curve(pruner, unit_size, num_groups, self._settings, ratio)
+        step = units_of(PROBED, per_group)
+        others = {max(count - step, 0), min(count + step, len(errors) - 1)} - {count}
+        if self._family.head_norms and name == self._family.attention_out:
+            # What feeds the heads that go is zeroed there, so none can stay for a trial.
+            others = {other for other in others if other > count}
+        weight, neighbours = pruner.linear.weight, {}
+        dense = weight.clone()
+        for other in others:
+            pruner.struct_prune(other / per_group, unit_size, percdamp, True, num_groups, choices)
+            neighbours[other] = weight.to("cpu", copy=True)
+            weight.copy_(dense)
+        self.places[index, name] = _Place(errors, reference_count(errors, per_group), count, neighbours)
+
+
+@torch.no_grad()
+def measure_around(
+    host: LayerHost,
+    samples: Tensor,
+    starts: Tensor | None,
+    ratios: Sequence[LayerRatio],
+    settings: WalkSettings,
+    finished: Path | None = None,
+    seconds: float = math.inf,
+) -> dict[int, list[Sublayer]]:
+    """What more heads and FFN columns would cost, and fewer save, in every layer of the model pruned by ``ratios``.
+
+    Args:
+        host: of the whole dense model, which ends as it was.
+        samples: (num_samples, seqlen) calibration token ids.
+        starts: (count, few) beginnings of text besides, as the walk takes them.
+        ratios: of every layer; one that loses nothing is not measured.
+        settings: how.
+        finished: file that keeps what is measured, so that a run that was cut off does not measure it again.
+        seconds: as for :class:`slim_utils.allocation.sensitivity.Measurements`, after the pruning.
+
+    Returns:
+        The heads and the columns of every layer, by its index; a loss is what ``REFERENCE`` of the units would cost if
+        all cost as much, by their errors, as those that go or stay next.
+
+    Raises:
+        UserError: if activations or predictions are not finite, with the layer named.
+    """
+    family, layers = host.family, [index for index, ratio in enumerate(ratios) if any(ratio)]
+    protocol = [PROBED, NEIGHBOUR_SAMPLES, PROBE_TOKENS, *map(list, ratios)]
+    measured = Measurements(layers, len(ratios), protocol, finished, seconds)
+    if measured.complete:
+        return measured.found
+
+    def work(settings: WalkSettings) -> None:
+        with host.outside(settings.device):
+            probe = Probe(host, samples[:NEIGHBOUR_SAMPLES, :PROBE_TOKENS], settings)
+        onlooker, dense = _Onlooker(family, settings), _copies(host)
+        try:
+            logger.info("refining: the model is pruned as planned")
+            prune_layers(host.model, family, samples, ratios, settings, host=host, starts=starts, onlooker=onlooker)
+            _measure_layers(host, measured, onlooker, probe, settings)
+        finally:
+            _put_back(host, dense)
+
+    with_less_memory(work, settings, samples, host, "refining")
+    return measured.found
+
+
+def _measure_layers(
+    host: LayerHost, measured: Measurements, onlooker: _Onlooker, probe: Probe, settings: WalkSettings
+) -> None:
+    """Go through the pruned model, and measure the layers that are wanted."""
+    family = host.family
+    with host.outside(settings.device), logging_redirect_tqdm():
+        planned = probe.divergence(0)
+        measured.begin()
+        logger.info("refining: as planned %.4f nats", planned)
+        for index in tqdm(range(measured.layers[-1] + 1), desc="refining", unit="layer", disable=None):
+            layer = host.fetch(index, settings.device)
+            if measured.wanted(index):
+                places = {name: onlooker.places[index, name] for name in (family.attention_out, family.mlp_out)}
+                asked = probe if measured.in_time(index) else None
+                parts = _measured_around(layer, index, places, asked, planned)
+                measured.add(index, parts, "at the price of now,")
+            probe.advance(index)
+            host.release(index)
+
+
+def _measured_around(
+    layer: nn.Module, index: int, places: dict[str, _Place], probe: Probe | None, planned: float
+) -> list[Sublayer]:
+    """The heads and the columns of layer ``index``, their losses too where there is a probe; as planned it is known."""
+    parts = []
+    for name, place in places.items():
+        weight = layer.get_submodule(name).weight
+        losses, now = {place.count: planned}, weight.clone()
+        for count, other in place.neighbours.items() if probe else ():
+            weight.copy_(other)
+            losses[count] = probe.divergence(index)
+        weight.copy_(now)
+        parts.append(place.sublayer(losses))
+    return parts
+
+
+def _copies(host: LayerHost) -> list[dict[str, Tensor]]:
+    """What the walk changes of every layer, as it is."""
+    return [
+        {name: parameter.to("cpu", copy=True) for name, parameter in changed_parameters(layer, host.family).items()}
+        for layer in host.layers
+    ]
+
+
+def _put_back(host: LayerHost, copies: list[dict[str, Tensor]]) -> None:
+    for layer, copied in zip(host.layers, copies, strict=True):
+        for name, parameter in changed_parameters(layer, host.family).items():
+            parameter.copy_(copied[name])
+
+
+def refined_ratios(
+    measured: dict[int, list[Sublayer]], units: list[LayerUnits], ratios: Sequence[LayerRatio], budget: float
+) -> list[LayerRatio]:
+    """Ratios near ``ratios`` of the least loss that remove ``budget`` block weights.
+
+    Of each layer at most ``MOVED`` of its heads and of its columns move, at least one of each.
+
+    Args:
+        measured: by :func:`measure_around`.
+        units: of all layers.
+        ratios: those that it was measured around.
+        budget: block weights; what layers that were not measured lose is none of it.
+
+    Raises:
+        UserError: if the layers have fewer weights.
+    """
+    curves, layers = [], sorted(measured)
+    for index, pair in zip(layers, loss_curves(measured, units), strict=True):
+        for curve, ratio, total in zip(pair, ratios[index], (units[index].heads, units[index].columns), strict=True):
+            curves.append(_near(curve, round(ratio * total), units_of(MOVED, total)))
+    counts = allocate(curves, budget)
+    chosen = dict(zip(layers, zip(counts[::2], counts[1::2], strict=True), strict=True))
+    return [own.ratio(*chosen.get(index, (0, 0))) for index, own in enumerate(units)]
+
+
+def _near(curve: LossCurve, count: int, most: int) -> LossCurve:
+    """``curve`` of counts that differ by ``most`` from ``count``; fewer still would save nothing."""
+    losses = curve.losses[: count + most + 1].copy()
+    lowest = max(count - most, 0)
+    losses[:lowest] = losses[lowest]
+    return replace(curve, losses=losses)

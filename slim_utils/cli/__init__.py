@@ -1,0 +1,1 @@
+"""Flags, errors and logging of the entry scripts."""

@@ -1,0 +1,1 @@
+"""What every room of the suite uses: loading, checks of input, output folders, errors."""

@@ -1,0 +1,291 @@
+"""A Hugging Face tokenizer as the keys that llama.cpp reads."""
+
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from gguf import GGUFWriter, TokenType
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerBase
+
+from slim_utils.common.bos import adds_bos
+from slim_utils.common.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Whole regular expressions of splitting rules, put together from what they share.
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_UP_TO_LOWER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+_FROM_UPPER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+_DIGIT, _DIGITS = r"\p{N}", r"\p{N}{1,3}"
+_SIGNS, _SIGNS_AND_SLASHES = r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = "|".join((_CONTRACTIONS, _WORDS, _DIGITS, _SIGNS, _SPACES))
+_QWEN2 = "|".join((_CONTRACTIONS, _WORDS, _DIGIT, _SIGNS, _SPACES))
+_TEKKEN = "|".join((_UP_TO_LOWER, _FROM_UPPER, _DIGIT, _SIGNS_AND_SLASHES, _SPACES))
+_O200K = "|".join(
+    (f"{_UP_TO_LOWER}{_CONTRACTIONS}?", f"{_FROM_UPPER}{_CONTRACTIONS}?", _DIGITS, _SIGNS_AND_SLASHES, _SPACES)
+)
+# llama.cpp's names of them, by whether a word that is a token stays whole (``ignore_merges``).
+_NAMES = {
+    _LLAMA3: {True: "llama-bpe", False: "smaug-bpe"},
+    _QWEN2: {False: "qwen2"},
+    _TEKKEN: {True: "tekken"},
+    _O200K: {False: "gpt-4o"},
+}
+# The same for steps that need no regular expression of their own.
+_PLAIN_NAMES = {(): "gpt-2", ("Digits",): "smollm"}
+_SPACE = "▁"
+_BYTE_TOKEN_PREFIX = "<0x"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What llama.cpp needs to split text into the same tokens.
+
+    Attributes:
+        tokens: text of every id.
+        types: a ``TokenType`` for every id.
+        merges: pairs, each joined by a space, the earlier the stronger; empty for SentencePiece.
+        pre_tokenizer: llama.cpp's name of the rule that splits text before merging.
+        scores: of every id, for SentencePiece, which merges into the token of the highest score first.
+        space_prefix: whether a space goes before a text, for SentencePiece.
+    """
+
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+    pre_tokenizer: str = "default"
+    scores: list[float] | None = None
+    space_prefix: bool = False
+
+
+def read_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, source: str) -> Vocabulary:
+    """The vocabulary of ``tokenizer`` as it is loaded.
+
+    Args:
+        tokenizer: of the model.
+        vocab_size: rows of the embedding; ids beyond the tokenizer's become unused tokens.
+        source: what to call the tokenizer in errors.
+
+    Raises:
+        UserError: for a tokenizer that llama.cpp would not follow.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"{source}: {type(tokenizer).__name__} has no tokenizer.json to export")
+    content = json.loads(backend.to_str())
+    model = content["model"]
+    if model.get("type") != "BPE":
+        raise UserError(f"{source}: a tokenizer of type {model.get('type')}; llama.cpp's export takes BPE")
+    for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(setting):
+            raise UserError(f"{source}: a tokenizer with {setting}, which llama.cpp does not have")
+    _check_rows(content, vocab_size, source)
+    tokens = token_list(content, vocab_size)
+    if model.get("byte_fallback"):
+        types = token_types(content, vocab_size, _unknown(model.get("unk_token") or tokenizer.unk_token, tokenizer))
+        prefix, scores = space_prefix(content, source), merge_scores(content, vocab_size, source)
+        return Vocabulary(tokens, types, [], scores=scores, space_prefix=prefix)
+    types = token_types(content, vocab_size, _unknown(model.get("unk_token"), tokenizer))
+    name = pre_tokenizer_name(content, source)
+    return Vocabulary(tokens, types, [" ".join(pair) for pair in _merges(model)], name)
+
+
+def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write tokens, merges or scores, special tokens and chat template."""
+    writer.add_tokenizer_model("gpt2" if vocabulary.scores is None else "llama")
+    writer.add_tokenizer_pre(vocabulary.pre_tokenizer)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.scores is None:
+        writer.add_token_merges(vocabulary.merges)
+    else:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(vocabulary.space_prefix)
+    _write_special(writer, tokenizer)
+
+
+def pre_tokenizer_name(content: dict[str, Any], source: str) -> str:
+    """llama.cpp's name of the rule that splits text before merging, where rule and normalizer are known as a whole.
+
+    Args:
+        content: of ``tokenizer.json``.
+        source: what to call the tokenizer in errors.
+
+    Raises:
+        UserError: for a rule it has no name for.
+    """
+    normalizers = [step["type"] for step in _steps(content.get("normalizer"), "normalizers")]
+    if normalizers == ["NFC"]:
+        logger.warning("llama.cpp does not bring text to NFC, as this tokenizer does")
+    elif normalizers:
+        raise UserError(f"{source}: llama.cpp does not have the tokenizer's normalizer {normalizers}")
+    steps = _steps(content.get("pre_tokenizer"), "pretokenizers")
+    name = _name_of_steps(steps, content)
+    if name is None:
+        kinds = [step["type"] for step in steps]
+        patterns = "".join(f", {step['pattern']}" for step in steps if "pattern" in step)
+        raise UserError(f"{source}: llama.cpp has no name for the tokenizer's splitting rule {kinds}{patterns}")
+    return name
+
+
+def space_prefix(content: dict[str, Any], source: str) -> bool:
+    """Whether a SentencePiece tokenizer puts a space before a text, be it by a normalizer or by a pre-tokenizer.
+
+    Args:
+        content: of ``tokenizer.json``.
+        source: what to call the tokenizer in errors.
+
+    Raises:
+        UserError: for any other treatment of text before merging.
+    """
+    normalizers = _steps(content.get("normalizer"), "normalizers")
+    splits = _steps(content.get("pre_tokenizer"), "pretokenizers")
+    prepend = {"type": "Prepend", "prepend": _SPACE}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    if not splits and normalizers in ([prepend, replace], [replace]):
+        return normalizers[0] == prepend
+    if not normalizers and [step["type"] for step in splits] == ["Metaspace"]:
+        (step,) = splits
+        inner = any(_SPACE in token[1:] for token in content["model"]["vocab"])
+        if step["replacement"] == _SPACE and not (step["split"] and inner):
+            scheme = step["prepend_scheme"]
+            if scheme != "never":
+                # SentencePiece's own way; there is no key for another.
+                places = " and after every special token" if scheme == "first" else ""
+                logger.info("llama.cpp, unlike this tokenizer, puts a space before a text that has one%s", places)
+            return scheme != "never"
+    kinds = [step["type"] for step in normalizers + splits]
+    raise UserError(f"{source}: llama.cpp's SentencePiece does not have the tokenizer's steps {kinds}")
+
+
+def merge_scores(content: dict[str, Any], vocab_size: int, source: str) -> list[float]:
+    """A score for every id, the higher the earlier its first merge.
+
+    Args:
+        content: of ``tokenizer.json``.
+        vocab_size: how many scores.
+        source: what to call the tokenizer in errors.
+
+    Raises:
+        UserError: if two tokens side by side make a third that no merge makes of them: llama.cpp would merge them.
+    """
+    vocab, merges = content["model"]["vocab"], _merges(content["model"])
+    scores = [0.0] * vocab_size
+    for rank, pair in enumerate(merges):
+        index = vocab.get("".join(pair))
+        if index is not None and scores[index] == 0.0:
+            scores[index] = -float(rank + 1)
+    listed, added = set(merges), {token["content"] for token in content.get("added_tokens", [])}
+    for token in vocab.keys() - added:
+        for cut in range(1, len(token)):
+            pair = (token[:cut], token[cut:])
+            if pair not in listed and all(part in vocab and part not in added for part in pair):
+                raise UserError(
+                    f"{source}: the tokenizer does not merge {pair[0]!r} and {pair[1]!r} into {token!r}, as "
+                    "llama.cpp's SentencePiece would"
+                )
+    return scores
+
+
+def token_list(content: dict[str, Any], vocab_size: int) -> list[str]:
+    """Text of every id."""
+    tokens = [f"[PAD{index}]" for index in range(vocab_size)]
+    for text, index in _ids(content).items():
+        tokens[index] = text
+    return tokens
+
+
+def token_types(content: dict[str, Any], vocab_size: int, unknown: str | None) -> list[int]:
+    """Kind of every id: ordinary, control (special), added by the user, byte, unused, or the token ``unknown``."""
+    types = [int(TokenType.UNUSED)] * vocab_size
+    fallback = content["model"].get("byte_fallback")
+    for text, index in content["model"]["vocab"].items():
+        is_byte = fallback and text.startswith(_BYTE_TOKEN_PREFIX)
+        types[index] = int(TokenType.BYTE if is_byte else TokenType.NORMAL)
+    for added in content.get("added_tokens", []):
+        types[added["id"]] = int(TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
+    ids = _ids(content)
+    if unknown in ids:
+        types[ids[unknown]] = int(TokenType.UNKNOWN)
+    return types
+
+
+def _ids(content: dict[str, Any]) -> dict[str, int]:
+    """Id of every token, added ones last."""
+    return content["model"]["vocab"] | {added["content"]: added["id"] for added in content.get("added_tokens", [])}
+
+
+def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
+    return [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+
+
+def _steps(rule: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """The steps of a rule: none, one, or a sequence under ``key``."""
+    return [] if rule is None else rule.get(key, [rule])
+
+
+def _unknown(name: str | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The unknown token ``name``, unless it is one that also begins or ends a text."""
+    return None if name in (tokenizer.bos_token, tokenizer.eos_token) else name
+
+
+def _check_rows(content: dict[str, Any], vocab_size: int, source: str) -> None:
+    beyond = [text for text, index in sorted(_ids(content).items(), key=lambda item: item[1]) if index >= vocab_size]
+    if beyond:
+        shown = ", ".join(map(repr, beyond[:5])) + (", …" if len(beyond) > 5 else "")
+        raise UserError(
+            f"{source}: {len(beyond)} of the tokenizer's tokens ({shown}) have no row in the embedding of "
+            f"{vocab_size}; take them out of the tokenizer, or give the model rows for them"
+        )
+
+
+def _name_of_steps(steps: list[dict[str, Any]], content: dict[str, Any]) -> str | None:
+    *firsts, last = steps or [{"type": ""}]
+    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
+        return None
+    if last["use_regex"]:
+        if any(not step.get("individual_digits") for step in firsts):
+            return None
+        return _fitting({False: _PLAIN_NAMES.get(tuple(step["type"] for step in firsts))}, content)
+    if len(firsts) != 1 or firsts[0]["type"] != "Split":
+        return None
+    (split,) = firsts
+    # Either way of writing that each match is a word; the known expressions leave nothing between matches.
+    if (split["behavior"], split["invert"]) not in (("Isolated", False), ("Removed", True)):
+        return None
+    return _fitting(_NAMES.get(split["pattern"].get("Regex"), {}), content)
+
+
+def _fitting(names: dict[bool, str | None], content: dict[str, Any]) -> str | None:
+    """Of the names of a rule, that for the tokenizer's ``ignore_merges``, or the other if that changes nothing."""
+    ignored = bool(content["model"].get("ignore_merges"))
+    name, other = names.get(ignored), names.get(not ignored)
+    return other if name is None and other is not None and _merges_make_every_token(content) else name
+
+
+def _merges_make_every_token(content: dict[str, Any]) -> bool:
+    """Whether merging the text of each token, but for added ones, gives that token."""
+    vocab = content["model"]["vocab"]
+    bpe = Tokenizer(models.BPE(vocab=vocab, merges=_merges(content["model"])))
+    texts = list(vocab.keys() - {added["content"] for added in content.get("added_tokens", [])})
+    return all(found.ids == [vocab[text]] for text, found in zip(texts, bpe.encode_batch(texts), strict=True))
+
+
+def _write_special(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
+    for token_id, add in (
+        (tokenizer.bos_token_id, writer.add_bos_token_id),
+        (tokenizer.eos_token_id, writer.add_eos_token_id),
+        (tokenizer.unk_token_id, writer.add_unk_token_id),
+        (tokenizer.pad_token_id, writer.add_pad_token_id),
+    ):
+        if token_id is not None:
+            add(token_id)
+    ids = tokenizer("a").input_ids
+    writer.add_add_bos_token(adds_bos(tokenizer))
+    writer.add_add_eos_token(tokenizer.eos_token_id is not None and ids[-1:] == [tokenizer.eos_token_id])
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)

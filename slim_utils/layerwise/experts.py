@@ -1,0 +1,110 @@
+"""Mixtures of experts whose weights are 3-D parameters: an expert is a linear map pruned on the tokens routed to it."""
+
+import logging
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from slim_utils.layerwise.distributed import ALONE, World
+from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.slimgpt import PruneResult, SlimGPT
+
+logger = logging.getLogger(__name__)
+
+# Of an expert that saw too few tokens: as much trust in the identity as in its Hessian.
+STARVED_PERCDAMP = 1.0
+
+
+def expert_linear(experts: nn.Module, index: int) -> nn.Linear:
+    """Down projection of one expert; its weight (hidden, columns) is a view of that slice of ``experts.down_proj``."""
+    weight = experts.down_proj.data[index]
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def expert_inputs(
+    experts: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Iterator[tuple[int, Tensor]]:
+    """Inputs (routed tokens, columns) of the down projection of every expert that has any.
+
+    They carry the router's weights, so that ``W x`` is what the expert adds to the layer's output.
+
+    Args:
+        experts: with ``gate_up_proj`` (experts, 2 · columns, hidden), ``down_proj`` and ``act_fn``.
+        hidden: (tokens, hidden) inputs of all experts.
+        top_k_index: (tokens, k) the experts that each token goes to.
+        top_k_weights: (tokens, k) the router's weights.
+    """
+    for index in top_k_index.unique().tolist():
+        token, place = torch.where(top_k_index == index)
+        gate, up = functional.linear(hidden[token], experts.gate_up_proj[index]).chunk(2, dim=-1)
+        yield index, experts.act_fn(gate) * up * top_k_weights[token, place, None]
+
+
+def prune_experts(
+    experts: nn.Module,
+    name: str,
+    calls: Iterable[tuple[Tensor, Tensor, Tensor]],
+    ratio: float,
+    settings: WalkSettings,
+    world: World = ALONE,
+) -> PruneResult:
+    """Remove equally many FFN columns of every expert, in place.
+
+    An expert that saw fewer tokens than it has columns is reported, and pruned with a damping of at least
+    ``STARVED_PERCDAMP``; one that saw none loses the columns of least magnitude.
+
+    Args:
+        experts: module of 3-D parameters.
+        name: what messages call it.
+        calls: arguments that ``experts`` is called with, as of :func:`expert_inputs`, batch by batch.
+        ratio: share of each expert's columns to remove.
+        settings: how to prune.
+        world: processes that each see some of the calls.
+
+    Returns:
+        Units counted through all experts; errors as means over the experts, the largest damping.
+    """
+    num_experts, _, columns = experts.down_proj.shape
+    pruners = [SlimGPT(expert_linear(experts, index), f"{name} {index}") for index in range(num_experts)]
+    counts = torch.zeros(num_experts, device=experts.down_proj.device)
+    for call in calls:
+        for index, inputs in expert_inputs(experts, *call):
+            pruners[index].add_batch(inputs)
+            counts[index] += len(inputs)
+    world.sum(counts)
+    for pruner in pruners:
+        pruner.add_up(world.sum)
+    tokens = [int(count) for count in counts.tolist()]
+    starved = [index for index in range(num_experts) if tokens[index] < columns]
+    if starved:
+        seen = ", ".join(f"{index} ({tokens[index]})" for index in starved)
+        message = "%s: fewer tokens than the %d columns came to experts %s; damped by %g; raise --num_samples"
+        logger.warning(message, name, columns, seen, STARVED_PERCDAMP)
+
+    def solve() -> PruneResult:
+        return _solve(pruners, tokens, ratio, settings)
+
+    return world.once(solve, [experts.down_proj.data])
+
+
+def _solve(pruners: list[SlimGPT], tokens: list[int], ratio: float, settings: WalkSettings) -> PruneResult:
+    """Prune expert by expert."""
+    results, columns = [], pruners[0].columns
+    for index, pruner in enumerate(pruners):
+        if not tokens[index]:
+            # Nothing is known: all columns weigh alike.
+            pruner.hessian.fill_diagonal_(1)
+        damping = max(settings.percdamp, STARVED_PERCDAMP) if tokens[index] < columns else settings.percdamp
+        results.append(pruner.struct_prune(ratio, 1, damping, settings.compensate, choices=settings.choices))
+        pruner.free()
+    return PruneResult(
+        pruned_units=[index * columns + unit for index, result in enumerate(results) for unit in result.pruned_units],
+        kept_units=[index * columns + unit for index, result in enumerate(results) for unit in result.kept_units],
+        error_zeroed=sum(result.error_zeroed for result in results) / len(results),
+        error=sum(result.error for result in results) / len(results),
+        percdamp=max(result.percdamp for result in results),
+    )

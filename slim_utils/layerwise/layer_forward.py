@@ -1,0 +1,231 @@
+"""One decoder layer on its calibration inputs, called with exactly the arguments that the model itself calls it with.
+
+A layer that is pruned is run once, in three parts: up to the heads, up to the FFN's columns, and to its end. Each part
+starts from what the one before put out; the pruned maps are applied to what they were pruned on.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slim_utils.common.errors import UserError
+from slim_utils.common.memory import free_memory
+from slim_utils.families import Family
+from slim_utils.layerwise.distributed import ALONE, World
+from slim_utils.layerwise.settings import WalkSettings
+
+# Positional and keyword arguments, besides the hidden states, that the model calls a layer with, by batch size.
+LayerCalls = dict[int, tuple[tuple, dict[str, Any]]]
+
+
+class _InputSeen(Exception):  # noqa: N818 - not an error
+    """Raised to stop a layer once the input of the module of interest was seen."""
+
+
+class LayerReplay:
+    """A decoder layer and its calibration inputs.
+
+    Where activations are kept on the device that computes, and it has the memory, those at the FFN's columns are kept
+    too; where they are kept elsewhere, computing them twice is cheaper than fetching them.
+
+    Args:
+        layer: on ``settings.device``.
+        family: its row of the table.
+        hidden: (num_samples, seqlen, hidden) its inputs, on ``settings.cache_dev``.
+        calls: its other arguments, on ``settings.device``.
+        settings: how to walk.
+        advanced: samples, from the first on, that are outputs of the layer already.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        family: Family,
+        hidden: Tensor,
+        calls: LayerCalls,
+        settings: WalkSettings,
+        advanced: int = 0,
+    ) -> None:
+        self.layer = layer
+        self.family = family
+        self.hidden = hidden
+        self.calls = calls
+        self.settings = settings
+        self.advanced = advanced
+        # By batch, on cache_dev: what the attention's output map is called with, later what it puts out.
+        self._attention: list[Tensor] = []
+        # By batch: what the FFN's output map is called with.
+        self._columns: list[Tensor] = []
+
+    def attention_inputs(self) -> Iterator[Tensor]:
+        """Inputs (samples, seqlen, heads · head_dim) of the attention's output map, batch by batch."""
+        self._attention = []
+        heads_to_hidden = self.layer.get_submodule(self.family.attention_out)
+        for batch in self._batches():
+            (inputs,) = self._arguments(heads_to_hidden, batch)
+            self._attention.append(inputs.to(self.settings.cache_dev))
+            yield inputs
+
+    def finish_attention(self) -> None:
+        """Apply the attention's output map, pruned by now, to what :meth:`attention_inputs` saw."""
+        if self.family.head_norms:
+            # With fewer heads to norm over, the others have changed too.
+            for _ in self.attention_inputs():
+                pass
+        heads_to_hidden = self.layer.get_submodule(self.family.attention_out)
+        for position, inputs in enumerate(self._attention):
+            output = heads_to_hidden(inputs.to(self.settings.device))
+            self._attention[position] = output.to(self.settings.cache_dev)
+
+    def column_inputs(self) -> Iterator[Tensor]:
+        """Inputs (samples, seqlen, columns) of the FFN's output map, after :meth:`finish_attention`."""
+        columns_to_hidden = self.layer.get_submodule(self.family.mlp_out)
+        keep = self._columns_kept(columns_to_hidden)
+        for (inputs,) in self._arguments_after_attention(columns_to_hidden):
+            if keep:
+                self._columns.append(inputs)
+            yield inputs
+
+    def expert_calls(self) -> Iterator[tuple[Tensor, ...]]:
+        """Arguments of the layer's experts, after :meth:`finish_attention`."""
+        return self._arguments_after_attention(self.layer.get_submodule(self.family.experts))
+
+    def advance(self) -> None:
+        """Replace the inputs of the layer by its outputs, and let go of everything else."""
+        for position, ((start, stop), batch) in enumerate(zip(self._spans(), self._batches(), strict=True)):
+            with ExitStack() as given:
+                if self._attention:
+                    given.enter_context(self._attention_given(position))
+                if self._columns:
+                    given.enter_context(self._columns_given(position))
+                self.hidden[start:stop] = self._run(batch)
+            self.advanced = stop
+        self._attention, self._columns = [], []
+
+    def _run(self, batch: Tensor) -> Tensor:
+        args, kwargs = self.calls[batch.shape[0]]
+        output = self.layer(batch, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def _arguments(self, module: nn.Module, batch: Tensor) -> tuple[Tensor, ...]:
+        """What ``module`` is called with on a batch; the layer runs no further than that."""
+        seen: list[tuple[Tensor, ...]] = []
+
+        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args)
+            raise _InputSeen
+
+        handle = module.register_forward_pre_hook(stop)
+        try:
+            with suppress(_InputSeen):
+                self._run(batch)
+        finally:
+            handle.remove()
+        return seen.pop()
+
+    def _arguments_after_attention(self, module: nn.Module) -> Iterator[tuple[Tensor, ...]]:
+        """What ``module`` is called with, batch by batch, on what the attention put out."""
+        for position, batch in enumerate(self._batches()):
+            with self._attention_given(position):
+                arguments = self._arguments(module, batch)
+            yield arguments
+
+    def _attention_given(self, position: int) -> Any:
+        output = self._attention[position].to(self.settings.device)
+        block = self.layer.get_submodule(self.family.attention_out.rpartition(".")[0])
+        # Beside its output, attention returns its weights or their place.
+        return _forward_replaced(block, lambda *args, **kwargs: (output, None))
+
+    def _columns_given(self, position: int) -> Any:
+        columns_to_hidden = self.layer.get_submodule(self.family.mlp_out)
+        inputs = self._columns[position]
+        return _forward_replaced(self._mlp_block(), lambda *args, **kwargs: columns_to_hidden(inputs))
+
+    def _columns_kept(self, columns_to_hidden: nn.Linear) -> bool:
+        """Whether the inputs of the FFN's output map are worth keeping, and take no more than half the free memory."""
+        settings = self.settings
+        if settings.device != settings.cache_dev or self._mlp_block() is None:
+            return False
+        needed = self.hidden[..., 0].numel() * columns_to_hidden.in_features * self.hidden.element_size()
+        return needed <= free_memory(settings.device) / 2
+
+    def _mlp_block(self) -> nn.Module | None:
+        """The module that ends in the FFN's output map; ``None`` where the layer calls that map itself."""
+        name = self.family.mlp_out.rpartition(".")[0]
+        return self.layer.get_submodule(name) if name else None
+
+    def _spans(self) -> list[tuple[int, int]]:
+        remaining = self.hidden[self.advanced :]
+        spans = self.settings.spans(remaining) if len(remaining) else []
+        return [(self.advanced + start, self.advanced + stop) for start, stop in spans]
+
+    def _batches(self) -> Iterator[Tensor]:
+        for start, stop in self._spans():
+            yield self.hidden[start:stop].to(self.settings.device)
+
+
+def capture_layer_calls(
+    model: PreTrainedModel, layers: nn.ModuleList, samples: Tensor, settings: WalkSettings, world: World = ALONE
+) -> tuple[Tensor, list[LayerCalls]]:
+    """Run the model with its layers passed over, and record what each would have been called with.
+
+    Windows have one length and no padding, so calls differ between batches by nothing but the batch size.
+
+    Returns:
+        The first layer's inputs (num_samples, seqlen, hidden) on ``cache_dev``, and the calls of every layer.
+    """
+    first_inputs: list[Tensor] = []
+    calls: list[LayerCalls] = [{} for _ in layers]
+
+    def recorder(index: int) -> Callable[..., Tensor]:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            if index == 0:
+                first_inputs.append(hidden.to(settings.cache_dev))
+            calls[index][hidden.shape[0]] = (args[1:], kwargs)
+            return hidden
+
+        return forward
+
+    with ExitStack() as passed_over:
+        for index, layer in enumerate(layers):
+            passed_over.enter_context(_forward_replaced(layer, recorder(index)))
+        for start, stop in settings.spans(samples):
+            model.base_model(input_ids=samples[start:stop].to(model.device), use_cache=False)
+    hidden = torch.cat(first_inputs)
+    check_finite(hidden, "the embeddings", world)
+    return hidden, calls
+
+
+@contextmanager
+def layer_outputs_given(layers: nn.ModuleList, outputs: Iterator[Tensor]) -> Iterator[None]:
+    """While the model, at each forward, takes the next of ``outputs`` for that of its last layer, and runs none."""
+    with ExitStack() as passed_over:
+        for layer in layers[:-1]:
+            passed_over.enter_context(_forward_replaced(layer, lambda hidden, *args, **kwargs: hidden))
+        passed_over.enter_context(_forward_replaced(layers[-1], lambda *args, **kwargs: next(outputs)))
+        yield
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    module.forward = forward
+    try:
+        yield
+    finally:
+        # Removes it from the instance; the class's own method shows again.
+        del module.forward
+
+
+def check_finite(hidden: Tensor, where: str, world: World = ALONE) -> None:
+    """Make sure that activations are finite in all processes.
+
+    Raises:
+        UserError: naming ``where`` they are not.
+    """
+    if not world.everywhere(all(torch.isfinite(sample).all() for sample in hidden), hidden.device):
+        raise UserError(f"{where}: non-finite activations; try --dtype bfloat16 or float32")

@@ -1,0 +1,62 @@
+"""What happened to one layer."""
+
+import json
+from dataclasses import asdict, dataclass
+
+from slim_utils.allocation.schedules import LayerRatio
+from slim_utils.families import LayerShape
+from slim_utils.masks import LayerMask
+from slim_utils.slimgpt import PruneResult
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What happened to one layer.
+
+    Attributes:
+        layer: its index.
+        ratio: of heads and of FFN columns that was asked.
+        mask: what it keeps.
+        attention: the result of the attention's output map.
+        mlp: that of the FFN's.
+        seconds: it took.
+        peak_memory_mib: of the process so far, by host and GPU.
+        batch_samples: samples at once at its end, fewer than asked where the device's memory was full.
+        cache_dev: where activations were then.
+    """
+
+    layer: int
+    ratio: LayerRatio
+    mask: LayerMask
+    attention: PruneResult
+    mlp: PruneResult
+    seconds: float
+    peak_memory_mib: dict[str, float]
+    batch_samples: int | None = None
+    cache_dev: str | None = None
+
+    def to_json(self) -> str:
+        """As json."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "LayerReport":
+        """The report that :meth:`to_json` wrote."""
+        content = json.loads(text)
+        mask = content.pop("mask")
+        shape = LayerShape(**mask.pop("shape"))
+        content["ratio"] = LayerRatio(*content["ratio"])
+        attention, mlp = (PruneResult(**content.pop(name)) for name in ("attention", "mlp"))
+        return cls(mask=LayerMask(shape, **mask), attention=attention, mlp=mlp, **content)
+
+    def log_line(self, num_layers: int) -> str:
+        """One line: heads and columns that went, errors before and after compensation, seconds, memory."""
+        shape, mask = self.mask.shape, self.mask
+        peaks = ", ".join(f"{name} {mib / 1024:.2f} GiB" for name, mib in self.peak_memory_mib.items())
+        heads = f"heads −{shape.num_heads - len(mask.kept_heads)}/{shape.num_heads}"
+        columns = f"columns −{shape.num_columns - len(mask.kept_columns)}/{shape.num_columns}"
+        return (
+            f"layer {self.layer}/{num_layers} ratio {'/'.join(f'{part:.4f}' for part in dict.fromkeys(self.ratio))}: "
+            f"{heads} error {self.attention.error_zeroed:.2e} → {self.attention.error:.2e}, "
+            f"{columns} error {self.mlp.error_zeroed:.2e} → {self.mlp.error:.2e}, {self.seconds:.1f} s, peak {peaks}"
+        )

@@ -1,0 +1,311 @@
+"""The layer walk: one decoder layer after another, each on the outputs of the pruned ones before it.
+
+The walk knows no family: it asks the table's row for the names of two linear maps.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import PreTrainedModel
+
+from slim_utils.allocation.schedules import LayerRatio
+from slim_utils.common.loading import peak_memory_mib
+from slim_utils.common.memory import empty_cache
+from slim_utils.families import Family, LayerShape, layer_shapes
+from slim_utils.layerwise.distributed import ALONE, World
+from slim_utils.layerwise.experts import prune_experts
+from slim_utils.layerwise.layer_forward import LayerCalls, LayerReplay, capture_layer_calls, check_finite
+from slim_utils.layerwise.layer_report import LayerReport
+from slim_utils.layerwise.less_memory import warn_of_full_memory
+from slim_utils.layerwise.offload import CPU, LayerHost
+from slim_utils.layerwise.resume import LayerStore, changed_parameters
+from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.masks import LayerMask
+from slim_utils.params_remove import settle_heads
+from slim_utils.slimgpt import PruneResult, SlimGPT, units_to_remove
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Layer, name of the map, what has its Hessian, and the ratio, columns of a unit and groups that it is pruned with.
+Onlooker = Callable[[int, str, SlimGPT, float, int, int], None]
+
+
+@torch.no_grad()
+def prune_layers(
+    model: PreTrainedModel,
+    family: Family,
+    samples: Tensor,
+    ratios: Sequence[float | LayerRatio],
+    settings: WalkSettings,
+    store: LayerStore | None = None,
+    world: World = ALONE,
+    host: LayerHost | None = None,
+    starts: Tensor | None = None,
+    onlooker: Onlooker | None = None,
+) -> tuple[list[LayerMask], list[LayerReport]]:
+    """Prune ``model`` in place, layer by layer.
+
+    Args:
+        model: its weights are changed, its shapes are not.
+        family: its row of the table.
+        samples: (num_samples, seqlen) calibration token ids, of this process.
+        ratios: pruning ratio of every layer; 0 leaves a layer alone.
+        settings: how.
+        store: where finished layers are kept; those that are there already are not pruned again. In the first process
+            alone.
+        world: the processes that prune the same model, each on its own samples.
+        host: where the model's layers are (default: on the CPU).
+        starts: (count, few) token ids besides, of this process: beginnings of text, for the first half of the layers.
+        onlooker: called before a map of heads or of columns, but not of experts, is pruned.
+
+    Returns:
+        The mask of every layer of the model, and a report of every pruned one.
+
+    Raises:
+        UserError: if activations are not finite, with the layer named.
+    """
+    shapes = layer_shapes(model.config)
+    masks = [LayerMask.dense(shape) for shape in shapes]
+    reports: list[LayerReport] = []
+    ratios = [LayerRatio.of(ratio) for ratio in ratios]
+    pruned = [index for index, ratio in enumerate(ratios) if any(ratio)]
+    if not pruned:
+        return masks, reports
+    aligned = settings.aligned(shapes, ratios)
+    host = host or LayerHost(model, family)
+    walk = _Walk(host, [samples] if starts is None else [samples, starts], settings, world, onlooker, store)
+    with logging_redirect_tqdm():
+        for index in tqdm(range(pruned[-1] + 1), desc="layers", unit="layer", disable=world.rank > 0 or None):
+            start = time.perf_counter()
+            layer = walk.fetch(index)
+            report = _restored(index, layer, family, store, world)
+            replays: list[LayerReplay] = []
+            if index in pruned and report is None:
+                replays, (mask, attention, mlp) = walk.prune(index, layer, shapes[index], aligned[index])
+            if index < pruned[-1]:
+                walk.advance(index, layer, replays)
+            if index in pruned and report is None:
+                seconds, peak = time.perf_counter() - start, peak_memory_mib(settings.device)
+                batches = walk.settings.batch_samples, str(walk.settings.cache_dev)
+                report = LayerReport(index, ratios[index], mask, attention, mlp, seconds, peak, *batches)
+                logger.info(report.log_line(len(shapes)))
+                if store:
+                    store.save(layer, family, report)
+            if report is not None:
+                masks[index] = report.mask
+                reports.append(report)
+            host.release(index, masks[index])
+    return masks, reports
+
+
+def planned_masks(
+    shapes: list[LayerShape], ratios: Sequence[float | LayerRatio], settings: WalkSettings
+) -> list[LayerMask]:
+    """Masks of the sizes that pruning will give; which units they keep is not known before."""
+    masks, asked = [], [LayerRatio.of(ratio) for ratio in ratios]
+    for shape, (head_ratio, column_ratio) in zip(shapes, settings.aligned(shapes, asked), strict=True):
+        width = shape.ffn_width - units_to_remove(shape.ffn_width, column_ratio)
+        columns = [ffn * shape.ffn_width + i for ffn in range(shape.num_ffns) for i in range(width)]
+        groups, size = shape.num_kv_heads, shape.heads_per_group
+        if settings.by_query_head(shape):
+            kept = size - units_to_remove(shape.num_heads, head_ratio, groups) // groups
+            heads = [group * size + i for group in range(groups) for i in range(kept)]
+            masks.append(LayerMask.from_heads(shape, heads, columns))
+        else:
+            masks.append(
+                LayerMask.from_groups(shape, list(range(groups - units_to_remove(groups, head_ratio))), columns)
+            )
+    return masks
+
+
+class _Walk:
+    """Where the walk is: the inputs of the next layer, and how all layers are called; with less memory if need be.
+
+    Windows of each length have their own: the samples and, in the first half of the layers, beginnings of text. Later
+    the part that a first token plays is settled, and layers would only be fitted to contexts shorter than those in use.
+    """
+
+    def __init__(
+        self,
+        host: LayerHost,
+        windows: list[Tensor],
+        settings: WalkSettings,
+        world: World,
+        onlooker: Onlooker | None,
+        store: LayerStore | None,
+    ) -> None:
+        self.onlooker = onlooker
+        self.host, self.family, self.windows, self.world = host, host.family, windows, world
+        self.store = store
+        # What an earlier process of the run had to do with is kept.
+        self.settings = store.reduced(settings) if store else settings
+        self.hidden: list[Tensor] = []
+        self.calls: list[list[LayerCalls]] = []
+        self._attempt("the embeddings", self._begin, WalkSettings.hosted)
+
+    def _begin(self) -> None:
+        found = self._capture(self.windows, self.settings)
+        self.hidden, self.calls = [hidden for hidden, _ in found], [calls for _, calls in found]
+
+    def _capture(self, windows: list[Tensor], settings: WalkSettings) -> list[tuple[Tensor, list[LayerCalls]]]:
+        model, layers = self.host.model, self.host.layers
+        with self.host.outside():
+            return [capture_layer_calls(model, layers, own, settings, self.world) for own in windows]
+
+    def fetch(self, index: int) -> nn.Module:
+        """The next layer, on the device."""
+        if index >= len(self.host.layers) / 2:
+            self.windows, self.hidden, self.calls = self.windows[:1], self.hidden[:1], self.calls[:1]
+        device = self.settings.device
+        release = partial(self.host.release, index)
+        return self._attempt(f"layer {index}", lambda: self.host.fetch(index, device), WalkSettings.hosted, release)
+
+    def prune(
+        self, index: int, layer: nn.Module, shape: LayerShape, aligned: LayerRatio
+    ) -> tuple[list[LayerReplay], tuple[LayerMask, PruneResult, PruneResult]]:
+        """Prune the next layer; its replays are ready to advance."""
+        before = {name: value.to("cpu", copy=True) for name, value in changed_parameters(layer, self.family).items()}
+
+        def work() -> tuple[list[LayerReplay], tuple[LayerMask, PruneResult, PruneResult]]:
+            replays = [self._replay(index, layer, number) for number in range(len(self.windows))]
+            return replays, _prune_layer(index, replays, shape, aligned, self.world, self.onlooker)
+
+        def undo() -> None:
+            for name, parameter in changed_parameters(layer, self.family).items():
+                parameter.copy_(before[name])
+
+        return self._attempt(f"layer {index}", work, self._relieved, undo)
+
+    def advance(self, index: int, layer: nn.Module, replays: list[LayerReplay]) -> None:
+        """Replace the inputs of the next layer by its outputs, with ``replays`` where it was pruned."""
+        advanced = [0] * len(self.windows)
+
+        def work() -> None:
+            for number, done in enumerate(advanced):
+                replay = replays[number] if replays else self._replay(index, layer, number, done)
+                try:
+                    replay.advance()
+                finally:
+                    # Batches that were run are not run again.
+                    advanced[number] = replay.advanced
+                check_finite(replay.hidden, f"layer {index}", self.world)
+
+        # What they keep of the layer is given up first.
+        self._attempt(f"layer {index}", work, self._relieved, replays.clear)
+
+    def _replay(self, index: int, layer: nn.Module, number: int, advanced: int = 0) -> LayerReplay:
+        """The next layer on its inputs of one length of windows, the first ``advanced`` of which it has taken."""
+        calls = self.calls[number]
+        if 0 < advanced < len(self.windows[number]):
+            # The rest may end in a batch of another size.
+            [(_, calls)] = self._capture([self.windows[number][advanced:]], replace(self.settings, cache_dev=CPU))
+        device = self.settings.device
+        calls_there = send_to_device(calls[index], device)
+        return LayerReplay(layer, self.family, self.hidden[number], calls_there, self.settings, advanced)
+
+    def _relieved(self, settings: WalkSettings) -> WalkSettings | None:
+        return settings.relieved(self.windows[0])
+
+    def _attempt(
+        self,
+        where: str,
+        work: Callable[[], T],
+        reduce: Callable[[WalkSettings], WalkSettings | None],
+        undo: Callable[[], None] = lambda: None,
+    ) -> T:
+        """The result of ``work``; where the device's memory is full, after ``undo``, once more with less."""
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                relieved = reduce(self.settings)
+                # One process cannot leave the others waiting in the middle of a layer.
+                if relieved is None or self.world.size > 1:
+                    raise
+            # Out of the handler, which holds on to all that the layer had in memory.
+            undo()
+            self.host.give_way()
+            empty_cache(self.settings.device)
+            warn_of_full_memory(where, relieved)
+            self.settings = relieved
+            if self.store:
+                self.store.keep_reduced(relieved)
+            if self.hidden:
+                # Calls alone: captured activations would take the place of those on the device.
+                found = self._capture(self.windows, replace(relieved, cache_dev=CPU))
+                self.calls = [calls for _, calls in found]
+                self.hidden = [hidden.to(relieved.cache_dev) for hidden in self.hidden]
+
+
+def _restored(
+    index: int, layer: nn.Module, family: Family, store: LayerStore | None, world: World
+) -> LayerReport | None:
+    """The report of a layer that the store holds, whose parameters all processes then have."""
+    report = world.once(lambda: store.restore(index, layer, family) if store else None)
+    if report is not None:
+        world.once(lambda: None, [parameter.data for parameter in changed_parameters(layer, family).values()])
+    return report
+
+
+def head_unit(shape: LayerShape, settings: WalkSettings) -> tuple[int, int, Callable[..., LayerMask]]:
+    """Columns of a unit of heads, groups of units that lose equally many, and what makes a mask of kept units."""
+    if settings.by_query_head(shape):
+        return shape.head_dim, shape.num_kv_heads, LayerMask.from_heads
+    return shape.head_dim * shape.heads_per_group, 1, LayerMask.from_groups
+
+
+def _prune_layer(
+    index: int,
+    replays: list[LayerReplay],
+    shape: LayerShape,
+    aligned: LayerRatio,
+    world: World,
+    onlooker: Onlooker | None,
+) -> tuple[LayerMask, PruneResult, PruneResult]:
+    """Prune the heads of a layer, then, on what its pruned attention puts out, its FFN columns."""
+    settings, layer, family = replays[0].settings, replays[0].layer, replays[0].family
+
+    def seen(inputs: Callable[[LayerReplay], Iterator[Any]]) -> Iterator[Any]:
+        return chain.from_iterable(map(inputs, replays))
+
+    def prune(name: str, inputs: Iterator[Tensor], ratio: float, unit_size: int, num_groups: int = 1) -> PruneResult:
+        linear = layer.get_submodule(name)
+        pruner = SlimGPT(linear, f"layer {index} {name}")
+        for batch in inputs:
+            pruner.add_batch(batch)
+        pruner.add_up(world.sum)
+        if onlooker:
+            onlooker(index, name, pruner, ratio, unit_size, num_groups)
+        result = world.once(
+            lambda: pruner.struct_prune(
+                ratio, unit_size, settings.percdamp, settings.compensate, num_groups, settings.choices
+            ),
+            [linear.weight.data],
+        )
+        pruner.free()
+        return result
+
+    unit_size, num_groups, keep = head_unit(shape, settings)
+    attention = prune(family.attention_out, seen(LayerReplay.attention_inputs), aligned.heads, unit_size, num_groups)
+    settle_heads(layer, family, keep(shape, attention.kept_units, list(range(shape.num_columns))))
+    for replay in replays:
+        replay.finish_attention()
+    if shape.num_experts:
+        experts, name = layer.get_submodule(family.experts), f"layer {index} {family.experts}"
+        calls = seen(LayerReplay.expert_calls)
+        mlp = prune_experts(experts, name, calls, aligned.columns, settings, world)
+    else:
+        mlp = prune(family.mlp_out, seen(LayerReplay.column_inputs), aligned.columns, 1)
+    return keep(shape, attention.kept_units, mlp.kept_units), attention, mlp

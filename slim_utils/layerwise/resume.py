@@ -1,0 +1,156 @@
+"""Finished layers of a run that has not finished yet, on disk, so that a killed run goes on from where it was."""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from slim_utils.common.errors import UserError
+from slim_utils.common.loading import save_tensors_atomic, write_json_atomic
+from slim_utils.common.output_folder import clear_leftovers, hidden_path
+from slim_utils.families import Family
+from slim_utils.layerwise.layer_report import LayerReport
+from slim_utils.layerwise.settings import WalkSettings
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE, REDUCED_FILE = "settings.json", "reduced.json"
+# In the file of settings, what is not compared, or not strictly.
+NOTED, SECONDS = "noted", "seconds"
+SAMPLED_VALUES = 64
+
+
+class LayerStore:
+    """A folder beside the output of a run: what the run is, and a file for every layer that is done.
+
+    A layer's file appears whole or not at all. It holds the parameters that pruning changed, and its report.
+
+    Args:
+        save_dir: the output folder of the run.
+    """
+
+    def __init__(self, save_dir: Path) -> None:
+        self.folder = hidden_path(save_dir, "unfinished")
+        # Checkpoints that are written layer by layer.
+        self.output = self.folder / "output"
+        self._target = save_dir
+        # Of the processes before this one, from when each began to its last finished layer or measurement.
+        self.seconds_before = 0.0
+
+    def measured(self, refinement: int = 0) -> Path:
+        """What a search for the allocation has measured, at first or in a round of refinement."""
+        return self.folder / f"measured_{refinement}.json"
+
+    def exists(self) -> bool:
+        """Whether there is an unfinished run."""
+        return self.folder.exists()
+
+    def open(self, settings: dict[str, Any], resume: bool, noted: dict[str, Any] | None = None) -> None:
+        """Begin a run, or, to ``resume``, go on with one of the same settings.
+
+        Args:
+            settings: what its weights depend on.
+            resume: go on.
+            noted: what may change, with a warning: weights then agree up to rounding.
+
+        Raises:
+            UserError: if the unfinished run is another one, with what differs.
+        """
+        noted = noted or {}
+        path = self.folder / SETTINGS_FILE
+        if not resume or not path.exists():
+            if resume:
+                logger.info("--resume: nothing to go on with; starting anew")
+            self.discard()
+            clear_leftovers(self._target)
+            self.folder.mkdir()
+        else:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            earlier, seconds = before.pop(NOTED, {}), before.pop(SECONDS, 0.0)
+            if changes := setting_changes(before, settings):
+                difference = "; ".join(changes)
+                raise UserError(
+                    f"--resume: not the same run: {difference}; to start anew pass --overwrite, without --resume"
+                )
+            if changes := setting_changes(earlier, noted):
+                message = "--resume: %s; weights agree with those of one run up to rounding"
+                logger.warning(message, "; ".join(changes))
+            # Written when the process before this one began; what came after it came as that went on.
+            last = max(file.stat().st_mtime for file in self.folder.rglob("*") if file.is_file())
+            self.seconds_before = seconds + last - path.stat().st_mtime
+            clear_leftovers(self._target)
+        write_json_atomic(path, {**settings, NOTED: noted, SECONDS: self.seconds_before})
+
+    def reduced(self, settings: WalkSettings) -> WalkSettings:
+        """``settings``, with no more memory than what :meth:`keep_reduced` kept."""
+        path = self.folder / REDUCED_FILE
+        if not path.exists():
+            return settings
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        cache_dev = torch.device("cpu") if kept["cache_dev"] == "cpu" else settings.cache_dev
+        return replace(settings, batch_samples=min(kept["batch_samples"], settings.batch_samples), cache_dev=cache_dev)
+
+    def keep_reduced(self, settings: WalkSettings) -> None:
+        """Keep what the device's memory turned out to be enough for, so that a resumed run begins with it."""
+        content = {"batch_samples": settings.batch_samples, "cache_dev": str(settings.cache_dev)}
+        write_json_atomic(self.folder / REDUCED_FILE, content)
+
+    def discard(self) -> None:
+        """Remove it, what says whose layers they are at the end."""
+        for path in self.folder.glob("layer_*"):
+            path.unlink()
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+
+    def save(self, layer: nn.Module, family: Family, report: LayerReport) -> None:
+        """Keep a finished layer."""
+        save_tensors_atomic(changed_parameters(layer, family), self._path(report.layer), {"report": report.to_json()})
+
+    def restore(self, index: int, layer: nn.Module, family: Family) -> LayerReport | None:
+        """Put a finished layer's parameters in place; its report, or ``None`` where it is not finished."""
+        if not self._path(index).exists():
+            return None
+        parameters = changed_parameters(layer, family)
+        with safe_open(self._path(index), "pt") as file, torch.no_grad():
+            for name in file.keys():  # noqa: SIM118 - not a dictionary
+                parameters[name].copy_(file.get_tensor(name))
+            return LayerReport.from_json(file.metadata()["report"])
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"layer_{index:04}.safetensors"
+
+
+def changed_parameters(layer: nn.Module, family: Family) -> dict[str, nn.Parameter]:
+    """Parameters of a layer that the walk changes."""
+    if family.head_norms:
+        return dict(layer.named_parameters())
+    names = (f"{family.attention_out}.weight", f"{family.mlp_out}.weight", f"{family.experts}.down_proj")
+    return {name: parameter for name, parameter in layer.named_parameters() if name in names}
+
+
+def setting_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between the settings of a run and those of one that would go on with it."""
+    return [
+        f"{name} was {before.get(name)}, is {now.get(name)}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+
+
+def fingerprint(config: PreTrainedConfig, parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash of a model's configuration and of some values of each of its parameters."""
+    digest = hashlib.sha256(config.to_json_string().encode())
+    for name, parameter in parameters:
+        values = parameter.detach().flatten()[:: max(1, parameter.numel() // SAMPLED_VALUES)]
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(values.float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""What a pruning run writes."""

@@ -1,0 +1,134 @@
+"""Where a model comes from: its dense base and what was done to it since, kept beside its weights.
+
+A run reads the file of the model it starts from, adds its own step, and writes it beside the weights it makes.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, hf_hub_download
+from transformers import PreTrainedConfig
+
+from slim_utils.common.loading import model_on_meta, write_json_atomic
+from slim_utils.families import find_family, layer_shapes
+from slim_utils.masks import LayerMask
+from slim_utils.profiling.model_stats import count_parameters, weights_of
+
+PROVENANCE_FILE = "slimgpt.json"
+FORMAT_VERSION = 1
+PRUNING, RECOVERY = "pruning", "recovery"
+CARD_FILE = "README.md"
+CARRIED_KEYS = ("license", "license_name", "license_link", "language")
+
+logger = logging.getLogger(__name__)
+
+
+def read_provenance(model_path: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> dict[str, Any]:
+    """The record of a model: what its file says or, without one, that the model is the base and nothing was done to it.
+
+    Args:
+        model_path: folder or hub name.
+        config: the model's.
+        trust_remote_code: build the model by code found in the checkpoint.
+
+    Returns:
+        ``base``: ``name``, ``on_hub``, ``card`` (licence and language), ``parameters``, ``block_weights`` and
+        ``layers`` (heads, kv heads and FFN width of each); ``steps``: see :func:`pruning_step` and
+        :func:`recovery_step`.
+    """
+    try:
+        content = json.loads(_beside_weights(model_path, PROVENANCE_FILE).read_text(encoding="utf-8"))
+        if content["format"] == FORMAT_VERSION and content["base"]["block_weights"]:
+            return content
+        logger.warning("%s of %s: of another format; its history is not carried on", PROVENANCE_FILE, model_path)
+    except Exception as error:
+        # Of the file system, the hub, or what is in the file; most models have none.
+        logger.info("no %s of %s (%s)", PROVENANCE_FILE, model_path, type(error).__name__)
+    family, shapes = find_family(config), layer_shapes(config)
+    model = model_on_meta(config, trust_remote_code=trust_remote_code)
+    dense = [LayerMask.dense(shape) for shape in shapes]
+    base = {
+        "name": public_name(model_path),
+        "on_hub": not Path(model_path).is_dir(),
+        "card": base_card_data(model_path),
+        "parameters": count_parameters(model),
+        "block_weights": sum(
+            weights_of(layer, family, mask)[1] for layer, mask in zip(family.decoder_layers(model), dense, strict=True)
+        ),
+        "layers": [[shape.num_heads, shape.num_kv_heads, shape.ffn_width] for shape in shapes],
+    }
+    return {"format": FORMAT_VERSION, "base": base, "steps": []}
+
+
+def public_name(path: str) -> str:
+    """What a file that may be published calls a model or a text: a hub name, or the last part of a path."""
+    return Path(path).resolve().name if Path(path).exists() else path
+
+
+def pruning_step(settings: list[tuple[str, Any]], block_weights: int, datasets: Sequence[str] = ()) -> dict[str, Any]:
+    """A step that removes weights.
+
+    Args:
+        settings: names and values for a reader.
+        block_weights: what is left of them.
+        datasets: hub names of the calibration texts.
+    """
+    return {"kind": PRUNING, "settings": dict(settings), "block_weights": block_weights, "datasets": list(datasets)}
+
+
+def recovery_step(settings: list[tuple[str, Any]], datasets: Sequence[str] = ()) -> dict[str, Any]:
+    """A step that trains; arguments as for :func:`pruning_step`."""
+    return {"kind": RECOVERY, "settings": dict(settings), "datasets": list(datasets)}
+
+
+def with_step(provenance: dict[str, Any], step: dict[str, Any]) -> dict[str, Any]:
+    """``provenance`` with one more step."""
+    return provenance | {"steps": [*provenance["steps"], step]}
+
+
+def prunings(provenance: dict[str, Any]) -> list[dict[str, Any]]:
+    """The steps that removed weights."""
+    return [step for step in provenance["steps"] if step["kind"] == PRUNING]
+
+
+def total_share_removed(provenance: dict[str, Any]) -> float:
+    """Share of the base's block weights that all prunings together removed."""
+    steps = prunings(provenance)
+    return 1 - steps[-1]["block_weights"] / provenance["base"]["block_weights"] if steps else 0.0
+
+
+def remaining_weights(layers: Any, family: Any, masks: list[LayerMask]) -> int:
+    """Block weights that ``masks`` keep of decoder ``layers`` in their shapes before removal."""
+    sizes = [weights_of(layer, family, mask) for layer, mask in zip(layers, masks, strict=True)]
+    return sum(total - removed for removed, total in sizes)
+
+
+def write_provenance(folder: Path, provenance: dict[str, Any]) -> None:
+    """Write the record beside the weights in ``folder``."""
+    write_json_atomic(folder / PROVENANCE_FILE, provenance)
+
+
+def base_card_data(model_path: str) -> dict[str, Any]:
+    """What carries over of the base model's own card, from its folder or the hub; empty where there is none."""
+    try:
+        data = ModelCard.load(_beside_weights(model_path, CARD_FILE)).data.to_dict()
+    except Exception as error:
+        logger.info("no card of %s is carried over (%s)", model_path, type(error).__name__)
+        return {}
+    return {key: data[key] for key in CARRIED_KEYS if key in data}
+
+
+def copy_license_files(model_path: str, folder: Path) -> None:
+    """Copy the licence and notice files of a base model's folder beside the weights made from it."""
+    for path in sorted(Path(model_path).glob("*")):
+        if path.is_file() and path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE")):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _beside_weights(model_path: str, name: str) -> Path:
+    """A file of a checkpoint's folder, or of the hub."""
+    return Path(model_path) / name if Path(model_path).is_dir() else Path(hf_hub_download(model_path, name))

@@ -1,0 +1,1 @@
+"""Sizes, MACs and latency of models."""

@@ -1,0 +1,138 @@
+"""Sizes of a model: parameters, multiply-accumulates, memory, and the share of the block weights a pruning removes."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from slim_utils.common.loading import model_on_meta
+from slim_utils.families import Family, LayerShape, find_family, layer_shapes
+from slim_utils.masks import LayerMask
+from slim_utils.params_remove import kept_indices
+
+# Key and value of a head.
+_CACHED_PER_HEAD = 2
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Sizes of one decoder layer.
+
+    Attributes:
+        shape: heads, kv heads and FFN columns.
+        parameters: all of the layer, norms and biases included.
+        macs: multiply-accumulates of the counted forward.
+        kv_cache_bytes: bytes the cache grows by at each token of a sequence.
+    """
+
+    shape: LayerShape
+    parameters: int
+    macs: int
+    kv_cache_bytes: int
+
+
+@dataclass(frozen=True)
+class ModelStats:
+    """Sizes of a causal language model.
+
+    Attributes:
+        parameters: tied ones count once.
+        macs: multiply-accumulates of the counted forward, logits included.
+        weight_bytes: bytes of the parameters.
+        layers: one entry a decoder layer.
+    """
+
+    parameters: int
+    macs: int
+    weight_bytes: int
+    layers: list[LayerStats]
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Bytes the cache of all layers grows by at each token of a sequence."""
+        return sum(layer.kv_cache_bytes for layer in self.layers)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of ``model``; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def model_stats(config: PreTrainedConfig, seq_len: int = 64, dtype: torch.dtype | None = None) -> ModelStats:
+    """Sizes of the model that ``config`` describes; its weights are not needed.
+
+    Args:
+        config: of a family of the table.
+        seq_len: the forward counted is on (1, ``seq_len``) tokens.
+        dtype: of weights and cache (default: the configuration's, else fp32).
+
+    Raises:
+        UserError: for a family that is not in the table.
+    """
+    family = find_family(config)
+    config = copy.deepcopy(config)
+    # Eager attention is made of matrix products, which the counter knows on every device.
+    # So are experts as batches of them, each token with those it is routed to.
+    model = model_on_meta(
+        config,
+        attn_implementation="eager",
+        experts_implementation="batched_mm",
+        dtype=dtype or config.dtype or torch.float32,
+    )
+    counter = _count_forward(model, seq_len)
+    macs = {module: sum(operations.values()) // 2 for module, operations in counter.get_flop_counts().items()}
+    layers = [
+        LayerStats(
+            shape=shape,
+            parameters=count_parameters(layer),
+            macs=macs[f"{type(model).__name__}.{family.layers}.{index}"],
+            kv_cache_bytes=_CACHED_PER_HEAD * shape.num_kv_heads * shape.head_dim * model.dtype.itemsize,
+        )
+        for index, (layer, shape) in enumerate(zip(family.decoder_layers(model), layer_shapes(config), strict=True))
+    ]
+    return ModelStats(
+        parameters=count_parameters(model),
+        macs=counter.get_total_flops() // 2,
+        weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        layers=layers,
+    )
+
+
+@torch.no_grad()
+def _count_forward(model: PreTrainedModel, seq_len: int) -> FlopCounterMode:
+    """Torch's own count of a forward on (1, ``seq_len``) tokens; attention counts the whole ``seq_len``² square."""
+    with torch.device("meta"):
+        tokens = torch.zeros(1, seq_len, dtype=torch.long)
+        # A mask of four dimensions is taken as it is; making one would look at values, which are not there.
+        positions = torch.arange(seq_len)[None]
+        mask = torch.zeros(1, 1, seq_len, seq_len, dtype=model.dtype)
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False)
+    return counter
+
+
+def removed_share(layers: nn.ModuleList, family: Family, masks: list[LayerMask]) -> float:
+    """Share of the block weights (attention and MLP matrices of all layers) that ``masks`` remove.
+
+    Args:
+        layers: decoder layers in their shapes before removal.
+        family: their row of the table.
+        masks: a mask a layer.
+    """
+    sizes = [weights_of(layer, family, mask) for layer, mask in zip(layers, masks, strict=True)]
+    return sum(removed for removed, _ in sizes) / sum(total for _, total in sizes)
+
+
+def weights_of(layer: nn.Module, family: Family, mask: LayerMask) -> tuple[int, int]:
+    """Block weights of ``layer`` that ``mask`` removes, and all of them."""
+    parameters = dict(layer.named_parameters())
+    total = removed = 0
+    for name, (dim, kept) in kept_indices(family, mask).items():
+        if name in parameters and not name.endswith(".bias"):
+            weight = parameters[name]
+            total += weight.numel()
+            removed += weight.numel() // weight.shape[dim] * (weight.shape[dim] - kept.shape[-1])
+    return removed, total

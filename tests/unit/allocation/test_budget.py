@@ -1,0 +1,397 @@
+"""Where a budget of weights goes: schedules, profiles and the measured search."""
+
+import itertools
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+import model_slimming
+from slim_utils.allocation.budget import (
+    LayerUnits,
+    LossCurve,
+    allocate,
+    allocate_in_depth,
+    block_weights,
+    layer_units,
+    scaled_counts,
+    scaled_ratios,
+    weights_removed,
+)
+from slim_utils.allocation.schedules import layer_ratios, non_uniform_ratios
+from slim_utils.allocation.sensitivity import PROBE_SAMPLES, Sublayer, loss_curves, measure
+from slim_utils.cli.slimming_args import apply_preset, settle_text_starts
+from slim_utils.common.errors import UserError
+from slim_utils.families import find_family, layer_shapes
+from slim_utils.layerwise.offload import LayerHost
+from slim_utils.layerwise.pruner import planned_masks
+from slim_utils.layerwise.resume import LayerStore
+from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.obs import Choices
+from slim_utils.profiling.model_stats import removed_share
+from slim_utils.slimgpt import SlimGPT
+from tests.conftest import make_tiny
+
+CPU = torch.device("cpu")
+MODEL_KINDS = ["mha", "gqa", "phi3", "olmo2", "opt", "mixtral", "qwen3_moe"]
+
+
+@pytest.fixture
+def deadline():
+    """Fails a test that is not done after ten seconds of its own time."""
+
+    def expired(signum, frame):
+        pytest.fail("does not end", pytrace=False)
+
+    previous = signal.signal(signal.SIGVTALRM, expired)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 10)
+    yield
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    signal.signal(signal.SIGVTALRM, previous)
+
+
+def convex(generator: np.random.Generator, units: int) -> np.ndarray:
+    return np.concatenate([[0], np.sort(generator.random(units)).cumsum()])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_columns_alone_are_dealt_out_best(seed):
+    generator = np.random.default_rng(seed)
+    curves = [LossCurve(convex(generator, 4), 3, True) for _ in range(4)]
+    for units in range(17):
+        counts = allocate(curves, 3 * units)
+        assert sum(counts) == units
+        best = min(
+            sum(curve.losses[n] for curve, n in zip(curves, choice, strict=True))
+            for choice in itertools.product(range(5), repeat=4)
+            if sum(choice) == units
+        )
+        assert sum(curve.losses[n] for curve, n in zip(curves, counts, strict=True)) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_heads_and_columns_are_traded_near_the_best(seed):
+    generator = np.random.default_rng(seed)
+    curves = [LossCurve(convex(generator, 3) * 4, 7, False) for _ in range(2)]
+    curves += [LossCurve(convex(generator, 12), 2, True) for _ in range(2)]
+    for budget in (5, 11, 24, 40):
+        counts = allocate(curves, budget)
+        removed = sum(curve.weight * n for curve, n in zip(curves, counts, strict=True))
+        assert budget <= removed < budget + 2
+        best = min(
+            sum(curve.losses[n] for curve, n in zip(curves, choice, strict=True))
+            for choice in itertools.product(range(4), range(4), range(13), range(13))
+            if budget <= sum(curve.weight * n for curve, n in zip(curves, choice, strict=True)) < budget + 2
+        )
+        assert sum(curve.losses[n] for curve, n in zip(curves, counts, strict=True)) <= 1.02 * best
+
+
+def reachable(units: list[LayerUnits]) -> set[int]:
+    """Block weights that any choice of units removes."""
+    counts = [itertools.product(range(own.heads), range(own.columns)) for own in units]
+    return {weights_removed(choice, units) for choice in itertools.product(*counts)}
+
+
+@pytest.mark.usefixtures("deadline")
+@pytest.mark.parametrize("units", [[LayerUnits(8, 4, 100, 3)], [LayerUnits(4, 3, 100, 7)] * 3])
+def test_scaled_counts_without_columns_enough_end_near_the_budget(units):
+    """A step of heads is larger than all the columns: no choice meets most budgets to a column."""
+    choices = sorted(reachable(units))
+    for budget in range(1, choices[-1] + 1, 7):
+        removed = weights_removed(scaled_counts(lambda highest: [highest] * len(units), units, budget), units)
+        nearest = min(abs(total - budget) for total in choices)
+        assert abs(removed - budget) <= nearest + 14, budget
+        met = any(budget <= total < budget + 3 for total in choices)
+        assert len(units) > 1 or abs(removed - budget) <= (3 if met else nearest), budget
+
+
+@pytest.mark.usefixtures("deadline")
+@pytest.mark.parametrize("budget", range(1, 709, 37))
+def test_allocate_without_columns_enough_ends_near_the_budget(budget):
+    curves = [LossCurve(np.arange(8.0) ** 2, 100, False), LossCurve(np.arange(4.0) ** 2, 3, True)]
+    heads, columns = allocate(curves, budget)
+    reached = {100 * i + 3 * j for i in range(8) for j in range(4)}
+    met = any(budget <= total < budget + 3 for total in reached)
+    removed = 100 * heads + 3 * columns
+    assert 0 <= removed - budget < 3 if met else abs(removed - budget) == min(abs(r - budget) for r in reached)
+
+
+def test_late_layers_lose_more_the_more_goes():
+    """Of layers alike the later ones, and evenly where losses are nothing."""
+    curve = np.arange(101) ** 2
+    for scale, even in ((1e-9, True), (1e-4, False)):
+        layers = [(LossCurve(np.zeros(1), 1, False), LossCurve(scale * curve, 1, True))] * 4
+        columns = [count for _, count in allocate_in_depth(layers, 200)]
+        assert sum(columns) == 200
+        assert (columns == [50] * 4) == even
+        assert columns == sorted(columns)
+
+
+def test_more_than_there_is_cannot_go():
+    with pytest.raises(UserError, match="no more than 12 block weights can go, of 13; lower the target"):
+        allocate([LossCurve(np.arange(5.0), 3, True)], 13)
+
+
+@pytest.mark.parametrize("name", MODEL_KINDS)
+@pytest.mark.parametrize("unit", ["query_head", "kv_group"])
+@pytest.mark.parametrize("strategy", ["uniform", "log_increase", "linear_decrease"])
+def test_schedules_meet_a_budget_to_one_column(name, unit, strategy):
+    model = make_tiny(name)
+    family, shapes = find_family(model.config), layer_shapes(model.config)
+    layers, settings = family.decoder_layers(model), WalkSettings(CPU, CPU, gqa_unit=unit, expert_columns_multiple=1)
+    units, total = layer_units(layers, family, shapes, settings), block_weights(layers, family, shapes)
+
+    def schedule(highest: float) -> list[float]:
+        ratios = [highest] * 3 if strategy == "uniform" else non_uniform_ratios(strategy, 0.0, highest, 3)
+        return layer_ratios(range(1, 4), 4, ratios)
+
+    for share in (0.05, 0.15, 0.25):
+        ratios = scaled_ratios(schedule, units, share * total)
+        masks = planned_masks(shapes, ratios, settings)
+        removed = removed_share(layers, family, masks) * total
+        assert share * total - 1e-6 <= removed < share * total + max(own.column_weights for own in units)
+        assert masks[0].kept_heads == list(range(6))
+    with pytest.raises(UserError, match="cannot lose"):
+        scaled_ratios(schedule, units, 0.99 * total)
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa", "opt"])
+def test_curves_are_measured_on_the_whole_model(name, samples):
+    """At the reference count a curve is the divergence of the model with that one map pruned."""
+    model, dense = make_tiny(name, torch.float64), make_tiny(name, torch.float64)
+    family, shapes = find_family(model.config), layer_shapes(model.config)
+    settings = WalkSettings(CPU, CPU, choices=Choices(exact_heads=True, column_group=4))
+    host = LayerHost(model, family)
+    units = layer_units(host.layers, family, shapes, settings)
+    curves = loss_curves(measure(host, samples, range(4), settings), units)
+    assert len(curves) == 4
+    for parameter, before in zip(model.parameters(), dense.parameters(), strict=True):
+        assert torch.equal(parameter, before)
+    inputs, probed = [], PROBE_SAMPLES[1]
+    linear = family.decoder_layers(model)[2].get_submodule(family.mlp_out)
+    handle = linear.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with torch.no_grad():
+        expected = model(samples).logits.log_softmax(-1)[:probed]
+        handle.remove()
+        pruner = SlimGPT(linear)
+        pruner.add_batch(inputs[0].view(len(samples), 16, -1))
+        pruner.struct_prune(12 / 40, choices=settings.choices)
+        got = model(samples[:probed]).logits.log_softmax(-1)
+    divergence = functional.kl_div(got, expected, reduction="sum", log_target=True).item() / expected[..., 0].numel()
+    curve = curves[2][1]
+    assert curve.column and curve.losses[12] == pytest.approx(divergence, rel=1e-3, abs=3e-8)
+    assert all((np.diff(of.losses) >= 0).all() and of.losses[0] == 0 for pair in curves for of in pair)
+    assert [len(of.losses) for of in curves[0]] == [units[0].heads, 37]
+
+
+@pytest.fixture
+def words(checkpoint, text_file) -> list:
+    flags = ["--num_samples", 16, "--seqlen", 32, "--device", "cpu", "--skip_evaluate"]
+    return [checkpoint, "--data_file", text_file, *flags]
+
+
+def main(*arguments: object) -> None:
+    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, arguments))))
+
+
+# A column of the tiny model has 3 · 24 weights; its four layers have 4 · (24 · 24 · 2 + 24 · 8 · 2 + 3 · 24 · 40).
+COLUMN, TOTAL = 72, 17664
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "log_increase", "search"])
+def test_target_ratio(allocation, words, tmp_path):
+    lowest = ["--min_sparsity", 0.0625] if allocation == "log_increase" else []
+    main(*words, "--target_ratio", 0.3, "--allocation", allocation, *lowest, "--save_dir", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    removed = record["sizes"]["block_share_removed"] * TOTAL
+    assert 0.3 * TOTAL - 1e-6 <= removed < 0.3 * TOTAL + COLUMN
+    # Another run can keep as much of every layer, by other heads and columns.
+    main(*words, "--seed", 3, "--profile", tmp_path / "out" / "pruning.json", "--save_dir", tmp_path / "again")
+    kept = []
+    for name in ("out", "again"):
+        layers = json.loads((tmp_path / name / "pruning.json").read_text())["layers"]
+        kept.append([[len(layer[kind]["kept"]) for kind in ("heads", "columns")] for layer in layers])
+    assert kept[0] == kept[1]
+
+
+def test_the_best_preset_is_its_flags(words, tmp_path):
+    target = ["--target_ratio", 0.3]
+    main(*words, *target, "--preset", "best", "--save_dir", tmp_path / "preset")
+    flags = ["--exact_heads", "--column_group", 32, "--text_starts", 512, "--allocation", "search"]
+    main(*words, *target, *flags, "--save_dir", tmp_path / "flags")
+    assert (tmp_path / "preset" / "pruning.json").read_text() == (tmp_path / "flags" / "pruning.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "allocation", "column_group", "text_starts"),
+    [
+        ([], None, None, 0),
+        (["--preset", "best"], None, 32, 512),
+        (["--preset", "best", "--target_ratio", 0.3, "--allocation", "uniform"], "uniform", 32, 512),
+        (["--preset", "best", "--target_ratio", 0.3, "--stream", "--save_dir", "out"], "log_increase", 32, 512),
+        (["--preset", "best", "--target_params", 9e4, "--column_group", 4], "search", 4, 512),
+        (["--preset", "best", "--text_starts", 0], None, 32, 0),
+    ],
+)
+def test_the_best_preset_leaves_what_was_asked_for(flags, allocation, column_group, text_starts, words):
+    args = model_slimming.build_parser().parse_args(list(map(str, [*words, *flags])))
+    apply_preset(args)
+    settle_text_starts(args, bos=False)
+    assert (args.allocation, args.column_group, args.text_starts) == (allocation, column_group, text_starts)
+    assert args.exact_heads == ("best" in flags)
+
+
+def test_a_stock_checkpoint_of_a_target(words, tmp_path):
+    flags = ["--target_ratio", 0.3, "--uniform_shapes", "--save_pruned_weights", "--save_dir", tmp_path / "out"]
+    main(*words, *flags)
+    share = json.loads((tmp_path / "out" / "run.json").read_text())["sizes"]["block_share_removed"]
+    assert 0.3 <= share < 0.3 + 4 * COLUMN / TOTAL
+    assert "| pruning ratio | 0.3 of the block weights (uniform) |" in (
+        tmp_path / "out" / "pruned_weights" / "README.md"
+    ).read_text(encoding="utf-8")
+
+
+def test_only_what_is_pruned_is_searched(words, tmp_path):
+    flags = ["--target_ratio", 0.2, "--allocation", "search", "--minlayer", 1, "--maxlayer", 3]
+    main(*words, *flags, "--save_dir", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert [layer["layer"] for layer in record["search"]] == [1, 2]
+    assert record["sizes"]["block_share_removed"] * TOTAL == pytest.approx(0.2 * TOTAL, abs=COLUMN)
+    assert {layer["layer"] for layer in record["layers"]} == {1, 2}
+
+
+def test_a_target_out_of_reach_is_seen_before_the_search(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_slimming, "search", lambda *args: pytest.fail("measured"))
+    with pytest.raises(UserError, match="block weights can go"):
+        main(*words, "--target_ratio", 0.99, "--preset", "best", "--save_dir", tmp_path / "out")
+
+
+def test_a_single_unit_of_heads_stays(tokenizer, text_file, tmp_path):
+    """Layers with one kv group have nothing to lose but columns."""
+    config = make_tiny("gqa").config
+    config.num_key_value_heads = 1
+    type(make_tiny("gqa"))(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = ["--data_file", text_file, "--num_samples", 8, "--seqlen", 32, "--device", "cpu", "--skip_evaluate"]
+    flags += ["--target_ratio", 0.2, "--preset", "best", "--gqa_unit", "kv_group", "--save_dir", tmp_path / "out"]
+    main(tmp_path / "model", *flags)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["sizes"]["block_share_removed"] >= 0.2
+    assert all(layer["attention"]["loss"] is None for layer in record["search"])
+
+
+@pytest.mark.parametrize("content", [{"0": [[0.0, 1.0], [0.0, 2.0]]}, {"protocol": [], "layers": {"0": []}}])
+def test_what_another_search_measured_is_not_used(content, samples, tmp_path):
+    model = make_tiny("mha")
+    host, settings = LayerHost(model, find_family(model.config)), WalkSettings(CPU, CPU)
+    (tmp_path / "measured.json").write_text(json.dumps(content))
+    found = measure(host, samples, range(2), settings, tmp_path / "measured.json")
+    assert found == measure(host, samples, range(2), settings)
+    assert found == measure(host, samples, range(2), settings, tmp_path / "measured.json")
+
+
+def test_mixtures_of_experts_are_not_searched(tokenizer, text_file, tmp_path):
+    make_tiny("mixtral").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = ["--data_file", text_file, "--target_ratio", 0.3, "--seqlen", 32, "--save_dir", tmp_path / "out"]
+    # What was asked for is refused; only the preset's own choice is replaced.
+    for preset in ([], ["--preset", "best"]):
+        with pytest.raises(UserError, match="--allocation search does not know mixtures of experts yet"):
+            main(tmp_path / "model", *flags, *preset, "--allocation", "search")
+    for flag in ("--refine", "--search_minutes"):
+        with pytest.raises(UserError, match=f"{flag} .*mixtures of experts yet") as error:
+            main(tmp_path / "model", *flags, "--preset", "best", flag, 1)
+        assert "\n" not in str(error.value)
+    assert not LayerStore(tmp_path / "out").exists()
+    flags += ["--preset", "best", "--num_samples", 8, "--device", "cpu", "--skip_evaluate"]
+    main(tmp_path / "model", *flags)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["arguments"]["allocation"] == "log_increase" and "search" not in record
+
+
+def test_dead_columns_do_not_hide_what_the_others_cost(samples):
+    model = make_tiny("mha")
+    for name in ("gate_proj", "up_proj"):
+        getattr(model.model.layers[1].mlp, name).weight.data[:20] = 0
+    family, shapes, settings = find_family(model.config), layer_shapes(model.config), WalkSettings(CPU, CPU)
+    host = LayerHost(model, family)
+    units = layer_units(host.layers, family, shapes, settings)
+    losses = loss_curves(measure(host, samples, range(4), settings), units)[1][1].losses
+    assert losses[20] <= 1e-4 * losses[-1] and 1e-4 < losses[-1] < 1
+
+
+def test_layers_that_are_not_measured_take_their_losses_from_their_neighbours():
+    units = [LayerUnits(3, 3, 10, 1)] * 3
+    losses = enumerate((0.01, None, 0.04))
+    layers = {i: [Sublayer([0, 1, 4], 1, loss), Sublayer([0, 2, 2], 2, loss and 1.0)] for i, loss in losses}
+    heads = [of_heads.losses for of_heads, _ in loss_curves(layers, units)]
+    assert heads[1].tolist() == pytest.approx([0, 0.02, 0.08])
+    assert heads[2].tolist() == pytest.approx([0, 0.04, 0.16])
+
+
+def test_without_time_only_the_first_and_the_last_layer_are_measured(words, tmp_path):
+    flags = [*words, "--target_ratio", 0.3, "--allocation", "search"]
+    main(*flags, "--search_minutes", 0, "--save_dir", tmp_path / "short")
+    main(*flags, "--search_minutes", 60, "--save_dir", tmp_path / "long")
+    losses = {
+        name: [layer["mlp"]["loss"] for layer in json.loads((tmp_path / name / "run.json").read_text())["search"]]
+        for name in ("short", "long")
+    }
+    assert [loss is None for loss in losses["short"]] == [False, True, True, False]
+    assert all(losses["long"]) and losses["long"][::3] == losses["short"][::3]
+
+
+def test_target_params(words, checkpoint, tmp_path):
+    dense = make_tiny("gqa").num_parameters()
+    target = dense - 4000
+    main(*words, "--target_params", target, "--save_pruned_weights", "--save_dir", tmp_path / "out")
+    sizes = json.loads((tmp_path / "out" / "run.json").read_text())["sizes"]
+    assert sizes["parameters_dense"] == dense
+    assert target - COLUMN < sizes["parameters_pruned"] <= target
+
+
+def test_a_search_that_was_cut_off_measures_nothing_twice(words, tmp_path, monkeypatch):
+    flags = [*words, "--target_ratio", 0.3, "--allocation", "search"]
+    main(*flags, "--save_dir", tmp_path / "whole")
+    measured = []
+    prune = SlimGPT.error_curve
+
+    def counted(self, *args):
+        measured.append(self.name)
+        if len(measured) == 5:
+            raise KeyboardInterrupt
+        return prune(self, *args)
+
+    monkeypatch.setattr(SlimGPT, "error_curve", counted)
+    with pytest.raises(KeyboardInterrupt):
+        main(*flags, "--save_dir", tmp_path / "out")
+    assert LayerStore(tmp_path / "out").exists()
+    main(*flags, "--resume", "--save_dir", tmp_path / "out")
+    assert len(measured) == 9
+    assert (tmp_path / "out" / "pruning.json").read_text() == (tmp_path / "whole" / "pruning.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--target_ratio", 0.2, "--sparsity", 0.2], "--target_ratio says how much goes; leave --sparsity out"),
+        (["--target_ratio", 0.2, "--target_params", 9], "--target_ratio and --target_params ask for different things"),
+        (["--allocation", "search", "--sparsity", 0.2], "--allocation spreads a target: add --target_ratio"),
+        (["--target_ratio", 1.5], r"--target_ratio 1\.5: more than 0 and less than 1"),
+        (["--target_ratio", 0.99], "cannot lose .* weights; lower the target"),
+        (["--target_params", 1e9], r"--target_params 1e\+09: the model has"),
+        (["--target_ratio", 0.2, "--allocation", "search", "--no_compensate"], "search needs compensation"),
+        (["--target_ratio", 0.2, "--search_minutes", 1], "--search_minutes is the time of a search"),
+        (["--target_ratio", 0.2, "--allocation", "search", "--search_minutes", -1], "--search_minutes -1.0: at least"),
+        (["--target_ratio", 0.2, "--max_sparsity", 0.3], "leave --max_sparsity out"),
+        (["--target_ratio", 0.2, "--min_sparsity", 0.1], "--min_sparsity is where a strategy begins"),
+        (["--profile", "p.json", "--minlayer", 1], "leave --minlayer and --maxlayer out"),
+        (["--profile", "missing.json"], "--profile missing.json: no such file"),
+    ],
+)
+def test_wrong_budgets(flags, message, words):
+    with pytest.raises(UserError, match=message):
+        main(*words, *flags)

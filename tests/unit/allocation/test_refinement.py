@@ -1,0 +1,229 @@
+"""Units that move between layers by what they are worth to the pruned model."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+import model_slimming
+from slim_utils.allocation import refinement
+from slim_utils.allocation.budget import LayerUnits, layer_units
+from slim_utils.allocation.refinement import NEIGHBOUR_SAMPLES, measure_around, refined_ratios
+from slim_utils.allocation.schedules import LayerRatio
+from slim_utils.allocation.sensitivity import LEAST_LOSS, Probe, Sublayer
+from slim_utils.common.errors import UserError
+from slim_utils.families import find_family, layer_shapes
+from slim_utils.layerwise.offload import LayerHost
+from slim_utils.layerwise.pruner import prune_layers
+from slim_utils.layerwise.resume import LayerStore
+from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.obs import Choices
+from tests.conftest import make_tiny
+
+CPU = torch.device("cpu")
+SETTINGS = WalkSettings(CPU, CPU, choices=Choices(exact_heads=True, column_group=4))
+# Heads and columns of four layers, of which the tiny models have 6 (2 of each of the kv groups there may be) and 40.
+PLAN = [LayerRatio(1 / 3, 0.1), LayerRatio(1 / 3, 0.3), LayerRatio(0, 0), LayerRatio(1 / 3, 0.5)]
+
+
+def pruned(name: str, samples: torch.Tensor, plan: list[LayerRatio]) -> torch.nn.Module:
+    model = make_tiny(name, torch.float64)
+    prune_layers(model, find_family(model.config), samples, plan, SETTINGS)
+    return model
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa", "opt"])
+@pytest.mark.parametrize("kind", ["heads", "columns"])
+def test_prices_are_those_of_the_whole_pruned_model(kind, name, samples):
+    """The rise from a few units fewer gone to a few more, with every other layer as planned."""
+    model, dense = make_tiny(name, torch.float64), make_tiny(name, torch.float64)
+    family = find_family(model.config)
+    found = measure_around(LayerHost(model, family), samples, None, PLAN, SETTINGS)
+    assert sorted(found) == [0, 1, 3]
+    for parameter, before in zip(model.parameters(), dense.parameters(), strict=True):
+        assert torch.equal(parameter, before)
+    planned, probe, losses = pruned(name, samples, PLAN), samples[:NEIGHBOUR_SAMPLES], []
+    units = {"heads": units_of_heads(model), "columns": 40}[kind]
+    count, step = round(units * PLAN[1]._asdict()[kind]), max(1, round(units / 16))
+    target = family.attention_out if kind == "heads" else family.mlp_out
+    with torch.no_grad():
+        expected = dense(probe).logits.log_softmax(-1)
+        for other in (count - step, count + step):
+            plan = [PLAN[0], PLAN[1]._replace(**{kind: other / units}), *PLAN[2:]]
+            weight = family.decoder_layers(pruned(name, samples, plan))[1].get_submodule(target).weight
+            family.decoder_layers(planned)[1].get_submodule(target).weight.copy_(weight)
+            got = planned(probe).logits.log_softmax(-1)
+            losses.append(functional.kl_div(got, expected, reduction="sum", log_target=True).item() / probe.numel())
+    sublayer = found[1][kind == "columns"]
+    curve = sublayer.losses(sublayer.loss)
+    assert curve[count + step] - curve[count - step] == pytest.approx(losses[1] - losses[0], rel=1e-3, abs=3e-8)
+
+
+def units_of_heads(model: torch.nn.Module) -> int:
+    return SETTINGS.head_units(layer_shapes(model.config)[1])
+
+
+def test_the_model_is_dense_again_when_it_is_cut_off(samples, monkeypatch):
+    model, dense = make_tiny("mha"), make_tiny("mha")
+    monkeypatch.setattr(Probe, "advance", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        measure_around(LayerHost(model, find_family(model.config)), samples, None, PLAN, SETTINGS)
+    for parameter, before in zip(model.parameters(), dense.parameters(), strict=True):
+        assert torch.equal(parameter, before)
+
+
+@pytest.mark.parametrize("name", ["olmo2", "phi3", "gemma2"])
+def test_every_family_keeps_its_budget(name, samples):
+    model, dense = make_tiny(name), make_tiny(name)
+    host, family = LayerHost(model, find_family(model.config)), find_family(model.config)
+    units = layer_units(host.layers, family, layer_shapes(model.config), SETTINGS)
+    plan = [own.ratio(1, 8) for own in units]
+    measured = measure_around(host, samples, None, plan, SETTINGS)
+    ratios = refined_ratios(measured, units, plan, sum(own.head_weights + 8 * own.column_weights for own in units))
+    assert sum(own.column_weights * 8 + own.head_weights for own in units) == pytest.approx(
+        sum(
+            own.head_weights * ratio.heads * own.heads + own.column_weights * ratio.columns * own.columns
+            for own, ratio in zip(units, ratios, strict=True)
+        ),
+        abs=max(own.column_weights for own in units),
+    )
+    for parameter, before in zip(model.parameters(), dense.parameters(), strict=True):
+        assert torch.equal(parameter, before)
+
+
+def test_heads_that_are_normed_together_are_only_tried_without(samples):
+    """What feeds a head that went is gone as well."""
+    model = make_tiny("olmo2")
+    seen, family = [], find_family(model.config)
+    onlooker = refinement._Onlooker(family, SETTINGS)
+    prune_layers(model, family, samples, PLAN, SETTINGS, onlooker=onlooker)
+    for (_, name), place in onlooker.places.items():
+        seen.append((name == family.attention_out, min(place.neighbours) > place.count))
+    assert set(seen) == {(True, True), (False, False)}
+
+
+def test_a_layer_that_does_nothing_costs_nothing(samples):
+    model = make_tiny("mha")
+    model.model.layers[0].self_attn.o_proj.weight.data.zero_()
+    host, family = LayerHost(model, find_family(model.config)), find_family(model.config)
+    units = layer_units(host.layers, family, layer_shapes(model.config), SETTINGS)
+    plan = [own.ratio(2, 8) for own in units]
+    measured = measure_around(host, samples, None, plan, SETTINGS)
+    assert measured[0][0].loss is None
+    ratios = refined_ratios(measured, units, plan, sum(2 * own.head_weights + 8 * own.column_weights for own in units))
+    assert round(ratios[0].heads * units[0].heads) == 3
+
+
+def curve(price: float, units: int) -> Sublayer:
+    return Sublayer((np.arange(units + 1.0) ** 1.5).tolist(), units // 2, price * (units // 2) ** 1.5)
+
+
+def test_few_units_move_and_the_budget_stays():
+    units = [LayerUnits(9, 64, 100, 3)] * 2
+    measured = {0: [curve(4, 8), curve(4e-2, 57)], 1: [curve(1, 8), curve(1e-2, 57)]}
+    plan = [LayerRatio(4 / 9, 0.5)] * 2
+    budget = 2 * (4 * 100 + 32 * 3)
+    ratios = refined_ratios(measured, units, plan, budget)
+    counts = [[round(ratio.heads * 9), round(ratio.columns * 64)] for ratio in ratios]
+    assert budget <= sum(100 * heads + 3 * columns for heads, columns in counts) < budget + 3
+    # The first layer is the dearer one; a ninth of the heads, an eighth of the columns may move.
+    assert counts == [[3, 24], [5, 40]]
+
+
+def test_what_is_not_measured_stays_dense():
+    units = [LayerUnits(9, 64, 100, 3)] * 2
+    ratios = refined_ratios({1: [curve(1, 8), curve(1e-2, 57)]}, units, [LayerRatio(0, 0), LayerRatio(0, 0.5)], 96)
+    assert ratios == [LayerRatio(0, 0), LayerRatio(0, 0.5)]
+
+
+@pytest.fixture
+def words(checkpoint, text_file) -> list:
+    flags = ["--num_samples", 16, "--seqlen", 32, "--device", "cpu", "--skip_evaluate", "--target_ratio", 0.3]
+    return [checkpoint, "--data_file", text_file, *flags]
+
+
+def main(*arguments: object) -> None:
+    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, arguments))))
+
+
+def kept(folder) -> list[list[int]]:
+    layers = json.loads((folder / "pruning.json").read_text())["layers"]
+    return [[len(layer[kind]["kept"]) for kind in ("heads", "columns")] for layer in layers]
+
+
+def test_a_schedule_is_refined(words, tmp_path):
+    for name, flags in (("plain", []), ("refined", ["--refine", 2])):
+        main(*words, *flags, "--text_starts", 20, "--save_pruned_weights", "--save_dir", tmp_path / name)
+    before, after = kept(tmp_path / "plain"), kept(tmp_path / "refined")
+    assert before != after
+    records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("plain", "refined")]
+    shares = [record["sizes"]["block_share_removed"] for record in records]
+    assert shares[1] == pytest.approx(shares[0], abs=72 / 17664)
+    card = (tmp_path / "refined" / "pruned_weights" / "README.md").read_text(encoding="utf-8")
+    assert "| pruning ratio | 0.3 of the block weights (uniform, refined 2 ×) |" in card
+    assert "search" not in records[1] and len(records[1]["refinement"]) == 4
+    assert any(layer["mlp"]["loss"] > LEAST_LOSS for layer in records[1]["refinement"])
+
+
+def test_a_refinement_that_was_cut_off_measures_nothing_twice(words, tmp_path, monkeypatch):
+    flags = [*words, "--refine", 1]
+    main(*flags, "--save_dir", tmp_path / "whole")
+    divergence, measured = Probe.divergence, []
+
+    def counted(self: Probe, index: int) -> float:
+        measured.append(index)
+        if len(measured) == 9:
+            # In the second layer.
+            raise KeyboardInterrupt
+        return divergence(self, index)
+
+    monkeypatch.setattr(refinement.Probe, "divergence", counted)
+    with pytest.raises(KeyboardInterrupt):
+        main(*flags, "--save_dir", tmp_path / "out")
+    assert LayerStore(tmp_path / "out").exists()
+    first = measured.copy()
+    main(*flags, "--resume", "--save_dir", tmp_path / "out")
+    # The planned model, then two neighbours of each place; a finished layer is not measured again.
+    assert first == [0, 0, 0, 0, 0, 1, 1, 1, 1]
+    assert measured[9:] == [0] + [index for index in (1, 2, 3) for _ in range(4)]
+    assert (tmp_path / "out" / "pruning.json").read_text() == (tmp_path / "whole" / "pruning.json").read_text()
+
+
+def test_without_time_only_the_first_and_the_last_layer_are_measured(words, tmp_path, monkeypatch):
+    divergence, measured = Probe.divergence, []
+    monkeypatch.setattr(Probe, "divergence", lambda self, index: measured.append(index) or divergence(self, index))
+    main(*words, "--refine", 1, "--search_minutes", 0, "--save_dir", tmp_path / "out")
+    assert measured == [0] + [0] * 4 + [3] * 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--refine", -1], "--refine -1: at least 0"),
+        (["--refine", 1, "--stream", "--save_dir", "out"], "--refine needs the whole model in memory"),
+        (["--refine", 1, "--allocation", "log_increase", "--target_ratio", 0.9], "cannot lose"),
+        (["--refine", 1, "--preset", "best", "--stream", "--save_dir", "out"], "--refine needs the whole model"),
+        (["--refine", 1, "--no_compensate"], "--refine needs compensation; leave --no_compensate out"),
+        (["--refine", 1, "--uniform_shapes", "--save_pruned_weights", "--save_dir", "out"], "leave --refine out"),
+    ],
+)
+def test_wrong_refinements(flags, message, words):
+    with pytest.raises(UserError, match=message):
+        main(*words, *flags)
+
+
+@pytest.mark.parametrize("preset", ["paper", "best"])
+def test_mixtures_of_experts_are_not_refined(preset, tokenizer, text_file, tmp_path):
+    make_tiny("mixtral").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = ["--data_file", text_file, "--target_ratio", 0.3, "--refine", 1, "--seqlen", 32, "--preset", preset]
+    with pytest.raises(UserError, match="--refine does not know mixtures of experts yet"):
+        main(tmp_path / "model", *flags)
+
+
+def test_refinement_wants_a_target(checkpoint, text_file):
+    flags = ["--seqlen", 32, "--sparsity", 0.3, "--refine", 1]
+    with pytest.raises(UserError, match="--refine moves units of a target: add --target_ratio or --target_params"):
+        main(checkpoint, "--data_file", text_file, *flags)

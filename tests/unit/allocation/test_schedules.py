@@ -1,0 +1,78 @@
+"""The ratio schedules."""
+
+import math
+import random
+
+import pytest
+
+from slim_utils.allocation.schedules import STRATEGIES, aligned_ratios, layer_range, layer_ratios, non_uniform_ratios
+from slim_utils.common.errors import UserError
+
+
+def test_log_increase_at_32_layers_is_the_papers_20_percent():
+    ratios = non_uniform_ratios("log_increase", 0.0625, 0.25, 32)
+    assert ratios == pytest.approx([0.0625 + (0.25 - 0.0625) * math.log(1 + i) / math.log(32) for i in range(32)])
+    assert sum(ratios) / 32 == pytest.approx(0.2004, abs=1e-4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("count", [2, 30, 80])
+def test_ends_and_order(strategy, count):
+    ratios = non_uniform_ratios(strategy, 0.1, 0.4, count)
+    assert len(ratios) == count
+    assert sorted(ratios, reverse=strategy.endswith("decrease")) == ratios
+    assert (min(ratios), max(ratios)) == pytest.approx((0.1, 0.4))
+
+
+def test_linear_increase():
+    assert non_uniform_ratios("linear_increase", 0.0, 0.4, 5) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_one_layer_gets_the_highest():
+    assert non_uniform_ratios("log_increase", 0.1, 0.3, 1) == [0.3]
+
+
+def test_decrease_leaves_the_layers_outside_alone():
+    layers = layer_range(2, 1000, 6)
+    ratios = layer_ratios(layers, 6, non_uniform_ratios("linear_decrease", 0.1, 0.4, len(layers)))
+    assert ratios == pytest.approx([0, 0, 0.4, 0.3, 0.2, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("minlayer", "maxlayer", "expected"), [(-1, 1000, range(0, 6)), (0, 32, range(0, 6)), (2, 4, range(2, 4))]
+)
+def test_layer_range_is_cut_to_the_model(minlayer, maxlayer, expected):
+    assert layer_range(minlayer, maxlayer, 6) == expected
+
+
+def test_errors_name_the_flag():
+    with pytest.raises(UserError, match="--minlayer 9"):
+        layer_range(9, 12, 6)
+    with pytest.raises(UserError, match="--non_uniform_strategy cubic"):
+        non_uniform_ratios("cubic", 0, 0.1, 3)
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 8, 16])
+@pytest.mark.parametrize("seed", range(5))
+def test_aligned_layers_keep_together_what_was_asked(multiple, seed):
+    generator = random.Random(seed)
+    totals = [160] * 9
+    ratios = [0.0 if generator.random() < 0.2 else generator.uniform(0.05, 0.6) for _ in totals]
+    kept = [total - round(total * ratio) for total, ratio in zip(totals, ratios, strict=True)]
+    aligned = aligned_ratios(ratios, totals, [multiple] * len(totals))
+    got = [total - round(total * ratio) for total, ratio in zip(totals, aligned, strict=True)]
+    for ratio, before, after in zip(ratios, kept, got, strict=True):
+        assert after % multiple == 0 if ratio else after == before
+        assert abs(after - before) < multiple
+    assert 0 <= sum(kept) - sum(got) < multiple
+
+
+def test_aligned_layers_never_end_empty_and_small_ones_are_left():
+    assert aligned_ratios([0.9, 0.9], [16, 16], [8, 8]) == pytest.approx([0.5, 0.5])
+    assert aligned_ratios([0.34, 0.0], [3, 3], [4, 4]) == [0.34, 0.0]
+
+
+def test_alike_layers_share_no_leftovers():
+    ratios = [0.25] * 4
+    assert len(set(aligned_ratios(ratios, [36] * 4, [8] * 4))) == 2
+    assert aligned_ratios(ratios, [36] * 4, [8] * 4, alike=True) == pytest.approx([1 - 24 / 36] * 4)

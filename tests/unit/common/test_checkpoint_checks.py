@@ -1,0 +1,306 @@
+"""Checkpoints that are not what their configuration says, or no model at all: one line, with the names."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import model_slimming
+import test_flops
+from model_finetune import main as finetune
+from scripts import compare_models, export_gguf
+from slim_utils.common.checkpoint_checks import check_weights
+from slim_utils.common.errors import UserError
+from slim_utils.common.loading import load_config, load_model, load_tokenizer, save_checkpoint
+from slim_utils.layerwise.offload import StreamedHost
+from slim_utils.profiling.model_stats import model_stats
+from tests.conftest import make_tiny
+from train_utils.finetune_args import parse_args
+
+WEIGHTS = "model.safetensors"
+LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1000\n"
+State = dict[str, Tensor]
+
+
+def stored(folder: Path, checkpoint: Path, change: Callable[[State], State]) -> Path:
+    """A copy of ``checkpoint`` in ``folder`` with changed weights."""
+    shutil.copytree(checkpoint, folder)
+    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def configured(folder: Path, checkpoint: Path, **fields: Any) -> Path:
+    """A copy of ``checkpoint`` in ``folder`` with other fields in its configuration; ``...`` for none."""
+    shutil.copytree(checkpoint, folder)
+    path = folder / "config.json"
+    content = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+    return folder
+
+
+def renamed(prefix: str) -> Callable[[State], State]:
+    """Puts a prefix before every name."""
+    return lambda state: {prefix + name: tensor for name, tensor in state.items()}
+
+
+def without(name: str) -> Callable[[State], State]:
+    """Drops one tensor."""
+    return lambda state: {key: value for key, value in state.items() if key != name}
+
+
+def added(name: str, tensor: Tensor) -> Callable[[State], State]:
+    """Adds a tensor, or replaces one."""
+    return lambda state: state | {name: tensor}
+
+
+def opened(way: str, model: Path, scratch: Path) -> None:
+    """Load whole or, layer by layer, from disk."""
+    if way == "whole":
+        load_model(str(model), "auto", False)
+    else:
+        StreamedHost(str(model), "auto", False, scratch).close()
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize("way", ["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without(DOWN), f"missing: {DOWN}$"),
+        (added(DOWN, torch.ones(24, 39)), rf"of another shape: {DOWN} \(\[24, 39\], not \[24, 40\]\)$"),
+        (added("model.layers.4.mlp.down_proj.weight", torch.ones(24, 40)), r"no part of the model: model\.layers\.4"),
+        (added("module.lm_head.weight", torch.ones(64, 24)), r"no part of the model: module\.lm_head\.weight"),
+        (renamed("student."), r"missing: lm_head\.weight, .* and 35 more; no part of the model: student\.lm_head"),
+        (lambda state: renamed("module.")(without(DOWN)(state)), r"missing: lm_head\.weight"),
+    ],
+)
+def test_load_model_with_other_weights_than_configured_names_them(way, change, words, checkpoint, tmp_path, caplog):
+    model = stored(tmp_path / "model", checkpoint, change)
+    with pytest.raises(UserError, match=words) as error:
+        opened(way, model, tmp_path / "scratch")
+    assert "\n" not in str(error.value)
+    # The line takes the place of the library's table.
+    assert "LOAD REPORT" not in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_load_model_with_an_expert_short_names_the_layer(tmp_path):
+    make_tiny("mixtral").save_pretrained(tmp_path / "whole")
+    lost = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    model = stored(tmp_path / "model", tmp_path / "whole", without(lost))
+    with pytest.raises(UserError, match=r"incomplete: model\.layers\.1\.mlp\.experts\.gate_up_proj"):
+        load_model(str(model), "auto", False)
+
+
+@pytest.mark.parametrize("variant", ["gqa", "tied", "mixtral"])
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_load_model_of_wrapped_weights_drops_the_prefix(prefix, variant, tmp_path, tokenizer, caplog):
+    dense = make_tiny(variant)
+    dense.save_pretrained(tmp_path / "dense")
+    model = stored(tmp_path / "model", tmp_path / "dense", renamed(prefix))
+    with caplog.at_level(logging.INFO):
+        loaded = load_model(str(model), "auto", False)
+    assert "names of a wrapped model" in caplog.text
+    for name, tensor in dense.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    # Saved, they have the names of the library.
+    save_checkpoint(loaded, tokenizer, tmp_path / "saved")
+    assert load_file(tmp_path / "saved" / WEIGHTS).keys() == load_file(tmp_path / "dense" / WEIGHTS).keys()
+    host = StreamedHost(str(model), "auto", False, tmp_path / "scratch")
+    layer = host.fetch(1, torch.device("cpu"))
+    for name, tensor in dense.model.layers[1].state_dict().items():
+        assert torch.equal(layer.state_dict()[name], tensor), name
+    host.close()
+
+
+def test_load_model_of_partly_compiled_weights_drops_the_inner_prefix(checkpoint, tmp_path):
+    model = stored(
+        tmp_path / "model",
+        checkpoint,
+        lambda state: {name.replace("layers.2.", "layers.2._orig_mod."): tensor for name, tensor in state.items()},
+    )
+    assert torch.equal(load_model(str(model), "auto", False).state_dict()[DOWN], load_file(model / WEIGHTS)[DOWN])
+
+
+@pytest.mark.parametrize("way", ["whole", "streamed"])
+def test_load_model_with_harmless_extras_says_that_they_are_left_out(way, checkpoint, tmp_path, caplog):
+    extras = {"mtp.layers.0.weight": torch.ones(2), "v_head.summary.weight": torch.ones(2)}
+    extras["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+    model = stored(tmp_path / "model", checkpoint, lambda state: state | extras)
+    with caplog.at_level(logging.INFO):
+        opened(way, model, tmp_path / "scratch")
+    assert "left out, no part of the language model: mtp.layers.0.weight, v_head.summary.weight" in caplog.text
+
+
+@pytest.mark.parametrize("variant", ["gqa", "tied", "opt", "qwen3_moe"])
+def test_check_weights_of_a_whole_checkpoint_finds_nothing(variant, tmp_path, caplog):
+    make_tiny(variant).save_pretrained(tmp_path)
+    with caplog.at_level(logging.INFO):
+        assert check_weights(str(tmp_path), load_config(str(tmp_path), False)) == {}
+    assert "model" not in caplog.text
+
+
+def wrong_checkpoints(folder: Path, checkpoint: Path) -> dict[str, Path]:
+    """By what is said of them: checkpoints that make the library raise errors of many classes."""
+
+    def pointer(name: str, file: str) -> Path:
+        shutil.copytree(checkpoint, folder / name)
+        (folder / name / WEIGHTS).unlink()
+        (folder / name / file).write_text(LFS_POINTER)
+        return folder / name
+
+    adapters = folder / "adapters"
+    adapters.mkdir()
+    (adapters / "adapter_config.json").write_text("{}")
+    fused = folder / "SFT"
+    shutil.copytree(adapters, fused)
+    (fused / "lora_fused_model").mkdir()
+    make = {
+        "expected int, got float": {"max_position_embeddings": 64.0},
+        "The hidden size .* is not a multiple": {"num_attention_heads": 5},
+        "of another shape: lm_head.weight": {"vocab_size": 70},
+        "of another shape: model.layers.0.self_attn.k_proj": {"num_key_value_heads": ...},
+        "KeyError: 'newer'": {"rope_parameters": {"rope_type": "newer", "rope_theta": 1e4, "factor": 2.0}},
+        r"KeyError: 'novel' \(unknown to transformers \d": {"hidden_act": "novel"},
+        r"quantised \(gptq\); give the unquantised": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    }
+    made = {words: configured(folder / f"m{index}", checkpoint, **f) for index, (words, f) in enumerate(make.items())}
+    return made | {
+        f"{WEIGHTS}: a Git LFS pointer.* git lfs pull": pointer("lfs", WEIGHTS),
+        "pytorch_model.bin: a Git LFS pointer.* git lfs pull": pointer("bin", "pytorch_model.bin"),
+        "a folder of adapters .*fuse the adapters": adapters,
+        f"a folder of adapters .*give {fused}/lora_fused_model": fused,
+    }
+
+
+def script(name: str, model: Path, folder: Path, text_file: Path, instruction_file: Path) -> None:
+    """Run a script of the suite on ``model`` in this process."""
+    if name == "model_slimming":
+        words = [model, "--data_file", text_file, "--num_samples", 4, "--seqlen", 16, "--device", "cpu"]
+        model_slimming.main(model_slimming.build_parser().parse_args([*map(str, words), "--skip_evaluate"]))
+    elif name == "model_finetune":
+        words = ["--model_name_or_path", model, "--data_path", instruction_file, "--output_dir", folder / "out"]
+        words += ["--val_dataset_size", 8, "--max_length", 32, "--extra_val_set", "none"]
+        words += ["--prompt_template_name", "none", "--cache_dataset", "false"]
+        finetune(parse_args(list(map(str, words))))
+    elif name == "compare_models":
+        words = [model, model, "--eval_datasets", text_file, "--eval_seqlens", 16, "--device", "cpu"]
+        compare_models.measure(compare_models.build_parser().parse_args(list(map(str, words))))
+    elif name == "export_gguf":
+        export_gguf.main(export_gguf.build_parser().parse_args([str(model), str(folder / "x.gguf")]))
+    else:
+        words = ["--base_model", model, "--compare", model, "--device", "cpu", "--lengths", 4, "--repeats", 1]
+        test_flops.main(test_flops.build_parser().parse_args(list(map(str, words))))
+
+
+@pytest.mark.parametrize("name", ["model_slimming", "model_finetune", "compare_models", "export_gguf", "test_flops"])
+def test_main_of_each_script_with_a_wrong_checkpoint_is_one_line(
+    name, checkpoint, tmp_path, text_file, instruction_file, monkeypatch
+):
+    # The tokenizer of the tests has no counterpart there, which is found before the weights are.
+    monkeypatch.setattr(export_gguf, "read_vocabulary", lambda *args: None)
+    for words, model in wrong_checkpoints(tmp_path, checkpoint).items():
+        if name == "export_gguf" and ("newer" in words or "novel" in words):
+            continue  # refused by its own lists of rotary embeddings and activations
+        with pytest.raises(UserError, match=words) as error:
+            script(name, model, tmp_path, text_file, instruction_file)
+        assert "\n" not in str(error.value) and str(model) in str(error.value)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "x.gguf").exists()
+
+
+def test_loading_with_remote_code_of_a_missing_package_names_it(checkpoint, tmp_path):
+    model = configured(tmp_path / "m", checkpoint, model_type="mine", auto_map={"AutoConfig": "mine.Mine"})
+    code = "import not_installed_anywhere\nfrom transformers import LlamaConfig\nclass Mine(LlamaConfig):\n    pass\n"
+    (model / "mine.py").write_text(code)
+    with pytest.raises(UserError, match="not_installed_anywhere") as error:
+        load_config(str(model), True)
+    assert "\n" not in str(error.value)
+
+
+def test_loading_of_a_tokenizer_that_cannot_be_made_keeps_the_reason(checkpoint, tmp_path):
+    model = tmp_path / "m"
+    shutil.copytree(checkpoint, model)
+    (model / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Novel"}}')
+    with pytest.raises(UserError, match=r"cannot be loaded: .{12}") as error:
+        load_tokenizer(str(model), False)
+    assert "\n" not in str(error.value) and not str(error.value).endswith(":")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_load_model_of_quantised_weights_is_refused(nested, checkpoint, tmp_path):
+    """Also where the library would load them: they would be saved without their scales."""
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    key = "compression_config" if nested else "quantization_config"
+    model = configured(tmp_path / "m", checkpoint, **{key: settings})
+    with pytest.raises(UserError, match=r"quantised \(fp8\)"):
+        load_model(str(model), "auto", False)
+
+
+@pytest.fixture(scope="module")
+def own_head(tmp_path_factory, tokenizer) -> Path:
+    """A checkpoint whose configuration ties the head to the embeddings, with a head of its own."""
+    path = tmp_path_factory.mktemp("models") / "own-head"
+    make_tiny("tied").save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    state = load_file(path / WEIGHTS)
+    head = torch.randn(64, 24, generator=torch.Generator().manual_seed(1))
+    save_file(state | {"lm_head.weight": head}, path / WEIGHTS, metadata={"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("flags", [[], ["--stream"]])
+def test_model_slimming_of_a_tied_model_with_its_own_head_keeps_the_head(flags, own_head, text_file, tmp_path, samples):
+    head = load_file(own_head / WEIGHTS)["lm_head.weight"]
+    words = [own_head, "--data_file", text_file, "--num_samples", 4, "--seqlen", 16, "--device", "cpu", *flags]
+    words += ["--sparsity", 0.5, "--save_pruned_weights", "--save_dir", tmp_path / "out", "--eval_datasets", text_file]
+    model_slimming.main(model_slimming.build_parser().parse_args([*map(str, words), "--eval_seqlens", "16"]))
+    logits = []
+    for folder in (tmp_path / "out", tmp_path / "out" / "pruned_weights"):
+        # By the library alone: what is saved is what others read.
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert not model.config.tie_word_embeddings
+        assert torch.equal(model.lm_head.weight, head)
+        logits.append(model(samples).logits)
+    assert torch.allclose(*logits, atol=1e-4)
+
+
+def test_load_model_of_a_pickled_tied_model_with_its_own_head_clears_the_flag(own_head, tmp_path):
+    """Only the library has read both matrices here."""
+    shutil.copytree(own_head, tmp_path / "bin")
+    torch.save(load_file(own_head / WEIGHTS), tmp_path / "bin" / "pytorch_model.bin")
+    (tmp_path / "bin" / WEIGHTS).unlink()
+    assert not load_model(str(tmp_path / "bin"), "auto", False).config.tie_word_embeddings
+    host = StreamedHost(str(tmp_path / "bin"), "auto", False, tmp_path / "scratch")
+    assert not host.model.config.tie_word_embeddings
+    with host.outside():
+        assert not torch.equal(host.model.lm_head.weight, host.model.model.embed_tokens.weight)
+    host.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_load_config_of_a_tied_model_that_stores_its_head_twice_keeps_the_flag(dtype, own_head, tmp_path):
+    def twice(state: State) -> State:
+        state = {name: tensor.to(dtype) for name, tensor in state.items()}
+        return state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
+
+    stored(tmp_path / "m", own_head, twice)
+    assert load_config(str(tmp_path / "m"), False).tie_word_embeddings
+    assert load_model(str(tmp_path / "m"), "auto", False).config.tie_word_embeddings
+
+
+def test_test_flops_of_a_tied_model_with_its_own_head_counts_the_head(own_head, capsys):
+    words = ["--base_model", str(own_head), "--seqlen", "4"]
+    test_flops.main(test_flops.build_parser().parse_args(words))
+    expected = sum(tensor.numel() for tensor in load_file(own_head / WEIGHTS).values())
+    assert f"{'parameters (M)':24}{expected / 1e6:12.2f}" in capsys.readouterr().out
+    assert model_stats(load_config(str(own_head), False)).parameters == expected

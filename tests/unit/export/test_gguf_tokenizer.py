@@ -1,0 +1,198 @@
+"""Tokenizers in GGUF files: splitting rules, kinds of tokens, spaces, and what llama.cpp would split otherwise."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from slim_utils.common.errors import UserError
+from slim_utils.export.gguf_tokenizer import (
+    merge_scores,
+    pre_tokenizer_name,
+    read_vocabulary,
+    space_prefix,
+    token_types,
+)
+from tests.conftest import make_tiny
+from tests.gguf_files import (
+    BYTE_LEVEL,
+    LLAMA3,
+    QWEN2,
+    SENTENCEPIECE,
+    TEKKEN,
+    byte_level,
+    export,
+    sentencepiece_folder,
+    sentencepiece_llama,
+    values,
+)
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+AFTER_SPLIT = BYTES | {"use_regex": False}
+
+
+def split(regex, behavior="Isolated", invert=False):
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": invert}
+
+
+def rule(*steps, **content):
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]], "ignore_merges": False}
+    content["model"] = model | content.pop("model", {})
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": list(steps)}, "normalizer": None, **content}
+
+
+def changed(tokenizer, change) -> PreTrainedTokenizerFast:
+    """``tokenizer`` with what ``change`` does to its file's content."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    change(content)
+    inner = Tokenizer.from_str(json.dumps(content))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+def test_read_vocabulary_names_known_splitting_rules(name):
+    assert read_vocabulary(byte_level(name), 600, "here").pre_tokenizer == name
+
+
+def test_pre_tokenizer_name_takes_each_way_of_isolating_matches():
+    assert pre_tokenizer_name(rule(split(QWEN2, "Removed", True), AFTER_SPLIT), "here") == "qwen2"
+
+
+def test_pre_tokenizer_name_ignore_merges_that_changes_nothing_is_of_no_account():
+    whole = {"ignore_merges": True}
+    assert pre_tokenizer_name(rule(split(QWEN2), AFTER_SPLIT, model=whole), "here") == "qwen2"
+    assert pre_tokenizer_name(rule(split(TEKKEN), AFTER_SPLIT), "here") == "tekken"
+    # "abb" is a token that merging "a", "b", "b" does not reach.
+    unreached = {"vocab": {"a": 0, "b": 1, "ab": 2, "bb": 3, "abb": 4}, "merges": [["a", "b"], ["b", "b"], ["a", "bb"]]}
+    with pytest.raises(UserError, match=r"llama\.cpp has no name for"):
+        pre_tokenizer_name(rule(split(QWEN2), AFTER_SPLIT, model=unreached | whole), "here")
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"type": "Whitespace"}],
+        [BYTES | {"add_prefix_space": True}],
+        [AFTER_SPLIT],
+        [{"type": "Digits", "individual_digits": False}, BYTES],
+        [split(LLAMA3), BYTES],
+        [split(LLAMA3, "Removed"), AFTER_SPLIT],
+        [split(LLAMA3 + "|x"), AFTER_SPLIT],
+        [split(QWEN2.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)|", "")), AFTER_SPLIT],
+        [split(LLAMA3), split(QWEN2), AFTER_SPLIT],
+        [{"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated", "invert": False}, AFTER_SPLIT],
+        [],
+    ],
+)
+def test_pre_tokenizer_name_refuses_every_other_rule(steps):
+    with pytest.raises(
+        UserError, match=r"here: llama\.cpp has no name for the tokenizer's splitting rule \[.*\]"
+    ) as error:
+        pre_tokenizer_name(rule(*steps), "here")
+    assert "\n" not in str(error.value)
+
+
+def test_pre_tokenizer_name_of_a_normalizer(caplog):
+    assert pre_tokenizer_name(rule(BYTES, normalizer={"type": "NFC"}), "here") == "gpt-2"
+    assert "does not bring text to NFC" in caplog.text
+    with pytest.raises(UserError, match=r"here: llama\.cpp does not have the tokenizer's normalizer \['Lowercase'\]"):
+        pre_tokenizer_name(rule(BYTES, normalizer={"type": "Lowercase"}), "here")
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_export_of_sentencepiece_has_its_leading_space_and_unknown_token(tmp_path, kind):
+    tokenizer = sentencepiece_llama(tmp_path / "base", kind)
+    make_tiny("gqa", vocab_size=410).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    keys = values(export(tmp_path / "model"))
+    assert keys["tokenizer.ggml.model"] == "llama" and keys["tokenizer.ggml.add_space_prefix"] is True
+    assert keys["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6] and keys["tokenizer.ggml.token_type"][-1] == 5
+    assert keys["tokenizer.ggml.unknown_token_id"] == 0
+    scores = keys["tokenizer.ggml.scores"]
+    assert min(scores) == scores[keys["tokenizer.ggml.tokens"].index(_last_merge(tokenizer))] < -50
+
+
+def _last_merge(tokenizer):
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    # A token's score is that of its first merge.
+    return list(dict.fromkeys("".join(merge) for merge in merges))[-1]
+
+
+def test_export_takes_a_folder_without_tokenizer_json(tmp_path):
+    make_tiny("gqa", vocab_size=400).save_pretrained(tmp_path / "model")
+    sentencepiece_folder(tmp_path / "model")
+    assert values(export(tmp_path / "model"))["tokenizer.ggml.add_space_prefix"] is True
+
+
+@pytest.mark.parametrize(("scheme", "prefix"), [("first", True), ("always", True), ("never", False)])
+def test_space_prefix_is_that_of_the_metaspace(scheme, prefix):
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    assert space_prefix(rule(metaspace), "here") is prefix
+    assert space_prefix({**rule(), "pre_tokenizer": metaspace}, "here") is prefix
+
+
+def test_space_prefix_refuses_other_treatment_of_text():
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}
+    assert space_prefix(rule(metaspace), "here") is True
+    for content in (
+        rule(metaspace, model={"vocab": {"▁▁": 0}}),
+        rule(metaspace | {"replacement": "_"}),
+        rule(metaspace, normalizer={"type": "NFKC"}),
+        rule(metaspace, {"type": "Digits", "individual_digits": True}),
+        rule(normalizer={"type": "Prepend", "prepend": "▁"}),
+    ):
+        with pytest.raises(UserError, match=r"here: llama\.cpp's SentencePiece does not have the tokenizer's steps"):
+            space_prefix(content, "here")
+
+
+def test_merge_scores_refuses_pairs_that_are_not_merged():
+    vocab = {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4, "bc": 5}
+    merges = [["a", "b"], ["b", "c"], ["ab", "c"], ["a", "bc"]]
+    assert merge_scores({"model": {"vocab": vocab, "merges": merges}}, 7, "here") == [0, 0, 0, -1, -3, -2, 0]
+    with pytest.raises(UserError, match="here: the tokenizer does not merge 'a' and 'bc' into 'abc'"):
+        merge_scores({"model": {"vocab": vocab, "merges": merges[:-1]}}, 7, "here")
+
+
+def test_token_types_of_sentencepiece():
+    vocab = {"<unk>": 0, "<s>": 1, "<0x0A>": 2, "a": 3}
+    content = {"model": {"vocab": vocab, "byte_fallback": True}}
+    content["added_tokens"] = [{"id": vocab[text], "content": text, "special": True} for text in ("<unk>", "<s>")]
+    assert token_types(content, 5, "<unk>") == [2, 3, 6, 1, 5]
+    assert token_types(content, 5, None) == [3, 3, 6, 1, 5]
+
+
+def test_an_unknown_token_that_ends_texts_stays_control():
+    def name_unknown(content):
+        content["model"]["unk_token"] = "</s>"
+
+    assert read_vocabulary(changed(byte_level("gpt-2"), name_unknown), 600, "here").types[:3] == [3, 3, 1]
+
+
+def test_read_vocabulary_refuses_dropout():
+    def drop(content):
+        content["model"]["dropout"] = 0.5
+
+    with pytest.raises(UserError, match=r"here: a tokenizer with dropout, which llama\.cpp does not have"):
+        read_vocabulary(changed(byte_level("gpt-2"), drop), 600, "here")
+
+
+@pytest.mark.parametrize(
+    ("missing", "beyond"), [(1, r"1 .* \('<tool>'\)"), (4, r"4 .* \('.*', '.*', '\[PAD\]', '<tool>'\)")]
+)
+def test_export_refuses_tokens_beyond_the_embedding(tmp_path, missing, beyond):
+    tokenizer = byte_level("gpt-2")
+    tokenizer.add_tokens(["[PAD]", "<tool>"])
+    rows = len(tokenizer) - missing
+    make_tiny("gqa", vocab_size=rows).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=rf": {beyond} have no row in the embedding of {rows};"):
+        export(tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_reloaded_sentencepiece_tokenizer_exports_as_the_first(tmp_path):
+    first = sentencepiece_llama(tmp_path / "base", "metaspace")
+    first.save_pretrained(tmp_path / "again")
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert read_vocabulary(again, 400, "here") == read_vocabulary(first, 400, "here")

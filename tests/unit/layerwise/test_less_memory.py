@@ -1,0 +1,255 @@
+"""Device memory that is full anywhere in a run: less at once, the same result, and nothing lost."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from ppl_eval import streamed_eval
+from ppl_eval.ppl_dataset import EvalKey
+from ppl_eval.ppl_eval import evaluate
+from ppl_eval.streamed_eval import evaluate_on
+from slim_utils.allocation import refinement
+from slim_utils.allocation import sensitivity as search
+from slim_utils.allocation.refinement import measure_around
+from slim_utils.allocation.schedules import LayerRatio
+from slim_utils.allocation.sensitivity import measure
+from slim_utils.families import find_family
+from slim_utils.layerwise import pruner as layer_walk
+from slim_utils.layerwise.layer_forward import LayerReplay
+from slim_utils.layerwise.offload import LayerHost
+from slim_utils.layerwise.pruner import prune_layers
+from slim_utils.layerwise.resume import LayerStore
+from slim_utils.layerwise.settings import WalkSettings
+from tests.conftest import make_tiny
+
+CPU = torch.device("cpu")
+# Stands for a GPU: it is the CPU, by another name.
+ELSEWHERE = torch.device("cpu", 0)
+RATIOS = [0.2, 0.35, 0.5, 0.6]
+
+
+def walk(model, samples, ratios=RATIOS, store=None, starts=None, **settings):
+    """Masks and reports of pruning ``model`` in place."""
+    family, settings = find_family(model.config), WalkSettings(**{"device": CPU, "cache_dev": CPU, **settings})
+    return prune_layers(model, family, samples, ratios, settings, store, starts=starts)
+
+
+def full_where(monkeypatch, name, is_full):
+    """Let memory be full where ``is_full(replay, *args)`` holds at the call of a method of replays; its batch sizes."""
+    method, seen = getattr(LayerReplay, name), []
+
+    def limited(self, *args):
+        seen.append(len(args[0]) if args else None)
+        if is_full(self, *args):
+            raise torch.OutOfMemoryError("full")
+        return method(self, *args)
+
+    monkeypatch.setattr(LayerReplay, name, limited)
+    return seen
+
+
+def same_weights(one, other):
+    for name, weight in one.state_dict().items():
+        assert torch.allclose(other.state_dict()[name], weight, rtol=1e-3, atol=1e-3), name
+
+
+@pytest.mark.parametrize(
+    ("ratios", "failing", "batch_samples"),
+    [(RATIOS, 2, 3), (RATIOS, 5, 5), ([0.0, 0.0, 0.5, 0.6], 3, 3), ([0.0, 0.0, 0.5, 0.6], 8, 5)],
+)
+def test_prune_layers_full_while_advancing_goes_on_from_the_batch(
+    ratios, failing, batch_samples, samples, monkeypatch, caplog
+):
+    """Also in layers that are not pruned; each time after another batch, the last of which are of other sizes."""
+    whole, parts, starts = make_tiny("gqa"), make_tiny("gqa"), samples[:7, :8]
+    expected, _ = walk(whole, samples, ratios, starts=starts)
+    advancing, run = [], []
+    advance = LayerReplay.advance
+
+    def watched(self):
+        advancing.append(True)
+        try:
+            advance(self)
+        finally:
+            advancing.pop()
+
+    monkeypatch.setattr(LayerReplay, "advance", watched)
+    full_where(monkeypatch, "_run", lambda replay, batch: advancing and (run.append(len(batch)) or len(run) == failing))
+    masks, reports = walk(parts, samples, ratios, starts=starts, batch_samples=batch_samples)
+    assert masks == expected
+    same_weights(whole, parts)
+    assert f"going on with {batch_samples // 2} samples at once" in caplog.text
+    assert [report.batch_samples for report in reports][-1] == batch_samples // 2
+
+
+def test_prune_layers_full_for_activations_keeps_them_on_the_host(samples, monkeypatch, caplog):
+    capture = layer_walk.capture_layer_calls
+
+    def limited(model, layers, samples, settings, world):
+        if settings.cache_dev != CPU:
+            raise torch.OutOfMemoryError("full")
+        return capture(model, layers, samples, settings, world)
+
+    monkeypatch.setattr(layer_walk, "capture_layer_calls", limited)
+    model = make_tiny("gqa")
+    masks, _ = walk(model, samples, cache_dev=ELSEWHERE)
+    assert masks == walk(make_tiny("gqa"), samples)[0]
+    assert "the embeddings: the device's memory is full; going on with 128 samples at once, activations on cpu" in (
+        caplog.text
+    )
+
+
+def test_prune_layers_full_for_a_layer_keeps_activations_on_the_host(samples, monkeypatch, caplog):
+    fetch, calls = LayerHost.fetch, []
+
+    def limited(self, index, device):
+        calls.append(index)
+        if calls.count(2) == 1 and index == 2:
+            raise torch.OutOfMemoryError("full")
+        return fetch(self, index, device)
+
+    monkeypatch.setattr(LayerHost, "fetch", limited)
+    masks, reports = walk(make_tiny("gqa"), samples, cache_dev=ELSEWHERE)
+    assert masks == walk(make_tiny("gqa"), samples)[0]
+    assert [report.cache_dev for report in reports] == ["cpu:0", "cpu:0", "cpu", "cpu"]
+
+
+class Killed(BaseException):
+    """Ends a run."""
+
+
+def test_prune_layers_resumed_after_full_memory_begins_with_what_fits(samples, tmp_path, monkeypatch):
+    whole, parts, again = (make_tiny("gqa") for _ in range(3))
+    expected, _ = walk(whole, samples)
+    seen = full_where(monkeypatch, "_run", lambda replay, batch: len(batch) > 2)
+    store = LayerStore(tmp_path / "out")
+    store.open({}, False)
+
+    def killed(layer, family, report):
+        if report.layer == 2:
+            raise Killed
+        LayerStore.save(store, layer, family, report)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(store, "save", killed)
+        walk(parts, samples, store=store)
+    assert sorted(set(seen)) == [2, 4, 8]
+    seen.clear()
+    store = LayerStore(tmp_path / "out")
+    store.open({}, True)
+    masks, reports = walk(again, samples, store=store)
+    assert set(seen) == {2}
+    assert masks == expected and [report.batch_samples for report in reports] == [2, 2, 2, 2]
+    same_weights(whole, again)
+
+
+def test_prune_layers_restoring_where_memory_is_full_goes_on(samples, tmp_path, monkeypatch):
+    """Layers of a run that had more memory."""
+    whole, again = make_tiny("gqa"), make_tiny("gqa")
+    store = LayerStore(tmp_path / "out")
+    store.open({}, False)
+    expected, _ = walk(whole, samples, store=store)
+    (store.folder / "layer_0003.safetensors").unlink()
+    seen = full_where(monkeypatch, "_run", lambda replay, batch: len(batch) > 2)
+    store = LayerStore(tmp_path / "out")
+    store.open({}, True)
+    assert walk(again, samples, store=store)[0] == expected
+    assert sorted(set(seen)) == [2, 4, 8]
+    assert json.loads((store.folder / "reduced.json").read_text())["batch_samples"] == 2
+    same_weights(whole, again)
+
+
+def losses(measured):
+    return [part.loss for parts in measured.values() for part in parts]
+
+
+def test_measure_where_memory_is_full_gives_the_same_losses(samples, tmp_path, monkeypatch, caplog):
+    model = make_tiny("gqa")
+    host, settings = LayerHost(model, find_family(model.config)), WalkSettings(CPU, CPU)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    expected = losses(measure(host, samples, range(4), settings))
+    divergence, calls = search.Probe.divergence, []
+
+    def limited(self, index):
+        calls.append(index)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("full")
+        return divergence(self, index)
+
+    monkeypatch.setattr(search.Probe, "divergence", limited)
+    found = measure(host, samples, range(4), settings, tmp_path / "measured.json")
+    assert losses(found) == pytest.approx(expected, rel=0.05)
+    # What was measured is not measured again.
+    assert calls == [0, 0, 1, 1, 1, 2, 2, 3, 3]
+    assert "measuring: the device's memory is full; going on with 4 samples" in caplog.text
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_measure_around_where_memory_is_full_gives_the_same_losses(samples, monkeypatch, caplog):
+    model = make_tiny("gqa")
+    host, settings = LayerHost(model, find_family(model.config)), WalkSettings(CPU, CPU)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    ratios = [LayerRatio.of(ratio) for ratio in RATIOS]
+    expected = measure_around(host, samples, None, ratios, settings)
+    divergence, calls = refinement.Probe.divergence, []
+
+    def limited(self, index):
+        calls.append(index)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("full")
+        return divergence(self, index)
+
+    monkeypatch.setattr(refinement.Probe, "divergence", limited)
+    found = measure_around(host, samples, None, ratios, settings)
+    for index, parts in expected.items():
+        for part, again in zip(parts, found[index], strict=True):
+            assert (part.loss is None) == (again.loss is None)
+            assert again.loss is None or math.isclose(part.loss, again.loss, rel_tol=0.05)
+    assert "refining: the device's memory is full; going on with 4 samples" in caplog.text
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def full_on_device(monkeypatch, model):
+    """Let ``model`` as a whole never fit on ``ELSEWHERE``."""
+    move = type(model).to
+
+    def to(self, device):
+        if device == ELSEWHERE:
+            raise torch.OutOfMemoryError("full")
+        return move(self, device)
+
+    monkeypatch.setattr(type(model), "to", to)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_evaluate_on_a_device_that_is_too_small_goes_layer_by_layer(samples, known, monkeypatch, caplog):
+    model = make_tiny("gqa")
+    host, sets = LayerHost(model, find_family(model.config)), {EvalKey("text", 16): samples}
+    expected = evaluate(model, sets)[0]["perplexity"]
+    if known:
+        # As a GPU's would be: it is seen before.
+        monkeypatch.setattr(streamed_eval, "free_memory", lambda device: 1000)
+        device = type("Device", (), {"type": "cuda"})()
+        monkeypatch.setattr(streamed_eval, "empty_cache", lambda device: None)
+        monkeypatch.setattr(streamed_eval, "layers_run_once", lambda host, device, *rest: RUN_ONCE(host, CPU, *rest))
+    else:
+        full_on_device(monkeypatch, model)
+        device = ELSEWHERE
+    found = evaluate_on(host, device, sets)
+    assert found[0]["perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert "it is evaluated layer by layer" in caplog.text
+
+
+RUN_ONCE = streamed_eval.layers_run_once
+
+
+def test_evaluate_on_with_room_for_a_few_windows_takes_smaller_batches(samples, monkeypatch, caplog):
+    model = make_tiny("gqa")
+    host, sets = LayerHost(model, find_family(model.config)), {EvalKey("text", 16): samples}
+    expected = evaluate(model, sets)[0]["perplexity"]
+    full_on_device(monkeypatch, model)
+    full_where(monkeypatch, "_run", lambda replay, batch: len(batch) > 2)
+    assert evaluate_on(host, ELSEWHERE, sets)[0]["perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert "evaluation: the device's memory is full; going on with 2 samples at once" in caplog.text

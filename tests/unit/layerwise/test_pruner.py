@@ -1,0 +1,300 @@
+"""The layer walk against a plain one that runs the whole model for every Hessian."""
+
+import inspect
+import logging
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig
+
+from slim_utils.common.errors import UserError
+from slim_utils.families import find_family, layer_shapes
+from slim_utils.layerwise import settings as walk_settings
+from slim_utils.layerwise.layer_forward import LayerReplay
+from slim_utils.layerwise.pruner import planned_masks, prune_layers
+from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.slimgpt import SlimGPT
+from tests import reference_slimgpt
+from tests.conftest import ALL_TINY, make_tiny, set_attention
+
+CPU = torch.device("cpu")
+RATIOS = [0.2, 0.35, 0.5, 0.6]
+
+
+def walk(model, samples, ratios=RATIOS, **settings):
+    """Masks and reports of pruning ``model`` in place."""
+    return prune_layers(model, find_family(model.config), samples, ratios, WalkSettings(CPU, CPU, **settings))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+# The queries of OLMo 2 are normed over all heads: the walk zeroes removed ones at once, the plain walk never.
+@pytest.mark.parametrize("variant", [name for name in ALL_TINY if name != "olmo2"])
+def test_same_model_as_the_plain_walk(variant, implementation, samples):
+    model, expected = make_tiny(variant, torch.float64), make_tiny(variant, torch.float64)
+    set_attention(model, implementation)
+    masks, reports = walk(model, samples, percdamp=0.01, gqa_unit="kv_group", expert_columns_multiple=1)
+    removed = reference_slimgpt.prune_model(expected, samples, RATIOS, percdamp=0.01)
+    for report, (groups, columns) in zip(reports, removed, strict=True):
+        assert (report.attention.pruned_units, report.mlp.pruned_units) == (groups, columns)
+    assert any(groups for groups, _ in removed)
+    for name, weight in expected.state_dict().items():
+        got = model.state_dict()[name]
+        # The walk accumulates its Hessian in fp32, the plain one in fp64.
+        assert torch.allclose(got, weight, rtol=1e-4, atol=1e-4 * weight.abs().max().item()), name
+    assert [mask.shape for mask in masks] == layer_shapes(model.config)
+
+
+def test_query_heads_as_units(samples):
+    model, expected = make_tiny("gqa", torch.float64), make_tiny("gqa", torch.float64)
+    masks, _ = walk(model, samples, RATIOS)
+    reference_slimgpt.prune_model(expected, samples, RATIOS, percdamp=0.01, query_heads=True)
+    # Three query heads a group: round(3 · ratio) of each go.
+    assert [len(mask.kept_heads) for mask in masks] == [4, 4, 2, 2]
+    assert all(mask.kept_kv_heads == [0, 1] for mask in masks)
+    for name, weight in expected.state_dict().items():
+        assert torch.allclose(model.state_dict()[name], weight, rtol=1e-4, atol=1e-4 * weight.abs().max().item()), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gqa_unit": "kv_group"},
+        {"gqa_unit": "kv_group", "heads_multiple": 2, "columns_multiple": 8},
+        {"columns_multiple": 16, "alike": True},
+        {"heads_multiple": 4},
+    ],
+)
+@pytest.mark.parametrize("variant", ["mha", "gqa"])
+def test_pruning_gives_the_sizes_planned(samples, variant, settings):
+    model = make_tiny(variant)
+    planned = planned_masks(layer_shapes(model.config), RATIOS, WalkSettings(CPU, CPU, **settings))
+    masks, _ = walk(model, samples, **settings)
+    for plan, mask in zip(planned, masks, strict=True):
+        assert [len(plan.kept_heads), len(plan.kept_kv_heads), len(plan.kept_columns)] == [
+            len(mask.kept_heads),
+            len(mask.kept_kv_heads),
+            len(mask.kept_columns),
+        ]
+    if settings.get("heads_multiple") == 2:
+        assert all(len(mask.kept_kv_heads) % 2 == 0 and len(mask.kept_columns) % 8 == 0 for mask in masks)
+    if settings.get("heads_multiple") == 4:
+        assert all(len(mask.kept_heads) == 4 for mask in masks)
+
+
+def test_multi_head_attention_has_one_unit(samples):
+    whole, single = make_tiny("mha"), make_tiny("mha")
+    assert walk(whole, samples)[0] == walk(single, samples, gqa_unit="kv_group")[0]
+
+
+@pytest.mark.parametrize(("batch_samples", "tokens_per_forward"), [(128, 8192), (3, 8192), (128, 32), (5, 48), (1, 1)])
+def test_batches_do_not_matter(monkeypatch, samples, batch_samples, tokens_per_forward):
+    whole, parts = make_tiny("gqa"), make_tiny("gqa")
+    expected, _ = walk(whole, samples)
+    monkeypatch.setattr(walk_settings, "TOKENS_PER_FORWARD", tokens_per_forward)
+    masks, _ = walk(parts, samples, batch_samples=batch_samples)
+    assert masks == expected
+    for name, weight in whole.state_dict().items():
+        assert torch.allclose(parts.state_dict()[name], weight, rtol=1e-3, atol=1e-3), name
+
+
+def test_layers_outside_the_range_are_untouched(samples):
+    model, dense = make_tiny("mha"), make_tiny("mha")
+    masks, reports = walk(model, samples, [0.0, 0.5, 0.0, 0.0])
+    assert [report.layer for report in reports] == [1]
+    for index in (0, 2, 3):
+        assert len(masks[index].kept_columns) == dense.config.intermediate_size
+        for got, expected in zip(
+            model.model.layers[index].parameters(), dense.model.layers[index].parameters(), strict=True
+        ):
+            assert torch.equal(got, expected)
+
+
+def test_nothing_to_prune_runs_nothing(samples):
+    model = make_tiny("mha")
+    masks, reports = walk(model, samples, [0.0] * 4)
+    assert reports == []
+    assert all(len(mask.kept_heads) == 6 for mask in masks)
+
+
+def test_without_compensation_the_rest_stays(samples):
+    model, dense = make_tiny("mha"), make_tiny("mha")
+    masks, reports = walk(model, samples, compensate=False)
+    for index, mask in enumerate(masks):
+        got, expected = (m.model.layers[index].mlp.down_proj.weight for m in (model, dense))
+        assert torch.equal(got[:, mask.kept_columns], expected[:, mask.kept_columns])
+        assert reports[index].mlp.error == pytest.approx(reports[index].mlp.error_zeroed)
+
+
+def test_every_argument_of_a_layers_call_is_replayed(samples, monkeypatch):
+    """A layer that some later version calls with more, by position and by name, is called the same way."""
+    model = make_tiny("mha")
+    seen = []
+    original = type(model.model.layers[0]).forward
+
+    def forward(self, hidden_states, extra_position=None, *, extra_name=None, **kwargs):
+        seen.append((extra_position, extra_name, sorted(kwargs)))
+        return original(self, hidden_states, **kwargs)
+
+    monkeypatch.setattr(type(model.model.layers[0]), "forward", forward)
+
+    class Caller(nn.Module):
+        """A decoder list that hands every layer something new."""
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **kwargs):
+            return self.inner(*args, "position", extra_name=torch.ones(1), **kwargs)
+
+    layers = model.model.layers
+    family = find_family(model.config)
+    model.model.layers = nn.ModuleList(Caller(layer) for layer in layers)
+    monkeypatch.setattr(type(family), "decoder_layers", lambda self, model: layers)
+    prune_layers(model, family, samples, RATIOS, WalkSettings(CPU, CPU))
+    assert seen
+    assert all(position == "position" and name.item() == 1 for position, name, _ in seen)
+    names = {tuple(names) for _, _, names in seen}
+    assert len(names) == 1
+    assert {"attention_mask", "position_embeddings", "position_ids"} <= set(names.pop())
+
+
+def test_the_layers_are_themselves_again(samples):
+    model = make_tiny("mha")
+    walk(model, samples)
+    for layer in model.model.layers:
+        assert inspect.ismethod(layer.forward)
+        assert layer.forward.__func__ is type(layer).forward
+        assert not layer._forward_pre_hooks
+
+
+@pytest.mark.parametrize("where", ["model.embed_tokens.weight", "model.layers.1.mlp.gate_proj.weight"])
+def test_non_finite_activations_stop_with_the_layer_named(samples, where):
+    model = make_tiny("mha")
+    model.get_parameter(where).data.fill_(float("inf"))
+    with pytest.raises(UserError, match="the embeddings" if "embed" in where else r"layer 1 .*--dtype"):
+        walk(model, samples)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, samples):
+    model = make_tiny("gqa", dtype)
+    masks, reports = walk(model, samples)
+    assert model.dtype == dtype
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    for index, mask in enumerate(masks):
+        weight = model.model.layers[index].mlp.down_proj.weight
+        removed = sorted(set(range(40)) - set(mask.kept_columns))
+        assert torch.count_nonzero(weight[:, removed]) == 0
+    assert all(report.mlp.error < report.mlp.error_zeroed for report in reports)
+
+
+def test_one_log_line_a_layer(samples, caplog):
+    with caplog.at_level(logging.INFO):
+        walk(make_tiny("gqa"), samples)
+    lines = [record.getMessage() for record in caplog.records if record.name == "slim_utils.layerwise.pruner"]
+    assert len(lines) == 4
+    assert lines[2].startswith("layer 2/4 ratio 0.5000: heads −4/6")
+
+
+def test_unknown_family_names_the_known_ones():
+    config = LlamaConfig()
+    config.model_type = "gpt_neox"
+    with pytest.raises(UserError, match="'gpt_neox' is not supported; supported: llama"):
+        find_family(config)
+
+
+def test_quantised_weights_are_refused():
+    with pytest.raises(UserError, match="quantised"):
+        find_family(LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4}))
+
+
+def test_norms_over_all_heads_keep_their_scale(samples):
+    """OLMo 2 after the walk: removed queries are zero, and the others as large as if all heads still counted."""
+    model = make_tiny("olmo2", torch.float64)
+    dense = make_tiny("olmo2", torch.float64)
+    masks, _ = walk(model, samples, [0.5] * 4, gqa_unit="kv_group")
+    for layer, old, mask in zip(model.model.layers, dense.model.layers, masks, strict=True):
+        assert len(mask.kept_heads) == 3
+        rows = [4 * head + i for head in mask.kept_heads for i in range(4)]
+        hidden = torch.randn(50, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            got, expected = (part.self_attn.q_norm(part.self_attn.q_proj(hidden)) for part in (layer, old))
+        assert got[:, rows].count_nonzero() == got.count_nonzero()
+        # Not the same, since the mean square of some heads stands for that of all; but of the same size.
+        assert got[:, rows].norm() == pytest.approx(expected[:, rows].norm().item(), rel=0.2)
+
+
+def full_memory(monkeypatch, fits):
+    """Let the device's memory be full wherever ``fits(replay, batch)`` does not hold; the sizes that were tried."""
+    run, tried = LayerReplay._run, []
+
+    def limited(self, batch):
+        tried.append(len(batch))
+        if not fits(self, batch):
+            raise torch.OutOfMemoryError("full")
+        return run(self, batch)
+
+    monkeypatch.setattr(LayerReplay, "_run", limited)
+    return tried
+
+
+@pytest.mark.parametrize("variant", ["gqa", "mixtral", "olmo2"])
+def test_smaller_batches_where_memory_is_full(variant, samples, monkeypatch, caplog):
+    whole, parts = make_tiny(variant), make_tiny(variant)
+    expected, _ = walk(whole, samples)
+    # The first layer fits; later the heads do, and the columns do not.
+    tried = full_memory(monkeypatch, lambda replay, batch: len(batch) <= 2 or not replay._attention or len(tried) <= 4)
+    masks, reports = walk(parts, samples)
+    assert masks == expected and len(reports) == 4
+    assert sorted(set(tried)) == [2, 4, 8]
+    assert "the device's memory is full; going on with 2 samples at once" in caplog.text
+    for name, weight in whole.state_dict().items():
+        assert torch.allclose(parts.state_dict()[name], weight, rtol=1e-3, atol=1e-3), name
+
+
+def test_activations_go_to_the_host_last(samples, monkeypatch, caplog):
+    elsewhere = torch.device("cpu", 0)
+    full_memory(monkeypatch, lambda replay, batch: replay.settings.cache_dev == CPU)
+    model = make_tiny("gqa")
+    masks, _ = prune_layers(model, find_family(model.config), samples, RATIOS, WalkSettings(CPU, elsewhere))
+    assert masks == walk(make_tiny("gqa"), samples)[0]
+    lines = [line.partition("; ")[2] for line in caplog.messages if "memory is full" in line]
+    sizes = [(4, "cpu:0"), (2, "cpu:0"), (1, "cpu:0"), (1, "cpu")]
+    assert lines == [f"going on with {size} samples at once, activations on {device}" for size, device in sizes]
+
+
+def test_memory_that_never_does_is_an_error(samples, monkeypatch):
+    full_memory(monkeypatch, lambda replay, batch: False)
+    with pytest.raises(torch.OutOfMemoryError):
+        walk(make_tiny("gqa"), samples)
+
+
+@pytest.mark.parametrize("variant", ["gqa", "mixtral"])
+def test_the_first_half_of_the_layers_sees_beginnings_of_text_besides(variant, samples, monkeypatch):
+    """The Hessian of the first layer is that of both kinds of windows, each as the model itself runs it."""
+    model, starts = make_tiny(variant), samples[:9, :8]
+    expected, name = [], "self_attn.o_proj"
+    linear = model.model.layers[0].get_submodule(name)
+    handle = linear.register_forward_pre_hook(lambda module, args: expected.append(args[0].flatten(0, 1)))
+    for windows in (samples, starts):
+        model(windows)
+    handle.remove()
+    hessians: dict[str, tuple[torch.Tensor, int]] = {}
+    prune = SlimGPT.struct_prune
+
+    def spy(pruner, *args, **flags):
+        hessians[pruner.name] = (pruner.hessian.clone(), pruner.num_samples)
+        return prune(pruner, *args, **flags)
+
+    monkeypatch.setattr(SlimGPT, "struct_prune", spy)
+    settings = WalkSettings(CPU, CPU)
+    prune_layers(model, find_family(model.config), samples, RATIOS, settings, starts=starts)
+    tokens = torch.cat(expected).double()
+    hessian, count = hessians[f"layer 0 {name}"]
+    assert count == len(samples) + len(starts)
+    assert torch.allclose(hessian.double(), 2 / count * tokens.T @ tokens, rtol=1e-4, atol=1e-6)
+    counts = [hessians[f"layer {index} {name}"][1] - len(samples) for index in range(4)]
+    assert counts == [len(starts), len(starts), 0, 0]

@@ -1,0 +1,147 @@
+"""Pruned weights stay exactly zero through any optimizer; the losses and checks of the Trainer."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional
+
+from slim_utils.families import find_family, layer_shapes
+from slim_utils.masks import LayerMask
+from slim_utils.params_remove import shrink, zero_removed
+from tests.conftest import make_tiny
+from train_utils.finetune_dataset import IGNORED_LABEL
+from train_utils.sparse_trainer import MaskCallback, focal_loss, masked_slices
+
+OPTIMIZERS = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.3),
+    "adam l2": lambda parameters: torch.optim.Adam(parameters, lr=1e-2, weight_decay=0.3),
+    "sgd momentum": lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, weight_decay=0.3),
+    "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=1e-3, momentum=0.9),
+    "adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-2),
+}
+
+
+def masks_of(config) -> list[LayerMask]:
+    """Masks that remove another kv group and other columns in every layer."""
+    return [
+        LayerMask.from_groups(
+            shape,
+            [group for group in range(shape.num_kv_heads) if group != index % shape.num_kv_heads],
+            [column for column in range(shape.num_columns) if column % shape.ffn_width % (index + 2)],
+        )
+        for index, shape in enumerate(layer_shapes(config))
+    ]
+
+
+def zeroed(variant: str):
+    """A random model, its family and masks, the removed weights zero."""
+    model = make_tiny(variant)
+    family, masks = find_family(model.config), masks_of(model.config)
+    zero_removed(model, family, masks)
+    return model, family, masks
+
+
+def removed_weights(model, masks) -> list[torch.Tensor]:
+    """What has to be zero, written out name by name."""
+    removed = []
+    for layer, mask in zip(model.model.layers, masks, strict=True):
+        dim, shape = mask.shape.head_dim, mask.shape
+        heads = [h * dim + i for h in range(shape.num_heads) if h not in mask.kept_heads for i in range(dim)]
+        kv = [h * dim + i for h in range(shape.num_kv_heads) if h not in mask.kept_kv_heads for i in range(dim)]
+        columns = [c for c in range(shape.num_columns) if c not in mask.kept_columns]
+        attention, mlp = layer.self_attn, layer.mlp
+        removed.append(attention.o_proj.weight[:, heads])
+        rows = [(attention.q_proj, heads), (attention.k_proj, kv), (attention.v_proj, kv)]
+        if shape.num_experts:
+            width = shape.num_columns // shape.num_experts
+            for expert, column in (divmod(column, width) for column in columns):
+                removed += [mlp.experts.down_proj[expert, :, column], mlp.experts.gate_up_proj[expert, column]]
+                removed.append(mlp.experts.gate_up_proj[expert, width + column])
+        else:
+            removed.append(mlp.down_proj.weight[:, columns])
+            rows += [(mlp.gate_proj, columns), (mlp.up_proj, columns)]
+        for linear, indices in rows:
+            removed.append(linear.weight[indices])
+            if linear.bias is not None:
+                removed.append(linear.bias[indices])
+    return removed
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("variant", ["gqa", "biases", "mixtral"])
+def test_zero_after_every_step_of_any_optimizer(samples, optimizer, variant):
+    model, family, masks = zeroed(variant)
+    before = [parameter.clone() for parameter in model.parameters()]
+    mask = MaskCallback(list(masked_slices(model, family, masks)))
+    chosen = OPTIMIZERS[optimizer](model.parameters())
+    model.train()
+    for step in range(6):
+        model(samples, labels=samples).loss.backward()
+        if step % 2:  # two accumulated batches a step
+            chosen.step()
+            assert all(not weights.any() for weights in removed_weights(model, masks))
+            mask.on_optimizer_step()
+            chosen.zero_grad()
+    assert (mask.steps, int(mask.moved), mask.nonzeros()) == (3, 0, 0)
+    assert mask.size() == sum(weights.numel() for weights in removed_weights(model, masks))
+    assert all((old != new).any() for old, new in zip(before, model.parameters(), strict=True))
+
+    model.eval()
+    with torch.no_grad():
+        difference = (shrink(model, family, masks)(samples).logits - model(samples).logits).abs().max()
+    assert difference < 1e-4
+
+
+def test_what_an_optimizer_moves_is_counted_and_put_back():
+    model, family, masks = zeroed("gqa")
+    mask = MaskCallback(list(masked_slices(model, family, masks)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    moved = mask.nonzeros()
+    mask.on_optimizer_step()
+    assert int(mask.moved) == moved == mask.size()
+    assert mask.nonzeros() == 0
+    assert all(not weights.any() for weights in removed_weights(model, masks))
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_fused_adapters_leave_the_zeros_alone(samples, bias):
+    model, family, masks = zeroed("biases")
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets, bias=bias))
+    mask = MaskCallback(list(masked_slices(adapted, family, masks)))
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-2, weight_decay=0.3)
+    for _ in range(4):
+        adapted(input_ids=samples, labels=samples).loss.backward()
+        optimizer.step()
+        mask.on_optimizer_step()
+        optimizer.zero_grad()
+    assert int(mask.moved) == mask.nonzeros() == 0
+    adapted.eval()
+    with torch.no_grad():
+        expected = adapted(input_ids=samples).logits
+        fused = adapted.merge_and_unload()
+        assert all(not weights.any() for weights in removed_weights(fused, masks))
+        assert (fused(samples).logits - expected).abs().max() < 1e-4
+        assert (shrink(fused, family, masks)(samples).logits - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.5])
+def test_focal_loss_is_the_papers(gamma):
+    logits = torch.randn(2, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[1, 2, IGNORED_LABEL, 4, 5], [IGNORED_LABEL, 0, 6, 3, IGNORED_LABEL]])
+    terms = []
+    for b in range(2):
+        for t in range(4):
+            if labels[b, t + 1] != IGNORED_LABEL:
+                p = logits[b, t].softmax(-1)[labels[b, t + 1]]
+                terms.append(-((1 - p) ** gamma) * p.log())
+    outputs = SimpleNamespace(logits=logits)
+    assert focal_loss(outputs, labels, gamma=gamma) == pytest.approx(float(sum(terms) / len(terms)), rel=1e-5)
+    assert focal_loss(outputs, labels, 10, gamma=gamma) == pytest.approx(float(sum(terms) / 10), rel=1e-5)
+    if gamma == 0:
+        library = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        assert focal_loss(outputs, labels, gamma=0) == pytest.approx(float(library), rel=1e-5)
