@@ -16,6 +16,7 @@ import logging
 import os
 import time
 from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +24,19 @@ import torch
 
 from ppl_eval.ppl_dataset import EVAL_SPLITS, EvalSets, load_eval_sets, name_eval_sets
 from ppl_eval.streamed_eval import evaluate_layers, evaluate_on
+from slim_utils.allocation.planner import Measured, Planner, has_experts, pruning_settings
 from slim_utils.allocation.schedules import STRATEGIES
 from slim_utils.cli.app import ArgumentParser, run_cli
-from slim_utils.cli.slimming_args import (
-    RESUMED_ARGUMENTS,
-    add_budget_flags,
-    add_calibration_flags,
-    add_choice_flags,
-    apply_preset,
+from slim_utils.cli.slimming_args import add_budget_flags, add_calibration_flags, add_choice_flags
+from slim_utils.cli.slimming_checks import (
     calibration_texts,
     check_budget,
-    check_search,
-    measures,
-    plan,
-    replace_preset_search,
-    search,
-    settle_text_starts,
-    walk_settings,
+    check_original_flags,
+    check_output_flags,
+    check_ranges,
+    sink_windows,
+    with_preset,
+    with_preset_for_experts,
 )
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_checks import check_length, check_token_ids
@@ -58,19 +55,20 @@ from slim_utils.common.loading import (
     warn_if_short_of_space,
 )
 from slim_utils.common.output_folder import output_lock
-from slim_utils.families import find_family
+from slim_utils.families import find_family, layer_shapes
 from slim_utils.layerwise.distributed import World
 from slim_utils.layerwise.offload import LayerHost, StreamedHost
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.resume import LayerStore, fingerprint
 from slim_utils.layerwise.settings import GQA_UNITS
 from slim_utils.masks import LayerMask
-from slim_utils.output.hub import add_hub_flags, check_hub_flags, check_publishable, publish
+from slim_utils.output.hub import add_hub_flags, publish, publishable_name
 from slim_utils.output.provenance import read_provenance
-from slim_utils.output.run_record import pruning_record, rounding_settings, search_record
+from slim_utils.output.run_record import measured_record, pruning_record, rounding_settings
 from slim_utils.output.streamed import StreamedOutput
 from slim_utils.output.writers import WholeOutput, saved_before, write_output, write_record
 from slim_utils.profiling.model_stats import count_parameters, removed_share
+from slim_utils.pruning_config import Effect, PruningConfig
 from slim_utils.slim_dataset import CalibrationData, load_calibration, text_starts
 from slim_utils.text_source import CALIBRATION_DATASETS
 
@@ -84,32 +82,34 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("dataset", nargs="?", choices=CALIBRATION_DATASETS, help="calibration data set from the hub")
     add_calibration_flags(parser.add_argument_group("calibration"))
     prune = parser.add_argument_group("pruning")
-    prune.add_argument("--sparsity", type=float, default=0, help="ratio of every layer (default %(default)s)")
+    prune.add_argument("--sparsity", type=float, help="ratio of every layer (default %(default)s)")
     prune.add_argument("--non_uniform", action="store_true", help="a ratio per layer, from min to max")
-    prune.add_argument("--non_uniform_strategy", choices=STRATEGIES, default="log_increase")
-    prune.add_argument("--min_sparsity", type=float, default=0, help="lowest ratio of a layer with --non_uniform")
-    prune.add_argument("--max_sparsity", type=float, default=0, help="highest ratio of a layer with --non_uniform")
+    prune.add_argument("--non_uniform_strategy", choices=STRATEGIES)
+    prune.add_argument("--min_sparsity", type=float, help="lowest ratio of a layer with --non_uniform")
+    prune.add_argument("--max_sparsity", type=float, help="highest ratio of a layer with --non_uniform")
     add_budget_flags(prune)
     prune.add_argument(
-        "--gqa_unit", choices=GQA_UNITS, default=GQA_UNITS[0], help="what goes where query heads share key/value heads"
+        "--gqa_unit",
+        choices=GQA_UNITS,
+        help="what goes where query heads share key/value heads",
     )
-    prune.add_argument("--multiple_of", type=int, default=1, help="every layer keeps a multiple of N FFN columns")
+    prune.add_argument("--multiple_of", type=int, help="every layer keeps a multiple of N FFN columns")
     prune.add_argument("--even_heads", action="store_true", help="every layer keeps an even number of heads")
-    prune.add_argument("--tp_size", type=int, default=1, help="heads and columns divide by so many GPUs")
-    prune.add_argument("--minlayer", type=int, default=-1, help="first layer to prune")
-    prune.add_argument("--maxlayer", type=int, default=1000, help="layer to stop before")
+    prune.add_argument("--tp_size", type=int, help="heads and columns divide by so many GPUs")
+    prune.add_argument("--minlayer", type=int, help="first layer to prune")
+    prune.add_argument("--maxlayer", type=int, help="layer to stop before")
     prune.add_argument("--no_compensate", action="store_true", help="only zero, leave the other weights as they are")
-    prune.add_argument("--percdamp", type=float, default=0.01, help="damping of the Hessian (default %(default)s)")
+    prune.add_argument("--percdamp", type=float, help="damping of the Hessian (default %(default)s)")
     add_choice_flags(prune)
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default %(default)s)")
+    machine.add_argument("--device", help="auto, cuda, cuda:N or cpu (default %(default)s)")
     machine.add_argument("--cache_dev", help="cuda or cpu: where activations are kept (default: --device)")
-    machine.add_argument("--batch_samples", type=int, default=128, help="samples brought to the device at once")
+    machine.add_argument("--batch_samples", type=int, help="samples brought to the device at once")
     machine.add_argument("--stream", action="store_true", help="for models larger than memory: one layer at a time")
-    machine.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")
+    machine.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the checkpoint's)")
     machine.add_argument("--trust_remote_code", action="store_true", help="run model code found in the checkpoint")
     output = parser.add_argument_group("output")
-    output.add_argument("--save_dir", default="", help="folder to write (default: nothing is saved)")
+    output.add_argument("--save_dir", help="folder to write (default: nothing is saved)")
     output.add_argument("--save_pruned_weights", action="store_true", help="save the small model too")
     output.add_argument(
         "--uniform_shapes", action="store_true", help="the small model is a stock one, without code of its own"
@@ -118,142 +118,143 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument("--resume", action="store_true", help="go on with an unfinished run of the same --save_dir")
     add_hub_flags(output)
     output.add_argument("--skip_evaluate", action="store_true", help="no perplexity afterwards")
-    output.add_argument(
-        "--eval_datasets", nargs="+", default=["wikitext2"], help=f"{', '.join(EVAL_SPLITS)}, FILE or NAME=FILE"
-    )
+    output.add_argument("--eval_datasets", nargs="+", help=f"{', '.join(EVAL_SPLITS)}, FILE or NAME=FILE")
     output.add_argument("--eval_seqlens", nargs="+", type=int, help="window lengths (default: 128 2048)")
+    parser.set_defaults(**asdict(PruningConfig()))
     return parser
 
 
-def process_args(args: argparse.Namespace) -> argparse.Namespace:
-    """Check ``args`` before anything is loaded.
+def checked(config: PruningConfig) -> PruningConfig:
+    """``config`` with its preset, devices and hub name resolved; checked before anything is loaded.
 
     Raises:
         UserError: naming the flag to change.
     """
-    calibration_texts(args)
-    for name, lowest in (("num_samples", 1), ("seqlen", 2), ("batch_samples", 1), ("multiple_of", 1), ("tp_size", 1)):
-        if getattr(args, name) < lowest:
-            raise UserError(f"--{name} {getattr(args, name)}: at least {lowest}")
-    for name in ("sparsity", "min_sparsity", "max_sparsity"):
-        if not 0 <= getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: at least 0 and less than 1")
-    for name in ("percdamp", "column_group", "text_starts"):
-        if (getattr(args, name) or 0) < 0:
-            raise UserError(f"--{name} {getattr(args, name)}: at least 0")
-    apply_preset(args)
-    check_budget(args)
-    if args.min_sparsity > args.max_sparsity and not args.allocation:
-        raise UserError(f"--min_sparsity {args.min_sparsity} is above --max_sparsity {args.max_sparsity}")
-    if args.non_uniform and args.sparsity:
-        logger.warning("--sparsity %g has no effect with --non_uniform", args.sparsity)
-    if not args.non_uniform and args.max_sparsity:
-        logger.warning("--min_sparsity and --max_sparsity have no effect without --non_uniform")
-    if args.uniform_shapes and args.non_uniform:
-        raise UserError("--uniform_shapes wants one ratio for all layers: --sparsity instead of --non_uniform")
-    if args.uniform_shapes and not args.save_pruned_weights:
-        raise UserError("--uniform_shapes is about the small model: add --save_pruned_weights")
-    if args.resume and not args.save_dir:
-        raise UserError("--resume needs the --save_dir of the run to go on with")
-    if args.stream and not args.save_dir:
-        raise UserError("--stream writes layer by layer as it goes: give --save_dir DIR")
-    if args.save_pruned_weights and not args.save_dir:
-        raise UserError("--save_pruned_weights needs --save_dir DIR")
-    check_hub_flags(args)
-    if args.save_dir:
-        cut_off = LayerStore(Path(args.save_dir)).exists()
-        if cut_off and not (args.resume or args.overwrite):
-            raise UserError(f"--save_dir {args.save_dir}: a run was cut off; --resume goes on, --overwrite starts anew")
-        # It may have been cut off when its output was there already, and not evaluated yet.
-        check_output(Path(args.save_dir), args.overwrite or (args.resume and cut_off))
-        texts = [] if args.skip_evaluate else eval_files(args.eval_datasets)
-        inputs = {"MODEL": [args.model_path], "--data_file": args.data_file or [], "--profile": [args.profile]}
-        check_inputs_outside(Path(args.save_dir), "--save_dir", inputs | {"--eval_datasets": texts})
-    if args.push_to_hub:
-        args.push_to_hub = check_publishable(args.push_to_hub, args.overwrite)
-    if args.device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    args.device = choose_device(args.device)
-    args.cache_dev = choose_device(args.cache_dev, "--cache_dev") if args.cache_dev else args.device
-    if any(seqlen < 2 for seqlen in args.eval_seqlens or ()):
-        raise UserError("--eval_seqlens: at least 2")
-    if not args.skip_evaluate:
-        name_eval_sets(args.eval_datasets)
-    return args
+    calibration_texts(config)
+    check_ranges(config)
+    config = with_preset(config)
+    check_budget(config)
+    check_original_flags(config)
+    check_output_flags(config)
+    if config.save_dir:
+        check_save_dir(config)
+    if config.push_to_hub:
+        config = replace(config, push_to_hub=publishable_name(config.push_to_hub, config.overwrite))
+    if not config.skip_evaluate:
+        name_eval_sets(config.eval_datasets)
+    return with_devices(config)
 
 
-def open_host(args: argparse.Namespace, model_path: str) -> LayerHost:
+def check_save_dir(config: PruningConfig) -> None:
+    """Make sure that the output folder can be written and holds none of the inputs.
+
+    Raises:
+        UserError: if not, or if a run on it was cut off and it is not said what becomes of that.
+    """
+    folder = Path(config.save_dir)
+    cut_off = LayerStore(folder).exists()
+    if cut_off and not (config.resume or config.overwrite):
+        raise UserError(f"--save_dir {folder}: a run was cut off; --resume goes on, --overwrite starts anew")
+    # It may have been cut off when its output was there already, and not evaluated yet.
+    check_output(folder, config.overwrite or (config.resume and cut_off))
+    texts = [] if config.skip_evaluate else eval_files(config.eval_datasets)
+    inputs = {"MODEL": [config.model_path], "--data_file": config.data_file or [], "--profile": [config.profile]}
+    check_inputs_outside(folder, "--save_dir", inputs | {"--eval_datasets": texts})
+
+
+def with_devices(config: PruningConfig) -> PruningConfig:
+    """``config`` with devices in place of their names.
+
+    Raises:
+        UserError: if there is no such device.
+    """
+    name = config.device
+    if name == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = choose_device(name)
+    cache_dev = choose_device(config.cache_dev, "--cache_dev") if config.cache_dev else device
+    return replace(config, device=device, cache_dev=cache_dev)
+
+
+def open_host(config: PruningConfig, model_path: str) -> LayerHost:
     """The model of ``model_path``: whole in memory or, streamed, layer by layer."""
-    if args.stream:
-        return StreamedHost(model_path, args.dtype, args.trust_remote_code, scratch_folder(Path(args.save_dir)))
-    model = load_model(model_path, args.dtype, args.trust_remote_code)
+    if config.stream:
+        return StreamedHost(model_path, config.dtype, config.trust_remote_code, scratch_folder(Path(config.save_dir)))
+    model = load_model(model_path, config.dtype, config.trust_remote_code)
     return LayerHost(model, find_family(model.config))
 
 
-def open_store(args: argparse.Namespace, host: LayerHost, data: CalibrationData, world: World) -> LayerStore | None:
+def open_store(config: PruningConfig, host: LayerHost, data: CalibrationData, world: World) -> LayerStore | None:
     """Where the first process keeps finished layers until all are."""
     world.wait()
-    store = LayerStore(Path(args.save_dir))
-    settings = {f"--{name}": getattr(args, name) for name in RESUMED_ARGUMENTS}
-    settings |= {"--profile": args.profile and hashlib.sha256(args.profile.read_bytes()).hexdigest()}
-    settings |= {"device": args.device.type, "processes": world.size}
+    store = LayerStore(Path(config.save_dir))
+    settings = config.flags(Effect.VALUE)
+    settings |= {"--profile": config.profile and hashlib.sha256(config.profile.read_bytes()).hexdigest()}
+    settings |= {"device": config.device.type, "processes": world.size}
     settings |= {"calibration": data.sha256, "model": fingerprint(host.model.config, host.sampled_tensors())}
-    world.once(lambda: store.open(settings, args.resume, rounding_settings(args)))
+    world.once(lambda: store.open(settings, config.resume, rounding_settings(config)))
     return None if world.rank else store
 
 
 def open_output(
-    args: argparse.Namespace, host: LayerHost, store: LayerStore | None, planned: list[LayerMask]
+    config: PruningConfig, host: LayerHost, store: LayerStore | None, planned: list[LayerMask]
 ) -> WholeOutput | StreamedOutput:
     """What writes the checkpoints: all at the end or, streamed, in the first process, as layers are settled."""
-    if args.stream and store:
-        return StreamedOutput(store.output, host, planned, args.save_pruned_weights, args.uniform_shapes)
-    return WholeOutput(host.model, host.family, args.save_pruned_weights, args.uniform_shapes)
+    if config.stream and store:
+        return StreamedOutput(store.output, host, planned, config.save_pruned_weights, config.uniform_shapes)
+    return WholeOutput(host.model, host.family, config.save_pruned_weights, config.uniform_shapes)
 
 
-def evaluate_pruned(args: argparse.Namespace, host: LayerHost, eval_sets: EvalSets) -> list[dict[str, Any]]:
+def evaluate_pruned(config: PruningConfig, host: LayerHost, eval_sets: EvalSets) -> list[dict[str, Any]]:
     """Perplexities of the pruned model; where it was streamed, of what was saved."""
-    if not args.stream:
-        return evaluate_on(host, args.device, eval_sets)
+    if not config.stream:
+        return evaluate_on(host, config.device, eval_sets)
     host.close()
-    with closing(open_host(args, args.save_dir)) as saved:
-        return evaluate_layers(saved, args.device, eval_sets)
+    with closing(open_host(config, config.save_dir)) as saved:
+        return evaluate_layers(saved, config.device, eval_sets)
 
 
-def run(args: argparse.Namespace, asked: str | None) -> None:
-    """Load, prune, save, evaluate; ``asked`` is the ``--allocation`` that was given, before any preset."""
-    config = load_config(args.model_path, args.trust_remote_code)
-    family = find_family(config)
-    positions = config.max_position_embeddings
-    check_length(args.seqlen, config, "--seqlen")
-    settings = walk_settings(args)
-    skeleton = LayerHost(model_on_meta(config, trust_remote_code=args.trust_remote_code), family)
-    replace_preset_search(args, asked, config)
-    if measures(args):
-        check_search(args, skeleton, settings)
+def run(config: PruningConfig, allocation: str | None) -> None:
+    """Load, prune, save, evaluate; ``allocation`` is the one that was given, before any preset."""
+    model_config = load_config(config.model_path, config.trust_remote_code)
+    family = find_family(model_config)
+    check_length(config.seqlen, model_config, "--seqlen")
+    settings = pruning_settings(config)
+    skeleton = LayerHost(model_on_meta(model_config, trust_remote_code=config.trust_remote_code), family)
+    if has_experts(layer_shapes(model_config)):
+        config = with_preset_for_experts(config, allocation)
+    planner = Planner(config, skeleton, settings)
+    if config.measures:
+        planner.check_measurable()
     else:
-        ratios, planned = plan(args, skeleton, settings)
-    tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
-    provenance = read_provenance(args.model_path, config, args.trust_remote_code) if args.save_dir else {}
-    data = load_calibration(calibration_texts(args), tokenizer, args.num_samples, args.seqlen, args.seed, args.bos)
-    settle_text_starts(args, data.bos)
-    specs = [] if args.skip_evaluate else args.eval_datasets
-    eval_sets = load_eval_sets(specs, tokenizer, args.eval_seqlens, positions, args.bos)
-    check_token_ids(config, tokenizer, data.samples, *eval_sets.values())
-    with closing(open_host(args, args.model_path)) as host:
-        if args.save_dir:
-            warn_if_short_of_space(Path(args.save_dir), host.model, copies=2 + args.save_pruned_weights)
+        plans = planner.plans()
+        planned = planner.size_masks(plans)
+    tokenizer = load_tokenizer(config.model_path, config.trust_remote_code)
+    provenance = {}
+    if config.save_dir:
+        provenance = read_provenance(config.model_path, model_config, config.trust_remote_code)
+    texts = calibration_texts(config)
+    data = load_calibration(texts, tokenizer, config.num_samples, config.seqlen, config.seed, config.bos)
+    config = replace(config, text_starts=sink_windows(config, data.bos))
+    specs = [] if config.skip_evaluate else config.eval_datasets
+    positions = model_config.max_position_embeddings
+    eval_sets = load_eval_sets(specs, tokenizer, config.eval_seqlens, positions, config.bos)
+    check_token_ids(model_config, tokenizer, data.samples, *eval_sets.values())
+    with closing(open_host(config, config.model_path)) as host:
+        if config.save_dir:
+            warn_if_short_of_space(Path(config.save_dir), host.model, copies=2 + config.save_pruned_weights)
         logger.info(data.log_line())
-        world = World.join(args.device)
-        start = time.perf_counter()
-        store = open_store(args, host, data, world) if args.save_dir else None
-        starts, measured = text_starts(data.samples[:, data.bos :], args.text_starts), {}
+        world = World.join(config.device)
+        start, measured = time.perf_counter(), Measured()
+        store = open_store(config, host, data, world) if config.save_dir else None
+        starts = text_starts(data.samples[:, data.bos :], config.text_starts)
         samples, starts = world.share(data.samples), world.share(starts, "--text_starts") if len(starts) else None
-        if measures(args):
-            ratios, measured = search(args, host, samples, starts, settings, store)
-            ratios, planned = plan(args, host, settings, ratios)
-        output = open_output(args, host, store, planned)
-        masks, reports = prune_layers(host.model, family, samples, ratios, settings, store, world, host, starts)
+        if config.measures:
+            planner = Planner(config, host, settings)
+            plans, measured = planner.measured(samples, starts, *([store.measured] if store else []))
+            planned = planner.size_masks(plans)
+        output = open_output(config, host, store, planned)
+        masks, reports = prune_layers(host.model, family, samples, plans, settings, store, world, host, starts)
         seconds = time.perf_counter() - start + (store.seconds_before if store else 0)
         world.leave()
         if world.rank:
@@ -263,19 +264,18 @@ def run(args: argparse.Namespace, asked: str | None) -> None:
             "block_share_removed": removed_share(host.layers, family, masks),
         }
         logger.info("removed %.2f %% of the block weights in %.1f s", 100 * sizes["block_share_removed"], seconds)
-        record = pruning_record(args, data, provenance, reports, sizes, seconds)
-        record |= {kind: search_record(of) for kind, of in measured.items()}
-        if args.save_dir:
-            write_output(Path(args.save_dir), output, tokenizer, masks, record)
-            logger.info("saved %s", args.save_dir)
+        record = pruning_record(config, data, provenance, reports, sizes, seconds) | measured_record(measured)
+        if config.save_dir:
+            write_output(Path(config.save_dir), output, tokenizer, masks, record)
+            logger.info("saved %s", config.save_dir)
         if eval_sets:
-            with saved_before(args.save_dir):
-                record["perplexity"] = evaluate_pruned(args, host, eval_sets)
-                record["peak_memory_mib"] = peak_memory_mib(args.device)
-                if args.save_dir:
-                    write_record(Path(args.save_dir), masks, record)
-    if args.push_to_hub:
-        address = publish(Path(args.save_dir) / SMALL_MODEL_FOLDER, args.push_to_hub, args.hub_public)
+            with saved_before(config.save_dir):
+                record["perplexity"] = evaluate_pruned(config, host, eval_sets)
+                record["peak_memory_mib"] = peak_memory_mib(config.device)
+                if config.save_dir:
+                    write_record(Path(config.save_dir), masks, record)
+    if config.push_to_hub:
+        address = publish(Path(config.save_dir) / SMALL_MODEL_FOLDER, config.push_to_hub, config.hub_public)
         logger.info("published %s", address)
     if store:
         store.discard()
@@ -283,9 +283,9 @@ def run(args: argparse.Namespace, asked: str | None) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Check ``args`` and run, as the only one that writes the output folder."""
-    asked = args.allocation
-    with output_lock(args.save_dir, "--save_dir"):
-        run(process_args(args), asked)
+    config = PruningConfig(**vars(args))
+    with output_lock(config.save_dir, "--save_dir"):
+        run(checked(config), config.allocation)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,23 @@ FORMAT_VERSION = 1
 PRUNING_FILE = "pruning.json"
 
 
+@dataclass(frozen=True)
+class LayerPlan:
+    """What is removed of one decoder layer, in whole counts.
+
+    Attributes:
+        heads: query heads: equally many of every kv group, or all those of some kv groups.
+        columns: columns of the FFN, or of each of its experts.
+    """
+
+    heads: int = 0
+    columns: int = 0
+
+    def __bool__(self) -> bool:
+        """Whether anything is removed."""
+        return bool(self.heads or self.columns)
+
+
 def _others(units: list[int], total: int) -> list[int]:
     return sorted(set(range(total)) - set(units))
 
@@ -79,6 +96,11 @@ class LayerMask:
     def kept_width(self) -> int:
         """Columns that the FFN, or each of its experts, keeps."""
         return len(self.kept_columns) // self.shape.num_ffns
+
+    @property
+    def plan(self) -> LayerPlan:
+        """How much is removed."""
+        return LayerPlan(self.shape.num_heads - len(self.kept_heads), self.shape.ffn_width - self.kept_width)
 
     def removed_share(self) -> tuple[float, float]:
         """Removed share of the query heads and of the FFN columns."""

@@ -95,14 +95,14 @@ class SlimGPT:
     @torch.no_grad()
     def struct_prune(
         self,
-        sparsity: float,
+        count: int,
         unit_size: int = 1,
         percdamp: float = 0.01,
         compensate: bool = True,
         num_groups: int = 1,
         choices: Choices = PAPER_CHOICES,
     ) -> PruneResult:
-        """Zero ``round(units · sparsity)`` units of columns (never all) and compensate in the others.
+        """Zero ``count`` units of columns and compensate in the others.
 
         A unit of one column goes in groups, a larger one (a head, a kv group) alone; after each, the scores are taken
         anew. Where the Hessian is not positive-definite the damping is raised tenfold until it is. Columns whose inputs
@@ -110,22 +110,23 @@ class SlimGPT:
         remove nothing is solved, and the weights stay as they are.
 
         Args:
-            sparsity: share of the units to remove, in [0, 1).
+            count: units to remove, equally many of every group and never all of one.
             unit_size: columns of a unit, side by side: 1, ``head_dim``, or ``head_dim`` · heads of a kv group.
             percdamp: damping added to the diagonal of the Hessian, as a share of its mean.
             compensate: whether the remaining weights take over what was removed.
-            num_groups: groups of units, side by side, that have to lose equally many each, and never all.
+            num_groups: groups of units, side by side, that lose equally many each.
             choices: how units are chosen.
 
         Raises:
             UserError: if the activations seen were not finite, or no damping helps.
+            ValueError: if ``count`` is not equally many of every group, or all of one.
         """
         num_units = self.columns // unit_size
-        target = units_to_remove(num_units, sparsity, num_groups)
+        _check_count(count, num_units, num_groups)
         self._check_finite()
-        if not target:
+        if not count:
             return PruneResult([], list(range(num_units)), 0.0, 0.0, percdamp)
-        attempts = self._attempts(target, unit_size, percdamp, compensate, num_groups, choices)
+        attempts = self._attempts(count, unit_size, percdamp, compensate, num_groups, choices)
         for damping, weight, pruned_weight, removal in attempts:
             columns = unit_columns(removal.units, unit_size)
             error_zeroed, error = relative_errors(weight, pruned_weight, self.hessian, columns)
@@ -148,16 +149,16 @@ class SlimGPT:
     @torch.no_grad()
     def error_curve(
         self,
-        sparsity: float,
+        count: int,
         unit_size: int = 1,
         percdamp: float = 0.01,
         num_groups: int = 1,
         choices: Choices = PAPER_CHOICES,
     ) -> Tensor:
-        """Errors ``tr(ΔW H ΔWᵀ)`` of removing more and more units, up to ``sparsity``; the weights stay as they are.
+        """Errors ``tr(ΔW H ΔWᵀ)`` of removing more and more units, up to ``count``; the weights stay as they are.
 
         Args:
-            sparsity: share of the units to remove at the end.
+            count: units removed at the end.
             unit_size: as for :meth:`struct_prune`, and so are the others.
             percdamp: damping of the Hessian, which counts in the errors.
             num_groups: groups of units; one of each goes at a time.
@@ -169,20 +170,20 @@ class SlimGPT:
         Raises:
             UserError: as :meth:`struct_prune`.
         """
-        target = units_to_remove(self.columns // unit_size, sparsity, num_groups)
+        _check_count(count, self.columns // unit_size, num_groups)
         self._check_finite()
-        if not target:
+        if not count:
             return torch.zeros(1, dtype=torch.float64)
-        for _, _, _, removal in self._attempts(target, unit_size, percdamp, True, num_groups, choices):
-            counts = torch.tensor(removal.steps, dtype=torch.long)
-            each = (removal.costs.cpu().double() / counts).repeat_interleave(counts)
+        for _, _, _, removal in self._attempts(count, unit_size, percdamp, True, num_groups, choices):
+            steps = torch.tensor(removal.steps, dtype=torch.long)
+            each = (removal.costs.cpu().double() / steps).repeat_interleave(steps)
             errors = torch.cat([torch.zeros(1, dtype=torch.float64), each.cumsum(0)])
             return errors[::num_groups]
         raise self._unsolvable()
 
     def _attempts(
         self,
-        target: int,
+        count: int,
         unit_size: int,
         percdamp: float,
         compensate: bool,
@@ -199,7 +200,7 @@ class SlimGPT:
         for damping in damping_steps(percdamp):
             hessian.diagonal().copy_(diagonal + damping * diagonal.mean())
             pruned_weight = weight.clone()
-            removal = greedy_obs(pruned_weight, hessian, target, unit_size, compensate, num_groups, choices)
+            removal = greedy_obs(pruned_weight, hessian, count, unit_size, compensate, num_groups, choices)
             if removal is not None:
                 yield damping, weight, pruned_weight, removal
 
@@ -237,10 +238,9 @@ def add_gram(gram: Tensor, tokens: Tensor) -> None:
             block.addmm_(rows, rest)
 
 
-def units_to_remove(num_units: int, sparsity: float, num_groups: int = 1) -> int:
-    """``round(units · sparsity)``, equally many of every group, and never all."""
-    group_size = num_units // num_groups
-    return num_groups * min(round(group_size * sparsity), group_size - 1)
+def _check_count(count: int, num_units: int, num_groups: int) -> None:
+    if count % num_groups or not 0 <= count <= num_units - num_groups:
+        raise ValueError(f"{count} units of {num_units} in {num_groups} groups")
 
 
 def relative_errors(dense: Tensor, pruned: Tensor, hessian: Tensor, columns: Tensor) -> tuple[float, float]:

@@ -7,12 +7,10 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from slim_utils.allocation.schedules import LayerRatio
 from slim_utils.common.errors import UserError
 from slim_utils.families import Family, LayerShape
-from slim_utils.layerwise.pruner import planned_masks
 from slim_utils.layerwise.settings import WalkSettings
-from slim_utils.masks import LayerMask, read_pruning
+from slim_utils.masks import LayerMask, LayerPlan, read_pruning
 from slim_utils.profiling.model_stats import weights_of
 
 # Bisections of a price or a ratio; each halves what is left of the interval.
@@ -24,23 +22,37 @@ DEPTH_DECAY, LARGEST_TOTAL = 1.5, 1.0
 
 @dataclass(frozen=True)
 class LayerUnits:
-    """What can go of one layer, in units of its heads and of its FFN columns.
+    """What of one layer can be removed, in units of its heads and of its FFN columns.
 
     Attributes:
         heads: query heads of a kv group, or kv groups; one stays.
         columns: of its FFN, or of each expert; one stays.
-        head_weights: block weights that go with one unit of heads.
+        head_weights: block weights that are removed with one unit of heads.
         column_weights: with one of the columns.
+        heads_per_unit: query heads of one unit.
+        head_groups: kv groups that one unit is spread over.
+        num_experts: of the layer; 0 where it has an ordinary FFN.
     """
 
     heads: int
     columns: int
     head_weights: int
     column_weights: int
+    heads_per_unit: int = 1
+    head_groups: int = 1
+    num_experts: int = 0
 
-    def ratio(self, heads: int, columns: int) -> LayerRatio:
-        """Ratios that remove so many of each."""
-        return LayerRatio(heads / self.heads, columns / self.columns)
+    def plan(self, heads: int, columns: int) -> LayerPlan:
+        """The plan that removes so many units of each."""
+        return LayerPlan(heads * self.heads_per_unit, columns)
+
+    def counts(self, plan: LayerPlan) -> tuple[int, int]:
+        """Units of each that ``plan`` removes."""
+        return plan.heads // self.heads_per_unit, plan.columns
+
+    def removed_by(self, ratio: float) -> tuple[int, int]:
+        """``round(units · ratio)`` of each, as in the original, and never all."""
+        return min(round(self.heads * ratio), self.heads - 1), min(round(self.columns * ratio), self.columns - 1)
 
 
 def layer_units(
@@ -48,27 +60,18 @@ def layer_units(
 ) -> list[LayerUnits]:
     """Units of every layer, and what they weigh; parameters may be on the meta device."""
     units = []
-    # The multiples asked do not matter to what a unit weighs.
-    single = replace(settings, heads_multiple=1, columns_multiple=1, expert_columns_multiple=1, tp_size=1, alike=False)
     for layer, shape in zip(layers, shapes, strict=True):
-        heads, columns = settings.head_units(shape), shape.ffn_width
-        ratios = [LayerRatio(1 / heads if heads > 1 else 0, 0), LayerRatio(0, 1 / columns)]
-        masks = planned_masks([shape, shape], ratios, single)
-        units.append(LayerUnits(heads, columns, *(weights_of(layer, family, mask)[0] for mask in masks)))
+        heads, per_unit = settings.head_units(shape), settings.heads_per_unit(shape)
+        single = LayerPlan(per_unit if heads > 1 else 0, 0), LayerPlan(0, 1)
+        weights = [weights_of(layer, family, settings.size_mask(shape, plan))[0] for plan in single]
+        groups = shape.num_kv_heads if settings.by_query_head(shape) else 1
+        units.append(LayerUnits(heads, shape.ffn_width, *weights, per_unit, groups, shape.num_experts))
     return units
 
 
 def block_weights(layers: nn.ModuleList, family: Family, shapes: list[LayerShape]) -> int:
     """Weights of the attention and MLP matrices of all layers."""
     return sum(weights_of(layer, family, LayerMask.dense(own))[1] for layer, own in zip(layers, shapes, strict=True))
-
-
-def scaled_ratios(
-    schedule: Callable[[float], list[float]], units: list[LayerUnits], budget: float, alike: bool = False
-) -> list[LayerRatio]:
-    """:func:`scaled_counts` as ratios."""
-    counts = scaled_counts(schedule, units, budget, alike)
-    return [own.ratio(*count) for own, count in zip(units, counts, strict=True)]
 
 
 def scaled_counts(
@@ -88,10 +91,7 @@ def scaled_counts(
     """
 
     def counts(highest: float) -> list[list[int]]:
-        return [
-            [min(round(own.heads * ratio), own.heads - 1), min(round(own.columns * ratio), own.columns - 1)]
-            for own, ratio in zip(units, schedule(highest), strict=True)
-        ]
+        return [list(own.removed_by(ratio)) for own, ratio in zip(units, schedule(highest), strict=True)]
 
     most = weights_removed(counts(1.0), units)
     if most < budget:
@@ -248,8 +248,8 @@ def _settled(curves: list[LossCurve], counts: list[int], budget: float) -> list[
     return counts
 
 
-def read_profile(path: Path, units: list[LayerUnits], shapes: list[LayerShape]) -> list[LayerRatio]:
-    """Ratios that keep as much of every layer as a ``pruning.json`` of another run on the same shapes does.
+def read_profile(path: Path, units: list[LayerUnits], shapes: list[LayerShape]) -> list[LayerPlan]:
+    """Plans that keep as much of every layer as a ``pruning.json`` of another run on the same shapes does.
 
     Raises:
         UserError: if the file cannot be read, or is of a model of other shapes, or of other units of heads.
@@ -260,11 +260,10 @@ def read_profile(path: Path, units: list[LayerUnits], shapes: list[LayerShape]) 
         raise UserError(f"--profile {error}") from None
     if [mask.shape for mask in masks] != shapes:
         raise UserError(f"--profile {path}: of a model of other shapes")
-    ratios = []
+    plans = []
     for index, (mask, own) in enumerate(zip(masks, units, strict=True)):
-        ratio = LayerRatio(*mask.removed_share())
-        units_gone = ratio.heads * own.heads
-        if abs(units_gone - round(units_gone)) > 1e-6:
+        plan = mask.plan
+        if plan.heads % own.heads_per_unit:
             raise UserError(f"--profile {path}: layer {index} keeps other units of heads; see --gqa_unit")
-        ratios.append(ratio)
-    return ratios
+        plans.append(plan)
+    return plans

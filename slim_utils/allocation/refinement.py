@@ -18,7 +18,6 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from slim_utils.allocation.budget import LayerUnits, LossCurve, allocate
-from slim_utils.allocation.schedules import LayerRatio
 from slim_utils.allocation.sensitivity import (
     LEAST_LOSS,
     NEGLIGIBLE,
@@ -36,7 +35,8 @@ from slim_utils.layerwise.offload import LayerHost
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.resume import changed_parameters
 from slim_utils.layerwise.settings import WalkSettings
-from slim_utils.slimgpt import SlimGPT, units_to_remove
+from slim_utils.masks import LayerPlan
+from slim_utils.slimgpt import SlimGPT
 
 logger = logging.getLogger(__name__)
 
@@ -91,11 +91,11 @@ class _Onlooker:
         self._family, self._settings = family, settings
         self.places: dict[tuple[int, str], _Place] = {}
 
-    def __call__(self, index: int, name: str, pruner: SlimGPT, ratio: float, unit_size: int, num_groups: int) -> None:
+    def __call__(self, index: int, name: str, pruner: SlimGPT, count: int, unit_size: int, num_groups: int) -> None:
         """Of the map ``name`` of layer ``index``; the rest as for :meth:`SlimGPT.struct_prune`."""
-        units, percdamp, choices = pruner.columns // unit_size, self._settings.percdamp, self._settings.choices
-        per_group, count = units // num_groups, units_to_remove(units, ratio, num_groups) // num_groups
-        errors = error_curve(pruner, unit_size, num_groups, self._settings, ratio)
+        percdamp, choices = self._settings.percdamp, self._settings.choices
+        per_group, count = pruner.columns // unit_size // num_groups, count // num_groups
+        errors = error_curve(pruner, unit_size, num_groups, self._settings, count)
         step = units_of(PROBED, per_group)
         others = {max(count - step, 0), min(count + step, len(errors) - 1)} - {count}
         if self._family.head_norms and name == self._family.attention_out:
@@ -104,7 +104,7 @@ class _Onlooker:
         weight, neighbours = pruner.linear.weight, {}
         dense = weight.clone()
         for other in others:
-            pruner.struct_prune(other / per_group, unit_size, percdamp, True, num_groups, choices)
+            pruner.struct_prune(other * num_groups, unit_size, percdamp, True, num_groups, choices)
             neighbours[other] = weight.to("cpu", copy=True)
             weight.copy_(dense)
         self.places[index, name] = _Place(errors, reference_count(errors, per_group), count, neighbours)
@@ -115,18 +115,18 @@ def measure_around(
     host: LayerHost,
     samples: Tensor,
     starts: Tensor | None,
-    ratios: Sequence[LayerRatio],
+    plans: Sequence[LayerPlan],
     settings: WalkSettings,
     finished: Path | None = None,
     seconds: float = math.inf,
 ) -> dict[int, list[Sublayer]]:
-    """What more heads and FFN columns would cost, and fewer save, in every layer of the model pruned by ``ratios``.
+    """What more heads and FFN columns would cost, and fewer save, in every layer of the model pruned by ``plans``.
 
     Args:
         host: of the whole dense model, which ends as it was.
         samples: (num_samples, seqlen) calibration token ids.
         starts: (count, few) beginnings of text besides, as the walk takes them.
-        ratios: of every layer; one that loses nothing is not measured.
+        plans: of every layer; one of an empty plan is not measured.
         settings: how.
         finished: file that keeps what is measured, so that a run that was cut off does not measure it again.
         seconds: as for :class:`slim_utils.allocation.sensitivity.Measurements`, after the pruning.
@@ -138,9 +138,9 @@ def measure_around(
     Raises:
         UserError: if activations or predictions are not finite, with the layer named.
     """
-    family, layers = host.family, [index for index, ratio in enumerate(ratios) if any(ratio)]
-    protocol = [PROBED, NEIGHBOUR_SAMPLES, PROBE_TOKENS, *map(list, ratios)]
-    measured = Measurements(layers, len(ratios), protocol, finished, seconds)
+    family, layers = host.family, [index for index, plan in enumerate(plans) if plan]
+    protocol = [PROBED, NEIGHBOUR_SAMPLES, PROBE_TOKENS, *([plan.heads, plan.columns] for plan in plans)]
+    measured = Measurements(layers, len(plans), protocol, finished, seconds)
     if measured.complete:
         return measured.found
 
@@ -150,7 +150,7 @@ def measure_around(
         onlooker, dense = _Onlooker(family, settings), _copies(host)
         try:
             logger.info("refining: the model is pruned as planned")
-            prune_layers(host.model, family, samples, ratios, settings, host=host, starts=starts, onlooker=onlooker)
+            prune_layers(host.model, family, samples, plans, settings, host=host, starts=starts, onlooker=onlooker)
             _measure_layers(host, measured, onlooker, probe, settings)
         finally:
             _put_back(host, dense)
@@ -209,17 +209,17 @@ def _put_back(host: LayerHost, copies: list[dict[str, Tensor]]) -> None:
             parameter.copy_(copied[name])
 
 
-def refined_ratios(
-    measured: dict[int, list[Sublayer]], units: list[LayerUnits], ratios: Sequence[LayerRatio], budget: float
-) -> list[LayerRatio]:
-    """Ratios near ``ratios`` of the least loss that remove ``budget`` block weights.
+def refined_plans(
+    measured: dict[int, list[Sublayer]], units: list[LayerUnits], plans: Sequence[LayerPlan], budget: float
+) -> list[LayerPlan]:
+    """Plans near ``plans`` of the least loss that remove ``budget`` block weights.
 
     Of each layer at most ``MOVED`` of its heads and of its columns move, at least one of each.
 
     Args:
         measured: by :func:`measure_around`.
         units: of all layers.
-        ratios: those that it was measured around.
+        plans: those that it was measured around.
         budget: block weights; what layers that were not measured lose is none of it.
 
     Raises:
@@ -227,11 +227,12 @@ def refined_ratios(
     """
     curves, layers = [], sorted(measured)
     for index, pair in zip(layers, loss_curves(measured, units), strict=True):
-        for curve, ratio, total in zip(pair, ratios[index], (units[index].heads, units[index].columns), strict=True):
-            curves.append(_near(curve, round(ratio * total), units_of(MOVED, total)))
+        own = units[index]
+        for curve, count, total in zip(pair, own.counts(plans[index]), (own.heads, own.columns), strict=True):
+            curves.append(_near(curve, count, units_of(MOVED, total)))
     counts = allocate(curves, budget)
     chosen = dict(zip(layers, zip(counts[::2], counts[1::2], strict=True), strict=True))
-    return [own.ratio(*chosen.get(index, (0, 0))) for index, own in enumerate(units)]
+    return [own.plan(*chosen.get(index, (0, 0))) for index, own in enumerate(units)]
 
 
 def _near(curve: LossCurve, count: int, most: int) -> LossCurve:

@@ -1,23 +1,10 @@
 """Incremental pruning ratio: how much of each layer goes (paper, section on the incremental pruning ratio)."""
 
 import math
-from typing import NamedTuple
 
 from slim_utils.common.errors import UserError
 
 STRATEGIES = ("log_increase", "log_decrease", "linear_increase", "linear_decrease")
-
-
-class LayerRatio(NamedTuple):
-    """Pruning ratios of the heads (or kv groups) and of the FFN columns of a layer."""
-
-    heads: float
-    columns: float
-
-    @classmethod
-    def of(cls, ratio: "float | LayerRatio") -> "LayerRatio":
-        """One ratio stands for both."""
-        return ratio if isinstance(ratio, LayerRatio) else cls(ratio, ratio)
 
 
 def layer_range(minlayer: int, maxlayer: int, num_layers: int) -> range:
@@ -63,26 +50,3 @@ def layer_ratios(layers: range, num_layers: int, pruned_ratios: list[float]) -> 
     for layer, ratio in zip(layers, pruned_ratios, strict=True):
         ratios[layer] = ratio
     return ratios
-
-
-def aligned_ratios(ratios: list[float], totals: list[int], multiples: list[int], alike: bool = False) -> list[float]:
-    """Ratios that keep a multiple of units in every pruned layer.
-
-    All layers together keep as many units as without it, but for less than a multiple that goes beyond what was asked.
-    Whole multiples that are left over go to the layers that rounding down cost most.
-
-    Args:
-        ratios: of every layer; one of 0 is left alone.
-        totals: units of every layer; one with fewer than its multiple is left as asked.
-        multiples: of every layer, at least 1.
-        alike: no layer gets a multiple that was left over.
-    """
-    kept = [total - round(total * ratio) for ratio, total in zip(ratios, totals, strict=True)]
-    layers = [i for i, ratio in enumerate(ratios) if ratio > 0 and totals[i] >= multiples[i]]
-    aligned = {i: max(kept[i] // multiples[i], 1) * multiples[i] for i in layers}
-    spare = 0 if alike else sum(kept[i] - aligned[i] for i in layers)
-    for i in sorted(layers, key=lambda i: aligned[i] - kept[i]):
-        if spare >= multiples[i] and aligned[i] + multiples[i] <= totals[i]:
-            aligned[i] += multiples[i]
-            spare -= multiples[i]
-    return [1 - aligned[i] / totals[i] if i in aligned else ratio for i, ratio in enumerate(ratios)]

@@ -33,7 +33,7 @@ from slim_utils.layerwise.less_memory import with_less_memory
 from slim_utils.layerwise.offload import LayerHost
 from slim_utils.layerwise.pruner import head_unit
 from slim_utils.layerwise.settings import WalkSettings
-from slim_utils.slimgpt import SlimGPT, units_to_remove
+from slim_utils.slimgpt import SlimGPT
 
 logger = logging.getLogger(__name__)
 
@@ -261,7 +261,7 @@ def loss_curves(measured: dict[int, list[Sublayer]], units: list[LayerUnits]) ->
 def most_removable(units: list[LayerUnits], layers: range) -> int:
     """Block weights of ``layers`` that curves reach at most."""
     return sum(
-        (own.heads - 1) * own.head_weights + units_to_remove(own.columns, FURTHEST) * own.column_weights
+        (own.heads - 1) * own.head_weights + own.removed_by(FURTHEST)[1] * own.column_weights
         for own in units[layers.start : layers.stop]
     )
 
@@ -297,14 +297,13 @@ def _measured_layer(
     return parts
 
 
-def error_curve(
-    pruner: SlimGPT, unit_size: int, num_groups: int, settings: WalkSettings, at_least: float = 0.0
-) -> Tensor:
-    """:meth:`SlimGPT.error_curve` of all heads but one, or of columns up to ``FURTHEST``, or ``at_least``."""
-    furthest = 1.0 if unit_size > 1 else max(FURTHEST, at_least)
+def error_curve(pruner: SlimGPT, unit_size: int, num_groups: int, settings: WalkSettings, at_least: int = 0) -> Tensor:
+    """:meth:`SlimGPT.error_curve` of all units of heads but one, or of ``FURTHEST`` of the columns, or ``at_least``."""
+    per_group = pruner.columns // unit_size // num_groups
+    most = per_group - 1 if unit_size > 1 else max(min(round(per_group * FURTHEST), per_group - 1), at_least)
     group = settings.choices.column_group or math.ceil(pruner.columns / CURVE_STEPS)
     fine = replace(settings.choices, column_group=group)
-    return pruner.error_curve(furthest, unit_size, settings.percdamp, num_groups, fine)
+    return pruner.error_curve(most * num_groups, unit_size, settings.percdamp, num_groups, fine)
 
 
 def reference_count(errors: Tensor, per_group: int) -> int:
@@ -331,7 +330,7 @@ def _measured(
     if probe and count < len(errors):
         dense = pruner.linear.weight.clone()
         try:
-            pruner.struct_prune(count / per_group, unit_size, settings.percdamp, True, num_groups, settings.choices)
+            pruner.struct_prune(count * num_groups, unit_size, settings.percdamp, True, num_groups, settings.choices)
             sublayer.loss = max(probe.divergence(index), LEAST_LOSS)
         finally:
             # Also where memory was full, and all is tried once more.

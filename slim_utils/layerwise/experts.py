@@ -48,7 +48,7 @@ def prune_experts(
     experts: nn.Module,
     name: str,
     calls: Iterable[tuple[Tensor, Tensor, Tensor]],
-    ratio: float,
+    count: int,
     settings: WalkSettings,
     world: World = ALONE,
 ) -> PruneResult:
@@ -61,7 +61,7 @@ def prune_experts(
         experts: module of 3-D parameters.
         name: what messages call it.
         calls: arguments that ``experts`` is called with, as of :func:`expert_inputs`, batch by batch.
-        ratio: share of each expert's columns to remove.
+        count: columns of each expert to remove.
         settings: how to prune.
         world: processes that each see some of the calls.
 
@@ -86,12 +86,12 @@ def prune_experts(
         logger.warning(message, name, columns, seen, STARVED_PERCDAMP)
 
     def solve() -> PruneResult:
-        return _solve(pruners, tokens, ratio, settings)
+        return _solve(pruners, tokens, count, settings)
 
     return world.once(solve, [experts.down_proj.data])
 
 
-def _solve(pruners: list[SlimGPT], tokens: list[int], ratio: float, settings: WalkSettings) -> PruneResult:
+def _solve(pruners: list[SlimGPT], tokens: list[int], count: int, settings: WalkSettings) -> PruneResult:
     """Prune expert by expert."""
     results, columns = [], pruners[0].columns
     for index, pruner in enumerate(pruners):
@@ -99,7 +99,7 @@ def _solve(pruners: list[SlimGPT], tokens: list[int], ratio: float, settings: Wa
             # Nothing is known: all columns weigh alike.
             pruner.hessian.fill_diagonal_(1)
         damping = max(settings.percdamp, STARVED_PERCDAMP) if tokens[index] < columns else settings.percdamp
-        results.append(pruner.struct_prune(ratio, 1, damping, settings.compensate, choices=settings.choices))
+        results.append(pruner.struct_prune(count, 1, damping, settings.compensate, choices=settings.choices))
         pruner.free()
     return PruneResult(
         pruned_units=[index * columns + unit for index, result in enumerate(results) for unit in result.pruned_units],

@@ -3,9 +3,8 @@
 import json
 from dataclasses import asdict, dataclass
 
-from slim_utils.allocation.schedules import LayerRatio
 from slim_utils.families import LayerShape
-from slim_utils.masks import LayerMask
+from slim_utils.masks import LayerMask, LayerPlan
 from slim_utils.slimgpt import PruneResult
 
 
@@ -15,7 +14,7 @@ class LayerReport:
 
     Attributes:
         layer: its index.
-        ratio: of heads and of FFN columns that was asked.
+        plan: what was to be removed.
         mask: what it keeps.
         attention: the result of the attention's output map.
         mlp: that of the FFN's.
@@ -26,7 +25,7 @@ class LayerReport:
     """
 
     layer: int
-    ratio: LayerRatio
+    plan: LayerPlan
     mask: LayerMask
     attention: PruneResult
     mlp: PruneResult
@@ -45,7 +44,7 @@ class LayerReport:
         content = json.loads(text)
         mask = content.pop("mask")
         shape = LayerShape(**mask.pop("shape"))
-        content["ratio"] = LayerRatio(*content["ratio"])
+        content["plan"] = LayerPlan(**content["plan"])
         attention, mlp = (PruneResult(**content.pop(name)) for name in ("attention", "mlp"))
         return cls(mask=LayerMask(shape, **mask), attention=attention, mlp=mlp, **content)
 
@@ -53,10 +52,11 @@ class LayerReport:
         """One line: heads and columns that went, errors before and after compensation, seconds, memory."""
         shape, mask = self.mask.shape, self.mask
         peaks = ", ".join(f"{name} {mib / 1024:.2f} GiB" for name, mib in self.peak_memory_mib.items())
+        ratios = self.plan.heads / shape.num_heads, self.plan.columns / shape.ffn_width
         heads = f"heads −{shape.num_heads - len(mask.kept_heads)}/{shape.num_heads}"
         columns = f"columns −{shape.num_columns - len(mask.kept_columns)}/{shape.num_columns}"
         return (
-            f"layer {self.layer}/{num_layers} ratio {'/'.join(f'{part:.4f}' for part in dict.fromkeys(self.ratio))}: "
+            f"layer {self.layer}/{num_layers} ratio {'/'.join(f'{ratio:.4f}' for ratio in dict.fromkeys(ratios))}: "
             f"{heads} error {self.attention.error_zeroed:.2e} → {self.attention.error:.2e}, "
             f"{columns} error {self.mlp.error_zeroed:.2e} → {self.mlp.error:.2e}, {self.seconds:.1f} s, peak {peaks}"
         )

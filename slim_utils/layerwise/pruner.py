@@ -18,7 +18,6 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel
 
-from slim_utils.allocation.schedules import LayerRatio
 from slim_utils.common.loading import peak_memory_mib
 from slim_utils.common.memory import empty_cache
 from slim_utils.families import Family, LayerShape, layer_shapes
@@ -30,16 +29,16 @@ from slim_utils.layerwise.less_memory import warn_of_full_memory
 from slim_utils.layerwise.offload import CPU, LayerHost
 from slim_utils.layerwise.resume import LayerStore, changed_parameters
 from slim_utils.layerwise.settings import WalkSettings
-from slim_utils.masks import LayerMask
+from slim_utils.masks import LayerMask, LayerPlan
 from slim_utils.params_remove import settle_heads
-from slim_utils.slimgpt import PruneResult, SlimGPT, units_to_remove
+from slim_utils.slimgpt import PruneResult, SlimGPT
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Layer, name of the map, what has its Hessian, and the ratio, columns of a unit and groups that it is pruned with.
-Onlooker = Callable[[int, str, SlimGPT, float, int, int], None]
+# Layer, name of the map, what has its Hessian, and the units removed, columns of a unit and groups of units.
+Onlooker = Callable[[int, str, SlimGPT, int, int, int], None]
 
 
 @torch.no_grad()
@@ -47,7 +46,7 @@ def prune_layers(
     model: PreTrainedModel,
     family: Family,
     samples: Tensor,
-    ratios: Sequence[float | LayerRatio],
+    plans: Sequence[LayerPlan],
     settings: WalkSettings,
     store: LayerStore | None = None,
     world: World = ALONE,
@@ -61,7 +60,7 @@ def prune_layers(
         model: its weights are changed, its shapes are not.
         family: its row of the table.
         samples: (num_samples, seqlen) calibration token ids, of this process.
-        ratios: pruning ratio of every layer; 0 leaves a layer alone.
+        plans: what is removed of every layer; an empty plan leaves a layer alone.
         settings: how.
         store: where finished layers are kept; those that are there already are not pruned again. In the first process
             alone.
@@ -79,11 +78,9 @@ def prune_layers(
     shapes = layer_shapes(model.config)
     masks = [LayerMask.dense(shape) for shape in shapes]
     reports: list[LayerReport] = []
-    ratios = [LayerRatio.of(ratio) for ratio in ratios]
-    pruned = [index for index, ratio in enumerate(ratios) if any(ratio)]
+    pruned = [index for index, plan in enumerate(plans) if plan]
     if not pruned:
         return masks, reports
-    aligned = settings.aligned(shapes, ratios)
     host = host or LayerHost(model, family)
     walk = _Walk(host, [samples] if starts is None else [samples, starts], settings, world, onlooker, store)
     with logging_redirect_tqdm():
@@ -93,13 +90,13 @@ def prune_layers(
             report = _restored(index, layer, family, store, world)
             replays: list[LayerReplay] = []
             if index in pruned and report is None:
-                replays, (mask, attention, mlp) = walk.prune(index, layer, shapes[index], aligned[index])
+                replays, (mask, attention, mlp) = walk.prune(index, layer, shapes[index], plans[index])
             if index < pruned[-1]:
                 walk.advance(index, layer, replays)
             if index in pruned and report is None:
                 seconds, peak = time.perf_counter() - start, peak_memory_mib(settings.device)
                 batches = walk.settings.batch_samples, str(walk.settings.cache_dev)
-                report = LayerReport(index, ratios[index], mask, attention, mlp, seconds, peak, *batches)
+                report = LayerReport(index, plans[index], mask, attention, mlp, seconds, peak, *batches)
                 logger.info(report.log_line(len(shapes)))
                 if store:
                     store.save(layer, family, report)
@@ -108,26 +105,6 @@ def prune_layers(
                 reports.append(report)
             host.release(index, masks[index])
     return masks, reports
-
-
-def planned_masks(
-    shapes: list[LayerShape], ratios: Sequence[float | LayerRatio], settings: WalkSettings
-) -> list[LayerMask]:
-    """Masks of the sizes that pruning will give; which units they keep is not known before."""
-    masks, asked = [], [LayerRatio.of(ratio) for ratio in ratios]
-    for shape, (head_ratio, column_ratio) in zip(shapes, settings.aligned(shapes, asked), strict=True):
-        width = shape.ffn_width - units_to_remove(shape.ffn_width, column_ratio)
-        columns = [ffn * shape.ffn_width + i for ffn in range(shape.num_ffns) for i in range(width)]
-        groups, size = shape.num_kv_heads, shape.heads_per_group
-        if settings.by_query_head(shape):
-            kept = size - units_to_remove(shape.num_heads, head_ratio, groups) // groups
-            heads = [group * size + i for group in range(groups) for i in range(kept)]
-            masks.append(LayerMask.from_heads(shape, heads, columns))
-        else:
-            masks.append(
-                LayerMask.from_groups(shape, list(range(groups - units_to_remove(groups, head_ratio))), columns)
-            )
-    return masks
 
 
 class _Walk:
@@ -173,14 +150,14 @@ class _Walk:
         return self._attempt(f"layer {index}", lambda: self.host.fetch(index, device), WalkSettings.hosted, release)
 
     def prune(
-        self, index: int, layer: nn.Module, shape: LayerShape, aligned: LayerRatio
+        self, index: int, layer: nn.Module, shape: LayerShape, plan: LayerPlan
     ) -> tuple[list[LayerReplay], tuple[LayerMask, PruneResult, PruneResult]]:
         """Prune the next layer; its replays are ready to advance."""
         before = {name: value.to("cpu", copy=True) for name, value in changed_parameters(layer, self.family).items()}
 
         def work() -> tuple[list[LayerReplay], tuple[LayerMask, PruneResult, PruneResult]]:
             replays = [self._replay(index, layer, number) for number in range(len(self.windows))]
-            return replays, _prune_layer(index, replays, shape, aligned, self.world, self.onlooker)
+            return replays, _prune_layer(index, replays, shape, plan, self.world, self.onlooker)
 
         def undo() -> None:
             for name, parameter in changed_parameters(layer, self.family).items():
@@ -270,7 +247,7 @@ def _prune_layer(
     index: int,
     replays: list[LayerReplay],
     shape: LayerShape,
-    aligned: LayerRatio,
+    plan: LayerPlan,
     world: World,
     onlooker: Onlooker | None,
 ) -> tuple[LayerMask, PruneResult, PruneResult]:
@@ -280,17 +257,17 @@ def _prune_layer(
     def seen(inputs: Callable[[LayerReplay], Iterator[Any]]) -> Iterator[Any]:
         return chain.from_iterable(map(inputs, replays))
 
-    def prune(name: str, inputs: Iterator[Tensor], ratio: float, unit_size: int, num_groups: int = 1) -> PruneResult:
+    def prune(name: str, inputs: Iterator[Tensor], count: int, unit_size: int, num_groups: int = 1) -> PruneResult:
         linear = layer.get_submodule(name)
         pruner = SlimGPT(linear, f"layer {index} {name}")
         for batch in inputs:
             pruner.add_batch(batch)
         pruner.add_up(world.sum)
         if onlooker:
-            onlooker(index, name, pruner, ratio, unit_size, num_groups)
+            onlooker(index, name, pruner, count, unit_size, num_groups)
         result = world.once(
             lambda: pruner.struct_prune(
-                ratio, unit_size, settings.percdamp, settings.compensate, num_groups, settings.choices
+                count, unit_size, settings.percdamp, settings.compensate, num_groups, settings.choices
             ),
             [linear.weight.data],
         )
@@ -298,14 +275,15 @@ def _prune_layer(
         return result
 
     unit_size, num_groups, keep = head_unit(shape, settings)
-    attention = prune(family.attention_out, seen(LayerReplay.attention_inputs), aligned.heads, unit_size, num_groups)
+    units = plan.heads * shape.head_dim // unit_size
+    attention = prune(family.attention_out, seen(LayerReplay.attention_inputs), units, unit_size, num_groups)
     settle_heads(layer, family, keep(shape, attention.kept_units, list(range(shape.num_columns))))
     for replay in replays:
         replay.finish_attention()
     if shape.num_experts:
         experts, name = layer.get_submodule(family.experts), f"layer {index} {family.experts}"
         calls = seen(LayerReplay.expert_calls)
-        mlp = prune_experts(experts, name, calls, aligned.columns, settings, world)
+        mlp = prune_experts(experts, name, calls, plan.columns, settings, world)
     else:
-        mlp = prune(family.mlp_out, seen(LayerReplay.column_inputs), aligned.columns, 1)
+        mlp = prune(family.mlp_out, seen(LayerReplay.column_inputs), plan.columns, 1)
     return keep(shape, attention.kept_units, mlp.kept_units), attention, mlp

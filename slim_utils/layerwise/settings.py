@@ -1,18 +1,13 @@
 """How to walk over the layers of a model."""
 
-import logging
-import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from slim_utils.allocation.schedules import LayerRatio, aligned_ratios
 from slim_utils.families import LayerShape
-from slim_utils.masks import LayerMask
+from slim_utils.masks import LayerMask, LayerPlan
 from slim_utils.obs import PAPER_CHOICES, Choices
-
-logger = logging.getLogger(__name__)
 
 TOKENS_PER_FORWARD = 4096
 GQA_UNITS = ("query_head", "kv_group")
@@ -31,12 +26,6 @@ class WalkSettings:
         choices: how units are chosen.
         gqa_unit: what goes where query heads share key/value heads, one of ``GQA_UNITS``: equally many query heads of
             every group, whose key/value head stays, or whole kv groups.
-        heads_multiple: every layer keeps a multiple of so many heads, or kv groups where those are the unit.
-        columns_multiple: every layer keeps a multiple of so many FFN columns.
-        expert_columns_multiple: of the columns of every expert besides; the library's grouped products of experts want
-            rows of 16 bytes.
-        tp_size: GPUs that key/value heads have to be dealt out to, several to one or one to several.
-        alike: layers of one ratio keep equally many, whatever the multiples leave over.
     """
 
     device: torch.device
@@ -46,11 +35,6 @@ class WalkSettings:
     compensate: bool = True
     choices: Choices = PAPER_CHOICES
     gqa_unit: str = "query_head"
-    heads_multiple: int = 1
-    columns_multiple: int = 1
-    expert_columns_multiple: int = 8
-    tp_size: int = 1
-    alike: bool = False
 
     def spans(self, samples: Tensor) -> list[tuple[int, int]]:
         """Samples of each forward: at most ``batch_samples``, or as many as make ``TOKENS_PER_FORWARD``."""
@@ -83,34 +67,17 @@ class WalkSettings:
         """What of the heads of a layer of ``shape`` can go one after another: query heads of a group, or kv groups."""
         return shape.heads_per_group if self.by_query_head(shape) else shape.num_kv_heads
 
-    def aligned(self, shapes: list[LayerShape], ratios: list[LayerRatio]) -> list[LayerRatio]:
-        """Ratios of every layer that keep the multiples asked."""
-        units, multiples = [], []
-        for shape in shapes:
-            groups, multiple = shape.num_kv_heads, self.heads_multiple
-            units.append(self.head_units(shape))
-            multiples.append(multiple // math.gcd(multiple, groups) if self.by_query_head(shape) else multiple)
-        heads = aligned_ratios([ratio.heads for ratio in ratios], units, multiples, self.alike)
-        columns = [ratio.columns for ratio in ratios]
-        for experts in {shape.num_experts for shape in shapes}:
-            # A column of as many experts weighs as much in each of these layers, and none of the others make up for it.
-            chosen = [index for index, shape in enumerate(shapes) if shape.num_experts == experts]
-            multiple = math.lcm(self.columns_multiple, self.expert_columns_multiple if experts else 1)
-            widths = [shapes[index].ffn_width for index in chosen]
-            own = aligned_ratios([columns[i] for i in chosen], widths, [multiple] * len(chosen), self.alike)
-            for index, ratio in zip(chosen, own, strict=True):
-                columns[index] = ratio
-        return [LayerRatio(*pair) for pair in zip(heads, columns, strict=True)]
+    def heads_per_unit(self, shape: LayerShape) -> int:
+        """Query heads of such a unit: one of every kv group, or all of one."""
+        return shape.num_kv_heads if self.by_query_head(shape) else shape.heads_per_group
 
-    def warn_of_unaligned(self, masks: list[LayerMask]) -> None:
-        """Say which layers end with heads or columns that are not the multiples asked."""
-        uneven = []
-        for index, mask in enumerate(masks):
-            kept = mask.kept_heads if self.by_query_head(mask.shape) else mask.kept_kv_heads
-            kv_heads = len(mask.kept_kv_heads)
-            dealt = kv_heads % self.tp_size == 0 or self.tp_size % kv_heads == 0
-            if len(kept) % self.heads_multiple or mask.kept_width % self.columns_multiple or not dealt:
-                uneven.append(str(index))
-        if uneven:
-            message = "layers %s end with heads, key/value heads or columns that do not divide by %d and %d"
-            logger.warning(message, ", ".join(uneven), self.heads_multiple, self.columns_multiple)
+    def size_mask(self, shape: LayerShape, plan: LayerPlan) -> LayerMask:
+        """A mask of the sizes that ``plan`` leaves; which units it keeps is arbitrary."""
+        width = shape.ffn_width - plan.columns
+        columns = [ffn * shape.ffn_width + i for ffn in range(shape.num_ffns) for i in range(width)]
+        kept = self.head_units(shape) - plan.heads // self.heads_per_unit(shape)
+        if self.by_query_head(shape):
+            size = shape.heads_per_group
+            heads = [group * size + i for group in range(shape.num_kv_heads) for i in range(kept)]
+            return LayerMask.from_heads(shape, heads, columns)
+        return LayerMask.from_groups(shape, list(range(kept)), columns)

@@ -22,20 +22,8 @@ def add_hub_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--hub_public", action="store_true", help="for all to see (default: private)")
 
 
-def check_hub_flags(args: argparse.Namespace) -> None:
-    """Check the flags of :func:`add_hub_flags` against the others.
-
-    Raises:
-        UserError: naming the flag to change.
-    """
-    if args.push_to_hub and not args.save_pruned_weights:
-        raise UserError("--push_to_hub publishes the small model: add --save_pruned_weights")
-    if args.hub_public and not args.push_to_hub:
-        raise UserError("--hub_public is about what is published: add --push_to_hub NAME, or leave it out")
-
-
-def check_publishable(name: str, overwrite: bool) -> str:
-    """Make sure, before any long work, that ``name`` can be published; the name with its namespace.
+def publishable_name(name: str, overwrite: bool) -> str:
+    """``name`` with its namespace; makes sure, before any long work, that it can be published.
 
     Raises:
         UserError: if the hub cannot be reached, knows no login, or has such a model and ``overwrite`` is not set.

@@ -1,21 +1,22 @@
 """``run.json``: what was asked, on what, with which versions, and what came of it."""
 
-import argparse
 from dataclasses import asdict
 from typing import Any
 
+from slim_utils.allocation.planner import Measured
 from slim_utils.allocation.sensitivity import Sublayer
 from slim_utils.common.environment import command_line, environment
 from slim_utils.layerwise.layer_report import LayerReport
+from slim_utils.pruning_config import Effect, PruningConfig
 from slim_utils.slim_dataset import CalibrationData
 from slim_utils.slimgpt import PruneResult
 
 
-def rounding_settings(args: argparse.Namespace) -> dict[str, Any]:
+def rounding_settings(config: PruningConfig) -> dict[str, Any]:
     """What the weights depend on by rounding alone: the size of batches, the versions of libraries, and the GPU."""
-    found = environment(args.device)
+    found = environment(config.device)
     versions = {name: found["versions"][name] for name in ("torch", "transformers")}
-    return {"--batch_samples": args.batch_samples, **versions, "GPU": found["hardware"]["device"]}
+    return {**config.flags(Effect.ROUNDING), **versions, "GPU": found["hardware"]["device"]}
 
 
 def calibration_record(data: CalibrationData) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def calibration_record(data: CalibrationData) -> dict[str, Any]:
 
 
 def pruning_record(
-    args: argparse.Namespace,
+    config: PruningConfig,
     data: CalibrationData,
     provenance: dict[str, Any],
     reports: list[LayerReport],
@@ -43,22 +44,18 @@ def pruning_record(
     """The content of ``run.json`` of a pruning run, before the evaluation.
 
     Args:
-        args: of the command line.
+        config: of the run.
         data: the calibration samples.
         provenance: of the model before this run.
         reports: a report a layer.
         sizes: of the model, and the share that was removed.
         seconds: of the pruning.
     """
-    arguments = {
-        name: value if isinstance(value, (int, float, list, type(None))) else str(value)
-        for name, value in vars(args).items()
-    }
     return {
         "command": command_line(),
-        "arguments": arguments,
-        "seed": args.seed,
-        **environment(args.device),
+        "arguments": config.to_json(),
+        "seed": config.seed,
+        **environment(config.device),
         "calibration": calibration_record(data),
         "provenance": provenance,
         "sizes": sizes,
@@ -67,8 +64,14 @@ def pruning_record(
     }
 
 
-def search_record(measured: dict[int, list[Sublayer]]) -> list[dict[str, Any]]:
-    """What a search, or a refinement, has measured, by layer: units of heads and of columns, and their loss in nats."""
+def measured_record(measured: Measured) -> dict[str, Any]:
+    """What was measured for the allocation, by the kind of measurement; nothing where nothing was."""
+    kinds = {"search": measured.sensitivity, "refinement": measured.refinement}
+    return {kind: _by_layer(found) for kind, found in kinds.items() if found}
+
+
+def _by_layer(measured: dict[int, list[Sublayer]]) -> list[dict[str, Any]]:
+    """Units of heads and of columns, and their loss in nats, by layer."""
     return [
         {
             "layer": index,
@@ -82,11 +85,11 @@ def search_record(measured: dict[int, list[Sublayer]]) -> list[dict[str, Any]]:
 
 
 def layer_record(report: LayerReport) -> dict[str, Any]:
-    """One layer: ratio asked and got, errors before and after compensation, damping used, seconds, memory."""
+    """One layer: its plan, ratios, errors before and after compensation, damping used, seconds, memory."""
     heads, columns = report.mask.removed_share()
     return {
         "layer": report.layer,
-        "ratio_asked": report.ratio.heads if len(set(report.ratio)) == 1 else list(report.ratio),
+        "plan": asdict(report.plan),
         "attention": {"ratio": heads, **_errors(report.attention)},
         "mlp": {"ratio": columns, **_errors(report.mlp)},
         "seconds": round(report.seconds, 3),

@@ -1,0 +1,182 @@
+"""Checks of a pruning run's flags against each other, before anything is loaded, and what ``--preset`` stands for."""
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from slim_utils.allocation.schedules import STRATEGIES
+from slim_utils.common.errors import UserError
+from slim_utils.pruning_config import BEST_COLUMN_GROUP, BEST_SINK_WINDOWS, SENSITIVITY, PruningConfig
+from slim_utils.text_source import CALIBRATION_DATASETS
+
+logger = logging.getLogger(__name__)
+
+# What a sensitivity analysis cannot do without, by the flag that takes it away.
+SENSITIVITY_NEEDS = {"stream": "the whole model in memory", "no_compensate": "compensation"}
+
+
+def calibration_texts(config: PruningConfig) -> list[str]:
+    """Files and data sets that calibration samples are drawn from.
+
+    Raises:
+        UserError: if there is none, or one is neither a file nor a data set.
+    """
+    if config.data_file is None and config.dataset is None:
+        raise UserError(f"give a data set ({', '.join(CALIBRATION_DATASETS)}) or --data_file FILE")
+    for text in config.data_file or ():
+        if not Path(text).is_file() and text not in CALIBRATION_DATASETS:
+            raise UserError(f"--data_file {text}: no such file, and none of {', '.join(CALIBRATION_DATASETS)}")
+    return config.data_file or [config.dataset]
+
+
+def sink_windows(config: PruningConfig, bos: bool) -> int:
+    """Number of sink windows: ``--preset best`` has none where samples begin with a BOS, which is the sink there."""
+    if config.text_starts is not None:
+        return config.text_starts
+    return BEST_SINK_WINDOWS if config.preset == "best" and not bos else 0
+
+
+def with_preset(config: PruningConfig) -> PruningConfig:
+    """The flags that ``--preset best`` stands for, where they are not given."""
+    if config.preset == "paper":
+        return config
+    group = BEST_COLUMN_GROUP if config.column_group is None else config.column_group
+    config = replace(config, exact_heads=True, column_group=group)
+    if config.allocation or config.uniform_shapes or not config.has_target:
+        return config
+    obstacles = [f"--{name}" for name in SENSITIVITY_NEEDS if getattr(config, name)]
+    if in_several_processes():
+        obstacles.append("several processes")
+    if obstacles:
+        return without_sensitivity(config, " and ".join(obstacles))
+    return replace(config, allocation=SENSITIVITY)
+
+
+def in_several_processes() -> bool:
+    """Whether torchrun started more than this process."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def with_preset_for_experts(config: PruningConfig, allocation: str | None) -> PruningConfig:
+    """``config`` with a schedule in place of the sensitivity analysis of ``--preset best``, for an MoE model.
+
+    Args:
+        config: with the preset applied.
+        allocation: the one that was given; it stays.
+
+    Raises:
+        UserError: if there is a flag for the analysis.
+    """
+    if allocation or config.allocation != SENSITIVITY or config.refine:
+        return config
+    if config.search_minutes is not None:
+        raise UserError("--search_minutes limits the sensitivity analysis, which is not supported for MoE models")
+    return without_sensitivity(config, "experts")
+
+
+def without_sensitivity(config: PruningConfig, obstacle: str) -> PruningConfig:
+    """What ``--preset best`` stands for where losses cannot be measured."""
+    logger.warning("--preset best: no sensitivity analysis with %s; using --allocation log_increase", obstacle)
+    return replace(config, allocation="log_increase")
+
+
+def check_budget(config: PruningConfig) -> None:
+    """Check the flags that say how much is removed against each other and the others.
+
+    Raises:
+        UserError: naming the flag to change.
+    """
+    given = [name for name in ("target_ratio", "target_params", "profile") if getattr(config, name) is not None]
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]} ask for different things; give one of them")
+    ratios = [name for name in ("sparsity", "non_uniform") if getattr(config, name)]
+    if given and ratios:
+        raise UserError(f"--{given[0]} says how much goes; leave --{ratios[0]} out (--allocation has the strategies)")
+    if config.allocation and not (given and given[0] != "profile"):
+        raise UserError("--allocation spreads a target: add --target_ratio or --target_params")
+    if given and config.max_sparsity:
+        raise UserError(f"--{given[0]} says how much goes; leave --max_sparsity out")
+    if given and config.min_sparsity and config.allocation not in STRATEGIES:
+        raise UserError("--min_sparsity is where a strategy begins; add --allocation log_increase, or leave it out")
+    if config.profile and (config.minlayer > 0 or config.maxlayer < 1000):
+        raise UserError("--profile says which layers lose how much; leave --minlayer and --maxlayer out")
+    if config.target_ratio is not None and not 0 < config.target_ratio < 1:
+        raise UserError(f"--target_ratio {config.target_ratio}: more than 0 and less than 1")
+    if config.uniform_shapes and (given and config.allocation not in (None, "uniform")):
+        raise UserError("--uniform_shapes wants one ratio for all layers: --sparsity, or --allocation uniform")
+    if config.refine < 0:
+        raise UserError(f"--refine {config.refine}: at least 0")
+    if config.refine and not (given and given[0] != "profile"):
+        instead = " instead of --profile" if given else ""
+        raise UserError(f"--refine moves units of a target: add --target_ratio or --target_params{instead}")
+    if config.refine and config.uniform_shapes:
+        raise UserError("--uniform_shapes wants one ratio for all layers: leave --refine out")
+    if config.search_minutes is not None and not config.measures:
+        raise UserError(
+            "--search_minutes is the time of a search: add --allocation search or --refine, or leave it out"
+        )
+    if config.search_minutes is not None and not config.search_minutes >= 0:
+        raise UserError(f"--search_minutes {config.search_minutes}: at least 0")
+    if config.measures:
+        flag = config.measuring_flag
+        for name, reason in SENSITIVITY_NEEDS.items():
+            if getattr(config, name):
+                raise UserError(f"{flag} needs {reason}; leave --{name} out")
+        if in_several_processes():
+            raise UserError(f"{flag} runs in one process; measure without torchrun, then give --profile")
+
+
+def check_ranges(config: PruningConfig) -> None:
+    """Check numbers, each for itself.
+
+    Raises:
+        UserError: naming the flag to change.
+    """
+    for name, lowest in (("num_samples", 1), ("seqlen", 2), ("batch_samples", 1), ("multiple_of", 1), ("tp_size", 1)):
+        if getattr(config, name) < lowest:
+            raise UserError(f"--{name} {getattr(config, name)}: at least {lowest}")
+    for name in ("sparsity", "min_sparsity", "max_sparsity"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: at least 0 and less than 1")
+    for name in ("percdamp", "column_group", "text_starts"):
+        if (getattr(config, name) or 0) < 0:
+            raise UserError(f"--{name} {getattr(config, name)}: at least 0")
+    if any(seqlen < 2 for seqlen in config.eval_seqlens or ()):
+        raise UserError("--eval_seqlens: at least 2")
+
+
+def check_original_flags(config: PruningConfig) -> None:
+    """Check the original's flags against each other; logs those that have no effect.
+
+    Raises:
+        UserError: naming the flag to change.
+    """
+    if config.min_sparsity > config.max_sparsity and not config.allocation:
+        raise UserError(f"--min_sparsity {config.min_sparsity} is above --max_sparsity {config.max_sparsity}")
+    if config.non_uniform and config.sparsity:
+        logger.warning("--sparsity %g has no effect with --non_uniform", config.sparsity)
+    if not config.non_uniform and config.max_sparsity:
+        logger.warning("--min_sparsity and --max_sparsity have no effect without --non_uniform")
+
+
+def check_output_flags(config: PruningConfig) -> None:
+    """Check the flags of the output against each other.
+
+    Raises:
+        UserError: naming the flag to change.
+    """
+    if config.uniform_shapes and config.non_uniform:
+        raise UserError("--uniform_shapes wants one ratio for all layers: --sparsity instead of --non_uniform")
+    if config.uniform_shapes and not config.save_pruned_weights:
+        raise UserError("--uniform_shapes is about the small model: add --save_pruned_weights")
+    if config.resume and not config.save_dir:
+        raise UserError("--resume needs the --save_dir of the run to go on with")
+    if config.stream and not config.save_dir:
+        raise UserError("--stream writes layer by layer as it goes: give --save_dir DIR")
+    if config.save_pruned_weights and not config.save_dir:
+        raise UserError("--save_pruned_weights needs --save_dir DIR")
+    if config.push_to_hub and not config.save_pruned_weights:
+        raise UserError("--push_to_hub publishes the small model: add --save_pruned_weights")
+    if config.hub_public and not config.push_to_hub:
+        raise UserError("--hub_public is about what is published: add --push_to_hub NAME, or leave it out")

@@ -1,0 +1,111 @@
+"""What a pruning run is told: one field for every flag of ``model_slimming.py``."""
+
+from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SENSITIVITY = "search"
+# First tokens enough for nearly all others to be attention sinks as before.
+BEST_SINK_WINDOWS = 512
+# Finer ones leave no smaller error (benchmarks/layer_choices.py) and take longer on wide layers.
+BEST_COLUMN_GROUP = 32
+
+
+class Effect(Enum):
+    """How the weights of a pruned model depend on a flag, which is what a resumed run may change of it.
+
+    ``VALUE``: nothing. ``CONTENT``: where it lies, but not what it holds. ``ROUNDING``: the value, with a warning.
+    ``NONE``: the value.
+    """
+
+    VALUE, CONTENT, ROUNDING, NONE = "value", "content", "rounding", "none"
+
+
+_VALUE, _CONTENT, _ROUNDING, _NONE = ({"effect": effect} for effect in Effect)
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """The flags of a pruning run under their names, with their defaults; ``--help`` describes them.
+
+    ``device`` and ``cache_dev`` are names as they were given until they are resolved to devices.
+    """
+
+    model_path: str = field(default="", metadata=_CONTENT)
+    dataset: str | None = field(default=None, metadata=_CONTENT)
+    data_file: list[str] | None = field(default=None, metadata=_CONTENT)
+    num_samples: int = field(default=1024, metadata=_VALUE)
+    seqlen: int = field(default=2048, metadata=_VALUE)
+    seed: int = field(default=0, metadata=_VALUE)
+    bos: str = field(default="auto", metadata=_VALUE)
+    sparsity: float = field(default=0, metadata=_VALUE)
+    non_uniform: bool = field(default=False, metadata=_VALUE)
+    non_uniform_strategy: str = field(default="log_increase", metadata=_VALUE)
+    min_sparsity: float = field(default=0, metadata=_VALUE)
+    max_sparsity: float = field(default=0, metadata=_VALUE)
+    target_ratio: float | None = field(default=None, metadata=_VALUE)
+    target_params: float | None = field(default=None, metadata=_VALUE)
+    allocation: str | None = field(default=None, metadata=_VALUE)
+    refine: int = field(default=0, metadata=_VALUE)
+    # What was measured in the time there was stays.
+    search_minutes: float | None = field(default=None, metadata=_NONE)
+    profile: Path | None = field(default=None, metadata=_CONTENT)
+    gqa_unit: str = field(default="query_head", metadata=_VALUE)
+    multiple_of: int = field(default=1, metadata=_VALUE)
+    even_heads: bool = field(default=False, metadata=_VALUE)
+    tp_size: int = field(default=1, metadata=_VALUE)
+    minlayer: int = field(default=-1, metadata=_VALUE)
+    maxlayer: int = field(default=1000, metadata=_VALUE)
+    no_compensate: bool = field(default=False, metadata=_VALUE)
+    percdamp: float = field(default=0.01, metadata=_VALUE)
+    exact_heads: bool = field(default=False, metadata=_VALUE)
+    column_group: int | None = field(default=None, metadata=_VALUE)
+    text_starts: int | None = field(default=None, metadata=_VALUE)
+    # It stands for values of the others.
+    preset: str = field(default="paper", metadata=_NONE)
+    # Its kind is compared, which GPU it is is noted.
+    device: str | torch.device = field(default="auto", metadata=_CONTENT)
+    cache_dev: str | torch.device | None = field(default=None, metadata=_NONE)
+    batch_samples: int = field(default=128, metadata=_ROUNDING)
+    stream: bool = field(default=False, metadata=_VALUE)
+    dtype: str = field(default="auto", metadata=_VALUE)
+    trust_remote_code: bool = field(default=False, metadata=_NONE)
+    save_dir: str = field(default="", metadata=_NONE)
+    save_pruned_weights: bool = field(default=False, metadata=_NONE)
+    uniform_shapes: bool = field(default=False, metadata=_VALUE)
+    overwrite: bool = field(default=False, metadata=_NONE)
+    resume: bool = field(default=False, metadata=_NONE)
+    push_to_hub: str | None = field(default=None, metadata=_NONE)
+    hub_public: bool = field(default=False, metadata=_NONE)
+    skip_evaluate: bool = field(default=False, metadata=_NONE)
+    eval_datasets: list[str] = field(default_factory=lambda: ["wikitext2"], metadata=_NONE)
+    eval_seqlens: list[int] | None = field(default=None, metadata=_NONE)
+
+    def flags(self, effect: Effect) -> dict[str, Any]:
+        """Values of the flags of an effect, by their spelling."""
+        return {f"--{own.name}": getattr(self, own.name) for own in fields(self) if own.metadata["effect"] == effect}
+
+    def to_json(self) -> dict[str, Any]:
+        """Values by name, paths and devices as text."""
+        return {
+            name: value if isinstance(value, (int, float, list, type(None))) else str(value)
+            for name, value in asdict(self).items()
+        }
+
+    @property
+    def has_target(self) -> bool:
+        """Whether an overall target says how much is removed."""
+        return self.target_ratio is not None or self.target_params is not None
+
+    @property
+    def measures(self) -> bool:
+        """Whether the allocation is measured on the loaded model."""
+        return self.allocation == SENSITIVITY or bool(self.refine)
+
+    @property
+    def measuring_flag(self) -> str:
+        """The flag that asks for measurements."""
+        return "--refine" if self.refine else f"--allocation {SENSITIVITY}"
