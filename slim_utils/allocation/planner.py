@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -125,10 +125,7 @@ class Planner:
         if self._config.has_target:
             counts = scaled_counts(self._schedule, self.units, self.budget, self._config.uniform_shapes)
             return self._aligned([own.plan(*count) for own, count in zip(self.units, counts, strict=True)])
-        ratios = self._ratios()
-        plans = [own.plan(*own.removed_by(ratio)) for own, ratio in zip(self.units, ratios, strict=True)]
-        # A layer whose small ratio rounds to no unit is aligned too.
-        return self._alignment.aligned(plans, self.units, [(ratio > 0, ratio > 0) for ratio in ratios])
+        return ratio_plans(self._ratios(), self.units, self._alignment)
 
     def check_measurable(self) -> None:
         """Make sure, before anything is measured, that the allocation can be measured and can meet the target.
@@ -216,6 +213,21 @@ class Planner:
         else:
             ratios = [config.sparsity] * len(self.layers)
         return layer_ratios(self.layers, len(self.shapes), ratios)
+
+
+def ratio_plans(
+    ratios: Sequence[float], units: list[LayerUnits], alignment: Alignment | None = None
+) -> list[LayerPlan]:
+    """Plans that remove ``round(units · ratio)`` heads and columns of every layer, aligned.
+
+    Args:
+        ratios: of every layer; a layer of ratio 0 is left alone.
+        units: of every layer.
+        alignment: multiples to keep (default: what experts need).
+    """
+    plans = [own.plan(*own.removed_by(ratio)) for own, ratio in zip(units, ratios, strict=True)]
+    # A layer whose small ratio rounds to no unit is aligned too.
+    return (alignment or Alignment()).aligned(plans, units, [(ratio > 0, ratio > 0) for ratio in ratios])
 
 
 def has_experts(shapes: list[LayerShape]) -> bool:

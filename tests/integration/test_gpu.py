@@ -13,7 +13,7 @@ from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import WalkSettings
 from slim_utils.masks import read_pruning
 from slim_utils.slimgpt import add_gram
-from tests.conftest import make_tiny
+from tests.conftest import make_tiny, plans_of
 from tests.integration.test_stream import tensors
 from train_utils.finetune_args import parse_args
 
@@ -43,7 +43,9 @@ def test_same_units_and_weights_as_on_the_cpu(samples, cache_dev, variant):
     masks = []
     for model, (device, cache) in devices.items():
         settings = WalkSettings(torch.device(device), torch.device(cache), batch_samples=3)
-        masks.append(prune_layers(model, find_family(model.config), samples, ratios, settings)[0])
+        masks.append(
+            prune_layers(model, find_family(model.config), samples, plans_of(model, ratios, settings), settings)[0]
+        )
     assert masks[0] == masks[1]
     assert on_gpu.device.type == "cpu"
     for name, expected in on_cpu.state_dict().items():

@@ -9,6 +9,7 @@ import model_evaluate
 import model_slimming
 from scripts import compare_models, export_gguf, report
 from slim_utils.common.errors import UserError
+from slim_utils.pruning_config import PruningConfig
 
 
 def parsed(script, *words: object):
@@ -40,7 +41,7 @@ def test_slimming_with_an_input_inside_its_output_is_refused(output, checkpoint,
     words = [word.format(out=output, model=checkpoint, text=text_file) for word in inputs]
     args = parsed(model_slimming, *words, "--save_dir", output, "--overwrite", "--device", "cpu")
     with pytest.raises(UserError, match=f"{flag} .*: inside --save_dir .*; choose another --save_dir"):
-        model_slimming.process_args(args)
+        model_slimming.checked(PruningConfig(**vars(args)))
 
 
 def test_report_with_a_run_inside_its_output_is_refused(output):

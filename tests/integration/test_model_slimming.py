@@ -88,7 +88,7 @@ def test_run_json_tells_the_run(pruned):
     assert len(record["calibration"]["samples_sha256"]) == 64
     assert [layer["layer"] for layer in record["layers"]] == [0, 1, 2, 3]
     for layer in record["layers"]:
-        assert layer["ratio_asked"] == 0.4
+        assert layer["plan"] == {"heads": 2, "columns": 16}
         assert layer["attention"]["ratio"] == pytest.approx(1 / 3)  # round(3 · 0.4) of each kv group's 3 heads
         assert layer["mlp"]["ratio"] == pytest.approx(0.4)
         assert 0 < layer["mlp"]["error_after_compensation"] < layer["mlp"]["error_before_compensation"] < 1
@@ -155,10 +155,9 @@ def test_the_originals_command_line_runs_as_spelled(tmp_path, tokenizer, monkeyp
     caplog.set_level("INFO")
     main(model, "c4", *README_FLAGS.split(), "--save_dir", tmp_path / "D", "--eval_seqlens", "128")
     record = json.loads((tmp_path / "D" / "run.json").read_text())
-    ratios = [layer["ratio_asked"] for layer in record["layers"]]
-    assert ratios[0] == 0.0625
-    assert ratios[-1] == pytest.approx(0.25)
-    assert len(ratios) == 3
+    # Ratios 0.0625, 0.18 and 0.25 of 40 columns and of 2 heads.
+    assert [layer["plan"]["columns"] for layer in record["layers"]] == [2, 7, 10]
+    assert [layer["plan"]["heads"] for layer in record["layers"]] == [0, 0, 0]
     assert "perplexity wikitext2 seqlen 128" in caplog.text
 
 

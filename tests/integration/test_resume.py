@@ -17,7 +17,7 @@ from slim_utils.families import find_family
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.resume import LayerStore, changed_parameters, fingerprint
 from slim_utils.layerwise.settings import WalkSettings
-from tests.conftest import ALL_TINY, make_tiny
+from tests.conftest import ALL_TINY, make_tiny, plans_of
 from tests.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,15 +108,16 @@ def test_every_family_goes_on_to_the_same_bytes(variant, finished, samples, tmp_
     settings = WalkSettings(CPU, CPU)
     whole, first, second = (make_tiny(variant) for _ in range(3))
     family = find_family(whole.config)
-    expected, reports = prune_layers(whole, family, samples, RATIOS, settings)
+    plans = plans_of(whole, RATIOS, settings)
+    expected, reports = prune_layers(whole, family, samples, plans, settings)
     store = LayerStore(tmp_path / "out")
     store.open({}, False)
-    prune_layers(first, family, samples, RATIOS, settings, store)
+    prune_layers(first, family, samples, plans, settings, store)
     for path in sorted(store.folder.glob("layer_*"))[finished:]:
         path.unlink()
     again = LayerStore(tmp_path / "out")
     again.open({}, True)
-    masks, resumed = prune_layers(second, family, samples, RATIOS, settings, again)
+    masks, resumed = prune_layers(second, family, samples, plans, settings, again)
     assert masks == expected
     for got, report in zip(resumed, reports, strict=True):
         assert (got.layer, got.mask, got.attention, got.mlp) == (
@@ -133,7 +134,8 @@ def test_every_family_goes_on_to_the_same_bytes(variant, finished, samples, tmp_
 def test_the_store_holds_all_that_the_walk_changes(variant, samples):
     model, dense = make_tiny(variant), make_tiny(variant)
     family = find_family(model.config)
-    prune_layers(model, family, samples, [0.5] * 4, WalkSettings(CPU, CPU))
+    settings = WalkSettings(CPU, CPU)
+    prune_layers(model, family, samples, plans_of(model, [0.5] * 4, settings), settings)
     for layer, before in zip(family.decoder_layers(model), family.decoder_layers(dense), strict=True):
         stored = changed_parameters(layer, family)
         for name, parameter in layer.named_parameters():

@@ -39,6 +39,12 @@ def make_pruner(weight: torch.Tensor, inputs: torch.Tensor) -> SlimGPT:
     return pruner
 
 
+def count_of(columns: int, unit: int, sparsity: float, groups: int = 1) -> int:
+    """Units that a ratio removes: rounded in every group, and never all of one."""
+    size = columns // unit // groups
+    return groups * min(round(size * sparsity), size - 1)
+
+
 @pytest.mark.parametrize("compensate", [True, False])
 @pytest.mark.parametrize("percdamp", [0.0, 0.01])
 @pytest.mark.parametrize(("columns", "unit", "sparsity"), [(48, 8, 0.5), (48, 4, 0.25), (200, 1, 0.5), (96, 1, 0.9)])
@@ -46,7 +52,7 @@ def test_same_units_and_weights_as_the_plain_implementation(columns, unit, spars
     weight = torch.randn(16, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     inputs = random_inputs(columns)
     pruner = make_pruner(weight, inputs)
-    result = pruner.struct_prune(sparsity, unit, percdamp, compensate)
+    result = pruner.struct_prune(count_of(columns, unit, sparsity), unit, percdamp, compensate)
     expected, removed = struct_prune(weight, hessian_of(inputs), sparsity, unit, percdamp, compensate)
     assert result.pruned_units == removed
     assert result.percdamp == percdamp
@@ -156,7 +162,7 @@ def test_greedy_heads_end_in_the_optimum_of_their_subset_and_near_the_best_subse
     inputs = random_inputs(10, seed=seed)
     hessian = hessian_of(inputs)
     pruner = make_pruner(weight, inputs)
-    result = pruner.struct_prune(0.4, unit_size=2, percdamp=0)
+    result = pruner.struct_prune(2, unit_size=2, percdamp=0)
 
     def error(units: tuple[int, ...]) -> float:
         return least_squares(weight, hessian, [unit * 2 + i for unit in units for i in (0, 1)])[1]
@@ -172,7 +178,7 @@ def test_greedy_heads_end_in_the_optimum_of_their_subset_and_near_the_best_subse
 def test_reported_errors():
     weight, inputs = torch.randn(8, 12, dtype=torch.float64), random_inputs(12)
     pruner = make_pruner(weight, inputs)
-    result = pruner.struct_prune(0.5, percdamp=0.01)
+    result = pruner.struct_prune(6, percdamp=0.01)
     flat = inputs.reshape(-1, 12)
     output = flat @ weight.T
     zeroed = weight.clone()
@@ -201,7 +207,7 @@ def test_dead_columns_go_first():
     weight, inputs = torch.randn(4, 20, dtype=torch.float64), random_inputs(20)
     inputs[..., [2, 11]] = 0
     pruner = make_pruner(weight, inputs)
-    result = pruner.struct_prune(0.1, percdamp=0.01)
+    result = pruner.struct_prune(2, percdamp=0.01)
     assert result.pruned_units == [2, 11]
     assert result.error == pytest.approx(0, abs=1e-12)
 
@@ -214,7 +220,7 @@ def test_struct_prune_dead_columns_of_kept_units_keep_their_weights(unit, sparsi
     inputs, dead = random_inputs(24), [0, 1, 5, 6, 14, 23]
     inputs[..., dead] = 0
     pruner = make_pruner(weight, inputs)
-    result = pruner.struct_prune(sparsity, unit, 0.01, compensate)
+    result = pruner.struct_prune(count_of(24, unit, sparsity), unit, 0.01, compensate)
     expected, removed = struct_prune(weight, hessian_of(inputs), sparsity, unit, 0.01, compensate)
     gone = [u * unit + i for u in removed for i in range(unit)]
     kept_dead = [column for column in dead if column not in gone]
@@ -230,17 +236,17 @@ def test_struct_prune_dead_columns_of_kept_units_keep_their_weights(unit, sparsi
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-@pytest.mark.parametrize(("sparsity", "unit", "groups"), [(0.0, 1, 1), (0.01, 4, 1), (0.9, 12, 2)])
-def test_struct_prune_without_a_unit_to_remove_leaves_the_weight(sparsity, unit, groups, dtype, monkeypatch):
+@pytest.mark.parametrize(("unit", "groups"), [(1, 1), (4, 1), (12, 2)])
+def test_struct_prune_without_a_unit_to_remove_leaves_the_weight(unit, groups, dtype, monkeypatch):
     weight, inputs = torch.randn(4, 24, dtype=torch.float64).to(dtype), random_inputs(24)
     inputs[..., [2, 11]] = 0
     pruner = make_pruner(weight, inputs)
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda *args: pytest.fail("factorised"))
-    result = pruner.struct_prune(sparsity, unit, num_groups=groups)
+    result = pruner.struct_prune(0, unit, num_groups=groups)
     assert torch.equal(pruner.linear.weight, weight)
     assert (result.pruned_units, result.kept_units) == ([], list(range(24 // unit)))
     assert (result.error_zeroed, result.error, result.percdamp) == (0, 0, 0.01)
-    assert pruner.error_curve(sparsity, unit, num_groups=groups).tolist() == [0]
+    assert pruner.error_curve(0, unit, num_groups=groups).tolist() == [0]
 
 
 def test_relative_errors_of_a_rank_deficient_hessian_are_not_negative():
@@ -260,7 +266,7 @@ def test_groups_lose_equally_many_units(groups, sparsity, seed):
     generator = torch.Generator().manual_seed(seed)
     weight, inputs = torch.randn(8, 24, dtype=torch.float64, generator=generator), random_inputs(24, seed=seed)
     pruner = make_pruner(weight, inputs)
-    result = pruner.struct_prune(sparsity, unit_size=2, percdamp=0.01, num_groups=groups)
+    result = pruner.struct_prune(count_of(24, 2, sparsity, groups), unit_size=2, percdamp=0.01, num_groups=groups)
     expected, removed = struct_prune(weight, hessian_of(inputs), sparsity, 2, 0.01, groups=groups)
     assert result.pruned_units == removed
     assert torch.allclose(pruner.linear.weight, expected, rtol=1e-6, atol=1e-6)
@@ -269,14 +275,11 @@ def test_groups_lose_equally_many_units(groups, sparsity, seed):
     assert losses == [min(round(size * sparsity), size - 1)] * groups
 
 
-def test_never_all_units_of_a_group():
+@pytest.mark.parametrize(("count", "unit", "groups"), [(6, 2, 3), (4, 2, 3), (3, 4, 1), (-1, 1, 1), (13, 1, 1)])
+def test_struct_prune_of_all_units_or_of_uneven_groups_is_refused(count, unit, groups):
     pruner = make_pruner(torch.randn(4, 12, dtype=torch.float64), random_inputs(12))
-    assert len(pruner.struct_prune(0.99, unit_size=2, num_groups=3).kept_units) == 3
-
-
-def test_never_all_units():
-    pruner = make_pruner(torch.randn(4, 12, dtype=torch.float64), random_inputs(12))
-    assert pruner.struct_prune(0.99, unit_size=4).kept_units != []
+    with pytest.raises(ValueError, match=f"{count} units of {12 // unit} in {groups} groups"):
+        pruner.struct_prune(count, unit, num_groups=groups)
 
 
 @pytest.mark.parametrize("unit", [1, 4])
@@ -284,7 +287,7 @@ def test_rank_deficient_hessian_raises_the_damping(caplog, unit):
     inputs = random_inputs(32, tokens=3, samples=2)
     weight = torch.randn(8, 32, dtype=torch.float64)
     pruner = make_pruner(weight, inputs)
-    result = pruner.struct_prune(0.5, unit, percdamp=0)
+    result = pruner.struct_prune(count_of(32, unit, 0.5), unit, percdamp=0)
     assert result.percdamp > 0
     assert f"raised to {result.percdamp:g}" in caplog.text
     assert "layer 0 test" in caplog.text
@@ -305,7 +308,7 @@ def test_non_finite_activations_name_the_layer(value):
     inputs[0, 0, 0] = value
     pruner.add_batch(inputs)
     with pytest.raises(UserError, match=r"layer 3 self_attn\.o_proj.*--dtype"):
-        pruner.struct_prune(0.5)
+        pruner.struct_prune(4)
     assert torch.equal(pruner.linear.weight, before)
 
 
@@ -314,7 +317,7 @@ def test_half_precision_weights_get_the_fp64_solution_rounded(dtype):
     weight = torch.randn(8, 24, dtype=torch.float64).to(dtype)
     inputs = random_inputs(24)
     pruner = make_pruner(weight, inputs)
-    result = pruner.struct_prune(0.5)
+    result = pruner.struct_prune(12)
     expected, removed = struct_prune(weight.double(), hessian_of(inputs), 0.5, percdamp=0.01)
     assert result.pruned_units == removed
     assert pruner.linear.weight.dtype == dtype

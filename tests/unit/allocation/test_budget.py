@@ -18,20 +18,20 @@ from slim_utils.allocation.budget import (
     block_weights,
     layer_units,
     scaled_counts,
-    scaled_ratios,
     weights_removed,
 )
+from slim_utils.allocation.planner import Planner
 from slim_utils.allocation.schedules import layer_ratios, non_uniform_ratios
 from slim_utils.allocation.sensitivity import PROBE_SAMPLES, Sublayer, loss_curves, measure
-from slim_utils.cli.slimming_args import apply_preset, settle_text_starts
+from slim_utils.cli.slimming_checks import sink_windows, with_preset
 from slim_utils.common.errors import UserError
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layerwise.offload import LayerHost
-from slim_utils.layerwise.pruner import planned_masks
 from slim_utils.layerwise.resume import LayerStore
 from slim_utils.layerwise.settings import WalkSettings
 from slim_utils.obs import Choices
 from slim_utils.profiling.model_stats import removed_share
+from slim_utils.pruning_config import PruningConfig
 from slim_utils.slimgpt import SlimGPT
 from tests.conftest import make_tiny
 
@@ -141,7 +141,7 @@ def test_more_than_there_is_cannot_go():
 def test_schedules_meet_a_budget_to_one_column(name, unit, strategy):
     model = make_tiny(name)
     family, shapes = find_family(model.config), layer_shapes(model.config)
-    layers, settings = family.decoder_layers(model), WalkSettings(CPU, CPU, gqa_unit=unit, expert_columns_multiple=1)
+    layers, settings = family.decoder_layers(model), WalkSettings(CPU, CPU, gqa_unit=unit)
     units, total = layer_units(layers, family, shapes, settings), block_weights(layers, family, shapes)
 
     def schedule(highest: float) -> list[float]:
@@ -149,13 +149,15 @@ def test_schedules_meet_a_budget_to_one_column(name, unit, strategy):
         return layer_ratios(range(1, 4), 4, ratios)
 
     for share in (0.05, 0.15, 0.25):
-        ratios = scaled_ratios(schedule, units, share * total)
-        masks = planned_masks(shapes, ratios, settings)
+        counts = scaled_counts(schedule, units, share * total)
+        plans = [own.plan(*count) for own, count in zip(units, counts, strict=True)]
+        masks = [settings.size_mask(shape, plan) for shape, plan in zip(shapes, plans, strict=True)]
+        assert [mask.plan for mask in masks] == plans
         removed = removed_share(layers, family, masks) * total
         assert share * total - 1e-6 <= removed < share * total + max(own.column_weights for own in units)
         assert masks[0].kept_heads == list(range(6))
     with pytest.raises(UserError, match="cannot lose"):
-        scaled_ratios(schedule, units, 0.99 * total)
+        scaled_counts(schedule, units, 0.99 * total)
 
 
 @pytest.mark.parametrize("name", ["mha", "gqa", "opt"])
@@ -178,7 +180,7 @@ def test_curves_are_measured_on_the_whole_model(name, samples):
         handle.remove()
         pruner = SlimGPT(linear)
         pruner.add_batch(inputs[0].view(len(samples), 16, -1))
-        pruner.struct_prune(12 / 40, choices=settings.choices)
+        pruner.struct_prune(12, choices=settings.choices)
         got = model(samples[:probed]).logits.log_softmax(-1)
     divergence = functional.kl_div(got, expected, reduction="sum", log_target=True).item() / expected[..., 0].numel()
     curve = curves[2][1]
@@ -238,10 +240,10 @@ def test_the_best_preset_is_its_flags(words, tmp_path):
 )
 def test_the_best_preset_leaves_what_was_asked_for(flags, allocation, column_group, text_starts, words):
     args = model_slimming.build_parser().parse_args(list(map(str, [*words, *flags])))
-    apply_preset(args)
-    settle_text_starts(args, bos=False)
-    assert (args.allocation, args.column_group, args.text_starts) == (allocation, column_group, text_starts)
-    assert args.exact_heads == ("best" in flags)
+    config = with_preset(PruningConfig(**vars(args)))
+    windows = sink_windows(config, bos=False)
+    assert (config.allocation, config.column_group, windows) == (allocation, column_group, text_starts)
+    assert config.exact_heads == ("best" in flags)
 
 
 def test_a_stock_checkpoint_of_a_target(words, tmp_path):
@@ -264,7 +266,7 @@ def test_only_what_is_pruned_is_searched(words, tmp_path):
 
 
 def test_a_target_out_of_reach_is_seen_before_the_search(words, tmp_path, monkeypatch):
-    monkeypatch.setattr(model_slimming, "search", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(Planner, "measured", lambda *args: pytest.fail("measured"))
     with pytest.raises(UserError, match="block weights can go"):
         main(*words, "--target_ratio", 0.99, "--preset", "best", "--save_dir", tmp_path / "out")
 
@@ -299,10 +301,10 @@ def test_mixtures_of_experts_are_not_searched(tokenizer, text_file, tmp_path):
     flags = ["--data_file", text_file, "--target_ratio", 0.3, "--seqlen", 32, "--save_dir", tmp_path / "out"]
     # What was asked for is refused; only the preset's own choice is replaced.
     for preset in ([], ["--preset", "best"]):
-        with pytest.raises(UserError, match="--allocation search does not know mixtures of experts yet"):
+        with pytest.raises(UserError, match="--allocation search is not supported for MoE models"):
             main(tmp_path / "model", *flags, *preset, "--allocation", "search")
     for flag in ("--refine", "--search_minutes"):
-        with pytest.raises(UserError, match=f"{flag} .*mixtures of experts yet") as error:
+        with pytest.raises(UserError, match=f"{flag} .*not supported for MoE models") as error:
             main(tmp_path / "model", *flags, "--preset", "best", flag, 1)
         assert "\n" not in str(error.value)
     assert not LayerStore(tmp_path / "out").exists()

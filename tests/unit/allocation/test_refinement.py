@@ -1,6 +1,7 @@
 """Units that move between layers by what they are worth to the pruned model."""
 
 import json
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,7 @@ from torch.nn import functional
 import model_slimming
 from slim_utils.allocation import refinement
 from slim_utils.allocation.budget import LayerUnits, layer_units
-from slim_utils.allocation.refinement import NEIGHBOUR_SAMPLES, measure_around, refined_ratios
-from slim_utils.allocation.schedules import LayerRatio
+from slim_utils.allocation.refinement import NEIGHBOUR_SAMPLES, measure_around, refined_plans
 from slim_utils.allocation.sensitivity import LEAST_LOSS, Probe, Sublayer
 from slim_utils.common.errors import UserError
 from slim_utils.families import find_family, layer_shapes
@@ -19,16 +19,17 @@ from slim_utils.layerwise.offload import LayerHost
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.resume import LayerStore
 from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.masks import LayerPlan
 from slim_utils.obs import Choices
 from tests.conftest import make_tiny
 
 CPU = torch.device("cpu")
 SETTINGS = WalkSettings(CPU, CPU, choices=Choices(exact_heads=True, column_group=4))
 # Heads and columns of four layers, of which the tiny models have 6 (2 of each of the kv groups there may be) and 40.
-PLAN = [LayerRatio(1 / 3, 0.1), LayerRatio(1 / 3, 0.3), LayerRatio(0, 0), LayerRatio(1 / 3, 0.5)]
+PLAN = [LayerPlan(2, 4), LayerPlan(2, 12), LayerPlan(), LayerPlan(2, 20)]
 
 
-def pruned(name: str, samples: torch.Tensor, plan: list[LayerRatio]) -> torch.nn.Module:
+def pruned(name: str, samples: torch.Tensor, plan: list[LayerPlan]) -> torch.nn.Module:
     model = make_tiny(name, torch.float64)
     prune_layers(model, find_family(model.config), samples, plan, SETTINGS)
     return model
@@ -46,12 +47,13 @@ def test_prices_are_those_of_the_whole_pruned_model(kind, name, samples):
         assert torch.equal(parameter, before)
     planned, probe, losses = pruned(name, samples, PLAN), samples[:NEIGHBOUR_SAMPLES], []
     units = {"heads": units_of_heads(model), "columns": 40}[kind]
-    count, step = round(units * PLAN[1]._asdict()[kind]), max(1, round(units / 16))
+    per_unit = {"heads": SETTINGS.heads_per_unit(layer_shapes(model.config)[1]), "columns": 1}[kind]
+    count, step = asdict(PLAN[1])[kind] // per_unit, max(1, round(units / 16))
     target = family.attention_out if kind == "heads" else family.mlp_out
     with torch.no_grad():
         expected = dense(probe).logits.log_softmax(-1)
         for other in (count - step, count + step):
-            plan = [PLAN[0], PLAN[1]._replace(**{kind: other / units}), *PLAN[2:]]
+            plan = [PLAN[0], replace(PLAN[1], **{kind: other * per_unit}), *PLAN[2:]]
             weight = family.decoder_layers(pruned(name, samples, plan))[1].get_submodule(target).weight
             family.decoder_layers(planned)[1].get_submodule(target).weight.copy_(weight)
             got = planned(probe).logits.log_softmax(-1)
@@ -79,13 +81,13 @@ def test_every_family_keeps_its_budget(name, samples):
     model, dense = make_tiny(name), make_tiny(name)
     host, family = LayerHost(model, find_family(model.config)), find_family(model.config)
     units = layer_units(host.layers, family, layer_shapes(model.config), SETTINGS)
-    plan = [own.ratio(1, 8) for own in units]
+    plan = [own.plan(1, 8) for own in units]
     measured = measure_around(host, samples, None, plan, SETTINGS)
-    ratios = refined_ratios(measured, units, plan, sum(own.head_weights + 8 * own.column_weights for own in units))
+    plans = refined_plans(measured, units, plan, sum(own.head_weights + 8 * own.column_weights for own in units))
     assert sum(own.column_weights * 8 + own.head_weights for own in units) == pytest.approx(
         sum(
-            own.head_weights * ratio.heads * own.heads + own.column_weights * ratio.columns * own.columns
-            for own, ratio in zip(units, ratios, strict=True)
+            own.head_weights * own.counts(plan)[0] + own.column_weights * plan.columns
+            for own, plan in zip(units, plans, strict=True)
         ),
         abs=max(own.column_weights for own in units),
     )
@@ -109,11 +111,11 @@ def test_a_layer_that_does_nothing_costs_nothing(samples):
     model.model.layers[0].self_attn.o_proj.weight.data.zero_()
     host, family = LayerHost(model, find_family(model.config)), find_family(model.config)
     units = layer_units(host.layers, family, layer_shapes(model.config), SETTINGS)
-    plan = [own.ratio(2, 8) for own in units]
+    plan = [own.plan(2, 8) for own in units]
     measured = measure_around(host, samples, None, plan, SETTINGS)
     assert measured[0][0].loss is None
-    ratios = refined_ratios(measured, units, plan, sum(2 * own.head_weights + 8 * own.column_weights for own in units))
-    assert round(ratios[0].heads * units[0].heads) == 3
+    plans = refined_plans(measured, units, plan, sum(2 * own.head_weights + 8 * own.column_weights for own in units))
+    assert plans[0].heads == 3
 
 
 def curve(price: float, units: int) -> Sublayer:
@@ -123,10 +125,9 @@ def curve(price: float, units: int) -> Sublayer:
 def test_few_units_move_and_the_budget_stays():
     units = [LayerUnits(9, 64, 100, 3)] * 2
     measured = {0: [curve(4, 8), curve(4e-2, 57)], 1: [curve(1, 8), curve(1e-2, 57)]}
-    plan = [LayerRatio(4 / 9, 0.5)] * 2
+    plan = [LayerPlan(4, 32)] * 2
     budget = 2 * (4 * 100 + 32 * 3)
-    ratios = refined_ratios(measured, units, plan, budget)
-    counts = [[round(ratio.heads * 9), round(ratio.columns * 64)] for ratio in ratios]
+    counts = [[plan.heads, plan.columns] for plan in refined_plans(measured, units, plan, budget)]
     assert budget <= sum(100 * heads + 3 * columns for heads, columns in counts) < budget + 3
     # The first layer is the dearer one; a ninth of the heads, an eighth of the columns may move.
     assert counts == [[3, 24], [5, 40]]
@@ -134,8 +135,8 @@ def test_few_units_move_and_the_budget_stays():
 
 def test_what_is_not_measured_stays_dense():
     units = [LayerUnits(9, 64, 100, 3)] * 2
-    ratios = refined_ratios({1: [curve(1, 8), curve(1e-2, 57)]}, units, [LayerRatio(0, 0), LayerRatio(0, 0.5)], 96)
-    assert ratios == [LayerRatio(0, 0), LayerRatio(0, 0.5)]
+    plans = [LayerPlan(), LayerPlan(0, 32)]
+    assert refined_plans({1: [curve(1, 8), curve(1e-2, 57)]}, units, plans, 96) == plans
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
 """The ratio schedules."""
 
 import math
-import random
 
 import pytest
 
-from slim_utils.allocation.schedules import STRATEGIES, aligned_ratios, layer_range, layer_ratios, non_uniform_ratios
+from slim_utils.allocation.schedules import STRATEGIES, layer_range, layer_ratios, non_uniform_ratios
 from slim_utils.common.errors import UserError
 
 
@@ -50,29 +49,3 @@ def test_errors_name_the_flag():
         layer_range(9, 12, 6)
     with pytest.raises(UserError, match="--non_uniform_strategy cubic"):
         non_uniform_ratios("cubic", 0, 0.1, 3)
-
-
-@pytest.mark.parametrize("multiple", [1, 2, 8, 16])
-@pytest.mark.parametrize("seed", range(5))
-def test_aligned_layers_keep_together_what_was_asked(multiple, seed):
-    generator = random.Random(seed)
-    totals = [160] * 9
-    ratios = [0.0 if generator.random() < 0.2 else generator.uniform(0.05, 0.6) for _ in totals]
-    kept = [total - round(total * ratio) for total, ratio in zip(totals, ratios, strict=True)]
-    aligned = aligned_ratios(ratios, totals, [multiple] * len(totals))
-    got = [total - round(total * ratio) for total, ratio in zip(totals, aligned, strict=True)]
-    for ratio, before, after in zip(ratios, kept, got, strict=True):
-        assert after % multiple == 0 if ratio else after == before
-        assert abs(after - before) < multiple
-    assert 0 <= sum(kept) - sum(got) < multiple
-
-
-def test_aligned_layers_never_end_empty_and_small_ones_are_left():
-    assert aligned_ratios([0.9, 0.9], [16, 16], [8, 8]) == pytest.approx([0.5, 0.5])
-    assert aligned_ratios([0.34, 0.0], [3, 3], [4, 4]) == [0.34, 0.0]
-
-
-def test_alike_layers_share_no_leftovers():
-    ratios = [0.25] * 4
-    assert len(set(aligned_ratios(ratios, [36] * 4, [8] * 4))) == 2
-    assert aligned_ratios(ratios, [36] * 4, [8] * 4, alike=True) == pytest.approx([1 - 24 / 36] * 4)

@@ -11,7 +11,7 @@ from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import WalkSettings
 from slim_utils.masks import LayerMask
 from tests import reference_slimgpt
-from tests.conftest import make_tiny
+from tests.conftest import make_tiny, plans_of
 
 CPU = torch.device("cpu")
 
@@ -121,9 +121,9 @@ def test_a_model_most_of_whose_experts_starve_stays_finite(name, dtype, samples)
         for layer in model.model.layers:
             if hasattr(layer.mlp, "experts"):
                 layer.mlp.gate.weight.zero_()
-    masks, reports = prune_layers(
-        model, find_family(model.config), samples[:1], [0.5] * 4, WalkSettings(CPU, CPU, percdamp=0.0)
-    )
+    settings = WalkSettings(CPU, CPU, percdamp=0.0)
+    plans = plans_of(model, [0.5] * 4, settings)
+    masks, reports = prune_layers(model, find_family(model.config), samples[:1], plans, settings)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert all(report.mlp.error <= report.mlp.error_zeroed for report in reports)
     for mask in masks:

@@ -13,7 +13,6 @@ from ppl_eval.streamed_eval import evaluate_on
 from slim_utils.allocation import refinement
 from slim_utils.allocation import sensitivity as search
 from slim_utils.allocation.refinement import measure_around
-from slim_utils.allocation.schedules import LayerRatio
 from slim_utils.allocation.sensitivity import measure
 from slim_utils.families import find_family
 from slim_utils.layerwise import pruner as layer_walk
@@ -22,7 +21,7 @@ from slim_utils.layerwise.offload import LayerHost
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.resume import LayerStore
 from slim_utils.layerwise.settings import WalkSettings
-from tests.conftest import make_tiny
+from tests.conftest import make_tiny, plans_of
 
 CPU = torch.device("cpu")
 # Stands for a GPU: it is the CPU, by another name.
@@ -33,7 +32,7 @@ RATIOS = [0.2, 0.35, 0.5, 0.6]
 def walk(model, samples, ratios=RATIOS, store=None, starts=None, **settings):
     """Masks and reports of pruning ``model`` in place."""
     family, settings = find_family(model.config), WalkSettings(**{"device": CPU, "cache_dev": CPU, **settings})
-    return prune_layers(model, family, samples, ratios, settings, store, starts=starts)
+    return prune_layers(model, family, samples, plans_of(model, ratios, settings), settings, store, starts=starts)
 
 
 def full_where(monkeypatch, name, is_full):
@@ -191,8 +190,8 @@ def test_measure_around_where_memory_is_full_gives_the_same_losses(samples, monk
     model = make_tiny("gqa")
     host, settings = LayerHost(model, find_family(model.config)), WalkSettings(CPU, CPU)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    ratios = [LayerRatio.of(ratio) for ratio in RATIOS]
-    expected = measure_around(host, samples, None, ratios, settings)
+    plans = plans_of(model, RATIOS, settings)
+    expected = measure_around(host, samples, None, plans, settings)
     divergence, calls = refinement.Probe.divergence, []
 
     def limited(self, index):
@@ -202,7 +201,7 @@ def test_measure_around_where_memory_is_full_gives_the_same_losses(samples, monk
         return divergence(self, index)
 
     monkeypatch.setattr(refinement.Probe, "divergence", limited)
-    found = measure_around(host, samples, None, ratios, settings)
+    found = measure_around(host, samples, None, plans, settings)
     for index, parts in expected.items():
         for part, again in zip(parts, found[index], strict=True):
             assert (part.loss is None) == (again.loss is None)

@@ -8,23 +8,26 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
+from slim_utils.allocation.alignment import Alignment
 from slim_utils.common.errors import UserError
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layerwise import settings as walk_settings
 from slim_utils.layerwise.layer_forward import LayerReplay
-from slim_utils.layerwise.pruner import planned_masks, prune_layers
+from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import WalkSettings
 from slim_utils.slimgpt import SlimGPT
 from tests import reference_slimgpt
-from tests.conftest import ALL_TINY, make_tiny, set_attention
+from tests.conftest import ALL_TINY, make_tiny, plans_of, set_attention
 
 CPU = torch.device("cpu")
 RATIOS = [0.2, 0.35, 0.5, 0.6]
 
 
-def walk(model, samples, ratios=RATIOS, **settings):
+def walk(model, samples, ratios=RATIOS, alignment=None, **settings):
     """Masks and reports of pruning ``model`` in place."""
-    return prune_layers(model, find_family(model.config), samples, ratios, WalkSettings(CPU, CPU, **settings))
+    settings = WalkSettings(CPU, CPU, **settings)
+    plans = plans_of(model, ratios, settings, alignment)
+    return prune_layers(model, find_family(model.config), samples, plans, settings)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -33,7 +36,9 @@ def walk(model, samples, ratios=RATIOS, **settings):
 def test_same_model_as_the_plain_walk(variant, implementation, samples):
     model, expected = make_tiny(variant, torch.float64), make_tiny(variant, torch.float64)
     set_attention(model, implementation)
-    masks, reports = walk(model, samples, percdamp=0.01, gqa_unit="kv_group", expert_columns_multiple=1)
+    masks, reports = walk(
+        model, samples, percdamp=0.01, gqa_unit="kv_group", alignment=Alignment(expert_columns_multiple=1)
+    )
     removed = reference_slimgpt.prune_model(expected, samples, RATIOS, percdamp=0.01)
     for report, (groups, columns) in zip(reports, removed, strict=True):
         assert (report.attention.pruned_units, report.mlp.pruned_units) == (groups, columns)
@@ -57,29 +62,31 @@ def test_query_heads_as_units(samples):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("unit", "multiples"),
     [
-        {},
-        {"gqa_unit": "kv_group"},
-        {"gqa_unit": "kv_group", "heads_multiple": 2, "columns_multiple": 8},
-        {"columns_multiple": 16, "alike": True},
-        {"heads_multiple": 4},
+        ("query_head", {}),
+        ("kv_group", {}),
+        ("kv_group", {"heads_multiple": 2, "columns_multiple": 8}),
+        ("query_head", {"columns_multiple": 16, "uniform": True}),
+        ("query_head", {"heads_multiple": 4}),
     ],
 )
 @pytest.mark.parametrize("variant", ["mha", "gqa"])
-def test_pruning_gives_the_sizes_planned(samples, variant, settings):
-    model = make_tiny(variant)
-    planned = planned_masks(layer_shapes(model.config), RATIOS, WalkSettings(CPU, CPU, **settings))
-    masks, _ = walk(model, samples, **settings)
-    for plan, mask in zip(planned, masks, strict=True):
-        assert [len(plan.kept_heads), len(plan.kept_kv_heads), len(plan.kept_columns)] == [
+def test_pruning_gives_the_sizes_planned(samples, variant, unit, multiples):
+    model, settings = make_tiny(variant), WalkSettings(CPU, CPU, gqa_unit=unit)
+    plans = plans_of(model, RATIOS, settings, Alignment(**multiples))
+    masks, _ = prune_layers(model, find_family(model.config), samples, plans, settings)
+    assert [mask.plan for mask in masks] == plans
+    for plan, mask in zip(plans, masks, strict=True):
+        sized = settings.size_mask(mask.shape, plan)
+        assert [len(sized.kept_heads), len(sized.kept_kv_heads), len(sized.kept_columns)] == [
             len(mask.kept_heads),
             len(mask.kept_kv_heads),
             len(mask.kept_columns),
         ]
-    if settings.get("heads_multiple") == 2:
+    if multiples.get("heads_multiple") == 2:
         assert all(len(mask.kept_kv_heads) % 2 == 0 and len(mask.kept_columns) % 8 == 0 for mask in masks)
-    if settings.get("heads_multiple") == 4:
+    if multiples.get("heads_multiple") == 4:
         assert all(len(mask.kept_heads) == 4 for mask in masks)
 
 
@@ -153,7 +160,8 @@ def test_every_argument_of_a_layers_call_is_replayed(samples, monkeypatch):
     family = find_family(model.config)
     model.model.layers = nn.ModuleList(Caller(layer) for layer in layers)
     monkeypatch.setattr(type(family), "decoder_layers", lambda self, model: layers)
-    prune_layers(model, family, samples, RATIOS, WalkSettings(CPU, CPU))
+    settings = WalkSettings(CPU, CPU)
+    prune_layers(model, family, samples, plans_of(model, RATIOS, settings), settings)
     assert seen
     assert all(position == "position" and name.item() == 1 for position, name, _ in seen)
     names = {tuple(names) for _, _, names in seen}
@@ -259,7 +267,9 @@ def test_activations_go_to_the_host_last(samples, monkeypatch, caplog):
     elsewhere = torch.device("cpu", 0)
     full_memory(monkeypatch, lambda replay, batch: replay.settings.cache_dev == CPU)
     model = make_tiny("gqa")
-    masks, _ = prune_layers(model, find_family(model.config), samples, RATIOS, WalkSettings(CPU, elsewhere))
+    settings = WalkSettings(CPU, elsewhere)
+    plans = plans_of(model, RATIOS, settings)
+    masks, _ = prune_layers(model, find_family(model.config), samples, plans, settings)
     assert masks == walk(make_tiny("gqa"), samples)[0]
     lines = [line.partition("; ")[2] for line in caplog.messages if "memory is full" in line]
     sizes = [(4, "cpu:0"), (2, "cpu:0"), (1, "cpu:0"), (1, "cpu")]
@@ -291,7 +301,8 @@ def test_the_first_half_of_the_layers_sees_beginnings_of_text_besides(variant, s
 
     monkeypatch.setattr(SlimGPT, "struct_prune", spy)
     settings = WalkSettings(CPU, CPU)
-    prune_layers(model, find_family(model.config), samples, RATIOS, settings, starts=starts)
+    plans = plans_of(model, RATIOS, settings)
+    prune_layers(model, find_family(model.config), samples, plans, settings, starts=starts)
     tokens = torch.cat(expected).double()
     hessian, count = hessians[f"layer 0 {name}"]
     assert count == len(samples) + len(starts)

@@ -1,0 +1,52 @@
+"""Multiples of units that layers keep."""
+
+import random
+
+import pytest
+
+from slim_utils.allocation.alignment import Alignment, aligned_counts
+from slim_utils.allocation.budget import LayerUnits
+from slim_utils.masks import LayerPlan
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 8, 16])
+@pytest.mark.parametrize("seed", range(5))
+def test_aligned_counts_of_all_layers_keep_the_sum(multiple, seed):
+    generator = random.Random(seed)
+    totals = [160] * 9
+    removed = [0 if generator.random() < 0.2 else generator.randint(8, 96) for _ in totals]
+    aligned = aligned_counts(removed, totals, [multiple] * len(totals), [count > 0 for count in removed])
+    for before, after in zip(removed, aligned, strict=True):
+        assert (160 - after) % multiple == 0 if before else after == 0
+        assert abs(after - before) < multiple
+    assert 0 <= sum(aligned) - sum(removed) < multiple
+
+
+def test_aligned_counts_never_empty_a_layer_and_leave_small_ones():
+    assert aligned_counts([14, 14], [16, 16], [8, 8], [True, True]) == [8, 8]
+    assert aligned_counts([1, 0], [3, 3], [4, 4], [True, False]) == [1, 0]
+
+
+def test_aligned_counts_of_a_pruned_layer_without_a_unit_to_remove_are_aligned():
+    assert aligned_counts([0, 0], [9, 9], [2, 2], [True, False]) == [1, 0]
+
+
+def test_aligned_counts_uniform_share_no_leftovers():
+    assert len(set(aligned_counts([9] * 4, [36] * 4, [8] * 4, [True] * 4))) == 2
+    assert aligned_counts([9] * 4, [36] * 4, [8] * 4, [True] * 4, uniform=True) == [12] * 4
+
+
+def test_aligned_experts_do_not_make_up_for_an_ordinary_ffn():
+    units = [LayerUnits(4, 40, 1, 1, num_experts=experts) for experts in (0, 8, 8)]
+    plans = Alignment(columns_multiple=16).aligned([LayerPlan(0, 12)] * 3, units, [(False, True)] * 3)
+    # 28 columns are kept of each: alone down to 16, of the two with experts one is given 32.
+    assert [plan.columns for plan in plans] == [24, 8, 24]
+
+
+@pytest.mark.parametrize(("groups", "kept"), [(1, 2), (3, 2), (2, 3)])
+def test_aligned_heads_divide_with_their_groups(groups, kept):
+    """A unit of three groups is three heads: an even number of heads needs an even number of units."""
+    units = [LayerUnits(4, 40, 1, 1, heads_per_unit=groups, head_groups=groups)]
+    plan = LayerPlan(groups, 0)
+    (aligned,) = Alignment(heads_multiple=2).aligned([plan], units, [(True, False)])
+    assert 4 - aligned.heads // groups == kept

