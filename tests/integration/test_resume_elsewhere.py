@@ -12,6 +12,7 @@ from slim_utils.cli.app import run_cli
 from slim_utils.layerwise.layer_forward import LayerReplay
 from slim_utils.layerwise.resume import LayerStore
 from slim_utils.output import run_record
+from slim_utils.pruning_config import PruningConfig
 from tests.integration import finetuning
 
 
@@ -109,9 +110,8 @@ def test_resume_adds_up_the_seconds_of_all_processes(prune, tmp_path, monkeypatc
     ],
 )
 def test_resume_with_other_versions_or_another_gpu_warns(changes, warned, tmp_path, monkeypatch, caplog):
-    args = model_slimming.build_parser().parse_args(["m", "c4", "--device", "cpu"])
-    args.device = torch.device("cpu")
-    LayerStore(tmp_path / "out").open({"a": 1}, False, run_record.rounding_settings(args))
+    config = PruningConfig(device=torch.device("cpu"))
+    LayerStore(tmp_path / "out").open({"a": 1}, False, run_record.rounding_settings(config))
     environment = run_record.environment
 
     def changed(device):
@@ -119,7 +119,7 @@ def test_resume_with_other_versions_or_another_gpu_warns(changes, warned, tmp_pa
         return {part: values | changes.get(part, {}) for part, values in found.items()}
 
     monkeypatch.setattr(run_record, "environment", changed)
-    LayerStore(tmp_path / "out").open({"a": 1}, True, run_record.rounding_settings(args))
+    LayerStore(tmp_path / "out").open({"a": 1}, True, run_record.rounding_settings(config))
     assert f"--resume: {warned}" in caplog.text and "agree with those of one run up to rounding" in caplog.text
 
 
@@ -127,12 +127,11 @@ def test_resume_on_another_kind_of_device_is_refused_on_another_gpu_it_is_not(tm
     """The settings of the run that are compared."""
     kept = []
     monkeypatch.setattr(model_slimming, "fingerprint", lambda *args: "model")
-    monkeypatch.setattr(run_record.torch.cuda, "get_device_name", lambda device: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
     monkeypatch.setattr(LayerStore, "open", lambda self, settings, *rest: kept.append(settings))
-    args = model_slimming.build_parser().parse_args(["m", "c4", "--save_dir", str(tmp_path / "out")])
     host = type("Host", (), {"sampled_tensors": lambda self: (), "model": type("Model", (), {"config": None})})()
     data = type("Data", (), {"sha256": "text"})()
     for name in ("cuda:0", "cuda:3", "cpu"):
-        args.device = torch.device(name)
-        model_slimming.open_store(args, host, data, model_slimming.World())
+        config = PruningConfig(save_dir=str(tmp_path / "out"), device=torch.device(name))
+        model_slimming.open_store(config, host, data, model_slimming.World())
     assert kept[0] == kept[1] != kept[2]

@@ -220,7 +220,7 @@ def test_mixtures_of_experts_are_not_refined(preset, tokenizer, text_file, tmp_p
     make_tiny("mixtral").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     flags = ["--data_file", text_file, "--target_ratio", 0.3, "--refine", 1, "--seqlen", 32, "--preset", preset]
-    with pytest.raises(UserError, match="--refine does not know mixtures of experts yet"):
+    with pytest.raises(UserError, match="--refine is not supported for MoE models"):
         main(tmp_path / "model", *flags)
 
 

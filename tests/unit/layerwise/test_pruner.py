@@ -204,7 +204,7 @@ def test_one_log_line_a_layer(samples, caplog):
         walk(make_tiny("gqa"), samples)
     lines = [record.getMessage() for record in caplog.records if record.name == "slim_utils.layerwise.pruner"]
     assert len(lines) == 4
-    assert lines[2].startswith("layer 2/4 ratio 0.5000: heads −4/6")
+    assert lines[2].startswith("layer 2/4 ratio 0.6667/0.5000: heads −4/6")
 
 
 def test_unknown_family_names_the_known_ones():
