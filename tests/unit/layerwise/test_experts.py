@@ -68,7 +68,7 @@ def test_every_expert_by_its_own_tokens():
 
 
 @pytest.mark.parametrize("count", [0, 12])
-def test_prune_experts_dead_columns_of_kept_units_keep_their_weights(ratio):
+def test_prune_experts_dead_columns_of_kept_units_keep_their_weights(count):
     experts, dense = tiny_experts(), tiny_experts()
     dead = list(range(4, 24))
     for module in (experts, dense):
@@ -76,10 +76,10 @@ def test_prune_experts_dead_columns_of_kept_units_keep_their_weights(ratio):
     calls = some_calls(experts, [60, 50, 45, 70])
     result = prune_experts(experts, "experts", [calls], count, WalkSettings(CPU, CPU))
     kept = [unit - 40 for unit in result.kept_units if unit // 40 == 1]
-    assert len(kept) == 40 - round(40 * ratio)
+    assert len(kept) == 40 - count
     kept_dead = sorted(set(kept) & set(dead))
     assert kept_dead and torch.equal(experts.down_proj[1][:, kept_dead], dense.down_proj[1][:, kept_dead])
-    assert torch.equal(experts.down_proj, dense.down_proj) == (ratio == 0)
+    assert torch.equal(experts.down_proj, dense.down_proj) == (count == 0)
 
 
 def test_batches_add_up():
