@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def table(record: dict[str, Any]) -> str:
-    """As it stands in README."""
+    """As it stands in docs/results.md."""
     texts = list(record["rows"][0]["perplexity"])
     lines = [f"| calibration | samples × tokens | {' | '.join(texts)} | seconds |", "|---" * (3 + len(texts)) + "|"]
     for row in record["rows"]:

@@ -153,7 +153,7 @@ def measure(args: argparse.Namespace, model_path: str, share: float, name: str, 
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """As it stands in README: perplexities and, in brackets, what is lost over dense, in nats."""
+    """As it stands in docs/results.md: perplexities and, in brackets, what is lost over dense, in nats."""
     dense = {row["model"]: row["perplexity"] for row in rows if row["variant"] == "dense"}
     texts = list(next(iter(dense.values())))
     lines = [f"| model | removed | | {' | '.join(texts)} |", "|---" * (3 + len(texts)) + "|"]

@@ -1,4 +1,4 @@
-"""The tables of a result of ``bench_quality.py``, as they stand in README.
+"""The tables of a result of ``bench_quality.py``, as they stand in docs/results.md.
 
 python -m benchmarks.quality_table benchmarks/results/bench_quality.json
 """

@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """As it stands in README."""
+    """As it stands in docs/results.md."""
     lines = ["| removed | beginnings of text | first tokens lost | perplexity | seconds |", "|---|---|---|---|---|"]
     for row in rows:
         figures = f"{100 * row['lost']:.2f} % | {row['perplexity']:.2f} | {row['seconds']:.0f}"

@@ -1,12 +1,15 @@
-"""README against the files it speaks of."""
+"""README, the pages of docs/ and CONTRIBUTING against the files, flags and commands they name."""
 
 import argparse
 import json
 import re
 import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
 from dataclasses import fields
 from itertools import product
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
@@ -18,12 +21,26 @@ from scripts import report
 from train_utils import finetune_args
 
 ROOT = Path(__file__).resolve().parents[2]
+README_LIMIT = 15_000
+# By their path; the user's documents, then those of the contributors.
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# By the heading they are described under.
-PARSERS = {
-    "Prune": model_slimming.build_parser,
-    "Evaluate": model_evaluate.build_parser,
-    "Count and time": test_flops.build_parser,
+TABLES = PAGES["docs/results.md"]
+PAGES["README.md"] = README
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+DOCUMENTS = PAGES | {"CONTRIBUTING.md": CONTRIBUTING}
+for folder in ("benchmarks", "benchmarks/results"):
+    DOCUMENTS[f"{folder}/README.md"] = (ROOT / folder / "README.md").read_text(encoding="utf-8")
+# The page, or the section of a page, that lists the flags of a script.
+FLAG_LISTS: dict[tuple[str, str], Callable[[], argparse.ArgumentParser]] = {
+    ("docs/prune.md", ""): model_slimming.build_parser,
+    ("docs/evaluate.md", "Zero-shot tasks"): model_evaluate.build_parser,
+    ("docs/evaluate.md", "Count and time"): test_flops.build_parser,
+}
+# Pages that speak of the flags of one script without listing them all.
+ONE_SCRIPT = {
+    ("docs/recover.md", ""): finetune_args.build_parser,
+    ("docs/large-models.md", ""): model_slimming.build_parser,
 }
 # Of torchrun, of vLLM, and what the recipes take.
 OF_OTHERS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--model-impl", "--trust-remote-code"}
@@ -32,61 +49,72 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def commands(start: str) -> list[str]:
-    """Commands of README's bash blocks that begin with ``start``, line continuations joined."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    """Commands of the pages' bash blocks that begin with ``start``, line continuations joined."""
+    blocks = [block for text in PAGES.values() for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line for line in lines if line.startswith(start)]
 
 
-def test_pruning_commands_are_understood():
+def arguments_of(command: str, script: str) -> list[str]:
+    """Arguments that ``command`` gives to ``script``, without its redirections."""
+    words = shlex.split(command.partition("2>&1")[0])
+    return words[words.index(script) + 1 :]
+
+
+def test_pruning_commands_as_shown_are_parsed():
     found = commands("python model_slimming.py")
     found += [line for line in commands("torchrun") if "model_slimming.py" in line]
-    assert len(found) == 4
+    assert len(found) == 5
     for command in found:
-        words = shlex.split(command.partition("2>&1")[0])
-        words = words[words.index("model_slimming.py") + 1 :]
-        args = model_slimming.build_parser().parse_args(words)
+        args = model_slimming.build_parser().parse_args(arguments_of(command, "model_slimming.py"))
         assert args.save_dir == "OUT"
 
 
-@pytest.mark.parametrize(("script", "count"), [(model_evaluate, 1), (test_flops, 2)])
-def test_measuring_commands_are_understood(script, count):
+@pytest.mark.parametrize(("script", "count"), [(model_evaluate, 2), (test_flops, 3)])
+def test_measuring_commands_as_shown_are_parsed(script, count):
     found = commands(f"python {script.__name__}.py")
     assert len(found) == count
     for command in found:
         script.build_parser().parse_args(shlex.split(command)[2:])
 
 
-def test_report_command_is_understood():
+def test_report_command_as_shown_is_parsed():
     (command,) = commands("python -m scripts.report")
     args = report.build_parser().parse_args(shlex.split(command)[3:])
     assert (len(args.runs), args.out) == (3, Path("report"))
 
 
-def test_fine_tuning_command_is_understood(monkeypatch):
+def test_fine_tuning_commands_as_shown_are_parsed(monkeypatch):
     monkeypatch.setattr(finetune_args, "provide_single_process_group", lambda words: None)
     (command,) = [line for line in commands("torchrun") if "model_finetune.py" in line]
-    words = shlex.split(command.partition("2>&1")[0])
-    words = words[words.index("model_finetune.py") + 1 :]
+    (short_command,) = commands("python model_finetune.py")
+    words = arguments_of(command, "model_finetune.py")
     at = words.index("--deepspeed")
     assert (ROOT / words[at + 1]).is_file()
     # Setting DeepSpeed up takes a process group.
-    args = finetune_args.parse_args(words[:at] + words[at + 2 :])
-    assert args.model.use_lora and args.training.output_dir == "SFT"
+    for given in (words[:at] + words[at + 2 :], arguments_of(short_command, "model_finetune.py")):
+        args = finetune_args.parse_args(given)
+        assert args.model.use_lora and args.training.output_dir == "SFT"
 
 
-def test_recipes_are_named_with_variables_they_have():
-    for command in re.findall(r"^.*bash scripts/\w+\.sh$", README, flags=re.MULTILINE):
-        *variables, _, script = shlex.split(command)
-        text = (ROOT / script).read_text(encoding="utf-8")
-        for variable in variables:
-            assert f"{variable.partition('=')[0]}=${{" in text, command
+def test_recipe_commands_as_shown_set_variables_of_the_recipe():
+    found = commands("MODEL=") + commands("NPROC=")
+    assert len(found) == 5
+    for text in PAGES.values():
+        for command in re.findall(r"^.*bash scripts/\w+\.sh$", text, flags=re.MULTILINE):
+            *variables, _, script = shlex.split(command)
+            recipe = (ROOT / script).read_text(encoding="utf-8")
+            for variable in variables:
+                assert f"{variable.partition('=')[0]}=${{" in recipe, command
 
 
-def test_files_and_scripts_exist():
-    for path in re.findall(r"(?:scripts|benchmarks|tests)/[\w/.]+\.(?:sh|py|json)", README):
-        assert (ROOT / path).is_file(), path
-    for module in re.findall(r"python -m ([\w.]+)", README):
+@pytest.mark.parametrize("page", DOCUMENTS)
+def test_files_named_in_a_document_exist(page):
+    folders = "configs|models|slim_utils|train_utils|ppl_eval|scripts|benchmarks|tests|docs"
+    for path in re.findall(rf"(?<![\w./])(?:{folders})/[\w/.-]+\.(?:sh|py|json|md|png|svg)", DOCUMENTS[page]):
+        # A link that is relative to the page is checked as a link.
+        assert (ROOT / path).is_file() or (ROOT / page).parent.joinpath(path).is_file() or "NAME" in path, path
+    for module in re.findall(r"python -m ([\w.]+)", DOCUMENTS[page]):
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
 
 
@@ -95,9 +123,11 @@ def named_flags(text: str) -> set[str]:
     return set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", text))
 
 
-def section(title: str) -> str:
-    """README's text under a heading of the second level."""
-    (text,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", README, flags=re.DOTALL | re.MULTILINE)
+def section(page: str, title: str) -> str:
+    """The text of ``page``, or that under its heading ``title`` of the second level."""
+    if not title:
+        return PAGES[page]
+    (text,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", PAGES[page], flags=re.DOTALL | re.MULTILINE)
     return text
 
 
@@ -105,46 +135,141 @@ def parser_flags(parser: argparse.ArgumentParser) -> set[str]:
     return {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")} - {"--help"}
 
 
-def test_named_flags_are_whole():
+def test_named_flags_in_mixed_text_are_whole():
     assert named_flags("`--min_sparsity A`, (--max) x--y ---z --a-b=3") == {"--min_sparsity", "--max", "--a-b"}
 
 
-@pytest.mark.parametrize("title", PARSERS)
-def test_every_flag_of_a_script_is_listed_in_its_section(title):
-    assert parser_flags(PARSERS[title]()) <= named_flags(section(title))
+@pytest.mark.parametrize("place", FLAG_LISTS)
+def test_flags_of_a_script_are_all_listed_on_its_page(place):
+    assert parser_flags(FLAG_LISTS[place]()) <= named_flags(section(*place))
 
 
-def test_every_flag_of_fine_tuning_is_listed_in_its_section():
-    named = named_flags(section("Recover"))
+def test_flags_of_fine_tuning_are_all_listed_unless_refused():
+    named = named_flags(PAGES["docs/recover.md"])
     for group in (finetune_args.ModelArguments, finetune_args.DataArguments, finetune_args.SparseArguments):
         for option in fields(group):
             assert (f"--{option.name}" in named) != (option.name in finetune_args.REFUSED_FLAGS), option.name
 
 
-@pytest.mark.parametrize("title", [*PARSERS, "Recover"])
-def test_every_flag_named_in_the_section_of_a_script_is_its_own(title):
-    known = (PARSERS | {"Recover": finetune_args.build_parser})[title]
-    assert named_flags(section(title)) - OF_OTHERS <= parser_flags(known()) | set(finetune_args.RENAMED_FLAGS)
+@pytest.mark.parametrize("place", FLAG_LISTS | ONE_SCRIPT)
+def test_flags_named_on_the_page_of_a_script_are_its_own(place):
+    known = (FLAG_LISTS | ONE_SCRIPT)[place]
+    assert named_flags(section(*place)) - OF_OTHERS <= parser_flags(known()) | set(finetune_args.RENAMED_FLAGS)
 
 
-def test_every_flag_that_is_named_is_that_of_a_script():
+@pytest.mark.parametrize("page", DOCUMENTS)
+def test_flags_named_in_a_document_are_those_of_a_script(page):
     flags = parser_flags(finetune_args.build_parser()) | set(finetune_args.RENAMED_FLAGS) | OF_OTHERS
-    flags = flags.union(*(parser_flags(build()) for build in PARSERS.values()))
+    flags = flags.union(*(parser_flags(build()) for build in FLAG_LISTS.values()))
     for path in [*ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]:
         flags |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', path.read_text(encoding="utf-8")))
     for path in ROOT.glob("scripts/*.sh"):
         flags |= set(re.findall(r"^ +(--\w+)\)", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
-    assert named_flags(README) <= flags
+    assert named_flags(DOCUMENTS[page]) <= flags
 
 
-def test_results_are_those_of_the_file():
+def test_readme_size_is_within_its_limit():
+    assert len(README.encode()) <= README_LIMIT
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def link_targets(text: str) -> list[str]:
+    """Targets of the links and images of a Markdown text, but for those to other sites."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", without_code(text)))
+    return [target for target in targets if not re.match(r"[a-z]+:", target)]
+
+
+def anchors(text: str) -> list[str]:
+    """Anchors of the headings of a Markdown text, as GitHub makes them."""
+    slugs: list[str] = []
+    for heading in re.findall(r"^#+ +(.*?) *$", without_code(text), flags=re.MULTILINE):
+        slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        repeated = sum(re.fullmatch(rf"{slug}(-\d+)?", other) is not None for other in slugs)
+        slugs.append(f"{slug}-{repeated}" if repeated else slug)
+    return slugs
+
+
+def test_link_targets_in_mixed_text_leave_out_code_and_sites():
+    text = "[a](b.md#c) ![d](e/f.png) [g](https://h.org) `[i](j)`\n```\n[k](l)\n```\n[m](#n)"
+    assert link_targets(text) == ["b.md#c", "e/f.png", "#n"]
+
+
+def test_anchors_of_headings_are_those_of_github():
+    text = "# A b\n```\n# no\n```\n## `--c`, d: (e)\n## A b\n"
+    assert anchors(text) == ["a-b", "--c-d-e", "a-b-1"]
+
+
+@pytest.mark.parametrize("page", DOCUMENTS)
+def test_relative_links_of_a_document_resolve(page):
+    for target in link_targets(DOCUMENTS[page]):
+        path, _, anchor = target.partition("#")
+        linked = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert linked.is_relative_to(ROOT) and linked.exists(), target
+        assert not anchor or anchor in anchors(linked.read_text(encoding="utf-8")), target
+
+
+def test_pages_of_docs_are_all_linked_from_readme():
+    linked = {target.partition("#")[0] for target in link_targets(README)}
+    assert set(PAGES) - {"README.md"} <= linked
+
+
+def file_tree() -> dict[str, str]:
+    """What README's file tree says of each path; folders end in a slash."""
+    (block,) = re.findall(r"^## Repository\n+```\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+    lines: dict[str, str] = {}
+    parents: list[str] = []
+    for indent, name, described in re.findall(r"^( *)(\S+) *(.*)$", block, flags=re.MULTILINE):
+        del parents[len(indent) // 2 :]
+        lines["".join([*parents, name])] = described
+        parents.append(name)
+    return lines
+
+
+def top_level_folders() -> set[str]:
+    """Folders of the repository, but for hidden ones; of those on disk where there is no git."""
+    paths = [path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "__pycache__"]
+    if shutil.which("git"):
+        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+        tracked = {PurePosixPath(path).parts[0] for path in listed.splitlines()}
+        paths = [path for path in paths if path in tracked or not tracked]
+    return {path for path in paths if not path.startswith(".")}
+
+
+def rooms() -> set[str]:
+    """Packages in ``slim_utils/``."""
+    return {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("slim_utils/*/__init__.py")}
+
+
+def test_paths_of_the_file_tree_exist_and_are_described():
+    for path, described in file_tree().items():
+        assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file(), path
+        assert described, path
+
+
+def test_top_level_folders_and_rooms_are_all_in_the_file_tree():
+    assert {f"{path}/" for path in top_level_folders() | rooms()} <= set(file_tree())
+    assert {path.name for path in ROOT.glob("*.py")} <= set(file_tree())
+
+
+def test_modules_in_the_table_of_contributing_exist():
+    rows = re.findall(r"^\| `([\w/]+)/` \| (.*) \|$", CONTRIBUTING, flags=re.MULTILINE)
+    assert rooms() | {"slim_utils", "train_utils", "ppl_eval", "models"} <= {folder for folder, _ in rows}
+    for folder, modules in rows:
+        for module in re.findall(r"`([\w/]+\.py)`", modules):
+            assert (ROOT / folder / module).is_file() or (ROOT / module).is_file(), f"{folder}/{module}"
+
+
+def test_perplexity_table_is_that_of_the_files():
     rows = json.loads((RESULTS / "smollm2_perplexity.json").read_text())["rows"]
     rows += json.loads((RESULTS / "smollm2_query_heads.json").read_text())["rows"][1:]
     names = {"repeated": "multi-head", "native": "kv groups", "native_query_head": "query heads"}
     for row in rows:
         share, parameters = row.get("share_removed", 0), row["parameters"] / 1e6
         line = f"| {names[row['heads']]} | {100 * share:.1f} % | {parameters:.1f} M | {row['perplexity']:.2f} |"
-        assert line in README
+        assert line in TABLES
 
 
 def test_speed_table_is_that_of_the_file():
@@ -160,7 +285,7 @@ def test_speed_table_is_that_of_the_file():
         for name, key in (("prefill (ms)", "prefill_seconds"), ("decode (ms/step)", "decode_seconds")):
             figures.append((f"{setting}: {name}", *(1e3 * latency[key] for latency in timing["latencies"])))
     for name, a, b in figures:
-        assert f"| {name} | {a:.2f} | {b:.2f} | {b / a:.3f} |" in README
+        assert f"| {name} | {a:.2f} | {b:.2f} | {b / a:.3f} |" in TABLES
 
 
 def test_quick_start_table_is_that_of_the_file():
@@ -182,7 +307,7 @@ def test_recovery_table_is_that_of_the_file(name):
                 figures.append(f"{100 * scores[task]['acc_norm' if task in ACC_NORM_IN_PAPERS else 'acc']:.1f}")
             figures.append(f"{100 * row['zero_shot']['averages']['papers']:.1f}")
         share = f"{100 * row.get('share_removed', 0):.1f} %"
-        assert f"| {row['model']} | {share} | {' | '.join(figures)} |" in README
+        assert f"| {row['model']} | {share} | {' | '.join(figures)} |" in TABLES
 
 
 def test_serving_table_is_that_of_the_file():
@@ -191,7 +316,7 @@ def test_serving_table_is_that_of_the_file():
         dense, *pruned = rows[start : start + 3]
         cells = [f"{dense['tokens_per_second']:.1f}"]
         cells += [f"{row['tokens_per_second']:.1f} ({row['ratio']:.2f}×)" for row in pruned]
-        assert f"| {name} | {' | '.join(cells)} |" in README
+        assert f"| {name} | {' | '.join(cells)} |" in TABLES
 
 
 def test_pruning_seconds_are_those_of_the_files():
@@ -199,7 +324,7 @@ def test_pruning_seconds_are_those_of_the_files():
         result = json.loads((RESULTS / f"{name}.json").read_text())
         seconds = result["median_seconds"]
         row = f"| {seconds['original']:.1f} | {seconds['ours']:.1f} | {result['speed_up']:.2f}× |"
-        assert row in README
+        assert row in TABLES
         operations = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
         for part, figures in result["parts"].items():
             floor = figures["operations"] / result["gemm_operations_per_second"]["float32"]
@@ -211,29 +336,43 @@ def test_quality_tables_are_those_of_the_file():
     from benchmarks.quality_table import loss_table, table
 
     record = json.loads((RESULTS / "bench_quality.json").read_text())
-    assert table(record) in README
-    assert loss_table(record) in README
+    assert table(record) in TABLES
+    assert loss_table(record) in TABLES
+
+
+def test_quality_table_of_readme_is_that_of_the_file():
+    from benchmarks.quality_table import METHOD_NAMES, grouped, spread
+
+    rows = grouped(json.loads((RESULTS / "bench_quality.json").read_text()))
+
+    def cell(share: float, method: str) -> str:
+        return spread([row["perplexity"]["wikitext2"] for row in rows["native", share, method]], ".2f")
+
+    assert f"(dense: {cell(0.0, 'dense')})" in README
+    for method in ("wanda_sp", "flap", "slimgpt_uniform", "slimgpt_log_increase", "best"):
+        cells = [cell(share, method) for share in (0.2, 0.33, 0.5)]
+        assert f"| {METHOD_NAMES[method]} | {' | '.join(cells)} |" in README
 
 
 def test_table_of_choices_is_that_of_the_file():
     from benchmarks.layer_choices import table
 
-    assert table(json.loads((RESULTS / "layer_choices.json").read_text())) in README
+    assert table(json.loads((RESULTS / "layer_choices.json").read_text())) in TABLES
 
 
 def test_table_of_calibration_is_that_of_the_file():
     from benchmarks.bench_calibration import table
 
-    assert table(json.loads((RESULTS / "bench_calibration.json").read_text())) in README
+    assert table(json.loads((RESULTS / "bench_calibration.json").read_text())) in TABLES
 
 
 def test_table_of_beginnings_of_text_is_that_of_the_file():
     from benchmarks.text_starts import table
 
-    assert table(json.loads((RESULTS / "text_starts.json").read_text())["rows"]) in README
+    assert table(json.loads((RESULTS / "text_starts.json").read_text())["rows"]) in TABLES
 
 
 def test_table_of_constants_is_that_of_the_file():
     from benchmarks.constants import table
 
-    assert table(json.loads((RESULTS / "constants.json").read_text())["rows"]) in README
+    assert table(json.loads((RESULTS / "constants.json").read_text())["rows"]) in TABLES
