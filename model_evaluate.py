@@ -19,17 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import make_table
 
-import models  # noqa: F401 - registers the classes of pruned checkpoints
-from ppl_eval.task_warnings import (
-    TruncationCountingLM,
-    package_log,
-    warn_of_measured_examples,
-    warn_of_truncated,
-)
+from ppl_eval.task_warnings import package_log, warn_of_measured_examples
 from ppl_eval.zero_shot import (
     README_TASKS,
     averages,
@@ -132,6 +123,12 @@ def choose_batch_size(asked: str, device: torch.device) -> int | str:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """What ``simple_evaluate`` returns, with ``splits``, ``bos`` and ``truncated``; the weights are loaded last."""
+    # Not before the flags are checked: it takes seconds.
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from ppl_eval.truncation import TruncationCountingLM, warn_of_truncated
+
     load_config(args.model, args.trust_remote_code)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     manager = TaskManager()
@@ -216,6 +213,8 @@ def main(args: argparse.Namespace) -> None:
     print()
     print(results_table(metrics, counts, record["averages"]))
     if any("acc" not in values for values in metrics.values()):
+        from lm_eval.utils import make_table
+
         print(make_table(results))
 
 

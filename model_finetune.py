@@ -13,17 +13,17 @@ Limits: every process holds the whole model and the whole teacher (ZeRO up to st
 perplexities.
 """
 
+from __future__ import annotations
+
 import gc
 import logging
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
-from peft import PeftModel
 from torch import distributed
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalKey, EvalSets, load_eval_sets, split_eval_specs
 from ppl_eval.ppl_eval import evaluate
@@ -43,7 +43,6 @@ from slim_utils.common.loading import (
 from slim_utils.common.output_folder import output_lock
 from slim_utils.output.provenance import read_provenance
 from slim_utils.profiling.tables import side_by_side
-from train_utils.distillation import check_teacher, load_teacher
 from train_utils.finetune_args import FinetuneArguments, parse_args
 from train_utils.finetune_dataset import (
     FinetuneData,
@@ -51,13 +50,12 @@ from train_utils.finetune_dataset import (
     default_cache_dir,
     load_finetune_data,
 )
-from train_utils.finetune_result import load_pruned, mask_record, save_result, warn_if_not_masked, write_cards
-from train_utils.lora import check_lora_targets, prepare_model
 from train_utils.prompts import check_tokenizer
-from train_utils.resumption import check_resumed, run_settings
 from train_utils.run_folder import install_result, open_run_folder
-from train_utils.sparse_trainer import MaskCallback, masked_slices
-from train_utils.trainer_setup import best_metric, build_trainer, evaluation_sets
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger("model_finetune")
 
@@ -130,6 +128,14 @@ def report(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
 
 def run(args: FinetuneArguments) -> None:
     """Load, measure, train, fuse, save, measure."""
+    # Not before the flags are checked: peft and the Trainer take seconds.
+    from train_utils.distillation import check_teacher, load_teacher
+    from train_utils.finetune_result import load_pruned, mask_record, save_result, warn_if_not_masked, write_cards
+    from train_utils.lora import check_lora_targets, prepare_model
+    from train_utils.resumption import check_resumed, run_settings
+    from train_utils.sparse_trainer import MaskCallback, masked_slices
+    from train_utils.trainer_setup import best_metric, build_trainer, evaluation_sets
+
     training = args.training
     is_main = training.process_index == 0
     if not is_main:

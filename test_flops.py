@@ -10,14 +10,14 @@ then prefill and decode timed in turns on the device at hand.
 Limits: families of the table; the two models have to fit on the device together, unless --skip_latency.
 """
 
+from __future__ import annotations
+
 import argparse
 import logging
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.environment import command_line, environment
@@ -33,6 +33,9 @@ from slim_utils.common.loading import (
 from slim_utils.profiling.latency import Latency, measure_latency
 from slim_utils.profiling.model_stats import ModelStats, model_stats
 from slim_utils.profiling.tables import Row, side_by_side
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 logger = logging.getLogger("test_flops")
 

@@ -1,19 +1,23 @@
 """Evaluation text cut into non-overlapping windows."""
 
+from __future__ import annotations
+
 import logging
 import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from slim_utils.common.bos import evaluation_bos
 from slim_utils.common.errors import UserError
 from slim_utils.text_source import file_documents, hub_documents, join_documents, tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

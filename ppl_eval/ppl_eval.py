@@ -1,19 +1,23 @@
 """Perplexity: exp of the mean negative log-likelihood over all targets of all windows."""
 
+from __future__ import annotations
+
 import logging
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppl_eval.ppl_dataset import EvalSets, eval_windows, load_eval_tokens, name_eval_sets
 from slim_utils.common.bos import evaluation_bos
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

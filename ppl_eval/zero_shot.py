@@ -1,23 +1,24 @@
 """Zero-shot tasks of the ``lm-eval`` package: their names, local data for them, and their results as a table."""
 
+from __future__ import annotations
+
 import difflib
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lm_eval.api.model
-import lm_eval.api.task
-import lm_eval.models.huggingface
 import yaml
-from lm_eval.tasks import TaskManager
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from slim_utils.common.errors import UserError, error_reason
 from slim_utils.text_source import cache_advice
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,10 @@ class _WatchedTqdm(tqdm):
 
 def quieten_progress() -> None:
     """Make the package's progress bars those of this suite."""
+    import lm_eval.api.model
+    import lm_eval.api.task
+    import lm_eval.models.huggingface
+
     for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
         module.tqdm = _WatchedTqdm
 

@@ -19,7 +19,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import models  # noqa: F401 - registers the classes of pruned checkpoints
 from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalKey, load_eval_sets, name_eval_sets
 from ppl_eval.ppl_eval import evaluate
 from slim_utils.cli.app import ArgumentParser, run_cli

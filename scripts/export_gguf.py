@@ -12,7 +12,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import models  # noqa: F401 - registers the classes of pruned checkpoints
 from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_paths import check_inputs_outside

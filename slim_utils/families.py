@@ -1,14 +1,17 @@
 """The table of model families: what the walk and the removal have to know of each. A new family is one row here."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
-from models import SLIM_CLASSES
 from slim_utils.common.checkpoint_checks import check_unquantised
 from slim_utils.common.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # What the rows of a linear map are made of, in the order they are stacked.
 HEADS, KV_HEADS, COLUMNS = "heads", "kv_heads", "columns"
@@ -24,8 +27,7 @@ class Family:
 
     Attributes:
         base_type: the library's model type before pruning.
-        slim_config: configuration class of the small model.
-        slim_model: its causal language model, shipped inside the checkpoint.
+        slim_type: that of the small model.
         layers: name of the list of decoder layers in the causal language model.
         attention_out: linear map whose input columns are the query heads side by side.
         attention_rows: linear maps that feed it, and what their output rows are.
@@ -39,8 +41,7 @@ class Family:
     """
 
     base_type: str
-    slim_config: type[PreTrainedConfig]
-    slim_model: type[PreTrainedModel]
+    slim_type: str
     layers: str = "model.layers"
     attention_out: str = "self_attn.o_proj"
     attention_rows: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -59,6 +60,22 @@ class Family:
     expert_columns_key: str = ""
     heads_fill_hidden: bool = False
 
+    @property
+    def slim_config(self) -> type[PreTrainedConfig]:
+        """Configuration class of the small model."""
+        return self._slim_classes()[0]
+
+    @property
+    def slim_model(self) -> type[PreTrainedModel]:
+        """Its causal language model, shipped inside the checkpoint."""
+        return self._slim_classes()[1]
+
+    def _slim_classes(self) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+        # Takes seconds to import.
+        from models import SLIM_CLASSES
+
+        return SLIM_CLASSES[self.base_type]
+
     def decoder_layers(self, model: PreTrainedModel) -> nn.ModuleList:
         """The decoder layers of ``model``."""
         return model.get_submodule(self.layers)
@@ -76,13 +93,21 @@ class Family:
         return self.expert_columns_key if num_experts else self.columns_key
 
 
-# What differs from LLaMA, by model type.
+# Every family, by model type: what differs from LLaMA. Their classes are in ``models.SLIM_CLASSES``.
 _DIFFERENCES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "smollm3": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {},
+    "gemma3_text": {"slim_type": "slim_gemma3"},
+    "olmo2": {"head_norms": (("self_attn.q_norm", HEADS), ("self_attn.k_norm", KV_HEADS))},
+    "granite": {},
     "phi3": {
         "attention_rows": (("self_attn.qkv_proj", (HEADS, KV_HEADS, KV_HEADS)),),
         "mlp_rows": (("mlp.gate_up_proj", (COLUMNS, COLUMNS)),),
     },
-    "olmo2": {"head_norms": (("self_attn.q_norm", HEADS), ("self_attn.k_norm", KV_HEADS))},
     "opt": {
         "layers": "model.decoder.layers",
         "attention_out": "self_attn.out_proj",
@@ -99,9 +124,9 @@ _DIFFERENCES: dict[str, dict[str, Any]] = {
 def _table() -> dict[str, Family]:
     """A row for every model type, before pruning and after it."""
     table = {}
-    for model_type, (config, model) in SLIM_CLASSES.items():
-        row = Family(base_type=model_type, slim_config=config, slim_model=model, **_DIFFERENCES.get(model_type, {}))
-        table |= {model_type: row, config.model_type: row}
+    for model_type, differences in _DIFFERENCES.items():
+        row = Family(**{"base_type": model_type, "slim_type": f"slim_{model_type}", **differences})
+        table |= {model_type: row, row.slim_type: row}
     return table
 
 
@@ -150,7 +175,7 @@ def find_family(config: PreTrainedConfig) -> Family:
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise UserError(f"model type '{config.model_type}' is not supported; supported: {', '.join(SLIM_CLASSES)}")
+        raise UserError(f"model type '{config.model_type}' is not supported; supported: {', '.join(_DIFFERENCES)}")
     check_unquantised(config, config.name_or_path)
     return family
 

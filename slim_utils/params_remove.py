@@ -1,17 +1,22 @@
 """Removing what was pruned: zeros in the original shapes, or a small model whose layers differ in shape."""
 
+from __future__ import annotations
+
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import model_on_meta
 from slim_utils.families import COLUMNS, HEADS, KV_HEADS, Family, layer_shapes
 from slim_utils.masks import LayerMask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Written anew for the small model, or meaningless in it.
 _DENSE_ONLY_KEYS = ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version")

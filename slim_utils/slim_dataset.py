@@ -1,14 +1,16 @@
 """Calibration samples: random windows of tokens, the same on every machine for the same seed."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from slim_utils.common.bos import calibration_bos, with_bos
 from slim_utils.common.errors import UserError
@@ -19,6 +21,9 @@ from slim_utils.text_source import (
     join_documents,
     tokenize,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # English has about four characters a token: four times the text asked for leaves the windows room to differ.
 CHARS_PER_TOKEN_ASKED = 16

@@ -4,6 +4,8 @@ Local files are read without guesses about their values: a reader that infers co
 ``NA`` into null, and all texts of a column with one number in it into something else.
 """
 
+from __future__ import annotations
+
 import csv
 import gzip
 import io
@@ -13,15 +15,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
-import datasets
-import pyarrow
-from pyarrow import parquet
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from slim_utils.common.errors import UserError, error_reason
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CALIBRATION_DATASETS = ("wikitext2", "c4", "alpaca", "gpt4_alpaca")
 DOCUMENT_SEPARATOR = "\n\n"
@@ -63,6 +64,8 @@ def hub_rows(name: str, split: str) -> Iterator[Row]:
     Raises:
         UserError: if the hub cannot be reached, at the first row.
     """
+    import datasets
+
     source = HUB_SOURCES.get(name, {"path": name})
     try:
         yield from datasets.load_dataset(**source, split=split, streaming=True)
@@ -135,7 +138,11 @@ def _decompressed(path: Path) -> BinaryIO:
         magic = file.read(4)
     if magic.startswith(_GZIP_MAGIC):
         return gzip.open(path)
-    return pyarrow.input_stream(path, compression="zstd") if magic == _ZSTD_MAGIC else path.open("rb")
+    if magic != _ZSTD_MAGIC:
+        return path.open("rb")
+    import pyarrow
+
+    return pyarrow.input_stream(path, compression="zstd")
 
 
 def _text_rows(file: IO[str]) -> Iterator[Row]:
@@ -175,6 +182,8 @@ def _json_lines(lines: Iterator[str]) -> Iterator[Any]:
 
 
 def _parquet_rows(file: BinaryIO) -> Iterator[Row]:
+    from pyarrow import parquet
+
     for batch in parquet.ParquetFile(file).iter_batches(batch_size=1000):
         yield from batch.to_pylist()
 

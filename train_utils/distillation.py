@@ -3,15 +3,15 @@
 Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015).
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import CausalLMOutput
 
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_checks import check_length
@@ -20,6 +20,10 @@ from train_utils.finetune_args import FinetuneArguments
 from train_utils.finetune_dataset import IGNORED_LABEL
 from train_utils.lora import cast_parameters, frozen_dtype
 from train_utils.sparse_trainer import SlimTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.modeling_outputs import CausalLMOutput
 
 # In fp32 a chunk's logits take 150 MB with a vocabulary of 150,000.
 CHUNK_TOKENS = 256

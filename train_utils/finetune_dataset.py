@@ -1,5 +1,7 @@
 """Instruction data for fine-tuning: rows, prompts, masked labels, the split, and the cache of tokenised samples."""
 
+from __future__ import annotations
+
 import errno
 import hashlib
 import json
@@ -9,18 +11,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import atomic_folder
 from slim_utils.text_source import HUB_SOURCES, Row, file_rows, hub_rows, instruction_columns
 from train_utils.prompts import CHAT, TEMPLATES, chat_texts
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -190,6 +194,8 @@ def cached_samples(
     folder: Path | None, rows: list[Row], tokenizer: PreTrainedTokenizerBase, settings: SampleSettings
 ) -> datasets.Dataset:
     """The samples of ``rows``: from ``folder`` where they are there, else made, and kept there (Arrow and json)."""
+    import datasets
+
     if folder is not None and folder.is_dir():
         logger.info("tokenised samples of %s", folder)
         return datasets.load_from_disk(str(folder))
@@ -217,6 +223,8 @@ def default_cache_dir() -> Path:
 
 def window_dataset(windows: Tensor) -> datasets.Dataset:
     """Windows (count, seqlen) of plain text as evaluation samples whose every token is a target."""
+    import datasets
+
     ids = windows.tolist()
     return datasets.Dataset.from_dict(
         {"input_ids": ids, "attention_mask": torch.ones_like(windows).tolist(), "labels": ids}

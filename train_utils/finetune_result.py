@@ -1,13 +1,13 @@
 """What a fine-tuning run saves: adapters and fused model, or the trained model, masked where its masks say so."""
 
+from __future__ import annotations
+
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slim_utils.common.loading import SMALL_MODEL_FOLDER, load_config, load_model, save_checkpoint
 from slim_utils.families import Family, find_family, layer_shapes
@@ -26,6 +26,10 @@ from slim_utils.text_source import hub_datasets
 from train_utils.finetune_args import FinetuneArguments
 from train_utils.lora import cast_parameters, fuse_lora, lora_targets
 from train_utils.sparse_trainer import MaskCallback, masked_slices
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

@@ -1,21 +1,26 @@
 """LoRA adapters by peft: putting them on, and fusing them into a checkpoint."""
 
+from __future__ import annotations
+
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import load_model, model_on_meta
 from slim_utils.families import FAMILIES, Family
 from train_utils.finetune_args import FinetuneArguments, ModelArguments, TrainingArguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 

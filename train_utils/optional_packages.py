@@ -1,11 +1,14 @@
 """Packages that some of the Trainer's flags need, and that this suite does not install."""
 
-from importlib.util import find_spec
+from __future__ import annotations
 
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.training_args import TrainingArguments
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from slim_utils.common.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers.training_args import TrainingArguments
 
 # Of --optim, by how the name begins: the module, any one of several, and what to install.
 _OPTIMIZERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
@@ -41,6 +44,8 @@ def check_packages(training: TrainingArguments) -> None:
     Raises:
         UserError: naming the package to install.
     """
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
     optimizer = str(getattr(training.optim, "value", training.optim))
     package = optimizer_package(optimizer)
     if package is not None:

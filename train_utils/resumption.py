@@ -1,12 +1,12 @@
 """What a run that goes on from a checkpoint may not change; it is kept in every checkpoint."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import logging
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from slim_utils.common.errors import UserError
 from slim_utils.layerwise.resume import fingerprint, setting_changes
@@ -14,6 +14,9 @@ from slim_utils.masks import LayerMask
 from train_utils.finetune_args import FinetuneArguments
 from train_utils.finetune_dataset import FinetuneData
 from train_utils.sparse_trainer import SETTINGS_FILE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 

@@ -1,5 +1,7 @@
 """A Trainer that keeps pruned weights at exactly zero, and stops where a loss says nothing."""
 
+from __future__ import annotations
+
 import logging
 import math
 import shutil
@@ -8,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -16,14 +18,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
-    PreTrainedModel,
     Seq2SeqTrainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
-from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from slim_utils.common.errors import UserError
@@ -32,6 +29,15 @@ from slim_utils.families import Family
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import removed_indices, select_indices, zero_indices
 from train_utils.finetune_dataset import IGNORED_LABEL
+
+if TYPE_CHECKING:
+    from transformers import (
+        PreTrainedModel,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
+    from transformers.modeling_outputs import CausalLMOutput
 
 logger = logging.getLogger(__name__)
 

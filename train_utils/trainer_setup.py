@@ -1,11 +1,11 @@
 """The Trainer of a run: its evaluation sets, its metric, its loss and its data."""
 
-import copy
-from typing import Any
+from __future__ import annotations
 
-import datasets
-from peft import PeftModel
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
+import copy
+from typing import TYPE_CHECKING, Any
+
+from transformers import DataCollatorForSeq2Seq
 
 from ppl_eval.ppl_dataset import EvalSets
 from slim_utils.common.errors import UserError
@@ -14,6 +14,11 @@ from train_utils.distillation import DistillationTrainer
 from train_utils.finetune_args import FinetuneArguments
 from train_utils.finetune_dataset import FinetuneData, window_dataset
 from train_utils.sparse_trainer import SlimTrainer
+
+if TYPE_CHECKING:
+    import datasets
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 VALIDATION = "validation"
 

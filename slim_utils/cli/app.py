@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
-import datasets
 import torch
 import transformers
 
@@ -37,7 +36,10 @@ def setup_logging() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+        # The package reads it when it is imported, which takes a second and is put off.
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        if "datasets" in sys.modules:
+            sys.modules["datasets"].disable_progress_bars()
 
 
 def run_cli(

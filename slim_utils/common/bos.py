@@ -4,11 +4,17 @@ A model that was trained with a BOS in front of every text keeps its attention s
 windows without it, such a model is pruned, and judged, in a state that it never meets in use.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from slim_utils.common.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BOS_POLICIES = ("auto", "always", "never")
 BOS_CHOICES = "auto (where the tokenizer adds one), always or never (default: auto)"

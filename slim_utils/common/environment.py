@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import transformers
 
@@ -25,7 +24,7 @@ def environment(device: torch.device, *packages: str) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "datasets": datasets.__version__,
+            "datasets": version("datasets"),
             **{name: version(name) for name in packages},
         },
         "hardware": {

@@ -1,5 +1,7 @@
 """Loading models, choosing devices, and writing output folders that appear whole or not at all."""
 
+from __future__ import annotations
+
 import json
 import logging
 import os
@@ -9,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -19,9 +21,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from slim_utils.common.checkpoint_checks import (
@@ -44,6 +43,13 @@ from slim_utils.common.output_folder import (
     put_aside,
     replace_entries,
 )
+
+if TYPE_CHECKING:
+    from transformers import (
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 try:
     import resource
@@ -77,12 +83,19 @@ def choose_device(name: str, flag: str = "--device") -> torch.device:
     return device
 
 
+def _register_slim_classes() -> None:
+    """Let the library load pruned checkpoints without code of theirs."""
+    # Takes seconds, with the library's own modeling code.
+    import models  # noqa: F401
+
+
 def load_config(model_path: str, trust_remote_code: bool) -> PreTrainedConfig:
     """Configuration of a checkpoint (folder or hub name), without its weights.
 
     Raises:
         UserError: if it cannot be read, says that the weights are quantised, or contradicts itself.
     """
+    _register_slim_classes()
     with loading(model_path):
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         untie_own_head(config, model_path)
@@ -93,6 +106,7 @@ def load_config(model_path: str, trust_remote_code: bool) -> PreTrainedConfig:
 
 def load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """Tokenizer of a checkpoint."""
+    _register_slim_classes()
     with loading(model_path):
         return AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
 

@@ -1,9 +1,12 @@
 """A LLaMA-like checkpoint as a GGUF file for llama.cpp, also where its layers differ in shape."""
 
+from __future__ import annotations
+
 import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy
 import torch
@@ -22,11 +25,13 @@ from gguf import (
 )
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from slim_utils.common.errors import UserError
 from slim_utils.export.gguf_tokenizer import Vocabulary, write_vocabulary
 from slim_utils.families import EXPORTED_FAMILIES, FAMILIES, LayerShape, layer_shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

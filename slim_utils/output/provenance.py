@@ -3,20 +3,24 @@
 A run reads the file of the model it starts from, adds its own step, and writes it beside the weights it makes.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, hf_hub_download
-from transformers import PreTrainedConfig
 
 from slim_utils.common.loading import model_on_meta, write_json_atomic
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.masks import LayerMask
 from slim_utils.profiling.model_stats import count_parameters, weights_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 PROVENANCE_FILE = "slimgpt.json"
 FORMAT_VERSION = 1

@@ -1,13 +1,14 @@
 """The checkpoints of a streamed run, written while it goes: a shard a layer, and one for what is outside of them."""
 
+from __future__ import annotations
+
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from slim_utils.common.loading import SMALL_MODEL_FOLDER, save_checkpoint, save_tensors_atomic, write_json_atomic
@@ -15,6 +16,9 @@ from slim_utils.families import Family
 from slim_utils.layerwise.offload import CPU, StreamedHost
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import shrink_layer, small_on_meta, zero_layer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class CheckpointShards:
@@ -65,6 +69,8 @@ class CheckpointShards:
                 entry.replace(self.folder / entry.name)
 
     def _write(self, number: int, tensors: dict[str, Tensor]) -> None:
+        from transformers.core_model_loading import revert_weight_conversion
+
         # Experts are stored one by one, whatever they are in memory.
         stored = revert_weight_conversion(self.model, tensors)
         save_tensors_atomic(stored, self._path(number), {"format": "pt"})

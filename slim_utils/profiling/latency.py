@@ -1,12 +1,17 @@
 """Measured latency of prefill and decode."""
 
+from __future__ import annotations
+
 import statistics
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
 
 WARM_UPS = 1
 

@@ -1,17 +1,22 @@
 """Sizes of a model: parameters, multiply-accumulates, memory, and the share of the block weights a pruning removes."""
 
+from __future__ import annotations
+
 import copy
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from slim_utils.common.loading import model_on_meta
 from slim_utils.families import Family, LayerShape, find_family, layer_shapes
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import kept_indices
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Key and value of a head.
 _CACHED_PER_HEAD = 2

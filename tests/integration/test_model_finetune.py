@@ -13,7 +13,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import model_finetune
 from slim_utils.common.errors import UserError, is_disk_full
 from slim_utils.families import find_family
 from slim_utils.masks import read_pruning
@@ -22,7 +21,7 @@ from tests.conftest import make_tiny
 from tests.integration.finetuning import logits, losses, main, run
 from tests.processes import run_python, run_ranks, start_python
 from tests.unit.train_utils.test_sparse_trainer import removed_weights
-from train_utils import finetune_result
+from train_utils import finetune_result, sparse_trainer
 from train_utils.finetune_args import parse_args
 
 
@@ -67,13 +66,13 @@ def test_mask_training_keeps_zeros_at_every_step(slim, words, tmp_path, samples,
     family, masks = None, read_pruning(slim / "pruning.json")
     steps = []
 
-    class Watching(model_finetune.MaskCallback):
+    class Watching(sparse_trainer.MaskCallback):
         def on_optimizer_step(self, args, state, control, model=None, **kwargs):
             # Before anything is put back.
             steps.append(self.nonzeros())
             super().on_optimizer_step()
 
-    monkeypatch.setattr(model_finetune, "MaskCallback", Watching)
+    monkeypatch.setattr(sparse_trainer, "MaskCallback", Watching)
     main(words(slim, "--use_lora", lora, "--is_mask_training", "true", "--weight_decay", 0.2))
     assert steps == [0] * 5
     out = tmp_path / "out"

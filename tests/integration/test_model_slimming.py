@@ -9,12 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import model_slimming
-from slim_utils import text_source
 from slim_utils.common.errors import UserError
 from slim_utils.common.output_folder import output_lock
 from slim_utils.masks import read_pruning
@@ -151,7 +151,7 @@ def test_the_originals_command_line_runs_as_spelled(tmp_path, tokenizer, monkeyp
     make_tiny("mha", max_position_embeddings=2048, **heads).save_pretrained(model)
     tokenizer.save_pretrained(model)
     rows = {"json": [{"text": random_text(1000)}] * 10_000, "Salesforce/wikitext": [{"text": random_text(1000)}] * 4}
-    monkeypatch.setattr(text_source.datasets, "load_dataset", lambda **kwargs: rows[kwargs["path"]])
+    monkeypatch.setattr(datasets, "load_dataset", lambda **kwargs: rows[kwargs["path"]])
     caplog.set_level("INFO")
     main(model, "c4", *README_FLAGS.split(), "--save_dir", tmp_path / "D", "--eval_seqlens", "128")
     record = json.loads((tmp_path / "D" / "run.json").read_text())

@@ -3,11 +3,12 @@
 import gzip
 import json
 
+import datasets
 import pandas
 import pytest
 import torch
 
-from slim_utils import slim_dataset, text_source
+from slim_utils import slim_dataset
 from slim_utils.common.errors import UserError
 from slim_utils.slim_dataset import load_calibration, random_windows, text_starts
 from slim_utils.text_source import file_documents, hub_documents, join_documents
@@ -129,7 +130,7 @@ def hub(monkeypatch):
 
         return rows()
 
-    monkeypatch.setattr(text_source.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return state
 
 
@@ -163,7 +164,7 @@ def test_unreachable_hub_names_the_way_out(monkeypatch):
     def load_dataset(**kwargs):
         raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr(text_source.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError, match=r"data set 'c4'.*--data_file FILE") as error:
         next(hub_documents("c4", "train"))
     assert "\n" not in str(error.value)

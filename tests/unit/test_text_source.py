@@ -3,11 +3,11 @@
 import gzip
 import json
 
+import datasets
 import pandas
 import pyarrow
 import pytest
 
-from slim_utils import text_source
 from slim_utils.common.errors import UserError, error_reason
 from slim_utils.text_source import file_documents, file_rows, hub_rows
 
@@ -55,7 +55,7 @@ def test_file_rows_odd_characters_in_path_read(tmp_path, folder, name):
 
 
 def test_file_rows_unwritable_cache_not_needed(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_source.datasets.config, "HF_DATASETS_CACHE", "/sys/cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/sys/cache")
     path = tmp_path / "t.jsonl"
     path.write_bytes(JSONL)
     assert list(file_documents(path)) == ["a", "b"]
@@ -65,7 +65,7 @@ def test_hub_rows_unwritable_cache_named(monkeypatch):
     def load_dataset(**kwargs):
         raise PermissionError(13, "Permission denied", "/sys/cache")
 
-    monkeypatch.setattr(text_source.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError, match=r"cache of downloads cannot be written \(.*'/sys/cache'\); set HF_HOME"):
         next(hub_rows("c4", "train"))
 

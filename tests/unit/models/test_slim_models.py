@@ -8,12 +8,18 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from slim_utils.families import find_family, layer_shapes
+from models import SLIM_CLASSES
+from slim_utils.families import FAMILIES, find_family, layer_shapes
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import shrink
 from tests.conftest import TINY_FAMILIES, make_tiny
 
 ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_families_every_slim_class_in_table():
+    slim_types = {base_type: config.model_type for base_type, (config, _) in SLIM_CLASSES.items()}
+    assert {family.base_type: family.slim_type for family in FAMILIES.values()} == slim_types
 
 
 @pytest.mark.parametrize("variant", ["gqa", *TINY_FAMILIES])
