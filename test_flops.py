@@ -32,7 +32,7 @@ from slim_utils.common.loading import (
 )
 from slim_utils.profiling.latency import Latency, measure_latency
 from slim_utils.profiling.model_stats import ModelStats, model_stats
-from slim_utils.profiling.tables import Row, side_by_side
+from slim_utils.profiling.tables import Row, side_by_side, text_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -92,16 +92,12 @@ def size_figures(stats: ModelStats, seqlen: int) -> dict[str, float]:
 
 def layer_table(stats: ModelStats) -> str:
     """A line a layer."""
-    lines = [
-        f"{'layer':>5}  {'heads':>5}  {'kv heads':>8}  {'columns':>7}  {'params (M)':>10}  {'MACs (M)':>9}  KV bytes"
-    ]
+    rows = []
     for index, layer in enumerate(stats.layers):
-        shape = layer.shape
-        lines.append(
-            f"{index:5}  {shape.num_heads:5}  {shape.num_kv_heads:8}  {shape.num_columns:7}  "
-            f"{layer.parameters / 1e6:10.3f}  {layer.macs / 1e6:9.2f}  {layer.kv_cache_bytes:8}"
-        )
-    return "\n".join(lines)
+        counts = (index, layer.shape.num_heads, layer.shape.num_kv_heads, layer.shape.num_columns)
+        sizes = (f"{layer.parameters / 1e6:.3f}", f"{layer.macs / 1e6:.2f}", str(layer.kv_cache_bytes))
+        rows.append((*map(str, counts), *sizes))
+    return text_table(("layer", "heads", "kv heads", "columns", "params (M)", "MACs (M)", "KV bytes"), rows)
 
 
 def latency_rows(latencies: list[Latency], batch_size: int, length: int) -> list[Row]:
@@ -156,7 +152,7 @@ def main(args: argparse.Namespace) -> None:
         print(side_by_side(rows, HEADERS))
     else:
         print(layer_table(stats[0]), end="\n\n")
-        print("\n".join(f"{name:24}{value:12.2f}" for name, value in figures[0].items()))
+        print(text_table((), [(name, f"{value:.2f}") for name, value in figures[0].items()], widths=(24, 10)))
     if args.out:
         record = {
             "command": command_line(),

@@ -39,6 +39,7 @@ from slim_utils.common.environment import command_line, environment
 from slim_utils.common.loading import load_model, load_tokenizer, write_json_atomic
 from slim_utils.layerwise.offload import CPU
 from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.profiling.tables import markdown_table
 from slim_utils.slim_dataset import random_windows
 from slim_utils.text_source import file_documents, join_documents, tokenize
 
@@ -96,13 +97,12 @@ def main(args: argparse.Namespace) -> None:
 
 def table(record: dict[str, Any]) -> str:
     """As it stands in docs/results.md."""
-    texts = list(record["rows"][0]["perplexity"])
-    lines = [f"| calibration | samples × tokens | {' | '.join(texts)} | seconds |", "|---" * (3 + len(texts)) + "|"]
+    texts, lines = list(record["rows"][0]["perplexity"]), []
     for row in record["rows"]:
         figures = [f"{row['perplexity'][text]:.2f}" for text in texts]
         size = f"{row['num_samples']} × {row['seqlen']}"
-        lines.append(f"| {row['text']} | {size} | {' | '.join(figures)} | {row['seconds']:.0f} |")
-    return "\n".join(lines)
+        lines.append((row["text"], size, *figures, f"{row['seconds']:.0f}"))
+    return markdown_table(("calibration", "samples × tokens", *texts, "seconds"), lines)
 
 
 if __name__ == "__main__":

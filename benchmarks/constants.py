@@ -46,6 +46,7 @@ from slim_utils.layerwise.settings import WalkSettings
 from slim_utils.masks import LayerMask
 from slim_utils.obs import PAPER_CHOICES, Choices
 from slim_utils.profiling.model_stats import removed_share
+from slim_utils.profiling.tables import markdown_table
 from slim_utils.slim_dataset import load_calibration, text_starts
 
 logger = logging.getLogger("constants")
@@ -155,15 +156,14 @@ def measure(args: argparse.Namespace, model_path: str, share: float, name: str, 
 def table(rows: list[dict[str, Any]]) -> str:
     """As it stands in docs/results.md: perplexities and, in brackets, what is lost over dense, in nats."""
     dense = {row["model"]: row["perplexity"] for row in rows if row["variant"] == "dense"}
-    texts = list(next(iter(dense.values())))
-    lines = [f"| model | removed | | {' | '.join(texts)} |", "|---" * (3 + len(texts)) + "|"]
+    texts, lines = list(next(iter(dense.values()))), []
     for row in sorted(rows, key=lambda row: (row["model"], row["share"])):
         cells = [f"{row['perplexity'][text]:.2f}" for text in texts]
         if row["share"]:
             losses = [math.log(row["perplexity"][text] / dense[row["model"]][text]) for text in texts]
             cells = [f"{cell} ({loss:.3f})" for cell, loss in zip(cells, losses, strict=True)]
-        lines.append(f"| {row['model']} | {100 * row['share']:.0f} % | {row['variant']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append((row["model"], f"{100 * row['share']:.0f} %", row["variant"], *cells))
+    return markdown_table(("model", "removed", "", *texts), lines)
 
 
 def main(args: argparse.Namespace) -> None:

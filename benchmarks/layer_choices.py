@@ -36,6 +36,7 @@ from slim_utils.layerwise.layer_forward import LayerReplay, capture_layer_calls
 from slim_utils.layerwise.offload import CPU
 from slim_utils.layerwise.settings import WalkSettings
 from slim_utils.obs import PAPER_CHOICES, Choices, remove_columns
+from slim_utils.profiling.tables import markdown_table
 from slim_utils.slim_dataset import random_windows
 from slim_utils.slimgpt import SlimGPT
 from slim_utils.text_source import file_documents, join_documents, tokenize
@@ -229,7 +230,7 @@ def main(args: argparse.Namespace) -> None:
 def table(record: dict[str, Any]) -> str:
     """Errors of every choice as a share of the paper's, geometric means over layers."""
     rows = {(row["kind"], row["choice"], row["layer"]): row for row in record["rows"]}
-    lines = ["| pruned | choice | error, calibration | error, held out |", "|---|---|---|---|"]
+    lines = []
     for kind, choice in dict.fromkeys((row["kind"], row["choice"]) for row in record["rows"]):
         layers = [layer for of, name, layer in rows if (of, name) == (kind, choice)]
         cells = [
@@ -238,8 +239,8 @@ def table(record: dict[str, Any]) -> str:
             )
             for text in ("calibration", "held_out")
         ]
-        lines.append(f"| {kind} | {choice} | {cells[0]:.3f} | {cells[1]:.3f} |")
-    return "\n".join(lines)
+        lines.append((kind, choice, *(f"{cell:.3f}" for cell in cells)))
+    return markdown_table(("pruned", "choice", "error, calibration", "error, held out"), lines)
 
 
 if __name__ == "__main__":

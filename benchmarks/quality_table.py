@@ -14,6 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.profiling.tables import markdown_table
 from slim_utils.report.sources import METHOD_NAMES
 
 # Whose loss the others' is a share of, and those of whom no share is worth a line.
@@ -36,24 +37,19 @@ def grouped(record: dict[str, Any]) -> Rows:
 
 def table(record: dict[str, Any]) -> str:
     """A line for each share and method; several seeds give mean ± standard deviation."""
-    texts = list(record["rows"][0]["perplexity"])
-    lines = [
-        f"| heads | removed | method | {' | '.join(texts)} | seconds | peak (MiB) |",
-        "|---" * (5 + len(texts)) + "|",
-    ]
+    texts, lines = list(record["rows"][0]["perplexity"]), []
     for (heads, share, method), rows in grouped(record).items():
         removed = statistics.mean(row.get("share_removed", 0.0) for row in rows)
         cells = [spread([row["perplexity"][text] for row in rows], ".2f") for text in texts]
         cells.append(spread([row["seconds"] for row in rows], ".0f") if share else "")
         cells.append(spread([row["peak_memory_mib"]["host"] for row in rows], ".0f"))
-        lines.append(f"| {heads} | {100 * removed:.1f} % | {METHOD_NAMES[method]} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append((heads, f"{100 * removed:.1f} %", METHOD_NAMES[method], *cells))
+    return markdown_table(("heads", "removed", "method", *texts, "seconds", "peak (MiB)"), lines)
 
 
 def loss_table(record: dict[str, Any]) -> str:
     """What each method loses over dense, in ln perplexity, as a share of what the original loses with the same seed."""
-    texts, groups = list(record["rows"][0]["perplexity"]), grouped(record)
-    lines = [f"| heads | removed | method | {' | '.join(texts)} |", "|---" * (3 + len(texts)) + "|"]
+    texts, groups, lines = list(record["rows"][0]["perplexity"]), grouped(record), []
     for (heads, share, method), rows in groups.items():
         originals = {row["seed"]: row for row in groups.get((heads, share, ORIGINAL), [])}
         pairs = [(row, originals[row["seed"]]) for row in rows if row["seed"] in originals]
@@ -62,8 +58,8 @@ def loss_table(record: dict[str, Any]) -> str:
             cells = [
                 spread([lost(row, dense, text) / lost(own, dense, text) for row, own in pairs], ".2f") for text in texts
             ]
-            lines.append(f"| {heads} | {100 * share:.0f} % | {METHOD_NAMES[method]} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append((heads, f"{100 * share:.0f} %", METHOD_NAMES[method], *cells))
+    return markdown_table(("heads", "removed", "method", *texts), lines)
 
 
 def lost(row: dict[str, Any], dense: dict[str, Any], text: str) -> float:

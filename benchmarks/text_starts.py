@@ -32,6 +32,7 @@ from slim_utils.common.environment import command_line, environment
 from slim_utils.common.loading import check_output_file, load_model, load_tokenizer, write_json_atomic
 from slim_utils.layerwise.offload import CPU
 from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.profiling.tables import markdown_table
 from slim_utils.slim_dataset import load_calibration, random_windows, text_starts
 from slim_utils.text_source import file_documents, join_documents, tokenize
 
@@ -96,11 +97,11 @@ def main(args: argparse.Namespace) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """As it stands in docs/results.md."""
-    lines = ["| removed | beginnings of text | first tokens lost | perplexity | seconds |", "|---|---|---|---|---|"]
+    lines = []
     for row in rows:
-        figures = f"{100 * row['lost']:.2f} % | {row['perplexity']:.2f} | {row['seconds']:.0f}"
-        lines.append(f"| {100 * row['share']:.0f} % | {row['text_starts']} | {figures} |")
-    return "\n".join(lines)
+        figures = (f"{100 * row['lost']:.2f} %", f"{row['perplexity']:.2f}", f"{row['seconds']:.0f}")
+        lines.append((f"{100 * row['share']:.0f} %", row["text_starts"], *figures))
+    return markdown_table(("removed", "beginnings of text", "first tokens lost", "perplexity", "seconds"), lines)
 
 
 if __name__ == "__main__":

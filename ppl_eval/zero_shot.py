@@ -14,6 +14,7 @@ import yaml
 from tqdm import tqdm
 
 from slim_utils.common.errors import UserError, error_reason
+from slim_utils.profiling.tables import text_table
 from slim_utils.text_source import cache_advice
 
 if TYPE_CHECKING:
@@ -203,20 +204,19 @@ def results_table(metrics: dict[str, dict[str, float]], counts: dict[str, int], 
 
     A star marks the figure that papers average.
     """
-    lines = [f"{'task':20} {'samples':>7}  {'acc':>7} {'stderr':>7}  {'acc_norm':>8} {'stderr':>7}"]
+    rows = []
     for name, values in metrics.items():
         starred = "acc_norm" if name in ACC_NORM_IN_PAPERS else "acc"
-        cells = []
-        for metric, width in (("acc", 7), ("acc_norm", 8)):
+        row = [name, str(counts.get(name, 0))]
+        for metric in ("acc", "acc_norm"):
             star = "*" if metric == starred else ""
-            value = f"{100 * values[metric]:.2f}{star}" if metric in values else "-"
-            error = f"{100 * values[f'{metric}_stderr']:.2f}" if _is_number(values.get(f"{metric}_stderr")) else "-"
-            cells.append(f"{value:>{width}} {error:>7}")
-        lines.append(f"{name:20} {counts.get(name, 0):7}  {'  '.join(cells)}")
+            row.append(f"{100 * values[metric]:.2f}{star}" if metric in values else "-")
+            row.append(f"{100 * values[f'{metric}_stderr']:.2f}" if _is_number(values.get(f"{metric}_stderr")) else "-")
+        rows.append(row)
     if means:
-        lines.append(f"{'average':20} {'':7}  {100 * means['acc']:7.2f} {'':7}  {100 * means['acc_norm']:8.2f}")
-        lines.append(f"{'average of *':20} {'':7}  {100 * means['papers']:7.2f}")
-    return "\n".join(lines)
+        rows.append(("average", "", f"{100 * means['acc']:.2f}", "", f"{100 * means['acc_norm']:.2f}"))
+        rows.append(("average of *", "", f"{100 * means['papers']:.2f}"))
+    return text_table(("task", "samples", "acc", "stderr", "acc_norm", "stderr"), rows, widths=(20,))
 
 
 def _is_number(value: Any) -> bool:

@@ -20,6 +20,7 @@ from slim_utils.output.provenance import (
     write_provenance,
 )
 from slim_utils.profiling.model_stats import count_parameters
+from slim_utils.profiling.tables import markdown_table
 
 
 def vllm_options(config: PreTrainedConfig) -> dict[str, Any] | None:
@@ -125,23 +126,18 @@ def _kept(config: PreTrainedConfig, masks: list[LayerMask] | None) -> list[tuple
     return [(shape.num_heads, shape.num_kv_heads, shape.ffn_width, shape.num_experts) for shape in shapes]
 
 
-def _table(header: tuple[str, ...], rows: list[tuple]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
-
-
 def _sizes(base: dict[str, Any], parameters: int, name: str, kept: list[tuple[int, int, int, int]]) -> str:
-    total = _table(("", "base", name), [("parameters", f"{base['parameters']:,}", f"{parameters:,}")])
+    total = markdown_table(("", "base", name), [("parameters", f"{base['parameters']:,}", f"{parameters:,}")])
     rows = []
     for index, (layer, dense) in enumerate(zip(kept, base["layers"], strict=True)):
         heads, groups, columns = (f"{now} of {before}" for now, before in zip(layer[:3], dense, strict=True))
         experts = f" (each of {layer[3]} experts)" if layer[3] else ""
         rows.append((index, heads, groups, columns + experts))
-    return f"{total}\n{_table(('layer', 'heads', 'key/value heads', 'FFN columns'), rows)}"
+    return f"{total}\n\n{markdown_table(('layer', 'heads', 'key/value heads', 'FFN columns'), rows)}\n"
 
 
 def _method(steps: list[dict[str, Any]]) -> str:
-    tables = [_table(("", ""), list(step["settings"].items())) for step in steps]
+    tables = [markdown_table(("", ""), list(step["settings"].items())) + "\n" for step in steps]
     if len(steps) == 1:
         return tables[0]
     titles = [f"### {number}. {step['kind'].capitalize()}\n" for number, step in enumerate(steps, 1)]
@@ -204,7 +200,7 @@ def _perplexities(measured: list[dict[str, Any]] | dict[str, list[dict[str, Any]
         )
         for entries in zip(*lists, strict=True)
     ]
-    return _table(("text", "tokens of a window", "the first of them", *columns), rows)
+    return markdown_table(("text", "tokens of a window", "the first of them", *columns), rows) + "\n"
 
 
 def _usage(model: str, config: PreTrainedConfig) -> str:
