@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor
 from tqdm import tqdm
 
@@ -57,7 +56,7 @@ def layers_run_once(host: LayerHost, device: torch.device, windows: Tensor, batc
             hidden, calls = capture_layer_calls(host.model, host.layers, windows, settings)
         for index in tqdm(range(len(host.layers)), desc="layers", unit="layer", disable=None, leave=False):
             layer = host.fetch(index, device)
-            LayerReplay(layer, host.family, hidden, send_to_device(calls[index], device), settings).advance()
+            LayerReplay(layer, host.family, hidden, calls[index], settings).advance()
             host.release(index)
         return hidden
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
@@ -92,8 +91,7 @@ class Probe:
     def _run(self, index: int, hidden: Tensor) -> None:
         device = self._settings.device
         layer = self._host.fetch(index, device)
-        calls = send_to_device(self._calls[index], device)
-        LayerReplay(layer, self._host.family, hidden, calls, self._settings).advance()
+        LayerReplay(layer, self._host.family, hidden, self._calls[index], self._settings).advance()
 
     def _log_probabilities(self, outputs: Tensor) -> Iterator[Tensor]:
         """Log-probabilities (tokens, vocabulary) of every sample; one at a time, as they may outweigh the model."""
@@ -227,7 +225,7 @@ def _measure_layers(host: LayerHost, samples: Tensor, measured: Measurements, se
         probes = [Probe(host, samples[:count, :PROBE_TOKENS], settings) for count in PROBE_SAMPLES]
         for index in tqdm(range(last + 1), desc="measuring", unit="layer", disable=None):
             layer = host.fetch(index, settings.device)
-            replay = LayerReplay(layer, host.family, hidden, send_to_device(calls[index], settings.device), settings)
+            replay = LayerReplay(layer, host.family, hidden, calls[index], settings)
             if measured.wanted(index):
                 asked = probes if measured.in_time(index) else [None, None]
                 measured.add(index, _measured_layer(replay, asked, index, shapes[index], settings), "losing")

@@ -4,19 +4,23 @@ A layer that is pruned is run once, in three parts: up to the heads, up to the F
 starts from what the one before put out; the pruned maps are applied to what they were pruned on.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from slim_utils.common.errors import UserError
 from slim_utils.common.memory import free_memory
 from slim_utils.families import Family
 from slim_utils.layerwise.distributed import ALONE, World
 from slim_utils.layerwise.settings import WalkSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Positional and keyword arguments, besides the hidden states, that the model calls a layer with, by batch size.
 LayerCalls = dict[int, tuple[tuple, dict[str, Any]]]
@@ -36,7 +40,7 @@ class LayerReplay:
         layer: on ``settings.device``.
         family: its row of the table.
         hidden: (num_samples, seqlen, hidden) its inputs, on ``settings.cache_dev``.
-        calls: its other arguments, on ``settings.device``.
+        calls: its other arguments, anywhere.
         settings: how to walk.
         advanced: samples, from the first on, that are outputs of the layer already.
     """
@@ -50,10 +54,12 @@ class LayerReplay:
         settings: WalkSettings,
         advanced: int = 0,
     ) -> None:
+        from accelerate.utils import send_to_device
+
         self.layer = layer
         self.family = family
         self.hidden = hidden
-        self.calls = calls
+        self.calls = send_to_device(calls, settings.device)
         self.settings = settings
         self.advanced = advanced
         # By batch, on cache_dev: what the attention's output map is called with, later what it puts out.

@@ -1,22 +1,26 @@
 """Where decoder layers are while they are not at work: all in host memory, or on disk, to be brought one by one."""
 
+from __future__ import annotations
+
 import logging
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate.hooks import remove_hook_from_module
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from slim_utils.common.checkpoint_checks import log_own_head
 from slim_utils.common.loading import load_model
 from slim_utils.families import Family, find_family
 from slim_utils.masks import LayerMask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CPU = torch.device("cpu")
 
@@ -97,6 +101,8 @@ class StreamedHost(LayerHost):
         if _settle_ties(model, self._places):
             log_own_head(model_path)
         # From here on layers come and go by this class alone.
+        from accelerate.hooks import remove_hook_from_module
+
         remove_hook_from_module(model, recurse=True)
         del model.hf_device_map
         super().__init__(model, find_family(model.config))

@@ -3,20 +3,20 @@
 The walk knows no family: it asks the table's row for the names of two linear maps.
 """
 
+from __future__ import annotations
+
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import PreTrainedModel
 
 from slim_utils.common.loading import peak_memory_mib
 from slim_utils.common.memory import empty_cache
@@ -32,6 +32,9 @@ from slim_utils.layerwise.settings import WalkSettings
 from slim_utils.masks import LayerMask, LayerPlan
 from slim_utils.params_remove import settle_heads
 from slim_utils.slimgpt import PruneResult, SlimGPT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -188,9 +191,7 @@ class _Walk:
         if 0 < advanced < len(self.windows[number]):
             # The rest may end in a batch of another size.
             [(_, calls)] = self._capture([self.windows[number][advanced:]], replace(self.settings, cache_dev=CPU))
-        device = self.settings.device
-        calls_there = send_to_device(calls[index], device)
-        return LayerReplay(layer, self.family, self.hidden[number], calls_there, self.settings, advanced)
+        return LayerReplay(layer, self.family, self.hidden[number], calls[index], self.settings, advanced)
 
     def _relieved(self, settings: WalkSettings) -> WalkSettings | None:
         return settings.relieved(self.windows[0])

@@ -1,5 +1,7 @@
 """Finished layers of a run that has not finished yet, on disk, so that a killed run goes on from where it was."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import logging
@@ -7,12 +9,11 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import save_tensors_atomic, write_json_atomic
@@ -20,6 +21,9 @@ from slim_utils.common.output_folder import clear_leftovers, hidden_path
 from slim_utils.families import Family
 from slim_utils.layerwise.layer_report import LayerReport
 from slim_utils.layerwise.settings import WalkSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
