@@ -34,7 +34,7 @@ from slim_utils.cli.slimming_checks import (
     check_original_flags,
     check_output_flags,
     check_ranges,
-    sink_windows,
+    num_sink_windows,
     with_preset,
     with_preset_for_experts,
 )
@@ -56,8 +56,8 @@ from slim_utils.common.loading import (
 )
 from slim_utils.common.output_folder import output_lock
 from slim_utils.families import find_family, layer_shapes
-from slim_utils.layerwise.distributed import World
-from slim_utils.layerwise.offload import LayerHost, StreamedHost
+from slim_utils.layerwise.distributed import ProcessGroup
+from slim_utils.layerwise.offload import OffloadedModel, ResidentModel
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.resume import LayerStore, fingerprint
 from slim_utils.layerwise.settings import GQA_UNITS
@@ -69,7 +69,7 @@ from slim_utils.output.streamed import StreamedOutput
 from slim_utils.output.writers import WholeOutput, saved_before, write_output, write_record
 from slim_utils.profiling.model_stats import count_parameters, removed_share
 from slim_utils.pruning_config import Effect, PruningConfig
-from slim_utils.slim_dataset import CalibrationData, load_calibration, text_starts
+from slim_utils.slim_dataset import CalibrationData, load_calibration, sink_windows
 from slim_utils.text_source import CALIBRATION_DATASETS
 
 logger = logging.getLogger("model_slimming")
@@ -176,28 +176,30 @@ def with_devices(config: PruningConfig) -> PruningConfig:
     return replace(config, device=device, cache_dev=cache_dev)
 
 
-def open_host(config: PruningConfig, model_path: str) -> LayerHost:
+def open_host(config: PruningConfig, model_path: str) -> ResidentModel:
     """The model of ``model_path``: whole in memory or, streamed, layer by layer."""
     if config.stream:
-        return StreamedHost(model_path, config.dtype, config.trust_remote_code, scratch_folder(Path(config.save_dir)))
+        return OffloadedModel(model_path, config.dtype, config.trust_remote_code, scratch_folder(Path(config.save_dir)))
     model = load_model(model_path, config.dtype, config.trust_remote_code)
-    return LayerHost(model, find_family(model.config))
+    return ResidentModel(model, find_family(model.config))
 
 
-def open_store(config: PruningConfig, host: LayerHost, data: CalibrationData, world: World) -> LayerStore | None:
+def open_store(
+    config: PruningConfig, host: ResidentModel, data: CalibrationData, processes: ProcessGroup
+) -> LayerStore | None:
     """Where the first process keeps finished layers until all are."""
-    world.wait()
+    processes.barrier()
     store = LayerStore(Path(config.save_dir))
     settings = config.flags(Effect.VALUE)
     settings |= {"--profile": config.profile and hashlib.sha256(config.profile.read_bytes()).hexdigest()}
-    settings |= {"device": config.device.type, "processes": world.size}
+    settings |= {"device": config.device.type, "processes": processes.world_size}
     settings |= {"calibration": data.sha256, "model": fingerprint(host.model.config, host.sampled_tensors())}
-    world.once(lambda: store.open(settings, config.resume, rounding_settings(config)))
-    return None if world.rank else store
+    processes.on_main(lambda: store.open(settings, config.resume, rounding_settings(config)))
+    return None if processes.rank else store
 
 
 def open_output(
-    config: PruningConfig, host: LayerHost, store: LayerStore | None, planned: list[LayerMask]
+    config: PruningConfig, host: ResidentModel, store: LayerStore | None, planned: list[LayerMask]
 ) -> WholeOutput | StreamedOutput:
     """What writes the checkpoints: all at the end or, streamed, in the first process, as layers are settled."""
     if config.stream and store:
@@ -205,7 +207,7 @@ def open_output(
     return WholeOutput(host.model, host.family, config.save_pruned_weights, config.uniform_shapes)
 
 
-def evaluate_pruned(config: PruningConfig, host: LayerHost, eval_sets: EvalSets) -> list[dict[str, Any]]:
+def evaluate_pruned(config: PruningConfig, host: ResidentModel, eval_sets: EvalSets) -> list[dict[str, Any]]:
     """Perplexities of the pruned model; where it was streamed, of what was saved."""
     if not config.stream:
         return evaluate_on(host, config.device, eval_sets)
@@ -220,7 +222,7 @@ def run(config: PruningConfig, allocation: str | None) -> None:
     family = find_family(model_config)
     check_length(config.seqlen, model_config, "--seqlen")
     settings = pruning_settings(config)
-    skeleton = LayerHost(model_on_meta(model_config, trust_remote_code=config.trust_remote_code), family)
+    skeleton = ResidentModel(model_on_meta(model_config, trust_remote_code=config.trust_remote_code), family)
     if has_experts(layer_shapes(model_config)):
         config = with_preset_for_experts(config, allocation)
     planner = Planner(config, skeleton, settings)
@@ -235,7 +237,7 @@ def run(config: PruningConfig, allocation: str | None) -> None:
         provenance = read_provenance(config.model_path, model_config, config.trust_remote_code)
     texts = calibration_texts(config)
     data = load_calibration(texts, tokenizer, config.num_samples, config.seqlen, config.seed, config.bos)
-    config = replace(config, text_starts=sink_windows(config, data.bos))
+    config = replace(config, sink_windows=num_sink_windows(config, data.bos))
     specs = [] if config.skip_evaluate else config.eval_datasets
     positions = model_config.max_position_embeddings
     eval_sets = load_eval_sets(specs, tokenizer, config.eval_seqlens, positions, config.bos)
@@ -244,20 +246,23 @@ def run(config: PruningConfig, allocation: str | None) -> None:
         if config.save_dir:
             warn_if_short_of_space(Path(config.save_dir), host.model, copies=2 + config.save_pruned_weights)
         logger.info(data.log_line())
-        world = World.join(config.device)
+        processes = ProcessGroup.init(config.device)
         start, measured = time.perf_counter(), Measured()
-        store = open_store(config, host, data, world) if config.save_dir else None
-        starts = text_starts(data.samples[:, data.bos :], config.text_starts)
-        samples, starts = world.share(data.samples), world.share(starts, "--text_starts") if len(starts) else None
+        store = open_store(config, host, data, processes) if config.save_dir else None
+        starts = sink_windows(data.samples[:, data.bos :], config.sink_windows)
+        samples, starts = (
+            processes.shard(data.samples),
+            processes.shard(starts, "--sink_windows") if len(starts) else None,
+        )
         if config.measures:
             planner = Planner(config, host, settings)
             plans, measured = planner.measured(samples, starts, *([store.measured] if store else []))
             planned = planner.size_masks(plans)
         output = open_output(config, host, store, planned)
-        masks, reports = prune_layers(host.model, family, samples, plans, settings, store, world, host, starts)
+        masks, reports = prune_layers(host.model, family, samples, plans, settings, store, processes, host, starts)
         seconds = time.perf_counter() - start + (store.seconds_before if store else 0)
-        world.leave()
-        if world.rank:
+        processes.destroy()
+        if processes.rank:
             return
         sizes = {
             "parameters_dense": count_parameters(host.model),

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slim_utils.families import LayerShape, find_family, layer_shapes
-from slim_utils.layerwise.layer_forward import LayerReplay, capture_layer_calls
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.layer_forward import LayerForward, capture_layer_kwargs
+from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import expand, zero_layer, zero_removed
 
@@ -79,7 +79,9 @@ def prune_magnitude(model: PreTrainedModel, counts: Counts) -> list[LayerMask]:
 
 
 @torch.no_grad()
-def prune_wanda_sp(model: PreTrainedModel, samples: Tensor, counts: Counts, settings: WalkSettings) -> list[LayerMask]:
+def prune_wanda_sp(
+    model: PreTrainedModel, samples: Tensor, counts: Counts, settings: PruningSettings
+) -> list[LayerMask]:
     """Wanda's structured form, each layer on the outputs of the pruned ones before it."""
     family, masks = find_family(model.config), []
     planned = zip(layer_shapes(model.config), counts, strict=True)
@@ -96,7 +98,7 @@ def prune_wanda_sp(model: PreTrainedModel, samples: Tensor, counts: Counts, sett
 
 
 @torch.no_grad()
-def prune_flap(model: PreTrainedModel, samples: Tensor, share: float, settings: WalkSettings) -> list[LayerMask]:
+def prune_flap(model: PreTrainedModel, samples: Tensor, share: float, settings: PruningSettings) -> list[LayerMask]:
     """FLAP: about ``share`` of the block weights, wherever the standardised scores are lowest; with its biases."""
     family, shapes = find_family(model.config), layer_shapes(model.config)
     layers, statistics, scores = family.decoder_layers(model), [], []
@@ -157,20 +159,20 @@ def compensate_by_bias(linear: nn.Linear, mean: Tensor, removed: Tensor) -> None
 def walk_with_statistics(
     model: PreTrainedModel,
     samples: Tensor,
-    settings: WalkSettings,
+    settings: PruningSettings,
     visit: Callable[[nn.Module, ChannelStatistics, ChannelStatistics], None],
 ) -> None:
     """Visit every layer with the statistics of what its two output maps are given; then run it as it was left."""
     family = find_family(model.config)
     layers = family.decoder_layers(model)
-    hidden, calls = capture_layer_calls(model, layers, samples, settings)
+    hidden, calls = capture_layer_kwargs(model, layers, samples, settings)
     for layer, call in zip(layers, calls, strict=True):
-        replay = LayerReplay(layer, family, hidden, call, settings)
+        replay = LayerForward(layer, family, hidden, call, settings)
         attention = gather(layer.get_submodule(family.attention_out), replay.attention_inputs())
         replay.finish_attention()
         mlp = gather(layer.get_submodule(family.mlp_out), replay.column_inputs())
         visit(layer, attention, mlp)
-        LayerReplay(layer, family, hidden, call, settings).advance()
+        LayerForward(layer, family, hidden, call, settings).advance()
 
 
 def gather(linear: nn.Linear, batches: Iterable[Tensor]) -> ChannelStatistics:

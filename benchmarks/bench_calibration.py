@@ -38,7 +38,7 @@ from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.loading import load_model, load_tokenizer, write_json_atomic
 from slim_utils.layerwise.offload import CPU
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.profiling.tables import markdown_table
 from slim_utils.slim_dataset import random_windows
 from slim_utils.text_source import file_documents, join_documents, tokenize
@@ -70,7 +70,7 @@ def measure(
     samples = random_windows(tokens[SKIPPED:], num_samples, seqlen, args.seed, text)
     model = repeat_kv_heads(load_model(args.model, "float32", False))
     start = time.perf_counter()
-    by_schedule(FINE, MIN_SPARSITY, model, samples, SHARE, WalkSettings(CPU, CPU, percdamp=PERCDAMP))
+    by_schedule(FINE, MIN_SPARSITY, model, samples, SHARE, PruningSettings(CPU, CPU, percdamp=PERCDAMP))
     seconds = round(time.perf_counter() - start, 1)
     row = {"text": text, "num_samples": num_samples, "seqlen": seqlen, "seed": args.seed, "seconds": seconds}
     row["perplexity"] = {name: perplexity(model, windows, 2) for name, windows in sets.items()}

@@ -41,8 +41,8 @@ from slim_utils.common.errors import UserError
 from slim_utils.common.loading import DTYPES, check_output_file, choose_device, peak_memory_mib, write_json_atomic
 from slim_utils.families import find_family
 from slim_utils.layerwise import pruner as layer_walk
-from slim_utils.layerwise.settings import WalkSettings
-from slim_utils.obs import PAPER_CHOICES, Choices
+from slim_utils.layerwise.settings import PruningSettings
+from slim_utils.obs import PAPER_SELECTION, SelectionOptions
 from slim_utils.slimgpt import SlimGPT
 
 logger = logging.getLogger("bench_prune")
@@ -175,8 +175,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         cache_dev = choose_device(args.cache_dev, "--cache_dev") if args.cache_dev else device
         SlimGPT.add_batch = watch.timed("hessian", SlimGPT.add_batch)
         SlimGPT.struct_prune = watch.timed("solve", SlimGPT.struct_prune)
-        choices = Choices(True, args.column_group) if args.measure == "ours_fine" else PAPER_CHOICES
-        settings = WalkSettings(device, cache_dev, percdamp=PERCDAMP, choices=choices, gqa_unit="kv_group")
+        selection = SelectionOptions(True, args.column_group) if args.measure == "ours_fine" else PAPER_SELECTION
+        settings = PruningSettings(device, cache_dev, percdamp=PERCDAMP, selection=selection, gqa_unit="kv_group")
         start = watch.now()
         layer_walk.prune_layers(model, find_family(model.config), samples, ratios, settings)
         seconds = watch.now() - start

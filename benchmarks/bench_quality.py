@@ -6,7 +6,7 @@
 
 The protocol: fp32; 32 windows × 512 tokens of the calibration text, drawn by the seed, for all methods alike; the first
 8 × 1024 tokens of every evaluation text, no special tokens, 1023 targets a window; nothing is chosen on those
-texts, but that first tokens get lost (benchmarks/text_starts.py) was noticed there.
+texts, but that first tokens get lost (benchmarks/sink_windows.py) was noticed there.
 Share: of the attention and MLP weights. Heads: ``repeated`` is plain multi-head attention (every query head has its own
 copy of the key/value head), ``native`` is grouped-query attention by query heads.
 
@@ -48,26 +48,26 @@ from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import check_output_file, load_model, load_tokenizer, peak_memory_mib, write_json_atomic
 from slim_utils.families import find_family, layer_shapes
-from slim_utils.layerwise.offload import CPU, LayerHost
+from slim_utils.layerwise.offload import CPU, ResidentModel
 from slim_utils.layerwise.pruner import prune_layers
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerMask
-from slim_utils.obs import PAPER_CHOICES, Choices
+from slim_utils.obs import PAPER_SELECTION, SelectionOptions
 from slim_utils.profiling.model_stats import removed_share
-from slim_utils.slim_dataset import load_calibration, text_starts
+from slim_utils.slim_dataset import load_calibration, sink_windows
 from slim_utils.text_source import file_documents, join_documents, tokenize
 
 logger = logging.getLogger("bench_quality")
 
 EVAL_WINDOWS, EVAL_SEQLEN = 8, 1024
 MIN_SPARSITY = 0.0625
-FINE = Choices(exact_heads=True, column_group=BEST_COLUMN_GROUP)
+FINE = SelectionOptions(exact_heads=True, column_group=BEST_COLUMN_GROUP)
 HEADS = ("repeated", "native")
 
-Pruner = Callable[[PreTrainedModel, Tensor, float, WalkSettings, Path], list[LayerMask]]
+Pruner = Callable[[PreTrainedModel, Tensor, float, PruningSettings, Path], list[LayerMask]]
 
 
-def budgeted(model: PreTrainedModel, share: float, settings: WalkSettings) -> tuple[list[LayerUnits], float]:
+def budgeted(model: PreTrainedModel, share: float, settings: PruningSettings) -> tuple[list[LayerUnits], float]:
     """Units of every layer, and the block weights that ``share`` is."""
     family, shapes = find_family(model.config), layer_shapes(model.config)
     layers = family.decoder_layers(model)
@@ -75,12 +75,12 @@ def budgeted(model: PreTrainedModel, share: float, settings: WalkSettings) -> tu
 
 
 def by_schedule(
-    choices: Choices,
+    selection: SelectionOptions,
     lowest: float | None,
     model: PreTrainedModel,
     samples: Tensor,
     share: float,
-    settings: WalkSettings,
+    settings: PruningSettings,
     starts: Tensor | None = None,
 ) -> list[LayerMask]:
     """SlimGPT with one ratio for all layers (``lowest`` None) or ``log_increase`` from ``lowest`` up."""
@@ -92,26 +92,26 @@ def by_schedule(
         return non_uniform_ratios("log_increase", min(lowest, highest), highest, len(units))
 
     ratios = scaled_ratios(schedule, units, budget)
-    settings = replace(settings, choices=choices)
+    settings = replace(settings, selection=choices)
     return prune_layers(model, find_family(model.config), samples, ratios, settings, starts=starts)[0]
 
 
-def uniform_counts(model: PreTrainedModel, share: float, settings: WalkSettings) -> list[list[int]]:
+def uniform_counts(model: PreTrainedModel, share: float, settings: PruningSettings) -> list[list[int]]:
     """Units of heads and columns of every layer that one ratio for all removes, to one column of ``share``."""
     units, budget = budgeted(model, share, settings)
     return scaled_counts(lambda highest: [highest] * len(units), units, budget)
 
 
 def by_search(
-    refine: int, model: PreTrainedModel, samples: Tensor, share: float, settings: WalkSettings, measured: Path
+    refine: int, model: PreTrainedModel, samples: Tensor, share: float, settings: PruningSettings, measured: Path
 ) -> list[LayerMask]:
     """``--preset best --refine N``: fine choices, beginnings of text, and the ratios of least measured loss."""
-    family, settings = find_family(model.config), replace(settings, choices=FINE)
+    family, settings = find_family(model.config), replace(settings, selection=FINE)
     units, budget = budgeted(model, share, settings)
-    sublayers = measure_losses(LayerHost(model, family), samples, range(len(units)), settings, measured)
-    ratios, starts = searched_ratios(sublayers, units, budget), text_starts(samples, BEST_TEXT_STARTS)
+    sublayers = measure_losses(ResidentModel(model, family), samples, range(len(units)), settings, measured)
+    ratios, starts = searched_ratios(sublayers, units, budget), sink_windows(samples, BEST_TEXT_STARTS)
     for _ in range(refine):
-        around = measure_around(LayerHost(model, family), samples, starts, ratios, settings)
+        around = measure_around(ResidentModel(model, family), samples, starts, ratios, settings)
         ratios = refined_ratios(around, units, ratios, budget)
     return prune_layers(model, family, samples, ratios, settings, starts=starts)[0]
 
@@ -131,8 +131,8 @@ METHODS: dict[str, Pruner] = {
         )
     ),
     "flap": without_file(prune_flap),
-    "slimgpt_uniform": without_file(partial(by_schedule, PAPER_CHOICES, None)),
-    "slimgpt_log_increase": without_file(partial(by_schedule, PAPER_CHOICES, MIN_SPARSITY)),
+    "slimgpt_uniform": without_file(partial(by_schedule, PAPER_SELECTION, None)),
+    "slimgpt_log_increase": without_file(partial(by_schedule, PAPER_SELECTION, MIN_SPARSITY)),
     "fine_log_increase": without_file(partial(by_schedule, FINE, MIN_SPARSITY)),
     "best": partial(by_search, 0),
     "refined": partial(by_search, 1),
@@ -190,7 +190,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if share:
         data = load_calibration([args.calib_file], load_tokenizer(args.model, False), NUM_SAMPLES, SEQLEN, seed)
         start, measured = time.perf_counter(), args.measure / f"{heads}-{seed}.json"
-        masks = METHODS[method](model, data.samples, share, WalkSettings(CPU, CPU, percdamp=PERCDAMP), measured)
+        masks = METHODS[method](model, data.samples, share, PruningSettings(CPU, CPU, percdamp=PERCDAMP), measured)
         row["seconds"] = round(time.perf_counter() - start, 1)
         row["samples_sha256"] = data.sha256
         family = find_family(model.config)

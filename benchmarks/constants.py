@@ -40,14 +40,14 @@ from slim_utils.common.bos import BOS_POLICIES, evaluation_bos
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.loading import load_model, load_tokenizer, write_json_atomic
 from slim_utils.families import find_family
-from slim_utils.layerwise.offload import CPU, LayerHost
+from slim_utils.layerwise.offload import CPU, ResidentModel
 from slim_utils.layerwise.pruner import prune_layers
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerMask
-from slim_utils.obs import PAPER_CHOICES, Choices
+from slim_utils.obs import PAPER_SELECTION, SelectionOptions
 from slim_utils.profiling.model_stats import removed_share
 from slim_utils.profiling.tables import markdown_table
-from slim_utils.slim_dataset import load_calibration, text_starts
+from slim_utils.slim_dataset import load_calibration, sink_windows
 
 logger = logging.getLogger("constants")
 
@@ -59,7 +59,7 @@ class Variant:
     """One way to prune.
 
     Attributes:
-        choices: how units are chosen.
+        selection: how units are chosen.
         percdamp: damping.
         bos: whether calibration windows begin with a BOS.
         sink_windows: short windows besides.
@@ -67,26 +67,26 @@ class Variant:
         reference: share of the units removed where a search measures losses.
     """
 
-    choices: Choices = FINE
+    selection: SelectionOptions = FINE
     percdamp: float = PERCDAMP
     bos: str = "auto"
     sink_windows: int = 0
     depth_decay: float | None = None
-    reference: float = search.REFERENCE
+    reference: float = search.REFERENCE_RATIO
 
 
 SEARCH = Variant(depth_decay=allocation.DEPTH_DECAY)
 VARIANTS: dict[str, Variant] = {
-    "paper": Variant(choices=PAPER_CHOICES),
-    "paper, no BOS": Variant(choices=PAPER_CHOICES, bos="never"),
-    "paper, BOS": Variant(choices=PAPER_CHOICES, bos="always"),
+    "paper": Variant(selection=PAPER_SELECTION),
+    "paper, no BOS": Variant(selection=PAPER_SELECTION, bos="never"),
+    "paper, BOS": Variant(selection=PAPER_SELECTION, bos="always"),
     "fine": Variant(),
     "fine, 512 sink windows": Variant(sink_windows=512),
     "fine, no BOS": Variant(bos="never"),
     "fine, no BOS, 512 sink windows": Variant(bos="never", sink_windows=512),
     "fine, percdamp 0.001": Variant(percdamp=0.001),
     "fine, percdamp 0.1": Variant(percdamp=0.1),
-    "fine, dynamic groups": Variant(choices=replace(FINE, column_group=0)),
+    "fine, dynamic groups": Variant(selection=replace(FINE, column_group=0)),
     "search": SEARCH,
     "search, depth decay 0": replace(SEARCH, depth_decay=0.0),
     "search, depth decay 3": replace(SEARCH, depth_decay=3.0),
@@ -121,17 +121,17 @@ def eval_sets(args: argparse.Namespace, model_path: str) -> dict[str, Tensor]:
 
 def prune(model: PreTrainedModel, samples: Tensor, share: float, variant: Variant, measured: Path) -> list[LayerMask]:
     """Prune ``model`` in place; ``measured`` keeps what a search has measured."""
-    settings = WalkSettings(CPU, CPU, percdamp=variant.percdamp, choices=variant.choices)
-    starts = text_starts(samples, variant.sink_windows) if variant.sink_windows else None
+    settings = PruningSettings(CPU, CPU, percdamp=variant.percdamp, selection=variant.selection)
+    starts = sink_windows(samples, variant.sink_windows) if variant.sink_windows else None
     if variant.depth_decay is None:
-        return by_schedule(variant.choices, MIN_SPARSITY, model, samples, share, settings, starts)
+        return by_schedule(variant.selection, MIN_SPARSITY, model, samples, share, settings, starts)
     family = find_family(model.config)
     units, budget = budgeted(model, share, settings)
     with (
-        patch.object(search, "REFERENCE", variant.reference),
+        patch.object(search, "REFERENCE_RATIO", variant.reference),
         patch.object(allocation, "DEPTH_DECAY", variant.depth_decay),
     ):
-        losses = search.measure(LayerHost(model, family), samples, range(len(units)), settings, measured)
+        losses = search.measure(ResidentModel(model, family), samples, range(len(units)), settings, measured)
         ratios = searched_ratios(losses, units, budget)
     return prune_layers(model, family, samples, ratios, settings, starts=starts)[0]
 

@@ -32,10 +32,10 @@ from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import check_output_file, load_model, load_tokenizer, write_json_atomic
 from slim_utils.families import find_family
-from slim_utils.layerwise.layer_forward import LayerReplay, capture_layer_calls
+from slim_utils.layerwise.layer_forward import LayerForward, capture_layer_kwargs
 from slim_utils.layerwise.offload import CPU
-from slim_utils.layerwise.settings import WalkSettings
-from slim_utils.obs import PAPER_CHOICES, Choices, remove_columns
+from slim_utils.layerwise.settings import PruningSettings
+from slim_utils.obs import PAPER_SELECTION, SelectionOptions, remove_columns
 from slim_utils.profiling.tables import markdown_table
 from slim_utils.slim_dataset import random_windows
 from slim_utils.slimgpt import SlimGPT
@@ -68,14 +68,14 @@ class Case:
     scale: Tensor
 
     def pruned(
-        self, percdamp: float = PERCDAMP, choices: Choices = PAPER_CHOICES, inputs: Tensor | None = None
+        self, percdamp: float = PERCDAMP, selection: SelectionOptions = PAPER_SELECTION, inputs: Tensor | None = None
     ) -> Tensor:
         """The weight as this suite prunes it."""
         linear = nn.Linear(*self.weight.shape[::-1], bias=False)
         linear.weight.data.copy_(self.weight)
         pruner = SlimGPT(linear)
         pruner.add_batch(self.inputs if inputs is None else inputs)
-        pruner.struct_prune(SHARE, self.unit_size, percdamp, choices=choices)
+        pruner.struct_prune(SHARE, self.unit_size, percdamp, selection=selection)
         return linear.weight.data
 
     def errors(self, weight: Tensor, bias: Tensor | float = 0.0) -> tuple[float, float]:
@@ -100,13 +100,13 @@ def relative_damping(case: Case, damping: float) -> tuple[float, float]:
     """Damping of every column as a share of its own energy, not of the mean: as if columns were standardised."""
     energy = case.inputs.square().sum(0)
     phantom = torch.diag((damping * energy).sqrt())
-    return case.errors(case.pruned(percdamp=1e-9, choices=GROUPS_OF_16, inputs=torch.cat([case.inputs, phantom])))
+    return case.errors(case.pruned(percdamp=1e-9, selection=GROUPS_OF_16, inputs=torch.cat([case.inputs, phantom])))
 
 
 def with_bias(case: Case) -> tuple[float, float]:
     """OBS on centred inputs; a bias takes over the mean of what is gone, as in FLAP."""
     mean = case.inputs.mean(0)
-    weight = case.pruned(choices=GROUPS_OF_16, inputs=case.inputs - mean)
+    weight = case.pruned(selection=GROUPS_OF_16, inputs=case.inputs - mean)
     return case.errors(weight, (case.weight - weight) @ mean)
 
 
@@ -115,7 +115,7 @@ def with_swaps(case: Case) -> tuple[float, float]:
     dense = case.weight.double()
     hessian = (case.inputs.T @ case.inputs).double()
     hessian.diagonal().add_(PERCDAMP * hessian.diagonal().mean())
-    weight = case.pruned(choices=GROUPS_OF_16).double()
+    weight = case.pruned(selection=GROUPS_OF_16).double()
     for _ in range(SWAP_ROUNDS):
         kept = weight.any(0)
         inner, cross = hessian[kept][:, kept], hessian[kept][:, ~kept]
@@ -134,23 +134,23 @@ def with_swaps(case: Case) -> tuple[float, float]:
     return case.errors(weight.float())
 
 
-GROUPS_OF_16 = Choices(exact_heads=True, column_group=16)
+GROUPS_OF_16 = SelectionOptions(exact_heads=True, column_group=16)
 COLUMN_CHOICES: dict[str, Choice] = {
     "the paper's": by_slimgpt,
-    "groups of 64": partial(by_slimgpt, choices=Choices(column_group=64)),
-    "groups of 32": partial(by_slimgpt, choices=Choices(column_group=32)),
-    "groups of 16": partial(by_slimgpt, choices=Choices(column_group=16)),
-    "single columns": partial(by_slimgpt, choices=Choices(column_group=1)),
+    "groups of 64": partial(by_slimgpt, selection=SelectionOptions(column_group=64)),
+    "groups of 32": partial(by_slimgpt, selection=SelectionOptions(column_group=32)),
+    "groups of 16": partial(by_slimgpt, selection=SelectionOptions(column_group=16)),
+    "single columns": partial(by_slimgpt, selection=SelectionOptions(column_group=1)),
     "groups of 16, swaps": with_swaps,
 }
 HEAD_CHOICES: dict[str, Choice] = {
     "the paper's": by_slimgpt,
-    "exact heads": partial(by_slimgpt, choices=GROUPS_OF_16),
+    "exact heads": partial(by_slimgpt, selection=GROUPS_OF_16),
 }
 CHOICES: dict[str, Choice] = {
     "bias": with_bias,
-    "percdamp 0.001": partial(by_slimgpt, percdamp=0.001, choices=GROUPS_OF_16),
-    "percdamp 0.1": partial(by_slimgpt, percdamp=0.1, choices=GROUPS_OF_16),
+    "percdamp 0.001": partial(by_slimgpt, percdamp=0.001, selection=GROUPS_OF_16),
+    "percdamp 0.1": partial(by_slimgpt, percdamp=0.1, selection=GROUPS_OF_16),
     "damping by column, 0.03": partial(relative_damping, damping=0.03),
     "damping by column, 0.1": partial(relative_damping, damping=0.1),
     "damping by column, 0.3": partial(relative_damping, damping=0.3),
@@ -189,12 +189,12 @@ def cases(args: argparse.Namespace) -> dict[tuple[int, str], Case]:
     tokens = tokenize(tokenizer, join_documents(file_documents(args.calib_file)), add_special_tokens=False)
     samples = random_windows(tokens, NUM_SAMPLES, SEQLEN, args.seed, str(args.calib_file))
     windows = torch.cat([samples, held_out_windows(tokens, samples)])
-    family, settings = find_family(model.config), WalkSettings(CPU, CPU)
+    family, settings = find_family(model.config), PruningSettings(CPU, CPU)
     layers = family.decoder_layers(model)
-    hidden, calls = capture_layer_calls(model, layers, windows, settings)
+    hidden, calls = capture_layer_kwargs(model, layers, windows, settings)
     found, fitted = {}, samples.numel()
     for index in tqdm(range(max(LAYERS) + 1), desc="layers", unit="layer", disable=None):
-        layer, replay = layers[index], LayerReplay(layers[index], family, hidden, calls[index], settings)
+        layer, replay = layers[index], LayerForward(layers[index], family, hidden, calls[index], settings)
         if index not in LAYERS:
             replay.advance()
             continue

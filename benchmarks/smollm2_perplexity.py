@@ -30,7 +30,7 @@ from slim_utils.common.environment import command_line, environment
 from slim_utils.common.loading import choose_device, load_model, load_tokenizer, peak_memory_mib, write_json_atomic
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layerwise.pruner import planned_masks, prune_layers
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.output.run_record import calibration_record
 from slim_utils.params_remove import shrink
 from slim_utils.profiling.model_stats import count_parameters, removed_share
@@ -76,7 +76,7 @@ def repeat_kv_heads(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return model
 
 
-def ratios_for_share(model: PreTrainedModel, share: float, settings: WalkSettings) -> list[float]:
+def ratios_for_share(model: PreTrainedModel, share: float, settings: PruningSettings) -> list[float]:
     """``log_increase`` ratios from ``MIN_SPARSITY`` up that come nearest to removing ``share`` of the block weights."""
     family, shapes = find_family(model.config), layer_shapes(model.config)
 
@@ -102,7 +102,7 @@ def measure(args: argparse.Namespace, heads: str, share: float | None, eval_set:
     if share is not None:
         data = load_calibration([args.calib_file], tokenizer, NUM_SAMPLES, SEQLEN, SEED)
         unit = "query_head" if heads == "native_query_head" else "kv_group"
-        settings = WalkSettings(device, device, percdamp=PERCDAMP, gqa_unit=unit)
+        settings = PruningSettings(device, device, percdamp=PERCDAMP, gqa_unit=unit)
         ratios = ratios_for_share(model, share, settings)
         family = find_family(model.config)
         start = time.perf_counter()

@@ -32,7 +32,7 @@ from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import choose_device, load_model, load_tokenizer, write_json_atomic
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.settings import PruningSettings
 
 logger = logging.getLogger("smollm2_recovery")
 
@@ -117,7 +117,7 @@ def prune(args: argparse.Namespace, share: float) -> Path:
         flags = {"--data_file": args.calib_file, "--num_samples": NUM_SAMPLES, "--seqlen": SEQLEN}
         schedule = ["--target_ratio", share, *shlex.split(args.prune_flags)]
         if not args.prune_flags:
-            settings = WalkSettings(torch.device("cpu"), torch.device("cpu"), gqa_unit=GQA_UNIT)
+            settings = PruningSettings(torch.device("cpu"), torch.device("cpu"), gqa_unit=GQA_UNIT)
             top = ratios_for_share(load_model(args.model, "auto", False), share, settings)[-1]
             schedule = ["--percdamp", PERCDAMP, "--gqa_unit", GQA_UNIT, "--non_uniform"]
             schedule += ["--min_sparsity", MIN_SPARSITY, "--max_sparsity", f"{top:.4f}"]

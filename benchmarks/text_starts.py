@@ -27,13 +27,13 @@ from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_
 from ppl_eval.ppl_dataset import eval_windows
 from ppl_eval.ppl_eval import perplexity
 from slim_utils.cli.app import ArgumentParser, run_cli
-from slim_utils.cli.slimming_args import BEST_TEXT_STARTS
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.loading import check_output_file, load_model, load_tokenizer, write_json_atomic
 from slim_utils.layerwise.offload import CPU
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.profiling.tables import markdown_table
-from slim_utils.slim_dataset import load_calibration, random_windows, text_starts
+from slim_utils.pruning_config import BEST_SINK_WINDOWS
+from slim_utils.slim_dataset import load_calibration, random_windows, sink_windows
 from slim_utils.text_source import file_documents, join_documents, tokenize
 
 logger = logging.getLogger("text_starts")
@@ -78,9 +78,9 @@ def main(args: argparse.Namespace) -> None:
         return repeat_kv_heads(load_model(args.model, "float32", False))
 
     dense, rows = largest_norms(fresh(), beginnings), []
-    settings = WalkSettings(CPU, CPU, percdamp=PERCDAMP)
+    settings = PruningSettings(CPU, CPU, percdamp=PERCDAMP)
     for share in args.shares:
-        for starts in (None, text_starts(data.samples, BEST_TEXT_STARTS)):
+        for starts in (None, sink_windows(data.samples, BEST_SINK_WINDOWS)):
             model, start = fresh(), time.perf_counter()
             by_schedule(FINE, MIN_SPARSITY, model, data.samples, share, settings, starts)
             row: dict[str, Any] = {"share": share, "text_starts": 0 if starts is None else len(starts)}

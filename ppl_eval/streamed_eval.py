@@ -13,15 +13,15 @@ from tqdm import tqdm
 from ppl_eval.ppl_dataset import EvalSets
 from ppl_eval.ppl_eval import evaluate
 from slim_utils.common.memory import empty_cache, free_memory
-from slim_utils.layerwise.layer_forward import LayerReplay, capture_layer_calls, layer_outputs_given
-from slim_utils.layerwise.less_memory import with_less_memory
-from slim_utils.layerwise.offload import CPU, LayerHost
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.layer_forward import LayerForward, capture_layer_kwargs, layer_outputs_given
+from slim_utils.layerwise.less_memory import retry_with_less_memory
+from slim_utils.layerwise.offload import CPU, ResidentModel
+from slim_utils.layerwise.settings import PruningSettings
 
 logger = logging.getLogger(__name__)
 
 
-def evaluate_on(host: LayerHost, device: torch.device, eval_sets: EvalSets) -> list[dict[str, Any]]:
+def evaluate_on(host: ResidentModel, device: torch.device, eval_sets: EvalSets) -> list[dict[str, Any]]:
     """Perplexities of a model in host memory: on ``device`` as a whole where it fits, layer by layer otherwise."""
     needed = sum(tensor.nbytes for tensor in (*host.model.parameters(), *host.model.buffers()))
     if device.type == "cpu" or needed < free_memory(device):
@@ -34,14 +34,14 @@ def evaluate_on(host: LayerHost, device: torch.device, eval_sets: EvalSets) -> l
     return evaluate_layers(host, device, eval_sets)
 
 
-def evaluate_layers(host: LayerHost, device: torch.device, eval_sets: EvalSets) -> list[dict[str, Any]]:
+def evaluate_layers(host: ResidentModel, device: torch.device, eval_sets: EvalSets) -> list[dict[str, Any]]:
     """Perplexities of a model whose layers are brought to ``device`` one by one."""
     return evaluate(host.model, eval_sets, partial(layers_run_once, host, device))
 
 
 @contextmanager
 @torch.no_grad()
-def layers_run_once(host: LayerHost, device: torch.device, windows: Tensor, batch_size: int) -> Iterator[None]:
+def layers_run_once(host: ResidentModel, device: torch.device, windows: Tensor, batch_size: int) -> Iterator[None]:
     """While a forward of the model takes the next ``batch_size`` of ``windows`` and finds its layers' outputs ready.
 
     Args:
@@ -51,17 +51,17 @@ def layers_run_once(host: LayerHost, device: torch.device, windows: Tensor, batc
         batch_size: windows of each forward to come, in their order.
     """
 
-    def outputs_of_layers(settings: WalkSettings) -> Tensor:
-        with host.outside():
-            hidden, calls = capture_layer_calls(host.model, host.layers, windows, settings)
+    def outputs_of_layers(settings: PruningSettings) -> Tensor:
+        with host.non_layer_modules():
+            hidden, calls = capture_layer_kwargs(host.model, host.layers, windows, settings)
         for index in tqdm(range(len(host.layers)), desc="layers", unit="layer", disable=None, leave=False):
-            layer = host.fetch(index, device)
-            LayerReplay(layer, host.family, hidden, calls[index], settings).advance()
-            host.release(index)
+            layer = host.onload(index, device)
+            LayerForward(layer, host.family, hidden, calls[index], settings).advance()
+            host.offload(index)
         return hidden
 
-    settings = WalkSettings(device, cache_dev=CPU)
-    hidden = with_less_memory(outputs_of_layers, settings, windows, host, "evaluation")
+    settings = PruningSettings(device, cache_dev=CPU)
+    hidden = retry_with_less_memory(outputs_of_layers, settings, windows, host, "evaluation")
     outputs = (batch.to(device) for batch in hidden.split(batch_size))
-    with host.outside(device), layer_outputs_given(host.layers, outputs):
+    with host.non_layer_modules(device), layer_outputs_given(host.layers, outputs):
         yield

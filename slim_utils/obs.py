@@ -16,7 +16,7 @@ INVERSE_BLOCK = 1024
 
 
 @dataclass(frozen=True)
-class Choices:
+class SelectionOptions:
     """How units are chosen; by default as in the paper.
 
     Attributes:
@@ -29,7 +29,7 @@ class Choices:
     column_group: int = 0
 
 
-PAPER_CHOICES = Choices()
+PAPER_SELECTION = SelectionOptions()
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def greedy_obs(
     unit_size: int,
     compensate: bool,
     num_groups: int = 1,
-    choices: Choices = PAPER_CHOICES,
+    selection: SelectionOptions = PAPER_SELECTION,
 ) -> Removal | None:
     """Remove ``target`` units from ``weight`` (out × in, in place), those of lowest score at each step.
 
@@ -129,20 +129,20 @@ def greedy_obs(
     inverse = inverse_of_factored(factor)
     pruned = torch.zeros(weight.shape[1] // unit_size, dtype=torch.bool, device=weight.device)
     # Looked at once, at the end, so that nothing waits for the device at each step.
-    sound = torch.ones((), dtype=torch.bool, device=weight.device)
-    steps = list(group_sizes(target, unit_size, choices.column_group))
+    positive_definite = torch.ones((), dtype=torch.bool, device=weight.device)
+    steps = list(group_sizes(target, unit_size, selection.column_group))
     order: list[Tensor] = [torch.empty(0, dtype=torch.long, device=weight.device)]
     costs = weight.new_zeros(len(steps))
     for step, count in enumerate(steps):
         losses = pruned.view(num_groups, -1).sum(dim=1, keepdim=True)
         closed = pruned | (losses > losses.min()).expand(num_groups, len(pruned) // num_groups).flatten()
-        scores = unit_scores(weight, inverse, unit_size, choices.exact_heads).masked_fill(closed, torch.inf)
+        scores = unit_scores(weight, inverse, unit_size, selection.exact_heads).masked_fill(closed, torch.inf)
         units = scores.argsort(stable=True)[:count]
         solved, costs[step] = remove_columns(weight, inverse, unit_columns(units, unit_size), compensate)
-        sound &= (scores >= 0).all() & solved
+        positive_definite &= (scores >= 0).all() & solved
         pruned[units] = True
         order.append(units)
-    return Removal(torch.cat(order), steps, costs) if sound else None
+    return Removal(torch.cat(order), steps, costs) if positive_definite else None
 
 
 def inverse_of_factored(factor: Tensor) -> Tensor:

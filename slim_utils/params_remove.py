@@ -107,7 +107,7 @@ def zero_layer(layer: nn.Module, family: Family, mask: LayerMask) -> None:
 
 
 @torch.no_grad()
-def settle_heads(layer: nn.Module, family: Family, mask: LayerMask) -> None:
+def zero_heads(layer: nn.Module, family: Family, mask: LayerMask) -> None:
     """Zero what fed the heads that ``mask`` removes, once, where queries and keys are normed over all heads.
 
     There the zeros count in the mean square of the heads that stay, which is made good in the norm's weight. Elsewhere

@@ -63,7 +63,7 @@ class PruningConfig:
     percdamp: float = field(default=0.01, metadata=_VALUE)
     exact_heads: bool = field(default=False, metadata=_VALUE)
     column_group: int | None = field(default=None, metadata=_VALUE)
-    text_starts: int | None = field(default=None, metadata=_VALUE)
+    sink_windows: int | None = field(default=None, metadata=_VALUE)
     # It stands for values of the others.
     preset: str = field(default="paper", metadata=_NONE)
     # Its kind is compared, which GPU it is is noted.

@@ -150,7 +150,7 @@ def random_windows(tokens: Tensor, num_samples: int, seqlen: int, seed: int, sou
     return torch.stack([tokens[start : start + seqlen] for start in starts.tolist()])
 
 
-def text_starts(samples: Tensor, count: int) -> Tensor:
+def sink_windows(samples: Tensor, count: int) -> Tensor:
     """Short windows (count, 8) of calibration samples, evenly spread: the same tokens as so many beginnings of text.
 
     Of a window a model sees one first token, and what it does with that is not what it does with others: attention

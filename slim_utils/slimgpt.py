@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slim_utils.common.errors import UserError
-from slim_utils.obs import PAPER_CHOICES, Choices, Removal, damping_steps, greedy_obs, unit_columns
+from slim_utils.obs import PAPER_SELECTION, Removal, SelectionOptions, damping_steps, greedy_obs, unit_columns
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +30,15 @@ class PruneResult:
     Attributes:
         pruned_units: ascending indices of the units (heads, kv groups or columns) that were removed.
         kept_units: ascending indices of the others.
-        error_zeroed: ``tr(ΔW H ΔWᵀ) / tr(W H Wᵀ)`` had the columns been zeroed without compensation.
-        error: the same for the weights as they now are.
+        error_uncompensated: ``tr(ΔW H ΔWᵀ) / tr(W H Wᵀ)`` had the columns been zeroed without compensation.
+        error_compensated: the same for the weights as they now are.
         percdamp: damping used; larger than asked where the Hessian was not positive-definite.
     """
 
     pruned_units: list[int]
     kept_units: list[int]
-    error_zeroed: float
-    error: float
+    error_uncompensated: float
+    error_compensated: float
     percdamp: float
 
 
@@ -85,7 +85,7 @@ class SlimGPT:
         add_gram(self._gram, inputs.reshape(-1, self.columns))
         self.num_samples += inputs.shape[0]
 
-    def add_up(self, add: Callable[[Tensor], None]) -> None:
+    def all_reduce_hessian(self, add: Callable[[Tensor], None]) -> None:
         """Add what others have seen to what this one has, by ``add``, which sums a tensor in place over all of them."""
         count = torch.tensor(float(self.num_samples), device=self._gram.device)
         add(self._gram)
@@ -100,7 +100,7 @@ class SlimGPT:
         percdamp: float = 0.01,
         compensate: bool = True,
         num_groups: int = 1,
-        choices: Choices = PAPER_CHOICES,
+        selection: SelectionOptions = PAPER_SELECTION,
     ) -> PruneResult:
         """Zero ``count`` units of columns and compensate in the others.
 
@@ -115,7 +115,7 @@ class SlimGPT:
             percdamp: damping added to the diagonal of the Hessian, as a share of its mean.
             compensate: whether the remaining weights take over what was removed.
             num_groups: groups of units, side by side, that lose equally many each.
-            choices: how units are chosen.
+            selection: how units are chosen.
 
         Raises:
             UserError: if the activations seen were not finite, or no damping helps.
@@ -126,12 +126,12 @@ class SlimGPT:
         self._check_finite()
         if not count:
             return PruneResult([], list(range(num_units)), 0.0, 0.0, percdamp)
-        attempts = self._attempts(count, unit_size, percdamp, compensate, num_groups, choices)
+        attempts = self._attempts(count, unit_size, percdamp, compensate, num_groups, selection)
         for damping, weight, pruned_weight, removal in attempts:
             columns = unit_columns(removal.units, unit_size)
-            error_zeroed, error = relative_errors(weight, pruned_weight, self.hessian, columns)
+            error_uncompensated, error_compensated = relative_errors(weight, pruned_weight, self.hessian, columns)
             # Exact arithmetic never ends worse than plain zeroing; where it does, the solve was too ill-conditioned.
-            if not error <= error_zeroed * (1 + 1e-4) + 1e-12:
+            if not error_compensated <= error_uncompensated * (1 + 1e-4) + 1e-12:
                 continue
             if damping != percdamp:
                 logger.warning(
@@ -143,7 +143,7 @@ class SlimGPT:
             self.linear.weight.copy_(pruned_weight)
             pruned = sorted(removal.units.tolist())
             kept = sorted(set(range(num_units)) - set(pruned))
-            return PruneResult(pruned, kept, error_zeroed, error, damping)
+            return PruneResult(pruned, kept, error_uncompensated, error_compensated, damping)
         raise self._unsolvable()
 
     @torch.no_grad()
@@ -153,7 +153,7 @@ class SlimGPT:
         unit_size: int = 1,
         percdamp: float = 0.01,
         num_groups: int = 1,
-        choices: Choices = PAPER_CHOICES,
+        selection: SelectionOptions = PAPER_SELECTION,
     ) -> Tensor:
         """Errors ``tr(ΔW H ΔWᵀ)`` of removing more and more units, up to ``count``; the weights stay as they are.
 
@@ -162,7 +162,7 @@ class SlimGPT:
             unit_size: as for :meth:`struct_prune`, and so are the others.
             percdamp: damping of the Hessian, which counts in the errors.
             num_groups: groups of units; one of each goes at a time.
-            choices: how units are chosen; within a step the cost is dealt out evenly.
+            selection: how units are chosen; within a step the cost is dealt out evenly.
 
         Returns:
             (n + 1,) fp64 on the CPU, from 0 on; entry i is for i units of every group.
@@ -174,7 +174,7 @@ class SlimGPT:
         self._check_finite()
         if not count:
             return torch.zeros(1, dtype=torch.float64)
-        for _, _, _, removal in self._attempts(count, unit_size, percdamp, True, num_groups, choices):
+        for _, _, _, removal in self._attempts(count, unit_size, percdamp, True, num_groups, selection):
             steps = torch.tensor(removal.steps, dtype=torch.long)
             each = (removal.costs.cpu().double() / steps).repeat_interleave(steps)
             errors = torch.cat([torch.zeros(1, dtype=torch.float64), each.cumsum(0)])
@@ -188,7 +188,7 @@ class SlimGPT:
         percdamp: float,
         compensate: bool,
         num_groups: int,
-        choices: Choices,
+        selection: SelectionOptions,
     ) -> Iterator[tuple[float, Tensor, Tensor, Removal]]:
         """Damping, weights before and after, and what was removed, at every damping that makes the Hessian definite."""
         hessian = self.hessian.to(SOLVE_DTYPE, copy=True)
@@ -200,7 +200,7 @@ class SlimGPT:
         for damping in damping_steps(percdamp):
             hessian.diagonal().copy_(diagonal + damping * diagonal.mean())
             pruned_weight = weight.clone()
-            removal = greedy_obs(pruned_weight, hessian, count, unit_size, compensate, num_groups, choices)
+            removal = greedy_obs(pruned_weight, hessian, count, unit_size, compensate, num_groups, selection)
             if removal is not None:
                 yield damping, weight, pruned_weight, removal
 
@@ -213,7 +213,7 @@ class SlimGPT:
             f"{self.name}: Hessian not positive-definite at any damping; raise --num_samples or --percdamp"
         )
 
-    def free(self) -> None:
+    def release(self) -> None:
         """Let go of the Hessian."""
         self._gram = self._hessian = None
 

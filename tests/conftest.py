@@ -21,7 +21,7 @@ from slim_utils.allocation.alignment import Alignment
 from slim_utils.allocation.budget import layer_units
 from slim_utils.allocation.planner import ratio_plans
 from slim_utils.families import find_family, layer_shapes
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerPlan
 
 VOCAB = 64
@@ -102,7 +102,7 @@ def make_tiny(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -
 
 
 def plans_of(
-    model: PreTrainedModel, ratios: Sequence[float], settings: WalkSettings, alignment: Alignment | None = None
+    model: PreTrainedModel, ratios: Sequence[float], settings: PruningSettings, alignment: Alignment | None = None
 ) -> list[LayerPlan]:
     """Plans of the layers of ``model`` by their ratios."""
     family = find_family(model.config)

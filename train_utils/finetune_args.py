@@ -183,7 +183,7 @@ def parse_args(words: list[str] | None = None) -> FinetuneArguments:
     Raises:
         UserError: naming the flag to change.
     """
-    words = modern_spelling(sys.argv[1:] if words is None else words)
+    words = translate_legacy_flags(sys.argv[1:] if words is None else words)
     provide_single_process_group(words)
     parser = build_parser()
     try:
@@ -199,7 +199,7 @@ def parse_args(words: list[str] | None = None) -> FinetuneArguments:
     return args
 
 
-def modern_spelling(words: list[str]) -> list[str]:
+def translate_legacy_flags(words: list[str]) -> list[str]:
     """``words`` with the flags and values that the Trainer renamed since; each is said once."""
     result: list[str] = []
     for word in words:

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 
 from slim_utils.allocation.budget import LayerUnits
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerMask, LayerPlan
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Alignment:
                 columns[index] = count
         return [own.plan(*pair) for own, pair in zip(units, zip(heads, columns, strict=True), strict=True)]
 
-    def warn_of_unaligned(self, masks: list[LayerMask], settings: WalkSettings) -> None:
+    def warn_of_unaligned(self, masks: list[LayerMask], settings: PruningSettings) -> None:
         """Log which layers end with heads or columns that are no multiples."""
         unaligned = []
         for index, mask in enumerate(masks):

@@ -9,12 +9,12 @@ from torch import nn
 
 from slim_utils.common.errors import UserError
 from slim_utils.families import Family, LayerShape
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerMask, LayerPlan, read_pruning
 from slim_utils.profiling.model_stats import weights_of
 
 # Bisections of a price or a ratio; each halves what is left of the interval.
-HALVINGS = 60
+BISECTION_STEPS = 60
 # Chosen on calibration text alone, SmolLM2-135M at 20, 33 and 50 %, where losses add up to 0.1 to 0.5 nats; beyond
 # twice as much the decay stays as it is.
 DEPTH_DECAY, LARGEST_TOTAL = 1.5, 1.0
@@ -56,7 +56,7 @@ class LayerUnits:
 
 
 def layer_units(
-    layers: nn.ModuleList, family: Family, shapes: list[LayerShape], settings: WalkSettings
+    layers: nn.ModuleList, family: Family, shapes: list[LayerShape], settings: PruningSettings
 ) -> list[LayerUnits]:
     """Units of every layer, and what they weigh; parameters may be on the meta device."""
     units = []
@@ -97,7 +97,7 @@ def scaled_counts(
     if most < budget:
         raise UserError(f"the layers to prune cannot lose {budget:.0f} weights; lower the target or prune more layers")
     low, high = 0.0, 1.0
-    for _ in range(HALVINGS):
+    for _ in range(BISECTION_STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if weights_removed(counts(middle), units) < budget else (low, middle)
     if alike:
@@ -180,7 +180,7 @@ def allocate(curves: list[LossCurve], budget: float) -> list[int]:
     if removed(best(high)) < budget:
         raise UserError(f"no more than {removed(best(high))} block weights can go, of {budget:.0f}; lower the target")
     low = 0.0
-    for _ in range(HALVINGS):
+    for _ in range(BISECTION_STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if removed(best(middle)) <= budget else (low, middle)
     # Short of the budget, or beyond it, the rest goes or comes back column by column; then single heads are tried.

@@ -20,13 +20,13 @@ from slim_utils.allocation.budget import (
 )
 from slim_utils.allocation.refinement import measure_around, refined_plans
 from slim_utils.allocation.schedules import layer_range, layer_ratios, non_uniform_ratios
-from slim_utils.allocation.sensitivity import Sublayer, loss_curves, measure, most_removable
+from slim_utils.allocation.sensitivity import UnitSensitivity, loss_curves, measure, most_removable
 from slim_utils.common.errors import UserError
 from slim_utils.families import LayerShape, layer_shapes
-from slim_utils.layerwise.offload import LayerHost
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.offload import ResidentModel
+from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerMask, LayerPlan
-from slim_utils.obs import Choices
+from slim_utils.obs import SelectionOptions
 from slim_utils.params_remove import stock_config
 from slim_utils.profiling.model_stats import count_parameters
 from slim_utils.pruning_config import SENSITIVITY, PruningConfig
@@ -39,15 +39,15 @@ def no_file(refinement: int) -> Path | None:
     return None
 
 
-def pruning_settings(config: PruningConfig) -> WalkSettings:
+def pruning_settings(config: PruningConfig) -> PruningSettings:
     """How layers are pruned; the devices of ``config`` are resolved."""
-    return WalkSettings(
+    return PruningSettings(
         device=config.device,
         cache_dev=config.cache_dev,
         batch_samples=config.batch_samples,
         percdamp=config.percdamp,
         compensate=not config.no_compensate,
-        choices=Choices(config.exact_heads, config.column_group or 0),
+        selection=SelectionOptions(config.exact_heads, config.column_group or 0),
         gqa_unit=config.gqa_unit,
     )
 
@@ -71,8 +71,8 @@ class Measured:
         refinement: of the pruned model.
     """
 
-    sensitivity: dict[int, list[Sublayer]] = field(default_factory=dict)
-    refinement: dict[int, list[Sublayer]] = field(default_factory=dict)
+    sensitivity: dict[int, list[UnitSensitivity]] = field(default_factory=dict)
+    refinement: dict[int, list[UnitSensitivity]] = field(default_factory=dict)
 
 
 class Planner:
@@ -84,7 +84,7 @@ class Planner:
         settings: how layers are pruned.
     """
 
-    def __init__(self, config: PruningConfig, host: LayerHost, settings: WalkSettings) -> None:
+    def __init__(self, config: PruningConfig, host: ResidentModel, settings: PruningSettings) -> None:
         self._config, self._host, self._settings = config, host, settings
         self._alignment = alignment(config)
         self.shapes: list[LayerShape] = layer_shapes(host.model.config)
@@ -185,7 +185,7 @@ class Planner:
         self._alignment.warn_of_unaligned(masks, self._settings)
         return masks
 
-    def _of_least_loss(self, sensitivity: dict[int, list[Sublayer]]) -> list[LayerPlan]:
+    def _of_least_loss(self, sensitivity: dict[int, list[UnitSensitivity]]) -> list[LayerPlan]:
         """Plans of the least loss, of those layers that were measured, that remove the budget."""
         counts = allocate_in_depth(loss_curves(sensitivity, self.units), self.budget)
         by_layer = dict(zip(sorted(sensitivity), counts, strict=True))

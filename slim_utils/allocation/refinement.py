@@ -20,30 +20,30 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from slim_utils.allocation.budget import LayerUnits, LossCurve, allocate
 from slim_utils.allocation.sensitivity import (
     LEAST_LOSS,
-    NEGLIGIBLE,
     PROBE_TOKENS,
-    Measurements,
-    Probe,
-    Sublayer,
+    REL_TOLERANCE,
+    KLProbe,
+    SensitivityCache,
+    UnitSensitivity,
     error_curve,
     loss_curves,
     reference_count,
 )
 from slim_utils.families import Family
-from slim_utils.layerwise.less_memory import with_less_memory
-from slim_utils.layerwise.offload import LayerHost
+from slim_utils.layerwise.less_memory import retry_with_less_memory
+from slim_utils.layerwise.offload import ResidentModel
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.resume import changed_parameters
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerPlan
 from slim_utils.slimgpt import SlimGPT
 
 logger = logging.getLogger(__name__)
 
 # Shares of a layer's units: those more or fewer that the divergence is measured with, and those that may move.
-PROBED, MOVED = 1 / 16, 1 / 8
+PROBE_STEP, MAX_MOVE = 1 / 16, 1 / 8
 # Calibration samples that it is measured on: what a few units change is little beside what samples differ by.
-NEIGHBOUR_SAMPLES = 4
+REFINEMENT_SAMPLES = 4
 
 
 def units_of(share: float, total: int) -> int:
@@ -52,22 +52,22 @@ def units_of(share: float, total: int) -> int:
 
 
 @dataclass
-class _Place:
+class _ProbedMap:
     """The heads or the FFN columns of a layer, as the walk came by them.
 
     Attributes:
         errors: (n,) fp64, OBS error of 0, 1, … units of every group.
         reference: units whose loss stands for the curve.
         count: units that went.
-        neighbours: the output map's weights, on the host, had other counts gone.
+        candidate_weights: the output map's weights, on the host, had other counts gone.
     """
 
     errors: Tensor
     reference: int
     count: int
-    neighbours: dict[int, Tensor]
+    candidate_weights: dict[int, Tensor]
 
-    def sublayer(self, losses: dict[int, float]) -> Sublayer:
+    def sublayer(self, losses: dict[int, float]) -> UnitSensitivity:
         """With the loss of ``reference`` units, if all cost as much, by their errors, as those near ``count``.
 
         Where a difference of losses is not positive it is noise, and nothing is known.
@@ -75,51 +75,55 @@ class _Place:
         Args:
             losses: of the pruned model, by count; of ``count`` alone where they were not measured.
         """
-        known = Sublayer(self.errors.tolist(), self.reference)
+        known = UnitSensitivity(self.errors.tolist(), self.reference)
         fewer, more = min(losses), max(losses)
         rise = (self.errors[more] - self.errors[fewer]).item()
-        if losses[more] <= losses[fewer] or rise <= NEGLIGIBLE * self.errors[-1] or self.reference >= len(self.errors):
+        if (
+            losses[more] <= losses[fewer]
+            or rise <= REL_TOLERANCE * self.errors[-1]
+            or self.reference >= len(self.errors)
+        ):
             return known
         price = (losses[more] - losses[fewer]) / rise
         return replace(known, loss=max(price * self.errors[self.reference].item(), LEAST_LOSS))
 
 
-class _Onlooker:
+class _ProbeHook:
     """Looks at every map before the walk prunes it; what it saw is in ``places``, by layer and name of the map."""
 
-    def __init__(self, family: Family, settings: WalkSettings) -> None:
+    def __init__(self, family: Family, settings: PruningSettings) -> None:
         self._family, self._settings = family, settings
-        self.places: dict[tuple[int, str], _Place] = {}
+        self.places: dict[tuple[int, str], _ProbedMap] = {}
 
     def __call__(self, index: int, name: str, pruner: SlimGPT, count: int, unit_size: int, num_groups: int) -> None:
         """Of the map ``name`` of layer ``index``; the rest as for :meth:`SlimGPT.struct_prune`."""
-        percdamp, choices = self._settings.percdamp, self._settings.choices
+        percdamp, selection = self._settings.percdamp, self._settings.selection
         per_group, count = pruner.columns // unit_size // num_groups, count // num_groups
         errors = error_curve(pruner, unit_size, num_groups, self._settings, count)
-        step = units_of(PROBED, per_group)
+        step = units_of(PROBE_STEP, per_group)
         others = {max(count - step, 0), min(count + step, len(errors) - 1)} - {count}
         if self._family.head_norms and name == self._family.attention_out:
             # What feeds the heads that go is zeroed there, so none can stay for a trial.
             others = {other for other in others if other > count}
-        weight, neighbours = pruner.linear.weight, {}
+        weight, candidate_weights = pruner.linear.weight, {}
         dense = weight.clone()
         for other in others:
-            pruner.struct_prune(other * num_groups, unit_size, percdamp, True, num_groups, choices)
-            neighbours[other] = weight.to("cpu", copy=True)
+            pruner.struct_prune(other * num_groups, unit_size, percdamp, True, num_groups, selection)
+            candidate_weights[other] = weight.to("cpu", copy=True)
             weight.copy_(dense)
-        self.places[index, name] = _Place(errors, reference_count(errors, per_group), count, neighbours)
+        self.places[index, name] = _ProbedMap(errors, reference_count(errors, per_group), count, candidate_weights)
 
 
 @torch.no_grad()
 def measure_around(
-    host: LayerHost,
+    host: ResidentModel,
     samples: Tensor,
     starts: Tensor | None,
     plans: Sequence[LayerPlan],
-    settings: WalkSettings,
+    settings: PruningSettings,
     finished: Path | None = None,
     seconds: float = math.inf,
-) -> dict[int, list[Sublayer]]:
+) -> dict[int, list[UnitSensitivity]]:
     """What more heads and FFN columns would cost, and fewer save, in every layer of the model pruned by ``plans``.
 
     Args:
@@ -129,65 +133,65 @@ def measure_around(
         plans: of every layer; one of an empty plan is not measured.
         settings: how.
         finished: file that keeps what is measured, so that a run that was cut off does not measure it again.
-        seconds: as for :class:`slim_utils.allocation.sensitivity.Measurements`, after the pruning.
+        seconds: as for :class:`slim_utils.allocation.sensitivity.SensitivityCache`, after the pruning.
 
     Returns:
-        The heads and the columns of every layer, by its index; a loss is what ``REFERENCE`` of the units would cost if
-        all cost as much, by their errors, as those that go or stay next.
+        The heads and the columns of every layer, by its index; a loss is what ``REFERENCE_RATIO`` of the units would
+        cost if all cost as much, by their errors, as those that are removed or kept next.
 
     Raises:
         UserError: if activations or predictions are not finite, with the layer named.
     """
     family, layers = host.family, [index for index, plan in enumerate(plans) if plan]
-    protocol = [PROBED, NEIGHBOUR_SAMPLES, PROBE_TOKENS, *([plan.heads, plan.columns] for plan in plans)]
-    measured = Measurements(layers, len(plans), protocol, finished, seconds)
+    protocol = [PROBE_STEP, REFINEMENT_SAMPLES, PROBE_TOKENS, *([plan.heads, plan.columns] for plan in plans)]
+    measured = SensitivityCache(layers, len(plans), protocol, finished, seconds)
     if measured.complete:
         return measured.found
 
-    def work(settings: WalkSettings) -> None:
-        with host.outside(settings.device):
-            probe = Probe(host, samples[:NEIGHBOUR_SAMPLES, :PROBE_TOKENS], settings)
-        onlooker, dense = _Onlooker(family, settings), _copies(host)
+    def work(settings: PruningSettings) -> None:
+        with host.non_layer_modules(settings.device):
+            probe = KLProbe(host, samples[:REFINEMENT_SAMPLES, :PROBE_TOKENS], settings)
+        hook, dense = _ProbeHook(family, settings), _copies(host)
         try:
             logger.info("refining: the model is pruned as planned")
-            prune_layers(host.model, family, samples, plans, settings, host=host, starts=starts, onlooker=onlooker)
-            _measure_layers(host, measured, onlooker, probe, settings)
+            prune_layers(host.model, family, samples, plans, settings, host=host, starts=starts, hook=hook)
+            _measure_layers(host, measured, hook, probe, settings)
         finally:
             _put_back(host, dense)
 
-    with_less_memory(work, settings, samples, host, "refining")
+    retry_with_less_memory(work, settings, samples, host, "refining")
     return measured.found
 
 
 def _measure_layers(
-    host: LayerHost, measured: Measurements, onlooker: _Onlooker, probe: Probe, settings: WalkSettings
+    host: ResidentModel, measured: SensitivityCache, hook: _ProbeHook, probe: KLProbe, settings: PruningSettings
 ) -> None:
     """Go through the pruned model, and measure the layers that are wanted."""
     family = host.family
-    with host.outside(settings.device), logging_redirect_tqdm():
+    with host.non_layer_modules(settings.device), logging_redirect_tqdm():
         planned = probe.divergence(0)
         measured.begin()
         logger.info("refining: as planned %.4f nats", planned)
         for index in tqdm(range(measured.layers[-1] + 1), desc="refining", unit="layer", disable=None):
-            layer = host.fetch(index, settings.device)
+            layer = host.onload(index, settings.device)
             if measured.wanted(index):
-                places = {name: onlooker.places[index, name] for name in (family.attention_out, family.mlp_out)}
+                places = {name: hook.places[index, name] for name in (family.attention_out, family.mlp_out)}
                 asked = probe if measured.in_time(index) else None
                 parts = _measured_around(layer, index, places, asked, planned)
                 measured.add(index, parts, "at the price of now,")
             probe.advance(index)
-            host.release(index)
+            host.offload(index)
 
 
 def _measured_around(
-    layer: nn.Module, index: int, places: dict[str, _Place], probe: Probe | None, planned: float
-) -> list[Sublayer]:
+    layer: nn.Module, index: int, places: dict[str, _ProbedMap], probe: KLProbe | None, planned: float
+) -> list[UnitSensitivity]:
     """The heads and the columns of layer ``index``, their losses too where there is a probe; as planned it is known."""
     parts = []
     for name, place in places.items():
         weight = layer.get_submodule(name).weight
         losses, now = {place.count: planned}, weight.clone()
-        for count, other in place.neighbours.items() if probe else ():
+        for count, other in place.candidate_weights.items() if probe else ():
             weight.copy_(other)
             losses[count] = probe.divergence(index)
         weight.copy_(now)
@@ -195,7 +199,7 @@ def _measured_around(
     return parts
 
 
-def _copies(host: LayerHost) -> list[dict[str, Tensor]]:
+def _copies(host: ResidentModel) -> list[dict[str, Tensor]]:
     """What the walk changes of every layer, as it is."""
     return [
         {name: parameter.to("cpu", copy=True) for name, parameter in changed_parameters(layer, host.family).items()}
@@ -203,18 +207,18 @@ def _copies(host: LayerHost) -> list[dict[str, Tensor]]:
     ]
 
 
-def _put_back(host: LayerHost, copies: list[dict[str, Tensor]]) -> None:
+def _put_back(host: ResidentModel, copies: list[dict[str, Tensor]]) -> None:
     for layer, copied in zip(host.layers, copies, strict=True):
         for name, parameter in changed_parameters(layer, host.family).items():
             parameter.copy_(copied[name])
 
 
 def refined_plans(
-    measured: dict[int, list[Sublayer]], units: list[LayerUnits], plans: Sequence[LayerPlan], budget: float
+    measured: dict[int, list[UnitSensitivity]], units: list[LayerUnits], plans: Sequence[LayerPlan], budget: float
 ) -> list[LayerPlan]:
     """Plans near ``plans`` of the least loss that remove ``budget`` block weights.
 
-    Of each layer at most ``MOVED`` of its heads and of its columns move, at least one of each.
+    Of each layer at most ``MAX_MOVE`` of its heads and of its columns move, at least one of each.
 
     Args:
         measured: by :func:`measure_around`.
@@ -229,7 +233,7 @@ def refined_plans(
     for index, pair in zip(layers, loss_curves(measured, units), strict=True):
         own = units[index]
         for curve, count, total in zip(pair, own.counts(plans[index]), (own.heads, own.columns), strict=True):
-            curves.append(_near(curve, count, units_of(MOVED, total)))
+            curves.append(_near(curve, count, units_of(MAX_MOVE, total)))
     counts = allocate(curves, budget)
     chosen = dict(zip(layers, zip(counts[::2], counts[1::2], strict=True), strict=True))
     return [own.plan(*chosen.get(index, (0, 0))) for index, own in enumerate(units)]

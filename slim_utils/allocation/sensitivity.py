@@ -1,9 +1,9 @@
 """Measured allocation: what removing heads or FFN columns of one layer costs the whole model, layer by layer.
 
 One pass over the dense model gives, for the heads and for the columns of every layer, the OBS error of every count of
-units. How much an error there matters is measured once for each: ``REFERENCE`` of the units is removed from that place
-alone, and the rest of the model is run on a few calibration samples. The divergence of its predictions from the dense
-model's, scaled by the errors, is the loss curve. Where time is short only some of the layers are measured; a layer
+units. How much an error there matters is measured once for each: ``REFERENCE_RATIO`` of the units is removed from that
+map alone, and the rest of the model is run on a few calibration samples. The KL divergence of its predictions from the
+dense model's, scaled by the errors, is the loss curve. Within a time limit only some layers are measured; a layer
 between two of them takes its losses from both.
 """
 
@@ -27,27 +27,27 @@ from slim_utils.allocation.budget import LayerUnits, LossCurve
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import write_json_atomic
 from slim_utils.families import LayerShape, layer_shapes
-from slim_utils.layerwise.layer_forward import LayerReplay, capture_layer_calls, layer_outputs_given
-from slim_utils.layerwise.less_memory import with_less_memory
-from slim_utils.layerwise.offload import LayerHost
+from slim_utils.layerwise.layer_forward import LayerForward, capture_layer_kwargs, layer_outputs_given
+from slim_utils.layerwise.less_memory import retry_with_less_memory
+from slim_utils.layerwise.offload import ResidentModel
 from slim_utils.layerwise.pruner import head_unit
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.slimgpt import SlimGPT
 
 logger = logging.getLogger(__name__)
 
 # Share of the units removed where the loss is measured, and the largest that the curves reach.
-REFERENCE, FURTHEST = 0.3, 0.9
+REFERENCE_RATIO, MAX_CURVE_RATIO = 0.3, 0.9
 # Steps that a curve of columns is made of, unless groups of columns are asked for.
 CURVE_STEPS = 64
 # Share of the largest error that is as good as none; loss, in nats a token, below which rounding is all there is.
-NEGLIGIBLE, LEAST_LOSS = 1e-6, 1e-6
+REL_TOLERANCE, LEAST_LOSS = 1e-6, 1e-6
 # Calibration samples that the losses of heads and of columns are measured on, and tokens of each. Those of columns,
 # which are many, differ less from sample to sample.
 PROBE_SAMPLES, PROBE_TOKENS = (4, 2), 512
 
 
-class Probe:
+class KLProbe:
     """A few samples on their way through the dense model, and what it predicts in the end.
 
     Args:
@@ -56,9 +56,9 @@ class Probe:
         settings: where layers are run.
     """
 
-    def __init__(self, host: LayerHost, samples: Tensor, settings: WalkSettings) -> None:
+    def __init__(self, host: ResidentModel, samples: Tensor, settings: PruningSettings) -> None:
         self._host, self._samples, self._settings = host, samples, settings
-        self._hidden, self._calls = capture_layer_calls(host.model, host.layers, samples, settings)
+        self._hidden, self._calls = capture_layer_kwargs(host.model, host.layers, samples, settings)
         self._dense = list(self._log_probabilities(self._outputs(0)))
 
     def advance(self, index: int) -> None:
@@ -85,13 +85,13 @@ class Probe:
         for later in range(index, len(self._host.layers)):
             self._run(later, hidden)
             if later > index:
-                self._host.release(later)
+                self._host.offload(later)
         return hidden
 
     def _run(self, index: int, hidden: Tensor) -> None:
         device = self._settings.device
-        layer = self._host.fetch(index, device)
-        LayerReplay(layer, self._host.family, hidden, self._calls[index], self._settings).advance()
+        layer = self._host.onload(index, device)
+        LayerForward(layer, self._host.family, hidden, self._calls[index], self._settings).advance()
 
     def _log_probabilities(self, outputs: Tensor) -> Iterator[Tensor]:
         """Log-probabilities (tokens, vocabulary) of every sample; one at a time, as they may outweigh the model."""
@@ -103,7 +103,7 @@ class Probe:
 
 
 @dataclass
-class Sublayer:
+class UnitSensitivity:
     """What is known of the heads, or of the FFN columns, of one layer.
 
     Attributes:
@@ -127,7 +127,7 @@ class Sublayer:
         return errors * (loss / errors[self.count]) if self.count < len(errors) else errors
 
 
-class Measurements:
+class SensitivityCache:
     """What is measured of one layer after another, kept in a file as it comes, within the time there is.
 
     Args:
@@ -146,7 +146,7 @@ class Measurements:
         self._path, self._seconds = path, seconds
         kept = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
         found = kept["layers"] if kept.get("protocol") == protocol else {}
-        self.found = {int(index): [Sublayer(**part) for part in parts] for index, parts in found.items()}
+        self.found = {int(index): [UnitSensitivity(**part) for part in parts] for index, parts in found.items()}
 
     @property
     def complete(self) -> bool:
@@ -169,7 +169,7 @@ class Measurements:
         due = self._seconds * self.layers.index(index) / len(self.layers)
         return time.perf_counter() - self._start <= due or index in (self.layers[0], self.layers[-1])
 
-    def add(self, index: int, parts: list[Sublayer], how: str) -> None:
+    def add(self, index: int, parts: list[UnitSensitivity], how: str) -> None:
         """Keep, and log, a layer's heads and columns; ``how`` they were measured."""
         self.found[index] = parts
         heads, columns = parts
@@ -183,13 +183,13 @@ class Measurements:
 
 @torch.no_grad()
 def measure(
-    host: LayerHost,
+    host: ResidentModel,
     samples: Tensor,
     layers: range,
-    settings: WalkSettings,
+    settings: PruningSettings,
     finished: Path | None = None,
     seconds: float = math.inf,
-) -> dict[int, list[Sublayer]]:
+) -> dict[int, list[UnitSensitivity]]:
     """The heads and the FFN columns of every one of ``layers``, by its index.
 
     Args:
@@ -198,34 +198,36 @@ def measure(
         layers: those that are to be pruned.
         settings: how.
         finished: file that keeps what is measured, so that a run that was cut off does not measure it again.
-        seconds: as for :class:`Measurements`.
+        seconds: as for :class:`SensitivityCache`.
 
     Raises:
         UserError: if predictions are not finite, with the layer named.
     """
-    protocol = [REFERENCE, FURTHEST, *PROBE_SAMPLES, PROBE_TOKENS]
+    protocol = [REFERENCE_RATIO, MAX_CURVE_RATIO, *PROBE_SAMPLES, PROBE_TOKENS]
     shapes = layer_shapes(host.model.config)
-    measured = Measurements(layers, len(shapes), protocol, finished, seconds)
+    measured = SensitivityCache(layers, len(shapes), protocol, finished, seconds)
     if measured.complete:
         return measured.found
     measured.begin()
 
-    def work(settings: WalkSettings) -> None:
+    def work(settings: PruningSettings) -> None:
         _measure_layers(host, samples, measured, settings)
 
-    with_less_memory(work, settings, samples, host, "measuring")
+    retry_with_less_memory(work, settings, samples, host, "measuring")
     return measured.found
 
 
-def _measure_layers(host: LayerHost, samples: Tensor, measured: Measurements, settings: WalkSettings) -> None:
+def _measure_layers(
+    host: ResidentModel, samples: Tensor, measured: SensitivityCache, settings: PruningSettings
+) -> None:
     """Go through the dense model, and measure the layers that are wanted."""
     shapes, last = layer_shapes(host.model.config), measured.layers[-1]
-    with host.outside(settings.device), logging_redirect_tqdm():
-        hidden, calls = capture_layer_calls(host.model, host.layers, samples, settings)
-        probes = [Probe(host, samples[:count, :PROBE_TOKENS], settings) for count in PROBE_SAMPLES]
+    with host.non_layer_modules(settings.device), logging_redirect_tqdm():
+        hidden, calls = capture_layer_kwargs(host.model, host.layers, samples, settings)
+        probes = [KLProbe(host, samples[:count, :PROBE_TOKENS], settings) for count in PROBE_SAMPLES]
         for index in tqdm(range(last + 1), desc="measuring", unit="layer", disable=None):
-            layer = host.fetch(index, settings.device)
-            replay = LayerReplay(layer, host.family, hidden, calls[index], settings)
+            layer = host.onload(index, settings.device)
+            replay = LayerForward(layer, host.family, hidden, calls[index], settings)
             if measured.wanted(index):
                 asked = probes if measured.in_time(index) else [None, None]
                 measured.add(index, _measured_layer(replay, asked, index, shapes[index], settings), "losing")
@@ -233,10 +235,12 @@ def _measure_layers(host: LayerHost, samples: Tensor, measured: Measurements, se
                 replay.advance()
                 for probe in probes:
                     probe.advance(index)
-            host.release(index)
+            host.offload(index)
 
 
-def loss_curves(measured: dict[int, list[Sublayer]], units: list[LayerUnits]) -> list[tuple[LossCurve, LossCurve]]:
+def loss_curves(
+    measured: dict[int, list[UnitSensitivity]], units: list[LayerUnits]
+) -> list[tuple[LossCurve, LossCurve]]:
     """Loss curves of the heads and of the FFN columns of every layer that was measured, in their order.
 
     Args:
@@ -259,13 +263,13 @@ def loss_curves(measured: dict[int, list[Sublayer]], units: list[LayerUnits]) ->
 def most_removable(units: list[LayerUnits], layers: range) -> int:
     """Block weights of ``layers`` that curves reach at most."""
     return sum(
-        (own.heads - 1) * own.head_weights + own.removed_by(FURTHEST)[1] * own.column_weights
+        (own.heads - 1) * own.head_weights + own.removed_by(MAX_CURVE_RATIO)[1] * own.column_weights
         for own in units[layers.start : layers.stop]
     )
 
 
 def _interpolated(losses: list[float | None]) -> np.ndarray:
-    """Losses by layer, those that were not measured between the logarithms of their neighbours'."""
+    """Losses by layer, those that were not measured between the logarithms of their candidate_weights'."""
     known = [index for index, loss in enumerate(losses) if loss is not None]
     if not known:
         # Neither the first nor the last has anything to lose here.
@@ -274,8 +278,8 @@ def _interpolated(losses: list[float | None]) -> np.ndarray:
 
 
 def _measured_layer(
-    replay: LayerReplay, probes: Sequence[Probe | None], index: int, shape: LayerShape, settings: WalkSettings
-) -> list[Sublayer]:
+    replay: LayerForward, probes: Sequence[KLProbe | None], index: int, shape: LayerShape, settings: PruningSettings
+) -> list[UnitSensitivity]:
     """The heads and the columns of a layer, their losses too where there is a probe of each."""
     family = replay.family
     unit_size, groups, _ = head_unit(shape, settings)
@@ -295,40 +299,45 @@ def _measured_layer(
     return parts
 
 
-def error_curve(pruner: SlimGPT, unit_size: int, num_groups: int, settings: WalkSettings, at_least: int = 0) -> Tensor:
-    """:meth:`SlimGPT.error_curve` of all units of heads but one, or of ``FURTHEST`` of the columns, or ``at_least``."""
+def error_curve(
+    pruner: SlimGPT, unit_size: int, num_groups: int, settings: PruningSettings, at_least: int = 0
+) -> Tensor:
+    """:meth:`SlimGPT.error_curve` of all units of heads but one, or of ``MAX_CURVE_RATIO`` of the columns.
+
+    It goes as far as ``at_least`` units.
+    """
     per_group = pruner.columns // unit_size // num_groups
-    most = per_group - 1 if unit_size > 1 else max(min(round(per_group * FURTHEST), per_group - 1), at_least)
-    group = settings.choices.column_group or math.ceil(pruner.columns / CURVE_STEPS)
-    fine = replace(settings.choices, column_group=group)
+    most = per_group - 1 if unit_size > 1 else max(min(round(per_group * MAX_CURVE_RATIO), per_group - 1), at_least)
+    group = settings.selection.column_group or math.ceil(pruner.columns / CURVE_STEPS)
+    fine = replace(settings.selection, column_group=group)
     return pruner.error_curve(most * num_groups, unit_size, settings.percdamp, num_groups, fine)
 
 
 def reference_count(errors: Tensor, per_group: int) -> int:
-    """``REFERENCE`` of the units of a group, where ``errors`` has so many; all that it has if they cost nothing."""
-    count = min(max(round(REFERENCE * per_group), 1), len(errors) - 1)
+    """``REFERENCE_RATIO`` of the units of a group, where ``errors`` has so many; all of them if they cost nothing."""
+    count = min(max(round(REFERENCE_RATIO * per_group), 1), len(errors) - 1)
     # Columns that are never active go first, at no cost, and tell nothing of the others.
-    return max(count, int((errors <= NEGLIGIBLE * errors[-1]).sum()))
+    return max(count, int((errors <= REL_TOLERANCE * errors[-1]).sum()))
 
 
-def _column_inputs(replay: LayerReplay) -> Iterator[Tensor]:
+def _column_inputs(replay: LayerForward) -> Iterator[Tensor]:
     """Of the FFN's output map, after the attention as it was."""
     replay.finish_attention()
     yield from replay.column_inputs()
 
 
 def _measured(
-    pruner: SlimGPT, probe: Probe | None, index: int, unit_size: int, num_groups: int, settings: WalkSettings
-) -> Sublayer:
+    pruner: SlimGPT, probe: KLProbe | None, index: int, unit_size: int, num_groups: int, settings: PruningSettings
+) -> UnitSensitivity:
     """Errors of 0, 1, … units of every group, and a loss; the weights stay as they are."""
     errors = error_curve(pruner, unit_size, num_groups, settings)
     per_group = pruner.columns // unit_size // num_groups
     count = reference_count(errors, per_group)
-    sublayer = Sublayer(errors.tolist(), count)
+    sublayer = UnitSensitivity(errors.tolist(), count)
     if probe and count < len(errors):
         dense = pruner.linear.weight.clone()
         try:
-            pruner.struct_prune(count * num_groups, unit_size, settings.percdamp, True, num_groups, settings.choices)
+            pruner.struct_prune(count * num_groups, unit_size, settings.percdamp, True, num_groups, settings.selection)
             sublayer.loss = max(probe.divergence(index), LEAST_LOSS)
         finally:
             # Also where memory was full, and all is tried once more.

@@ -54,10 +54,12 @@ def add_choice_flags(group: argparse._ArgumentGroup) -> None:
         "--column_group", type=int, help="FFN columns of a step (default, and 0: the paper's dynamic group size)"
     )
     group.add_argument(
+        "--sink_windows",
         "--text_starts",
         type=int,
+        metavar="N",
         help="also calibrate on N 8-token windows cut from the samples, for attention sinks at position 0 (default: 0)",
     )
-    best = f"--exact_heads --column_group {BEST_COLUMN_GROUP} --text_starts {BEST_SINK_WINDOWS} (without a BOS)"
+    best = f"--exact_heads --column_group {BEST_COLUMN_GROUP} --sink_windows {BEST_SINK_WINDOWS} (without a BOS)"
     best += " and, for a target, --allocation search"
     group.add_argument("--preset", choices=PRESETS, help=f"best: {best} (default: %(default)s)")

@@ -30,10 +30,10 @@ def calibration_texts(config: PruningConfig) -> list[str]:
     return config.data_file or [config.dataset]
 
 
-def sink_windows(config: PruningConfig, bos: bool) -> int:
+def num_sink_windows(config: PruningConfig, bos: bool) -> int:
     """Number of sink windows: ``--preset best`` has none where samples begin with a BOS, which is the sink there."""
-    if config.text_starts is not None:
-        return config.text_starts
+    if config.sink_windows is not None:
+        return config.sink_windows
     return BEST_SINK_WINDOWS if config.preset == "best" and not bos else 0
 
 
@@ -139,7 +139,7 @@ def check_ranges(config: PruningConfig) -> None:
     for name in ("sparsity", "min_sparsity", "max_sparsity"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: at least 0 and less than 1")
-    for name in ("percdamp", "column_group", "text_starts"):
+    for name in ("percdamp", "column_group", "sink_windows"):
         if (getattr(config, name) or 0) < 0:
             raise UserError(f"--{name} {getattr(config, name)}: at least 0")
     if any(seqlen < 2 for seqlen in config.eval_seqlens or ()):

@@ -14,24 +14,24 @@ from slim_utils.common.errors import ProcessLostError, UserError
 
 T = TypeVar("T")
 # How long a process waits for the others, which may have a whole Hessian to solve.
-PATIENCE = timedelta(hours=1)
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
-class World:
+class ProcessGroup:
     """The processes of a run; alone, every method does what its name says at no cost.
 
     Attributes:
         rank: of this process.
-        size: how many there are.
+        world_size: how many there are.
     """
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
 
     @classmethod
-    def join(cls, device: torch.device) -> "World":
-        """The processes that torchrun started, or this one alone; all compute on devices of one kind."""
+    def init(cls, device: torch.device) -> "ProcessGroup":
+        """The process group that torchrun started, or this process alone; all compute on devices of one kind."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls()
@@ -39,50 +39,50 @@ class World:
             torch.cuda.set_device(device)
         # Activations may be kept on the host while layers are pruned on a GPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=PATIENCE)
+        distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
         return cls(distributed.get_rank(), size)
 
-    def leave(self) -> None:
-        """Wait for all, and go apart."""
-        self.wait()
-        if self.size > 1:
+    def destroy(self) -> None:
+        """Wait for all processes and end the group."""
+        self.barrier()
+        if self.world_size > 1:
             distributed.destroy_process_group()
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.size > 1:
-            with _others_there():
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        if self.world_size > 1:
+            with _lost_contact_named():
                 distributed.barrier()
 
-    def share(self, samples: Tensor, flag: str = "--num_samples") -> Tensor:
-        """This process's samples, whose number was given as ``flag``; shares differ by one sample at most.
+    def shard(self, samples: Tensor, flag: str = "--num_samples") -> Tensor:
+        """This process's shard of the samples, whose number was given as ``flag``; shards differ by one sample at most.
 
         Raises:
             UserError: if there are fewer samples than processes.
         """
-        if len(samples) < self.size:
-            raise UserError(f"{flag} {len(samples)}: fewer than the {self.size} processes")
-        return samples.tensor_split(self.size)[self.rank]
+        if len(samples) < self.world_size:
+            raise UserError(f"{flag} {len(samples)}: fewer than the {self.world_size} processes")
+        return samples.tensor_split(self.world_size)[self.rank]
 
-    def sum(self, tensor: Tensor) -> None:
-        """Add up, in place, the tensors of all processes."""
-        if self.size > 1:
-            with _others_there():
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum ``tensor`` over all processes, in place."""
+        if self.world_size > 1:
+            with _lost_contact_named():
                 distributed.all_reduce(tensor)
 
-    def everywhere(self, condition: bool, device: torch.device) -> bool:
+    def all_true(self, condition: bool, device: torch.device) -> bool:
         """Whether ``condition`` holds in all processes."""
         failed = torch.tensor(float(not condition), device=device)
-        self.sum(failed)
+        self.all_reduce(failed)
         return failed.item() == 0
 
-    def once(self, work: Callable[[], T], changed: Iterable[Tensor] = ()) -> T:
+    def on_main(self, work: Callable[[], T], changed: Iterable[Tensor] = ()) -> T:
         """The result of ``work`` in the first process, with its effect on the tensors ``changed``, in all of them.
 
         Raises:
             UserError: in all, if ``work`` raises one.
         """
-        if self.size == 1:
+        if self.world_size == 1:
             return work()
         outcome: list[Any] = [None]
         if self.rank == 0:
@@ -90,7 +90,7 @@ class World:
                 outcome[0] = work()
             except UserError as error:
                 outcome[0] = error
-        with _others_there():
+        with _lost_contact_named():
             distributed.broadcast_object_list(outcome, src=0)
             if isinstance(outcome[0], UserError):
                 raise outcome[0]
@@ -100,7 +100,7 @@ class World:
 
 
 @contextmanager
-def _others_there() -> Iterator[None]:
+def _lost_contact_named() -> Iterator[None]:
     """Turn the backends' errors about processes that are gone into one that keeps their reason.
 
     Errors of this process's own device, full memory among them, stay as they are.
@@ -117,4 +117,4 @@ def _others_there() -> Iterator[None]:
         raise ProcessLostError(f"another process has ended, and says why if it could ({reason})") from error
 
 
-ALONE = World()
+SINGLE_PROCESS = ProcessGroup()

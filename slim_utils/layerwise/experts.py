@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slim_utils.layerwise.distributed import ALONE, World
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.distributed import SINGLE_PROCESS, ProcessGroup
+from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.slimgpt import PruneResult, SlimGPT
 
 logger = logging.getLogger(__name__)
 
 # Of an expert that saw too few tokens: as much trust in the identity as in its Hessian.
-STARVED_PERCDAMP = 1.0
+UNDER_CALIBRATED_PERCDAMP = 1.0
 
 
 def expert_linear(experts: nn.Module, index: int) -> nn.Linear:
@@ -49,13 +49,13 @@ def prune_experts(
     name: str,
     calls: Iterable[tuple[Tensor, Tensor, Tensor]],
     count: int,
-    settings: WalkSettings,
-    world: World = ALONE,
+    settings: PruningSettings,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> PruneResult:
     """Remove equally many FFN columns of every expert, in place.
 
     An expert that saw fewer tokens than it has columns is reported, and pruned with a damping of at least
-    ``STARVED_PERCDAMP``; one that saw none loses the columns of least magnitude.
+    ``UNDER_CALIBRATED_PERCDAMP``; one that saw none loses the columns of least magnitude.
 
     Args:
         experts: module of 3-D parameters.
@@ -63,7 +63,7 @@ def prune_experts(
         calls: arguments that ``experts`` is called with, as of :func:`expert_inputs`, batch by batch.
         count: columns of each expert to remove.
         settings: how to prune.
-        world: processes that each see some of the calls.
+        processes: processes that each see some of the calls.
 
     Returns:
         Units counted through all experts; errors as means over the experts, the largest damping.
@@ -75,36 +75,36 @@ def prune_experts(
         for index, inputs in expert_inputs(experts, *call):
             pruners[index].add_batch(inputs)
             counts[index] += len(inputs)
-    world.sum(counts)
+    processes.all_reduce(counts)
     for pruner in pruners:
-        pruner.add_up(world.sum)
+        pruner.all_reduce_hessian(processes.all_reduce)
     tokens = [int(count) for count in counts.tolist()]
-    starved = [index for index in range(num_experts) if tokens[index] < columns]
-    if starved:
-        seen = ", ".join(f"{index} ({tokens[index]})" for index in starved)
+    under_calibrated = [index for index in range(num_experts) if tokens[index] < columns]
+    if under_calibrated:
+        seen = ", ".join(f"{index} ({tokens[index]})" for index in under_calibrated)
         message = "%s: fewer tokens than the %d columns came to experts %s; damped by %g; raise --num_samples"
-        logger.warning(message, name, columns, seen, STARVED_PERCDAMP)
+        logger.warning(message, name, columns, seen, UNDER_CALIBRATED_PERCDAMP)
 
     def solve() -> PruneResult:
         return _solve(pruners, tokens, count, settings)
 
-    return world.once(solve, [experts.down_proj.data])
+    return processes.on_main(solve, [experts.down_proj.data])
 
 
-def _solve(pruners: list[SlimGPT], tokens: list[int], count: int, settings: WalkSettings) -> PruneResult:
+def _solve(pruners: list[SlimGPT], tokens: list[int], count: int, settings: PruningSettings) -> PruneResult:
     """Prune expert by expert."""
     results, columns = [], pruners[0].columns
     for index, pruner in enumerate(pruners):
         if not tokens[index]:
             # Nothing is known: all columns weigh alike.
             pruner.hessian.fill_diagonal_(1)
-        damping = max(settings.percdamp, STARVED_PERCDAMP) if tokens[index] < columns else settings.percdamp
-        results.append(pruner.struct_prune(count, 1, damping, settings.compensate, choices=settings.choices))
-        pruner.free()
+        damping = max(settings.percdamp, UNDER_CALIBRATED_PERCDAMP) if tokens[index] < columns else settings.percdamp
+        results.append(pruner.struct_prune(count, 1, damping, settings.compensate, selection=settings.selection))
+        pruner.release()
     return PruneResult(
         pruned_units=[index * columns + unit for index, result in enumerate(results) for unit in result.pruned_units],
         kept_units=[index * columns + unit for index, result in enumerate(results) for unit in result.kept_units],
-        error_zeroed=sum(result.error_zeroed for result in results) / len(results),
-        error=sum(result.error for result in results) / len(results),
+        error_uncompensated=sum(result.error_uncompensated for result in results) / len(results),
+        error_compensated=sum(result.error_compensated for result in results) / len(results),
         percdamp=max(result.percdamp for result in results),
     )

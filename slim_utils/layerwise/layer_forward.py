@@ -16,21 +16,21 @@ from torch import Tensor, nn
 from slim_utils.common.errors import UserError
 from slim_utils.common.memory import free_memory
 from slim_utils.families import Family
-from slim_utils.layerwise.distributed import ALONE, World
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.distributed import SINGLE_PROCESS, ProcessGroup
+from slim_utils.layerwise.settings import PruningSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Positional and keyword arguments, besides the hidden states, that the model calls a layer with, by batch size.
-LayerCalls = dict[int, tuple[tuple, dict[str, Any]]]
+LayerKwargs = dict[int, tuple[tuple, dict[str, Any]]]
 
 
 class _InputSeen(Exception):  # noqa: N818 - not an error
     """Raised to stop a layer once the input of the module of interest was seen."""
 
 
-class LayerReplay:
+class LayerForward:
     """A decoder layer and its calibration inputs.
 
     Where activations are kept on the device that computes, and it has the memory, those at the FFN's columns are kept
@@ -50,8 +50,8 @@ class LayerReplay:
         layer: nn.Module,
         family: Family,
         hidden: Tensor,
-        calls: LayerCalls,
-        settings: WalkSettings,
+        calls: LayerKwargs,
+        settings: PruningSettings,
         advanced: int = 0,
     ) -> None:
         from accelerate.utils import send_to_device
@@ -102,7 +102,7 @@ class LayerReplay:
 
     def advance(self) -> None:
         """Replace the inputs of the layer by its outputs, and let go of everything else."""
-        for position, ((start, stop), batch) in enumerate(zip(self._spans(), self._batches(), strict=True)):
+        for position, ((start, stop), batch) in enumerate(zip(self._micro_batches(), self._batches(), strict=True)):
             with ExitStack() as given:
                 if self._attention:
                     given.enter_context(self._attention_given(position))
@@ -164,19 +164,23 @@ class LayerReplay:
         name = self.family.mlp_out.rpartition(".")[0]
         return self.layer.get_submodule(name) if name else None
 
-    def _spans(self) -> list[tuple[int, int]]:
+    def _micro_batches(self) -> list[tuple[int, int]]:
         remaining = self.hidden[self.advanced :]
-        spans = self.settings.spans(remaining) if len(remaining) else []
+        spans = self.settings.micro_batches(remaining) if len(remaining) else []
         return [(self.advanced + start, self.advanced + stop) for start, stop in spans]
 
     def _batches(self) -> Iterator[Tensor]:
-        for start, stop in self._spans():
+        for start, stop in self._micro_batches():
             yield self.hidden[start:stop].to(self.settings.device)
 
 
-def capture_layer_calls(
-    model: PreTrainedModel, layers: nn.ModuleList, samples: Tensor, settings: WalkSettings, world: World = ALONE
-) -> tuple[Tensor, list[LayerCalls]]:
+def capture_layer_kwargs(
+    model: PreTrainedModel,
+    layers: nn.ModuleList,
+    samples: Tensor,
+    settings: PruningSettings,
+    processes: ProcessGroup = SINGLE_PROCESS,
+) -> tuple[Tensor, list[LayerKwargs]]:
     """Run the model with its layers passed over, and record what each would have been called with.
 
     Windows have one length and no padding, so calls differ between batches by nothing but the batch size.
@@ -185,7 +189,7 @@ def capture_layer_calls(
         The first layer's inputs (num_samples, seqlen, hidden) on ``cache_dev``, and the calls of every layer.
     """
     first_inputs: list[Tensor] = []
-    calls: list[LayerCalls] = [{} for _ in layers]
+    calls: list[LayerKwargs] = [{} for _ in layers]
 
     def recorder(index: int) -> Callable[..., Tensor]:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
@@ -200,10 +204,10 @@ def capture_layer_calls(
     with ExitStack() as passed_over:
         for index, layer in enumerate(layers):
             passed_over.enter_context(_forward_replaced(layer, recorder(index)))
-        for start, stop in settings.spans(samples):
+        for start, stop in settings.micro_batches(samples):
             model.base_model(input_ids=samples[start:stop].to(model.device), use_cache=False)
     hidden = torch.cat(first_inputs)
-    check_finite(hidden, "the embeddings", world)
+    check_finite(hidden, "the embeddings", processes)
     return hidden, calls
 
 
@@ -227,11 +231,11 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
         del module.forward
 
 
-def check_finite(hidden: Tensor, where: str, world: World = ALONE) -> None:
+def check_finite(hidden: Tensor, where: str, processes: ProcessGroup = SINGLE_PROCESS) -> None:
     """Make sure that activations are finite in all processes.
 
     Raises:
         UserError: naming ``where`` they are not.
     """
-    if not world.everywhere(all(torch.isfinite(sample).all() for sample in hidden), hidden.device):
+    if not processes.all_true(all(torch.isfinite(sample).all() for sample in hidden), hidden.device):
         raise UserError(f"{where}: non-finite activations; try --dtype bfloat16 or float32")

@@ -57,6 +57,10 @@ class LayerReport:
         columns = f"columns −{shape.num_columns - len(mask.kept_columns)}/{shape.num_columns}"
         return (
             f"layer {self.layer}/{num_layers} ratio {'/'.join(f'{ratio:.4f}' for ratio in dict.fromkeys(ratios))}: "
-            f"{heads} error {self.attention.error_zeroed:.2e} → {self.attention.error:.2e}, "
-            f"{columns} error {self.mlp.error_zeroed:.2e} → {self.mlp.error:.2e}, {self.seconds:.1f} s, peak {peaks}"
+            f"{heads} {_error_change(self.attention)}, {columns} {_error_change(self.mlp)}, "
+            f"{self.seconds:.1f} s, peak {peaks}"
         )
+
+
+def _error_change(result: PruneResult) -> str:
+    return f"error {result.error_uncompensated:.2e} → {result.error_compensated:.2e}"

@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 
 from slim_utils.common.memory import empty_cache
-from slim_utils.layerwise.offload import LayerHost
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.offload import ResidentModel
+from slim_utils.layerwise.settings import PruningSettings
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
-def warn_of_full_memory(where: str, settings: WalkSettings) -> None:
+def warn_of_full_memory(where: str, settings: PruningSettings) -> None:
     """Say that ``where`` memory was full, and with which settings it goes on."""
     message = "%s: the device's memory is full; going on with %d samples at once, activations on %s"
     logger.warning(message, where, settings.batch_samples, settings.cache_dev)
 
 
-def with_less_memory(
-    work: Callable[[WalkSettings], T], settings: WalkSettings, samples: Tensor, host: LayerHost, where: str
+def retry_with_less_memory(
+    work: Callable[[PruningSettings], T], settings: PruningSettings, samples: Tensor, host: ResidentModel, where: str
 ) -> T:
     """The result of ``work``; where the device's memory is full, that of another try with less at once.
 
@@ -41,13 +41,13 @@ def with_less_memory(
         try:
             return work(settings)
         except torch.OutOfMemoryError:
-            relieved = settings.relieved(samples)
-            if relieved is None:
+            reduced = settings.with_less_memory(samples)
+            if reduced is None:
                 raise
         # Out of the handler, which holds on to all that the work had in memory.
-        settings = relieved
-        host.give_way()
+        settings = reduced
+        host.drop_prefetch()
         for index in range(len(host.layers)):
-            host.release(index)
+            host.offload(index)
         empty_cache(settings.device)
         warn_of_full_memory(where, settings)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 
 
-class LayerHost:
+class ResidentModel:
     """A model that is in host memory as a whole.
 
     Args:
@@ -42,7 +42,7 @@ class LayerHost:
         """Let go of what the layers came from."""
 
     @contextmanager
-    def outside(self, device: torch.device = CPU) -> Iterator[None]:
+    def non_layer_modules(self, device: torch.device = CPU) -> Iterator[None]:
         """While what is outside of the layers (embeddings, last norm, head) is in use, on ``device``."""
         prefix = f"{self.family.layers}."
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
@@ -55,15 +55,15 @@ class LayerHost:
             for tensor in moved:
                 tensor.data = tensor.data.to(CPU)
 
-    def fetch(self, index: int, device: torch.device) -> nn.Module:
+    def onload(self, index: int, device: torch.device) -> nn.Module:
         """Layer ``index``, on ``device``."""
         return self.layers[index].to(device)
 
-    def give_way(self) -> None:
+    def drop_prefetch(self) -> None:
         """Let go of all device memory that can be had again."""
 
-    def release(self, index: int, mask: LayerMask | None = None) -> None:
-        """Take a layer back that :meth:`fetch` gave; ``mask`` is what it keeps for good, if that is settled."""
+    def offload(self, index: int, mask: LayerMask | None = None) -> None:
+        """Take a layer back that :meth:`onload` gave; ``mask`` is what it keeps for good, if that is settled."""
         self.layers[index].to(CPU)
 
     def sampled_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -71,8 +71,8 @@ class LayerHost:
         yield from self.model.named_parameters()
 
 
-class StreamedHost(LayerHost):
-    """A model whose weights stay on disk; a layer is in memory from :meth:`fetch` to :meth:`release`.
+class OffloadedModel(ResidentModel):
+    """A model whose weights stay on disk; a layer is in memory from :meth:`onload` to :meth:`offload`.
 
     While a layer is at work a thread reads the next one, and brings it to the GPU beside what that computes.
 
@@ -109,7 +109,7 @@ class StreamedHost(LayerHost):
         # What takes their place while they are not here; tied ones are one.
         self._absent = model.state_dict()
         self._reader = ThreadPoolExecutor(max_workers=1)
-        self._ahead: tuple[int, torch.device, Future] | None = None
+        self._prefetched: tuple[int, torch.device, Future] | None = None
         self._stream: torch.cuda.Stream | None = None
         # Called with every layer that is settled, while it is in memory.
         self.on_settled: Callable[[int, nn.Module, LayerMask], None] | None = None
@@ -119,40 +119,40 @@ class StreamedHost(LayerHost):
         self._reader.shutdown(cancel_futures=True)
         shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def outside_names(self) -> list[str]:
+    def non_layer_names(self) -> list[str]:
         """Names of all that is stored outside of the layers, tied weights once."""
         tied = self.model.all_tied_weights_keys
         return [name for name in self._places if not name.startswith(f"{self.family.layers}.") and name not in tied]
 
     @contextmanager
-    def outside(self, device: torch.device = CPU) -> Iterator[None]:
+    def non_layer_modules(self, device: torch.device = CPU) -> Iterator[None]:
         """While what is outside of the layers is in use, on ``device``."""
         buffers = {name: buffer for name, buffer in self.model.named_buffers() if not buffer.is_meta}
-        self._assign(self.model, self._read(self.outside_names(), device))
+        self._assign(self.model, self._read(self.non_layer_names(), device))
         for name, buffer in buffers.items():
             self._set_buffer(name, buffer.to(device))
         self.model.tie_weights()
         try:
             yield
         finally:
-            self._assign(self.model, {name: self._absent[name] for name in self.outside_names()})
+            self._assign(self.model, {name: self._absent[name] for name in self.non_layer_names()})
             for name, buffer in buffers.items():
                 self._set_buffer(name, buffer)
             self.model.tie_weights()
 
-    def fetch(self, index: int, device: torch.device) -> nn.Module:
+    def onload(self, index: int, device: torch.device) -> nn.Module:
         """Layer ``index``, from disk, on ``device``."""
-        if self._ahead is None or self._ahead[:2] != (index, device):
-            self._read_ahead(index, device)
+        if self._prefetched is None or self._prefetched[:2] != (index, device):
+            self._prefetch(index, device)
         try:
-            tensors = self._ahead[2].result()
+            tensors = self._prefetched[2].result()
         except torch.OutOfMemoryError:
             # The layer before had no memory to spare; it is done.
             torch.cuda.empty_cache()
             tensors = self._read_layer(index, device)
-        self._ahead = None
+        self._prefetched = None
         if index + 1 < len(self.layers):
-            self._read_ahead(index + 1, device)
+            self._prefetch(index + 1, device)
         layer = self.layers[index]
         self._assign(layer, tensors)
         # Buffers that are not stored (rotary frequencies of a layer's own) come along.
@@ -161,14 +161,14 @@ class StreamedHost(LayerHost):
                 setattr(module, name, buffer.to(device))
         return layer
 
-    def give_way(self) -> None:
+    def drop_prefetch(self) -> None:
         """Drop the layer that is read ahead."""
-        if self._ahead is not None and not self._ahead[2].cancel():
+        if self._prefetched is not None and not self._prefetched[2].cancel():
             with suppress(torch.OutOfMemoryError):
-                self._ahead[2].result()
-        self._ahead = None
+                self._prefetched[2].result()
+        self._prefetched = None
 
-    def release(self, index: int, mask: LayerMask | None = None) -> None:
+    def offload(self, index: int, mask: LayerMask | None = None) -> None:
         """Forget a layer's weights, after ``on_settled`` has seen them where ``mask`` is given."""
         layer = self.layers[index]
         if mask is not None and self.on_settled is not None:
@@ -183,9 +183,9 @@ class StreamedHost(LayerHost):
             with safe_open(place["safetensors_file"], "pt") as file:
                 yield name, file.get_tensor(place["weight_name"])
 
-    def read_outside(self) -> dict[str, Tensor]:
+    def read_non_layer_tensors(self) -> dict[str, Tensor]:
         """All that is stored outside of the layers, on the CPU."""
-        return self._read(self.outside_names(), CPU)
+        return self._read(self.non_layer_names(), CPU)
 
     def _prefix(self, index: int) -> str:
         return f"{self.family.layers}.{index}."
@@ -194,8 +194,8 @@ class StreamedHost(LayerHost):
         prefix = self._prefix(index)
         return [name.removeprefix(prefix) for name in self._places if name.startswith(prefix)]
 
-    def _read_ahead(self, index: int, device: torch.device) -> None:
-        self._ahead = index, device, self._reader.submit(self._read_layer, index, device)
+    def _prefetch(self, index: int, device: torch.device) -> None:
+        self._prefetched = index, device, self._reader.submit(self._read_layer, index, device)
 
     def _read_layer(self, index: int, device: torch.device) -> dict[str, Tensor]:
         prefix = self._prefix(index)

@@ -21,16 +21,16 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from slim_utils.common.loading import peak_memory_mib
 from slim_utils.common.memory import empty_cache
 from slim_utils.families import Family, LayerShape, layer_shapes
-from slim_utils.layerwise.distributed import ALONE, World
+from slim_utils.layerwise.distributed import SINGLE_PROCESS, ProcessGroup
 from slim_utils.layerwise.experts import prune_experts
-from slim_utils.layerwise.layer_forward import LayerCalls, LayerReplay, capture_layer_calls, check_finite
+from slim_utils.layerwise.layer_forward import LayerForward, LayerKwargs, capture_layer_kwargs, check_finite
 from slim_utils.layerwise.layer_report import LayerReport
 from slim_utils.layerwise.less_memory import warn_of_full_memory
-from slim_utils.layerwise.offload import CPU, LayerHost
+from slim_utils.layerwise.offload import CPU, ResidentModel
 from slim_utils.layerwise.resume import LayerStore, changed_parameters
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerMask, LayerPlan
-from slim_utils.params_remove import settle_heads
+from slim_utils.params_remove import zero_heads
 from slim_utils.slimgpt import PruneResult, SlimGPT
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Layer, name of the map, what has its Hessian, and the units removed, columns of a unit and groups of units.
-Onlooker = Callable[[int, str, SlimGPT, int, int, int], None]
+PruneHook = Callable[[int, str, SlimGPT, int, int, int], None]
 
 
 @torch.no_grad()
@@ -50,12 +50,12 @@ def prune_layers(
     family: Family,
     samples: Tensor,
     plans: Sequence[LayerPlan],
-    settings: WalkSettings,
+    settings: PruningSettings,
     store: LayerStore | None = None,
-    world: World = ALONE,
-    host: LayerHost | None = None,
+    processes: ProcessGroup = SINGLE_PROCESS,
+    host: ResidentModel | None = None,
     starts: Tensor | None = None,
-    onlooker: Onlooker | None = None,
+    hook: PruneHook | None = None,
 ) -> tuple[list[LayerMask], list[LayerReport]]:
     """Prune ``model`` in place, layer by layer.
 
@@ -67,10 +67,10 @@ def prune_layers(
         settings: how.
         store: where finished layers are kept; those that are there already are not pruned again. In the first process
             alone.
-        world: the processes that prune the same model, each on its own samples.
+        processes: the processes that prune the same model, each on its own samples.
         host: where the model's layers are (default: on the CPU).
         starts: (count, few) token ids besides, of this process: beginnings of text, for the first half of the layers.
-        onlooker: called before a map of heads or of columns, but not of experts, is pruned.
+        hook: called before a map of heads or of columns, but not of experts, is pruned.
 
     Returns:
         The mask of every layer of the model, and a report of every pruned one.
@@ -84,14 +84,14 @@ def prune_layers(
     pruned = [index for index, plan in enumerate(plans) if plan]
     if not pruned:
         return masks, reports
-    host = host or LayerHost(model, family)
-    walk = _Walk(host, [samples] if starts is None else [samples, starts], settings, world, onlooker, store)
+    host = host or ResidentModel(model, family)
+    walk = _SequentialPruner(host, [samples] if starts is None else [samples, starts], settings, processes, hook, store)
     with logging_redirect_tqdm():
-        for index in tqdm(range(pruned[-1] + 1), desc="layers", unit="layer", disable=world.rank > 0 or None):
+        for index in tqdm(range(pruned[-1] + 1), desc="layers", unit="layer", disable=processes.rank > 0 or None):
             start = time.perf_counter()
-            layer = walk.fetch(index)
-            report = _restored(index, layer, family, store, world)
-            replays: list[LayerReplay] = []
+            layer = walk.onload(index)
+            report = _restored(index, layer, family, store, processes)
+            replays: list[LayerForward] = []
             if index in pruned and report is None:
                 replays, (mask, attention, mlp) = walk.prune(index, layer, shapes[index], plans[index])
             if index < pruned[-1]:
@@ -106,11 +106,11 @@ def prune_layers(
             if report is not None:
                 masks[index] = report.mask
                 reports.append(report)
-            host.release(index, masks[index])
+            host.offload(index, masks[index])
     return masks, reports
 
 
-class _Walk:
+class _SequentialPruner:
     """Where the walk is: the inputs of the next layer, and how all layers are called; with less memory if need be.
 
     Windows of each length have their own: the samples and, in the first half of the layers, beginnings of text. Later
@@ -119,56 +119,58 @@ class _Walk:
 
     def __init__(
         self,
-        host: LayerHost,
+        host: ResidentModel,
         windows: list[Tensor],
-        settings: WalkSettings,
-        world: World,
-        onlooker: Onlooker | None,
+        settings: PruningSettings,
+        processes: ProcessGroup,
+        hook: PruneHook | None,
         store: LayerStore | None,
     ) -> None:
-        self.onlooker = onlooker
-        self.host, self.family, self.windows, self.world = host, host.family, windows, world
+        self.hook = hook
+        self.host, self.family, self.windows, self.processes = host, host.family, windows, processes
         self.store = store
         # What an earlier process of the run had to do with is kept.
         self.settings = store.reduced(settings) if store else settings
         self.hidden: list[Tensor] = []
-        self.calls: list[list[LayerCalls]] = []
-        self._attempt("the embeddings", self._begin, WalkSettings.hosted)
+        self.calls: list[list[LayerKwargs]] = []
+        self._attempt("the embeddings", self._begin, PruningSettings.with_host_cache)
 
     def _begin(self) -> None:
         found = self._capture(self.windows, self.settings)
         self.hidden, self.calls = [hidden for hidden, _ in found], [calls for _, calls in found]
 
-    def _capture(self, windows: list[Tensor], settings: WalkSettings) -> list[tuple[Tensor, list[LayerCalls]]]:
+    def _capture(self, windows: list[Tensor], settings: PruningSettings) -> list[tuple[Tensor, list[LayerKwargs]]]:
         model, layers = self.host.model, self.host.layers
-        with self.host.outside():
-            return [capture_layer_calls(model, layers, own, settings, self.world) for own in windows]
+        with self.host.non_layer_modules():
+            return [capture_layer_kwargs(model, layers, own, settings, self.processes) for own in windows]
 
-    def fetch(self, index: int) -> nn.Module:
+    def onload(self, index: int) -> nn.Module:
         """The next layer, on the device."""
         if index >= len(self.host.layers) / 2:
             self.windows, self.hidden, self.calls = self.windows[:1], self.hidden[:1], self.calls[:1]
         device = self.settings.device
-        release = partial(self.host.release, index)
-        return self._attempt(f"layer {index}", lambda: self.host.fetch(index, device), WalkSettings.hosted, release)
+        release = partial(self.host.offload, index)
+        return self._attempt(
+            f"layer {index}", lambda: self.host.onload(index, device), PruningSettings.with_host_cache, release
+        )
 
     def prune(
         self, index: int, layer: nn.Module, shape: LayerShape, plan: LayerPlan
-    ) -> tuple[list[LayerReplay], tuple[LayerMask, PruneResult, PruneResult]]:
+    ) -> tuple[list[LayerForward], tuple[LayerMask, PruneResult, PruneResult]]:
         """Prune the next layer; its replays are ready to advance."""
         before = {name: value.to("cpu", copy=True) for name, value in changed_parameters(layer, self.family).items()}
 
-        def work() -> tuple[list[LayerReplay], tuple[LayerMask, PruneResult, PruneResult]]:
+        def work() -> tuple[list[LayerForward], tuple[LayerMask, PruneResult, PruneResult]]:
             replays = [self._replay(index, layer, number) for number in range(len(self.windows))]
-            return replays, _prune_layer(index, replays, shape, plan, self.world, self.onlooker)
+            return replays, _prune_layer(index, replays, shape, plan, self.processes, self.hook)
 
         def undo() -> None:
             for name, parameter in changed_parameters(layer, self.family).items():
                 parameter.copy_(before[name])
 
-        return self._attempt(f"layer {index}", work, self._relieved, undo)
+        return self._attempt(f"layer {index}", work, self._with_less_memory, undo)
 
-    def advance(self, index: int, layer: nn.Module, replays: list[LayerReplay]) -> None:
+    def advance(self, index: int, layer: nn.Module, replays: list[LayerForward]) -> None:
         """Replace the inputs of the next layer by its outputs, with ``replays`` where it was pruned."""
         advanced = [0] * len(self.windows)
 
@@ -180,27 +182,27 @@ class _Walk:
                 finally:
                     # Batches that were run are not run again.
                     advanced[number] = replay.advanced
-                check_finite(replay.hidden, f"layer {index}", self.world)
+                check_finite(replay.hidden, f"layer {index}", self.processes)
 
         # What they keep of the layer is given up first.
-        self._attempt(f"layer {index}", work, self._relieved, replays.clear)
+        self._attempt(f"layer {index}", work, self._with_less_memory, replays.clear)
 
-    def _replay(self, index: int, layer: nn.Module, number: int, advanced: int = 0) -> LayerReplay:
+    def _replay(self, index: int, layer: nn.Module, number: int, advanced: int = 0) -> LayerForward:
         """The next layer on its inputs of one length of windows, the first ``advanced`` of which it has taken."""
         calls = self.calls[number]
         if 0 < advanced < len(self.windows[number]):
             # The rest may end in a batch of another size.
             [(_, calls)] = self._capture([self.windows[number][advanced:]], replace(self.settings, cache_dev=CPU))
-        return LayerReplay(layer, self.family, self.hidden[number], calls[index], self.settings, advanced)
+        return LayerForward(layer, self.family, self.hidden[number], calls[index], self.settings, advanced)
 
-    def _relieved(self, settings: WalkSettings) -> WalkSettings | None:
-        return settings.relieved(self.windows[0])
+    def _with_less_memory(self, settings: PruningSettings) -> PruningSettings | None:
+        return settings.with_less_memory(self.windows[0])
 
     def _attempt(
         self,
         where: str,
         work: Callable[[], T],
-        reduce: Callable[[WalkSettings], WalkSettings | None],
+        reduce: Callable[[PruningSettings], PruningSettings | None],
         undo: Callable[[], None] = lambda: None,
     ) -> T:
         """The result of ``work``; where the device's memory is full, after ``undo``, once more with less."""
@@ -208,36 +210,36 @@ class _Walk:
             try:
                 return work()
             except torch.OutOfMemoryError:
-                relieved = reduce(self.settings)
+                reduced = reduce(self.settings)
                 # One process cannot leave the others waiting in the middle of a layer.
-                if relieved is None or self.world.size > 1:
+                if reduced is None or self.processes.world_size > 1:
                     raise
             # Out of the handler, which holds on to all that the layer had in memory.
             undo()
-            self.host.give_way()
+            self.host.drop_prefetch()
             empty_cache(self.settings.device)
-            warn_of_full_memory(where, relieved)
-            self.settings = relieved
+            warn_of_full_memory(where, reduced)
+            self.settings = reduced
             if self.store:
-                self.store.keep_reduced(relieved)
+                self.store.keep_reduced(reduced)
             if self.hidden:
                 # Calls alone: captured activations would take the place of those on the device.
-                found = self._capture(self.windows, replace(relieved, cache_dev=CPU))
+                found = self._capture(self.windows, replace(reduced, cache_dev=CPU))
                 self.calls = [calls for _, calls in found]
-                self.hidden = [hidden.to(relieved.cache_dev) for hidden in self.hidden]
+                self.hidden = [hidden.to(reduced.cache_dev) for hidden in self.hidden]
 
 
 def _restored(
-    index: int, layer: nn.Module, family: Family, store: LayerStore | None, world: World
+    index: int, layer: nn.Module, family: Family, store: LayerStore | None, processes: ProcessGroup
 ) -> LayerReport | None:
     """The report of a layer that the store holds, whose parameters all processes then have."""
-    report = world.once(lambda: store.restore(index, layer, family) if store else None)
+    report = processes.on_main(lambda: store.restore(index, layer, family) if store else None)
     if report is not None:
-        world.once(lambda: None, [parameter.data for parameter in changed_parameters(layer, family).values()])
+        processes.on_main(lambda: None, [parameter.data for parameter in changed_parameters(layer, family).values()])
     return report
 
 
-def head_unit(shape: LayerShape, settings: WalkSettings) -> tuple[int, int, Callable[..., LayerMask]]:
+def head_unit(shape: LayerShape, settings: PruningSettings) -> tuple[int, int, Callable[..., LayerMask]]:
     """Columns of a unit of heads, groups of units that lose equally many, and what makes a mask of kept units."""
     if settings.by_query_head(shape):
         return shape.head_dim, shape.num_kv_heads, LayerMask.from_heads
@@ -246,16 +248,16 @@ def head_unit(shape: LayerShape, settings: WalkSettings) -> tuple[int, int, Call
 
 def _prune_layer(
     index: int,
-    replays: list[LayerReplay],
+    replays: list[LayerForward],
     shape: LayerShape,
     plan: LayerPlan,
-    world: World,
-    onlooker: Onlooker | None,
+    processes: ProcessGroup,
+    hook: PruneHook | None,
 ) -> tuple[LayerMask, PruneResult, PruneResult]:
     """Prune the heads of a layer, then, on what its pruned attention puts out, its FFN columns."""
     settings, layer, family = replays[0].settings, replays[0].layer, replays[0].family
 
-    def seen(inputs: Callable[[LayerReplay], Iterator[Any]]) -> Iterator[Any]:
+    def seen(inputs: Callable[[LayerForward], Iterator[Any]]) -> Iterator[Any]:
         return chain.from_iterable(map(inputs, replays))
 
     def prune(name: str, inputs: Iterator[Tensor], count: int, unit_size: int, num_groups: int = 1) -> PruneResult:
@@ -263,28 +265,28 @@ def _prune_layer(
         pruner = SlimGPT(linear, f"layer {index} {name}")
         for batch in inputs:
             pruner.add_batch(batch)
-        pruner.add_up(world.sum)
-        if onlooker:
-            onlooker(index, name, pruner, count, unit_size, num_groups)
-        result = world.once(
+        pruner.all_reduce_hessian(processes.all_reduce)
+        if hook:
+            hook(index, name, pruner, count, unit_size, num_groups)
+        result = processes.on_main(
             lambda: pruner.struct_prune(
-                count, unit_size, settings.percdamp, settings.compensate, num_groups, settings.choices
+                count, unit_size, settings.percdamp, settings.compensate, num_groups, settings.selection
             ),
             [linear.weight.data],
         )
-        pruner.free()
+        pruner.release()
         return result
 
     unit_size, num_groups, keep = head_unit(shape, settings)
     units = plan.heads * shape.head_dim // unit_size
-    attention = prune(family.attention_out, seen(LayerReplay.attention_inputs), units, unit_size, num_groups)
-    settle_heads(layer, family, keep(shape, attention.kept_units, list(range(shape.num_columns))))
+    attention = prune(family.attention_out, seen(LayerForward.attention_inputs), units, unit_size, num_groups)
+    zero_heads(layer, family, keep(shape, attention.kept_units, list(range(shape.num_columns))))
     for replay in replays:
         replay.finish_attention()
     if shape.num_experts:
         experts, name = layer.get_submodule(family.experts), f"layer {index} {family.experts}"
-        calls = seen(LayerReplay.expert_calls)
-        mlp = prune_experts(experts, name, calls, plan.columns, settings, world)
+        calls = seen(LayerForward.expert_calls)
+        mlp = prune_experts(experts, name, calls, plan.columns, settings, processes)
     else:
-        mlp = prune(family.mlp_out, seen(LayerReplay.column_inputs), plan.columns, 1)
+        mlp = prune(family.mlp_out, seen(LayerForward.column_inputs), plan.columns, 1)
     return keep(shape, attention.kept_units, mlp.kept_units), attention, mlp

@@ -20,7 +20,7 @@ from slim_utils.common.loading import save_tensors_atomic, write_json_atomic
 from slim_utils.common.output_folder import clear_leftovers, hidden_path
 from slim_utils.families import Family
 from slim_utils.layerwise.layer_report import LayerReport
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.settings import PruningSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -94,7 +94,7 @@ class LayerStore:
             clear_leftovers(self._target)
         write_json_atomic(path, {**settings, NOTED: noted, SECONDS: self.seconds_before})
 
-    def reduced(self, settings: WalkSettings) -> WalkSettings:
+    def reduced(self, settings: PruningSettings) -> PruningSettings:
         """``settings``, with no more memory than what :meth:`keep_reduced` kept."""
         path = self.folder / REDUCED_FILE
         if not path.exists():
@@ -103,7 +103,7 @@ class LayerStore:
         cache_dev = torch.device("cpu") if kept["cache_dev"] == "cpu" else settings.cache_dev
         return replace(settings, batch_samples=min(kept["batch_samples"], settings.batch_samples), cache_dev=cache_dev)
 
-    def keep_reduced(self, settings: WalkSettings) -> None:
+    def keep_reduced(self, settings: PruningSettings) -> None:
         """Keep what the device's memory turned out to be enough for, so that a resumed run begins with it."""
         content = {"batch_samples": settings.batch_samples, "cache_dev": str(settings.cache_dev)}
         write_json_atomic(self.folder / REDUCED_FILE, content)

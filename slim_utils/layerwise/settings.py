@@ -7,14 +7,14 @@ from torch import Tensor
 
 from slim_utils.families import LayerShape
 from slim_utils.masks import LayerMask, LayerPlan
-from slim_utils.obs import PAPER_CHOICES, Choices
+from slim_utils.obs import PAPER_SELECTION, SelectionOptions
 
 TOKENS_PER_FORWARD = 4096
 GQA_UNITS = ("query_head", "kv_group")
 
 
 @dataclass(frozen=True)
-class WalkSettings:
+class PruningSettings:
     """How to walk.
 
     Attributes:
@@ -23,7 +23,7 @@ class WalkSettings:
         batch_samples: samples brought from ``cache_dev`` to ``device`` at once.
         percdamp: damping, as a share of the mean of the Hessian's diagonal.
         compensate: whether the remaining weights are updated.
-        choices: how units are chosen.
+        selection: how units are chosen.
         gqa_unit: what goes where query heads share key/value heads, one of ``GQA_UNITS``: equally many query heads of
             every group, whose key/value head stays, or whole kv groups.
     """
@@ -33,10 +33,10 @@ class WalkSettings:
     batch_samples: int = 128
     percdamp: float = 0.01
     compensate: bool = True
-    choices: Choices = PAPER_CHOICES
+    selection: SelectionOptions = PAPER_SELECTION
     gqa_unit: str = "query_head"
 
-    def spans(self, samples: Tensor) -> list[tuple[int, int]]:
+    def micro_batches(self, samples: Tensor) -> list[tuple[int, int]]:
         """Samples of each forward: at most ``batch_samples``, or as many as make ``TOKENS_PER_FORWARD``."""
         step = self._samples_at_once(samples)
         return [(start, min(start + step, len(samples))) for start in range(0, len(samples), step)]
@@ -44,7 +44,7 @@ class WalkSettings:
     def _samples_at_once(self, samples: Tensor) -> int:
         return min(self.batch_samples, len(samples), max(1, TOKENS_PER_FORWARD // samples.shape[1]))
 
-    def relieved(self, samples: Tensor) -> "WalkSettings | None":
+    def with_less_memory(self, samples: Tensor) -> "PruningSettings | None":
         """Settings that ask less memory of the device: half the samples at once, at one sample activations on the host.
 
         ``None`` where there is nothing left to give up.
@@ -52,9 +52,9 @@ class WalkSettings:
         step = self._samples_at_once(samples)
         if step > 1:
             return replace(self, batch_samples=step // 2)
-        return self.hosted()
+        return self.with_host_cache()
 
-    def hosted(self) -> "WalkSettings | None":
+    def with_host_cache(self) -> "PruningSettings | None":
         """Settings that keep activations on the host; ``None`` where they are there already."""
         host = torch.device("cpu")
         return None if self.cache_dev == host else replace(self, cache_dev=host)

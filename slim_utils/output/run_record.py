@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from slim_utils.allocation.planner import Measured
-from slim_utils.allocation.sensitivity import Sublayer
+from slim_utils.allocation.sensitivity import UnitSensitivity
 from slim_utils.common.environment import command_line, environment
 from slim_utils.layerwise.layer_report import LayerReport
 from slim_utils.pruning_config import Effect, PruningConfig
@@ -70,7 +70,7 @@ def measured_record(measured: Measured) -> dict[str, Any]:
     return {kind: _by_layer(found) for kind, found in kinds.items() if found}
 
 
-def _by_layer(measured: dict[int, list[Sublayer]]) -> list[dict[str, Any]]:
+def _by_layer(measured: dict[int, list[UnitSensitivity]]) -> list[dict[str, Any]]:
     """Units of heads and of columns, and their loss in nats, by layer."""
     return [
         {
@@ -102,7 +102,7 @@ def layer_record(report: LayerReport) -> dict[str, Any]:
 def _errors(result: PruneResult) -> dict[str, float]:
     fields = asdict(result)
     return {
-        "error_before_compensation": fields["error_zeroed"],
-        "error_after_compensation": fields["error"],
+        "error_before_compensation": fields["error_uncompensated"],
+        "error_after_compensation": fields["error_compensated"],
         "percdamp": fields["percdamp"],
     }

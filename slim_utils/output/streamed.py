@@ -13,7 +13,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from slim_utils.common.loading import SMALL_MODEL_FOLDER, save_checkpoint, save_tensors_atomic, write_json_atomic
 from slim_utils.families import Family
-from slim_utils.layerwise.offload import CPU, StreamedHost
+from slim_utils.layerwise.offload import CPU, OffloadedModel
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import shrink_layer, small_on_meta, zero_layer
 
@@ -91,7 +91,7 @@ class StreamedOutput:
     """
 
     def __init__(
-        self, folder: Path, host: StreamedHost, planned: list[LayerMask], small_model: bool, uniform_shapes: bool
+        self, folder: Path, host: OffloadedModel, planned: list[LayerMask], small_model: bool, uniform_shapes: bool
     ) -> None:
         self.host, self.model, self.family, self.folder = host, host.model, host.family, folder
         self.zeroed = CheckpointShards(folder, host.model, host.family)
@@ -108,9 +108,9 @@ class StreamedOutput:
         for index, mask in enumerate(masks):
             # The walk does not come to layers beyond the last pruned one.
             if not self._has_layer(index):
-                self.host.fetch(index, CPU)
-                self.host.release(index, mask)
-        outside = self.host.read_outside()
+                self.host.onload(index, CPU)
+                self.host.offload(index, mask)
+        outside = self.host.read_non_layer_tensors()
         for shards in self._checkpoints():
             shards.write_outside(outside)
             shards.finish(tokenizer)

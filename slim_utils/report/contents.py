@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any
 
-from slim_utils.allocation.sensitivity import REFERENCE
+from slim_utils.allocation.sensitivity import REFERENCE_RATIO
 from slim_utils.common.errors import UserError
 from slim_utils.report.figures import (
     Bar,
@@ -84,8 +84,9 @@ def _run_plots(runs: list[Source]) -> list[Plot]:
     found.append(Plot(ERRORS, name, title, caption, partial(layer_figure, _error_panels(runs))))
     if searched := {index: run for index, run in enumerate(runs) if run.record.get("search")}:
         caption = (
-            f"How far the predictions diverge from the dense model's where {100 * REFERENCE:g} % of the heads, or of "
-            "the FFN columns, of one layer alone are gone; as the search has measured it."
+            "KL divergence of the predictions from the dense model's where "
+            f"{100 * REFERENCE_RATIO:g} % of the heads, or of "
+            "the FFN columns, of one layer alone are removed; measured by the sensitivity analysis."
         )
         found.append(Plot(ERRORS, f"{name}_losses", title, caption, partial(layer_figure, _loss_panels(searched))))
     rows = [_run_row(run) for run in runs]

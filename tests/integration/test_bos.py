@@ -48,7 +48,7 @@ def test_bos_by_default_where_the_tokenizer_adds_one(bos_checkpoint, text_file, 
     assert [records[bos]["calibration"]["bos"] for bos in records] == [True, False]
     assert [records[bos]["perplexity"][0]["bos"] for bos in records] == [True, False]
     # Sink windows stand in for the BOS that is not there.
-    assert [records[bos]["arguments"]["text_starts"] for bos in records] == [0, 512]
+    assert [records[bos]["arguments"]["sink_windows"] for bos in records] == [0, 512]
     assert [source["num_samples"] for source in records["auto"]["calibration"]["sources"]] == [8, 8]
     assert "windows begin with a BOS (--bos)" in caplog.text
     card = (tmp_path / "auto" / "pruned_weights" / "README.md").read_text()

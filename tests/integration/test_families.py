@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from slim_utils.common.errors import UserError
 from slim_utils.families import find_family
 from slim_utils.layerwise.pruner import prune_layers
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.params_remove import shrink, zero_removed
 from tests.conftest import TINY_FAMILIES, make_tiny, plans_of
 from tests.processes import run_python
@@ -38,7 +38,7 @@ def test_small_models_of_every_family_load_without_the_repository(tmp_path, samp
     for name in TINY_FAMILIES:
         model = make_tiny(name)
         family = find_family(model.config)
-        settings = WalkSettings(cpu, cpu)
+        settings = PruningSettings(cpu, cpu)
         masks, _ = prune_layers(model, family, samples, plans_of(model, [0.2, 0.35, 0.5, 0.6], settings), settings)
         zero_removed(model, family, masks)
         small = shrink(model, family, masks)

@@ -10,7 +10,7 @@ import model_finetune
 import model_slimming
 from slim_utils.families import find_family
 from slim_utils.layerwise.pruner import prune_layers
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import read_pruning
 from slim_utils.slimgpt import add_gram
 from tests.conftest import make_tiny, plans_of
@@ -42,7 +42,7 @@ def test_same_units_and_weights_as_on_the_cpu(samples, cache_dev, variant):
     devices = {on_cpu: ("cpu", "cpu"), on_gpu: ("cuda", cache_dev)}
     masks = []
     for model, (device, cache) in devices.items():
-        settings = WalkSettings(torch.device(device), torch.device(cache), batch_samples=3)
+        settings = PruningSettings(torch.device(device), torch.device(cache), batch_samples=3)
         masks.append(
             prune_layers(model, find_family(model.config), samples, plans_of(model, ratios, settings), settings)[0]
         )

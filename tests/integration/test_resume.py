@@ -16,7 +16,7 @@ from slim_utils.common.output_folder import clear_leftovers
 from slim_utils.families import find_family
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.resume import LayerStore, changed_parameters, fingerprint
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.settings import PruningSettings
 from tests.conftest import ALL_TINY, make_tiny, plans_of
 from tests.processes import run_python
 
@@ -87,7 +87,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-@pytest.mark.parametrize("more", [[], ["--stream", "--text_starts", "20"]])
+@pytest.mark.parametrize("more", [[], ["--stream", "--sink_windows", "20"]])
 def test_killed_at_any_instant(words, more, tmp_path):
     process = run_python("-c", KILLER, KILLS, tmp_path / "out", *words, *more)
     assert process.returncode == 0, process.stderr
@@ -105,7 +105,7 @@ def test_killed_at_any_instant(words, more, tmp_path):
 @pytest.mark.parametrize("variant", ["gqa", "olmo2", "mixtral", "qwen3_moe", "opt"])
 @pytest.mark.parametrize("finished", [1, 2])
 def test_every_family_goes_on_to_the_same_bytes(variant, finished, samples, tmp_path):
-    settings = WalkSettings(CPU, CPU)
+    settings = PruningSettings(CPU, CPU)
     whole, first, second = (make_tiny(variant) for _ in range(3))
     family = find_family(whole.config)
     plans = plans_of(whole, RATIOS, settings)
@@ -134,7 +134,7 @@ def test_every_family_goes_on_to_the_same_bytes(variant, finished, samples, tmp_
 def test_the_store_holds_all_that_the_walk_changes(variant, samples):
     model, dense = make_tiny(variant), make_tiny(variant)
     family = find_family(model.config)
-    settings = WalkSettings(CPU, CPU)
+    settings = PruningSettings(CPU, CPU)
     prune_layers(model, family, samples, plans_of(model, [0.5] * 4, settings), settings)
     for layer, before in zip(family.decoder_layers(model), family.decoder_layers(dense), strict=True):
         stored = changed_parameters(layer, family)

@@ -9,7 +9,7 @@ import torch
 import model_finetune
 import model_slimming
 from slim_utils.cli.app import run_cli
-from slim_utils.layerwise.layer_forward import LayerReplay
+from slim_utils.layerwise.layer_forward import LayerForward
 from slim_utils.layerwise.resume import LayerStore
 from slim_utils.output import run_record
 from slim_utils.pruning_config import PruningConfig
@@ -39,7 +39,7 @@ def stop(*args):
 
 def test_resume_after_full_memory_with_smaller_batches(prune, tmp_path, monkeypatch, capsys):
     """As the message advises."""
-    run, fits = LayerReplay._run, [8]
+    run, fits = LayerForward._run, [8]
 
     def limited(self, batch):
         if self.layer.self_attn.layer_idx == 2 or len(batch) > fits[0]:
@@ -47,7 +47,7 @@ def test_resume_after_full_memory_with_smaller_batches(prune, tmp_path, monkeypa
         return run(self, batch)
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(LayerReplay, "_run", limited)
+        patched.setattr(LayerForward, "_run", limited)
         run_cli(lambda: prune(), "model_slimming.py", "lower --batch_samples", "--save_dir", "; --resume goes on")
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == "model_slimming.py: error: the GPU's memory is full; lower --batch_samples; --resume goes on"
@@ -133,5 +133,5 @@ def test_resume_on_another_kind_of_device_is_refused_on_another_gpu_it_is_not(tm
     data = type("Data", (), {"sha256": "text"})()
     for name in ("cuda:0", "cuda:3", "cpu"):
         config = PruningConfig(save_dir=str(tmp_path / "out"), device=torch.device(name))
-        model_slimming.open_store(config, host, data, model_slimming.World())
+        model_slimming.open_store(config, host, data, model_slimming.ProcessGroup())
     assert kept[0] == kept[1] != kept[2]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import model_slimming
 from slim_utils.common.errors import UserError
 from slim_utils.families import find_family
-from slim_utils.layerwise.offload import StreamedHost
+from slim_utils.layerwise.offload import OffloadedModel
 from slim_utils.layerwise.resume import LayerStore, fingerprint
 from tests.conftest import ALL_TINY, make_tiny
 from tests.processes import run_ranks
@@ -144,7 +144,7 @@ def test_the_fingerprint_is_of_the_values(variant, tmp_path):
     model.save_pretrained(tmp_path / "model")
     prints = []
     for _ in range(2):
-        host = StreamedHost(str(tmp_path / "model"), "auto", False, tmp_path / "scratch")
+        host = OffloadedModel(str(tmp_path / "model"), "auto", False, tmp_path / "scratch")
         prints.append(fingerprint(host.model.config, host.sampled_tensors()))
         host.close()
         model.get_parameter(f"{find_family(model.config).layers}.1.self_attn.o_proj.weight").data.mul_(2)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from slim_utils.common.errors import ProcessLostError, UserError
 from slim_utils.layerwise import distributed as world_module
-from slim_utils.layerwise.distributed import World
+from slim_utils.layerwise.distributed import ProcessGroup
 from tests.conftest import make_tiny
 from tests.processes import run_python, run_ranks
 
@@ -20,15 +20,15 @@ ROOT = Path(__file__).resolve().parents[2]
 DYING = """
 import os, runpy, signal, sys
 sys.path.insert(0, os.getcwd())
-from slim_utils.layerwise.layer_forward import LayerReplay
-finish, calls = LayerReplay.finish_attention, []
+from slim_utils.layerwise.layer_forward import LayerForward
+finish, calls = LayerForward.finish_attention, []
 def die(self):
     calls.append(1)
     # In the second layer: each has two lengths of windows.
     if os.environ["RANK"] == "1" and len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     finish(self)
-LayerReplay.finish_attention = die
+LayerForward.finish_attention = die
 sys.argv[0] = "model_slimming.py"
 runpy.run_path("model_slimming.py", run_name="__main__")
 """
@@ -42,7 +42,7 @@ def run(processes: int, *words: object) -> subprocess.CompletedProcess:
 @pytest.fixture
 def words(text_file) -> list:
     """Flags of a well-conditioned run, so that the order of sums does not matter; without model and output."""
-    flags = ["--num_samples", 62, "--seqlen", 32, "--sparsity", 0.4, "--percdamp", 0.1, "--text_starts", 40]
+    flags = ["--num_samples", 62, "--seqlen", 32, "--sparsity", 0.4, "--percdamp", 0.1, "--sink_windows", 40]
     return ["--data_file", text_file, "--device", "cpu", "--skip_evaluate", *flags]
 
 
@@ -94,20 +94,20 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on(checkpoint, words, tmp
 
 
 def test_shares_are_all_samples(samples):
-    shares = [World(rank, 3).share(samples) for rank in range(3)]
+    shares = [ProcessGroup(rank, 3).shard(samples) for rank in range(3)]
     assert [len(share) for share in shares] == [3, 3, 2]
     assert torch.equal(torch.cat(shares), samples)
     with pytest.raises(UserError, match="--num_samples 8: fewer than the 9 processes"):
-        World(0, 9).share(samples)
+        ProcessGroup(0, 9).shard(samples)
 
 
 @pytest.mark.parametrize(
     "collective",
     [
-        lambda world: world.sum(torch.zeros(1)),
-        lambda world: world.wait(),
-        lambda world: world.once(lambda: 1, [torch.zeros(1)]),
-        lambda world: world.everywhere(True, torch.device("cpu")),
+        lambda processes: processes.all_reduce(torch.zeros(1)),
+        lambda processes: processes.barrier(),
+        lambda processes: processes.on_main(lambda: 1, [torch.zeros(1)]),
+        lambda processes: processes.all_true(True, torch.device("cpu")),
     ],
 )
 @pytest.mark.parametrize(
@@ -129,4 +129,4 @@ def test_collectives_keep_the_cause(collective, error, kind, said, monkeypatch):
     for name in ("all_reduce", "barrier", "broadcast", "broadcast_object_list"):
         monkeypatch.setattr(world_module.distributed, name, fail)
     with pytest.raises(kind, match=said):
-        collective(World(0, 2))
+        collective(ProcessGroup(0, 2))

@@ -10,7 +10,7 @@ import torch
 
 from slim_utils import slim_dataset
 from slim_utils.common.errors import UserError
-from slim_utils.slim_dataset import load_calibration, random_windows, text_starts
+from slim_utils.slim_dataset import load_calibration, random_windows, sink_windows
 from slim_utils.text_source import file_documents, hub_documents, join_documents
 from tests.conftest import random_text
 
@@ -185,13 +185,13 @@ def test_join_stops_at_the_budget():
 
 def test_beginnings_of_text_are_the_samples_own_tokens():
     samples = torch.arange(3 * 37).view(3, 37)
-    starts = text_starts(samples, 5)
+    starts = sink_windows(samples, 5)
     # Four whole windows of eight tokens a sample, of which there are twelve.
     assert starts[:, 0].tolist() == [0, 16, 37, 37 + 24, 2 * 37 + 8]
     assert (starts == starts[:, :1] + torch.arange(8)).all()
-    assert text_starts(samples, 99)[:, 0].tolist() == [37 * row + 8 * at for row in range(3) for at in range(4)]
-    assert text_starts(samples[:, :4], 9).tolist() == samples[:, :4].tolist()
-    assert len(text_starts(samples, 0)) == 0
+    assert sink_windows(samples, 99)[:, 0].tolist() == [37 * row + 8 * at for row in range(3) for at in range(4)]
+    assert sink_windows(samples[:, :4], 9).tolist() == samples[:, :4].tolist()
+    assert len(sink_windows(samples, 0)) == 0
 
 
 def test_calibration_with_bos_puts_it_first_in_every_window(tokenizer, bos_tokenizer, text_file):

@@ -10,7 +10,7 @@ from torch import nn
 from slim_utils import obs
 from slim_utils.common.errors import UserError
 from slim_utils.obs import (
-    Choices,
+    SelectionOptions,
     damping_steps,
     greedy_obs,
     group_sizes,
@@ -108,19 +108,21 @@ def test_the_update_is_the_least_squares_optimum_of_every_subset(gone):
     hessian = hessian_of(random_inputs(6))
     best, error = least_squares(weight, hessian, list(gone))
     pruned, inverse, index = weight.clone(), torch.linalg.inv(hessian), torch.tensor(gone)
-    sound, cost = remove_columns(pruned, inverse, index, compensate=True)
-    assert sound
+    positive_definite, cost = remove_columns(pruned, inverse, index, compensate=True)
+    assert positive_definite
     assert torch.allclose(pruned, best, rtol=1e-8, atol=1e-10)
     assert cost.item() == pytest.approx(error, rel=1e-8)
 
 
-@pytest.mark.parametrize("choices", [Choices(), Choices(exact_heads=True), Choices(column_group=1)])
+@pytest.mark.parametrize(
+    "choices", [SelectionOptions(), SelectionOptions(exact_heads=True), SelectionOptions(column_group=1)]
+)
 @pytest.mark.parametrize("unit", [1, 4])
-def test_costs_of_the_steps_add_up_to_the_error(choices, unit):
+def test_costs_of_the_steps_add_up_to_the_error(selection, unit):
     weight = torch.randn(6, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     hessian = hessian_of(random_inputs(24))
     pruned = weight.clone()
-    removal = greedy_obs(pruned, hessian, 12 // unit, unit, True, choices=choices)
+    removal = greedy_obs(pruned, hessian, 12 // unit, unit, True, selection=selection)
     change = weight - pruned
     assert removal.costs.sum().item() == pytest.approx(((change @ hessian) * change).sum().item(), rel=1e-8)
     assert sum(removal.steps) == len(removal.units) == len(removal.units.unique()) == 12 // unit
@@ -133,7 +135,7 @@ def test_exact_scores_are_the_errors_of_removing_each_head_alone(seed):
     scores = unit_scores(weight, torch.linalg.inv(hessian), 3, exact=True)
     errors = [least_squares(weight, hessian, [3 * head, 3 * head + 1, 3 * head + 2])[1] for head in range(4)]
     assert scores.tolist() == pytest.approx(errors, rel=1e-8)
-    chosen = greedy_obs(weight.clone(), hessian, 1, 3, True, choices=Choices(exact_heads=True))
+    chosen = greedy_obs(weight.clone(), hessian, 1, 3, True, selection=SelectionOptions(exact_heads=True))
     assert chosen.units.tolist() == [errors.index(min(errors))]
 
 
@@ -141,7 +143,9 @@ def test_columns_one_by_one_are_no_worse_than_in_groups():
     weight = torch.randn(16, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     hessian = hessian_of(random_inputs(200, tokens=100))
     costs = [
-        greedy_obs(weight.clone(), hessian, 100, 1, True, choices=Choices(column_group=group)).costs.sum().item()
+        greedy_obs(weight.clone(), hessian, 100, 1, True, selection=SelectionOptions(column_group=group))
+        .costs.sum()
+        .item()
         for group in (1, 16, 64)
     ]
     assert costs == sorted(costs)
@@ -170,7 +174,7 @@ def test_greedy_heads_end_in_the_optimum_of_their_subset_and_near_the_best_subse
     energy = ((weight @ hessian) * weight).sum().item()
     subsets = sorted(error(units) for units in itertools.combinations(range(5), 2))
     got = error(tuple(result.pruned_units))
-    assert result.error == pytest.approx(got / energy, rel=1e-6)
+    assert result.error_compensated == pytest.approx(got / energy, rel=1e-6)
     # The original's head score is a bound, not the error: it need not find the best subset, but never a bad one.
     assert got <= subsets[len(subsets) // 2]
 
@@ -183,10 +187,10 @@ def test_reported_errors():
     output = flat @ weight.T
     zeroed = weight.clone()
     zeroed[:, result.pruned_units] = 0
-    for reported, pruned in ((result.error_zeroed, zeroed), (result.error, pruner.linear.weight)):
+    for reported, pruned in ((result.error_uncompensated, zeroed), (result.error_compensated, pruner.linear.weight)):
         expected = (flat @ (weight - pruned).T).square().sum() / output.square().sum()
         assert reported == pytest.approx(expected.item(), rel=1e-6)
-    assert result.error < result.error_zeroed
+    assert result.error_compensated < result.error_uncompensated
 
 
 def test_hessian_does_not_depend_on_batches():
@@ -209,7 +213,7 @@ def test_dead_columns_go_first():
     pruner = make_pruner(weight, inputs)
     result = pruner.struct_prune(2, percdamp=0.01)
     assert result.pruned_units == [2, 11]
-    assert result.error == pytest.approx(0, abs=1e-12)
+    assert result.error_compensated == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("compensate", [True, False])
@@ -232,7 +236,7 @@ def test_struct_prune_dead_columns_of_kept_units_keep_their_weights(unit, sparsi
     assert torch.allclose(pruner.linear.weight[:, live], expected[:, live], rtol=1e-6, atol=1e-6)
     flat = inputs.reshape(-1, 24)
     error = (flat @ (weight - pruner.linear.weight).T).square().sum() / (flat @ weight.T).square().sum()
-    assert result.error == pytest.approx(error.item(), rel=1e-6, abs=1e-12)
+    assert result.error_compensated == pytest.approx(error.item(), rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
@@ -245,7 +249,7 @@ def test_struct_prune_without_a_unit_to_remove_leaves_the_weight(unit, groups, d
     result = pruner.struct_prune(0, unit, num_groups=groups)
     assert torch.equal(pruner.linear.weight, weight)
     assert (result.pruned_units, result.kept_units) == ([], list(range(24 // unit)))
-    assert (result.error_zeroed, result.error, result.percdamp) == (0, 0, 0.01)
+    assert (result.error_uncompensated, result.error_compensated, result.percdamp) == (0, 0, 0.01)
     assert pruner.error_curve(0, unit, num_groups=groups).tolist() == [0]
 
 
@@ -292,7 +296,7 @@ def test_rank_deficient_hessian_raises_the_damping(caplog, unit):
     assert f"raised to {result.percdamp:g}" in caplog.text
     assert "layer 0 test" in caplog.text
     assert torch.isfinite(pruner.linear.weight).all()
-    assert result.error <= result.error_zeroed
+    assert result.error_compensated <= result.error_uncompensated
 
 
 def test_damping_steps():
@@ -327,5 +331,5 @@ def test_half_precision_weights_get_the_fp64_solution_rounded(dtype):
 def test_free_lets_go_of_the_hessian():
     pruner = SlimGPT(nn.Linear(8, 8))
     hessian = weakref.ref(pruner.hessian)
-    pruner.free()
+    pruner.release()
     assert hessian() is None

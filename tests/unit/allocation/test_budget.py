@@ -22,14 +22,14 @@ from slim_utils.allocation.budget import (
 )
 from slim_utils.allocation.planner import Planner
 from slim_utils.allocation.schedules import layer_ratios, non_uniform_ratios
-from slim_utils.allocation.sensitivity import PROBE_SAMPLES, Sublayer, loss_curves, measure
-from slim_utils.cli.slimming_checks import sink_windows, with_preset
+from slim_utils.allocation.sensitivity import PROBE_SAMPLES, UnitSensitivity, loss_curves, measure
+from slim_utils.cli.slimming_checks import num_sink_windows, with_preset
 from slim_utils.common.errors import UserError
 from slim_utils.families import find_family, layer_shapes
-from slim_utils.layerwise.offload import LayerHost
+from slim_utils.layerwise.offload import ResidentModel
 from slim_utils.layerwise.resume import LayerStore
-from slim_utils.layerwise.settings import WalkSettings
-from slim_utils.obs import Choices
+from slim_utils.layerwise.settings import PruningSettings
+from slim_utils.obs import SelectionOptions
 from slim_utils.profiling.model_stats import removed_share
 from slim_utils.pruning_config import PruningConfig
 from slim_utils.slimgpt import SlimGPT
@@ -141,7 +141,7 @@ def test_more_than_there_is_cannot_go():
 def test_schedules_meet_a_budget_to_one_column(name, unit, strategy):
     model = make_tiny(name)
     family, shapes = find_family(model.config), layer_shapes(model.config)
-    layers, settings = family.decoder_layers(model), WalkSettings(CPU, CPU, gqa_unit=unit)
+    layers, settings = family.decoder_layers(model), PruningSettings(CPU, CPU, gqa_unit=unit)
     units, total = layer_units(layers, family, shapes, settings), block_weights(layers, family, shapes)
 
     def schedule(highest: float) -> list[float]:
@@ -165,8 +165,8 @@ def test_curves_are_measured_on_the_whole_model(name, samples):
     """At the reference count a curve is the divergence of the model with that one map pruned."""
     model, dense = make_tiny(name, torch.float64), make_tiny(name, torch.float64)
     family, shapes = find_family(model.config), layer_shapes(model.config)
-    settings = WalkSettings(CPU, CPU, choices=Choices(exact_heads=True, column_group=4))
-    host = LayerHost(model, family)
+    settings = PruningSettings(CPU, CPU, selection=SelectionOptions(exact_heads=True, column_group=4))
+    host = ResidentModel(model, family)
     units = layer_units(host.layers, family, shapes, settings)
     curves = loss_curves(measure(host, samples, range(4), settings), units)
     assert len(curves) == 4
@@ -180,7 +180,7 @@ def test_curves_are_measured_on_the_whole_model(name, samples):
         handle.remove()
         pruner = SlimGPT(linear)
         pruner.add_batch(inputs[0].view(len(samples), 16, -1))
-        pruner.struct_prune(12, choices=settings.choices)
+        pruner.struct_prune(12, selection=settings.selection)
         got = model(samples[:probed]).logits.log_softmax(-1)
     divergence = functional.kl_div(got, expected, reduction="sum", log_target=True).item() / expected[..., 0].numel()
     curve = curves[2][1]
@@ -222,27 +222,27 @@ def test_target_ratio(allocation, words, tmp_path):
 def test_the_best_preset_is_its_flags(words, tmp_path):
     target = ["--target_ratio", 0.3]
     main(*words, *target, "--preset", "best", "--save_dir", tmp_path / "preset")
-    flags = ["--exact_heads", "--column_group", 32, "--text_starts", 512, "--allocation", "search"]
+    flags = ["--exact_heads", "--column_group", 32, "--sink_windows", 512, "--allocation", "search"]
     main(*words, *target, *flags, "--save_dir", tmp_path / "flags")
     assert (tmp_path / "preset" / "pruning.json").read_text() == (tmp_path / "flags" / "pruning.json").read_text()
 
 
 @pytest.mark.parametrize(
-    ("flags", "allocation", "column_group", "text_starts"),
+    ("flags", "allocation", "column_group", "sink_windows"),
     [
         ([], None, None, 0),
         (["--preset", "best"], None, 32, 512),
         (["--preset", "best", "--target_ratio", 0.3, "--allocation", "uniform"], "uniform", 32, 512),
         (["--preset", "best", "--target_ratio", 0.3, "--stream", "--save_dir", "out"], "log_increase", 32, 512),
         (["--preset", "best", "--target_params", 9e4, "--column_group", 4], "search", 4, 512),
-        (["--preset", "best", "--text_starts", 0], None, 32, 0),
+        (["--preset", "best", "--sink_windows", 0], None, 32, 0),
     ],
 )
-def test_the_best_preset_leaves_what_was_asked_for(flags, allocation, column_group, text_starts, words):
+def test_the_best_preset_leaves_what_was_asked_for(flags, allocation, column_group, sink_windows, words):
     args = model_slimming.build_parser().parse_args(list(map(str, [*words, *flags])))
     config = with_preset(PruningConfig(**vars(args)))
-    windows = sink_windows(config, bos=False)
-    assert (config.allocation, config.column_group, windows) == (allocation, column_group, text_starts)
+    windows = num_sink_windows(config, bos=False)
+    assert (config.allocation, config.column_group, windows) == (allocation, column_group, sink_windows)
     assert config.exact_heads == ("best" in flags)
 
 
@@ -288,7 +288,7 @@ def test_a_single_unit_of_heads_stays(tokenizer, text_file, tmp_path):
 @pytest.mark.parametrize("content", [{"0": [[0.0, 1.0], [0.0, 2.0]]}, {"protocol": [], "layers": {"0": []}}])
 def test_what_another_search_measured_is_not_used(content, samples, tmp_path):
     model = make_tiny("mha")
-    host, settings = LayerHost(model, find_family(model.config)), WalkSettings(CPU, CPU)
+    host, settings = ResidentModel(model, find_family(model.config)), PruningSettings(CPU, CPU)
     (tmp_path / "measured.json").write_text(json.dumps(content))
     found = measure(host, samples, range(2), settings, tmp_path / "measured.json")
     assert found == measure(host, samples, range(2), settings)
@@ -318,8 +318,8 @@ def test_dead_columns_do_not_hide_what_the_others_cost(samples):
     model = make_tiny("mha")
     for name in ("gate_proj", "up_proj"):
         getattr(model.model.layers[1].mlp, name).weight.data[:20] = 0
-    family, shapes, settings = find_family(model.config), layer_shapes(model.config), WalkSettings(CPU, CPU)
-    host = LayerHost(model, family)
+    family, shapes, settings = find_family(model.config), layer_shapes(model.config), PruningSettings(CPU, CPU)
+    host = ResidentModel(model, family)
     units = layer_units(host.layers, family, shapes, settings)
     losses = loss_curves(measure(host, samples, range(4), settings), units)[1][1].losses
     assert losses[20] <= 1e-4 * losses[-1] and 1e-4 < losses[-1] < 1
@@ -328,7 +328,9 @@ def test_dead_columns_do_not_hide_what_the_others_cost(samples):
 def test_layers_that_are_not_measured_take_their_losses_from_their_neighbours():
     units = [LayerUnits(3, 3, 10, 1)] * 3
     losses = enumerate((0.01, None, 0.04))
-    layers = {i: [Sublayer([0, 1, 4], 1, loss), Sublayer([0, 2, 2], 2, loss and 1.0)] for i, loss in losses}
+    layers = {
+        i: [UnitSensitivity([0, 1, 4], 1, loss), UnitSensitivity([0, 2, 2], 2, loss and 1.0)] for i, loss in losses
+    }
     heads = [of_heads.losses for of_heads, _ in loss_curves(layers, units)]
     assert heads[1].tolist() == pytest.approx([0, 0.02, 0.08])
     assert heads[2].tolist() == pytest.approx([0, 0.04, 0.16])

@@ -8,7 +8,7 @@ import torch
 from slim_utils.allocation.planner import Planner, pruning_settings
 from slim_utils.common.errors import UserError
 from slim_utils.families import find_family
-from slim_utils.layerwise.offload import LayerHost
+from slim_utils.layerwise.offload import ResidentModel
 from slim_utils.masks import LayerPlan
 from slim_utils.pruning_config import PruningConfig
 from tests.conftest import make_tiny
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def planner(name: str, **flags) -> Planner:
     model, config = make_tiny(name), PruningConfig(device=CPU, cache_dev=CPU, **flags)
-    return Planner(config, LayerHost(model, find_family(model.config)), pruning_settings(config))
+    return Planner(config, ResidentModel(model, find_family(model.config)), pruning_settings(config))
 
 
 @pytest.mark.parametrize(("name", "refused"), [("mixtral", True), ("gqa", False)])

@@ -11,20 +11,20 @@ from torch.nn import functional
 import model_slimming
 from slim_utils.allocation import refinement
 from slim_utils.allocation.budget import LayerUnits, layer_units
-from slim_utils.allocation.refinement import NEIGHBOUR_SAMPLES, measure_around, refined_plans
-from slim_utils.allocation.sensitivity import LEAST_LOSS, Probe, Sublayer
+from slim_utils.allocation.refinement import REFINEMENT_SAMPLES, measure_around, refined_plans
+from slim_utils.allocation.sensitivity import LEAST_LOSS, KLProbe, UnitSensitivity
 from slim_utils.common.errors import UserError
 from slim_utils.families import find_family, layer_shapes
-from slim_utils.layerwise.offload import LayerHost
+from slim_utils.layerwise.offload import ResidentModel
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.resume import LayerStore
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerPlan
-from slim_utils.obs import Choices
+from slim_utils.obs import SelectionOptions
 from tests.conftest import make_tiny
 
 CPU = torch.device("cpu")
-SETTINGS = WalkSettings(CPU, CPU, choices=Choices(exact_heads=True, column_group=4))
+SETTINGS = PruningSettings(CPU, CPU, selection=SelectionOptions(exact_heads=True, column_group=4))
 # Heads and columns of four layers, of which the tiny models have 6 (2 of each of the kv groups there may be) and 40.
 PLAN = [LayerPlan(2, 4), LayerPlan(2, 12), LayerPlan(), LayerPlan(2, 20)]
 
@@ -41,11 +41,11 @@ def test_prices_are_those_of_the_whole_pruned_model(kind, name, samples):
     """The rise from a few units fewer gone to a few more, with every other layer as planned."""
     model, dense = make_tiny(name, torch.float64), make_tiny(name, torch.float64)
     family = find_family(model.config)
-    found = measure_around(LayerHost(model, family), samples, None, PLAN, SETTINGS)
+    found = measure_around(ResidentModel(model, family), samples, None, PLAN, SETTINGS)
     assert sorted(found) == [0, 1, 3]
     for parameter, before in zip(model.parameters(), dense.parameters(), strict=True):
         assert torch.equal(parameter, before)
-    planned, probe, losses = pruned(name, samples, PLAN), samples[:NEIGHBOUR_SAMPLES], []
+    planned, probe, losses = pruned(name, samples, PLAN), samples[:REFINEMENT_SAMPLES], []
     units = {"heads": units_of_heads(model), "columns": 40}[kind]
     per_unit = {"heads": SETTINGS.heads_per_unit(layer_shapes(model.config)[1]), "columns": 1}[kind]
     count, step = asdict(PLAN[1])[kind] // per_unit, max(1, round(units / 16))
@@ -69,9 +69,9 @@ def units_of_heads(model: torch.nn.Module) -> int:
 
 def test_the_model_is_dense_again_when_it_is_cut_off(samples, monkeypatch):
     model, dense = make_tiny("mha"), make_tiny("mha")
-    monkeypatch.setattr(Probe, "advance", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(KLProbe, "advance", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        measure_around(LayerHost(model, find_family(model.config)), samples, None, PLAN, SETTINGS)
+        measure_around(ResidentModel(model, find_family(model.config)), samples, None, PLAN, SETTINGS)
     for parameter, before in zip(model.parameters(), dense.parameters(), strict=True):
         assert torch.equal(parameter, before)
 
@@ -79,7 +79,7 @@ def test_the_model_is_dense_again_when_it_is_cut_off(samples, monkeypatch):
 @pytest.mark.parametrize("name", ["olmo2", "phi3", "gemma2"])
 def test_every_family_keeps_its_budget(name, samples):
     model, dense = make_tiny(name), make_tiny(name)
-    host, family = LayerHost(model, find_family(model.config)), find_family(model.config)
+    host, family = ResidentModel(model, find_family(model.config)), find_family(model.config)
     units = layer_units(host.layers, family, layer_shapes(model.config), SETTINGS)
     plan = [own.plan(1, 8) for own in units]
     measured = measure_around(host, samples, None, plan, SETTINGS)
@@ -99,17 +99,17 @@ def test_heads_that_are_normed_together_are_only_tried_without(samples):
     """What feeds a head that went is gone as well."""
     model = make_tiny("olmo2")
     seen, family = [], find_family(model.config)
-    onlooker = refinement._Onlooker(family, SETTINGS)
-    prune_layers(model, family, samples, PLAN, SETTINGS, onlooker=onlooker)
-    for (_, name), place in onlooker.places.items():
-        seen.append((name == family.attention_out, min(place.neighbours) > place.count))
+    hook = refinement._ProbeHook(family, SETTINGS)
+    prune_layers(model, family, samples, PLAN, SETTINGS, hook=hook)
+    for (_, name), place in hook.places.items():
+        seen.append((name == family.attention_out, min(place.candidate_weights) > place.count))
     assert set(seen) == {(True, True), (False, False)}
 
 
 def test_a_layer_that_does_nothing_costs_nothing(samples):
     model = make_tiny("mha")
     model.model.layers[0].self_attn.o_proj.weight.data.zero_()
-    host, family = LayerHost(model, find_family(model.config)), find_family(model.config)
+    host, family = ResidentModel(model, find_family(model.config)), find_family(model.config)
     units = layer_units(host.layers, family, layer_shapes(model.config), SETTINGS)
     plan = [own.plan(2, 8) for own in units]
     measured = measure_around(host, samples, None, plan, SETTINGS)
@@ -118,8 +118,8 @@ def test_a_layer_that_does_nothing_costs_nothing(samples):
     assert plans[0].heads == 3
 
 
-def curve(price: float, units: int) -> Sublayer:
-    return Sublayer((np.arange(units + 1.0) ** 1.5).tolist(), units // 2, price * (units // 2) ** 1.5)
+def curve(price: float, units: int) -> UnitSensitivity:
+    return UnitSensitivity((np.arange(units + 1.0) ** 1.5).tolist(), units // 2, price * (units // 2) ** 1.5)
 
 
 def test_few_units_move_and_the_budget_stays():
@@ -156,7 +156,7 @@ def kept(folder) -> list[list[int]]:
 
 def test_a_schedule_is_refined(words, tmp_path):
     for name, flags in (("plain", []), ("refined", ["--refine", 2])):
-        main(*words, *flags, "--text_starts", 20, "--save_pruned_weights", "--save_dir", tmp_path / name)
+        main(*words, *flags, "--sink_windows", 20, "--save_pruned_weights", "--save_dir", tmp_path / name)
     before, after = kept(tmp_path / "plain"), kept(tmp_path / "refined")
     assert before != after
     records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("plain", "refined")]
@@ -171,30 +171,30 @@ def test_a_schedule_is_refined(words, tmp_path):
 def test_a_refinement_that_was_cut_off_measures_nothing_twice(words, tmp_path, monkeypatch):
     flags = [*words, "--refine", 1]
     main(*flags, "--save_dir", tmp_path / "whole")
-    divergence, measured = Probe.divergence, []
+    divergence, measured = KLProbe.divergence, []
 
-    def counted(self: Probe, index: int) -> float:
+    def counted(self: KLProbe, index: int) -> float:
         measured.append(index)
         if len(measured) == 9:
             # In the second layer.
             raise KeyboardInterrupt
         return divergence(self, index)
 
-    monkeypatch.setattr(refinement.Probe, "divergence", counted)
+    monkeypatch.setattr(refinement.KLProbe, "divergence", counted)
     with pytest.raises(KeyboardInterrupt):
         main(*flags, "--save_dir", tmp_path / "out")
     assert LayerStore(tmp_path / "out").exists()
     first = measured.copy()
     main(*flags, "--resume", "--save_dir", tmp_path / "out")
-    # The planned model, then two neighbours of each place; a finished layer is not measured again.
+    # The planned model, then two candidate_weights of each place; a finished layer is not measured again.
     assert first == [0, 0, 0, 0, 0, 1, 1, 1, 1]
     assert measured[9:] == [0] + [index for index in (1, 2, 3) for _ in range(4)]
     assert (tmp_path / "out" / "pruning.json").read_text() == (tmp_path / "whole" / "pruning.json").read_text()
 
 
 def test_without_time_only_the_first_and_the_last_layer_are_measured(words, tmp_path, monkeypatch):
-    divergence, measured = Probe.divergence, []
-    monkeypatch.setattr(Probe, "divergence", lambda self, index: measured.append(index) or divergence(self, index))
+    divergence, measured = KLProbe.divergence, []
+    monkeypatch.setattr(KLProbe, "divergence", lambda self, index: measured.append(index) or divergence(self, index))
     main(*words, "--refine", 1, "--search_minutes", 0, "--save_dir", tmp_path / "out")
     assert measured == [0] + [0] * 4 + [3] * 4
 

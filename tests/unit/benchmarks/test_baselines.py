@@ -5,12 +5,12 @@ import torch
 
 from benchmarks.baselines import ChannelStatistics, lowest_go, prune_flap, prune_magnitude, prune_wanda_sp, standardised
 from slim_utils.families import find_family, layer_shapes
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.profiling.model_stats import removed_share
 from tests.conftest import make_tiny
 
 CPU = torch.device("cpu")
-SETTINGS = WalkSettings(CPU, CPU)
+SETTINGS = PruningSettings(CPU, CPU)
 COUNTS = {"mha": [[2, 10]] * 4, "gqa": [[1, 10]] * 4}
 
 

@@ -20,7 +20,7 @@ from scripts import compare_models, export_gguf
 from slim_utils.common.checkpoint_checks import check_weights
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import load_config, load_model, load_tokenizer, save_checkpoint
-from slim_utils.layerwise.offload import StreamedHost
+from slim_utils.layerwise.offload import OffloadedModel
 from slim_utils.profiling.model_stats import model_stats
 from tests.conftest import make_tiny
 from train_utils.finetune_args import parse_args
@@ -66,7 +66,7 @@ def opened(way: str, model: Path, scratch: Path) -> None:
     if way == "whole":
         load_model(str(model), "auto", False)
     else:
-        StreamedHost(str(model), "auto", False, scratch).close()
+        OffloadedModel(str(model), "auto", False, scratch).close()
 
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -116,8 +116,8 @@ def test_load_model_of_wrapped_weights_drops_the_prefix(prefix, variant, tmp_pat
     # Saved, they have the names of the library.
     save_checkpoint(loaded, tokenizer, tmp_path / "saved")
     assert load_file(tmp_path / "saved" / WEIGHTS).keys() == load_file(tmp_path / "dense" / WEIGHTS).keys()
-    host = StreamedHost(str(model), "auto", False, tmp_path / "scratch")
-    layer = host.fetch(1, torch.device("cpu"))
+    host = OffloadedModel(str(model), "auto", False, tmp_path / "scratch")
+    layer = host.onload(1, torch.device("cpu"))
     for name, tensor in dense.model.layers[1].state_dict().items():
         assert torch.equal(layer.state_dict()[name], tensor), name
     host.close()
@@ -280,9 +280,9 @@ def test_load_model_of_a_pickled_tied_model_with_its_own_head_clears_the_flag(ow
     torch.save(load_file(own_head / WEIGHTS), tmp_path / "bin" / "pytorch_model.bin")
     (tmp_path / "bin" / WEIGHTS).unlink()
     assert not load_model(str(tmp_path / "bin"), "auto", False).config.tie_word_embeddings
-    host = StreamedHost(str(tmp_path / "bin"), "auto", False, tmp_path / "scratch")
+    host = OffloadedModel(str(tmp_path / "bin"), "auto", False, tmp_path / "scratch")
     assert not host.model.config.tie_word_embeddings
-    with host.outside():
+    with host.non_layer_modules():
         assert not torch.equal(host.model.lm_head.weight, host.model.model.embed_tokens.weight)
     host.close()
 

@@ -8,7 +8,7 @@ import torch
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layerwise.experts import expert_inputs, expert_linear, prune_experts
 from slim_utils.layerwise.pruner import prune_layers
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerMask
 from tests import reference_slimgpt
 from tests.conftest import make_tiny, plans_of
@@ -57,14 +57,14 @@ def test_an_experts_linear_map_is_its_slice():
 def test_every_expert_by_its_own_tokens():
     experts, dense = tiny_experts(), tiny_experts()
     calls = some_calls(experts, [60, 50, 45, 70])
-    result = prune_experts(experts, "experts", [calls], 12, WalkSettings(CPU, CPU))
+    result = prune_experts(experts, "experts", [calls], 12, PruningSettings(CPU, CPU))
     for index, inputs in expert_inputs(dense, *calls):
         hessian = reference_slimgpt.hessian_of(inputs[None])
         expected, removed = reference_slimgpt.struct_prune(dense.down_proj[index].data, hessian, 0.3, percdamp=0.01)
         assert [u - 40 * index for u in result.pruned_units if u // 40 == index] == removed
         assert torch.allclose(experts.down_proj[index], expected, rtol=1e-4, atol=1e-4)
     assert len(result.pruned_units) == 4 * 12
-    assert 0 < result.error < result.error_zeroed
+    assert 0 < result.error_compensated < result.error_uncompensated
 
 
 @pytest.mark.parametrize("count", [0, 12])
@@ -74,7 +74,7 @@ def test_prune_experts_dead_columns_of_kept_units_keep_their_weights(count):
     for module in (experts, dense):
         module.gate_up_proj.data[1, dead] = 0
     calls = some_calls(experts, [60, 50, 45, 70])
-    result = prune_experts(experts, "experts", [calls], count, WalkSettings(CPU, CPU))
+    result = prune_experts(experts, "experts", [calls], count, PruningSettings(CPU, CPU))
     kept = [unit - 40 for unit in result.kept_units if unit // 40 == 1]
     assert len(kept) == 40 - count
     kept_dead = sorted(set(kept) & set(dead))
@@ -85,16 +85,16 @@ def test_prune_experts_dead_columns_of_kept_units_keep_their_weights(count):
 def test_batches_add_up():
     whole, parts = tiny_experts(), tiny_experts()
     calls = some_calls(whole, [60, 50, 45, 70])
-    expected = prune_experts(whole, "experts", [calls], 12, WalkSettings(CPU, CPU))
+    expected = prune_experts(whole, "experts", [calls], 12, PruningSettings(CPU, CPU))
     split = [tuple(tensor[start::3] for tensor in calls) for start in range(3)]
-    assert prune_experts(parts, "experts", split, 12, WalkSettings(CPU, CPU)).pruned_units == expected.pruned_units
+    assert prune_experts(parts, "experts", split, 12, PruningSettings(CPU, CPU)).pruned_units == expected.pruned_units
 
 
 def test_experts_that_saw_few_tokens_are_damped_and_reported(caplog):
     experts, dense = tiny_experts(), tiny_experts()
     calls = some_calls(experts, [60, 0, 3, 39])
     with caplog.at_level(logging.WARNING):
-        result = prune_experts(experts, "layer 4 experts", [calls], 20, WalkSettings(CPU, CPU))
+        result = prune_experts(experts, "layer 4 experts", [calls], 20, PruningSettings(CPU, CPU))
     assert caplog.messages == [
         "layer 4 experts: fewer tokens than the 40 columns came to experts 1 (0), 2 (3), 3 (39); damped by 1; raise "
         "--num_samples"
@@ -121,11 +121,11 @@ def test_a_model_most_of_whose_experts_starve_stays_finite(name, dtype, samples)
         for layer in model.model.layers:
             if hasattr(layer.mlp, "experts"):
                 layer.mlp.gate.weight.zero_()
-    settings = WalkSettings(CPU, CPU, percdamp=0.0)
+    settings = PruningSettings(CPU, CPU, percdamp=0.0)
     plans = plans_of(model, [0.5] * 4, settings)
     masks, reports = prune_layers(model, find_family(model.config), samples[:1], plans, settings)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
-    assert all(report.mlp.error <= report.mlp.error_zeroed for report in reports)
+    assert all(report.mlp.error_compensated <= report.mlp.error_uncompensated for report in reports)
     for mask in masks:
         kept = {len(columns) for columns in mask.columns_by_ffn()}
         assert kept <= ({8, 16, 24} if mask.shape.num_experts else {20}) and len(kept) == 1

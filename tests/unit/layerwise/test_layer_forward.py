@@ -8,8 +8,8 @@ import torch
 from slim_utils.families import find_family
 from slim_utils.layerwise import layer_forward as layer_replay
 from slim_utils.layerwise import settings as walk_settings
-from slim_utils.layerwise.layer_forward import LayerReplay, capture_layer_calls
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.layer_forward import LayerForward, capture_layer_kwargs
+from slim_utils.layerwise.settings import PruningSettings
 from tests.conftest import ALL_TINY, make_tiny
 
 CPU = torch.device("cpu")
@@ -17,12 +17,12 @@ CPU = torch.device("cpu")
 ELSEWHERE = torch.device("cpu", 0)
 
 
-def first_replay(model, samples, cache_dev=CPU) -> LayerReplay:
+def first_replay(model, samples, cache_dev=CPU) -> LayerForward:
     """The first layer on its inputs."""
-    family, settings = find_family(model.config), WalkSettings(CPU, cache_dev)
+    family, settings = find_family(model.config), PruningSettings(CPU, cache_dev)
     layers = family.decoder_layers(model)
-    hidden, calls = capture_layer_calls(model, layers, samples, settings)
-    return LayerReplay(layers[0], family, hidden, calls[0], settings)
+    hidden, calls = capture_layer_kwargs(model, layers, samples, settings)
+    return LayerForward(layers[0], family, hidden, calls[0], settings)
 
 
 def plain_forward(model, samples, name: str):
@@ -105,5 +105,5 @@ def test_columns_are_kept_only_where_there_is_room(samples, monkeypatch):
 )
 def test_batches_hold_so_many_tokens_and_samples(monkeypatch, samples, batch_samples, expected):
     monkeypatch.setattr(walk_settings, "TOKENS_PER_FORWARD", 64)
-    spans = WalkSettings(CPU, CPU, batch_samples=batch_samples).spans(samples)
+    spans = PruningSettings(CPU, CPU, batch_samples=batch_samples).micro_batches(samples)
     assert spans == (expected or [(i, i + 1) for i in range(8)])

@@ -16,11 +16,11 @@ from slim_utils.allocation.refinement import measure_around
 from slim_utils.allocation.sensitivity import measure
 from slim_utils.families import find_family
 from slim_utils.layerwise import pruner as layer_walk
-from slim_utils.layerwise.layer_forward import LayerReplay
-from slim_utils.layerwise.offload import LayerHost
+from slim_utils.layerwise.layer_forward import LayerForward
+from slim_utils.layerwise.offload import ResidentModel
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.resume import LayerStore
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.settings import PruningSettings
 from tests.conftest import make_tiny, plans_of
 
 CPU = torch.device("cpu")
@@ -31,13 +31,13 @@ RATIOS = [0.2, 0.35, 0.5, 0.6]
 
 def walk(model, samples, ratios=RATIOS, store=None, starts=None, **settings):
     """Masks and reports of pruning ``model`` in place."""
-    family, settings = find_family(model.config), WalkSettings(**{"device": CPU, "cache_dev": CPU, **settings})
+    family, settings = find_family(model.config), PruningSettings(**{"device": CPU, "cache_dev": CPU, **settings})
     return prune_layers(model, family, samples, plans_of(model, ratios, settings), settings, store, starts=starts)
 
 
 def full_where(monkeypatch, name, is_full):
     """Let memory be full where ``is_full(replay, *args)`` holds at the call of a method of replays; its batch sizes."""
-    method, seen = getattr(LayerReplay, name), []
+    method, seen = getattr(LayerForward, name), []
 
     def limited(self, *args):
         seen.append(len(args[0]) if args else None)
@@ -45,7 +45,7 @@ def full_where(monkeypatch, name, is_full):
             raise torch.OutOfMemoryError("full")
         return method(self, *args)
 
-    monkeypatch.setattr(LayerReplay, name, limited)
+    monkeypatch.setattr(LayerForward, name, limited)
     return seen
 
 
@@ -65,7 +65,7 @@ def test_prune_layers_full_while_advancing_goes_on_from_the_batch(
     whole, parts, starts = make_tiny("gqa"), make_tiny("gqa"), samples[:7, :8]
     expected, _ = walk(whole, samples, ratios, starts=starts)
     advancing, run = [], []
-    advance = LayerReplay.advance
+    advance = LayerForward.advance
 
     def watched(self):
         advancing.append(True)
@@ -74,7 +74,7 @@ def test_prune_layers_full_while_advancing_goes_on_from_the_batch(
         finally:
             advancing.pop()
 
-    monkeypatch.setattr(LayerReplay, "advance", watched)
+    monkeypatch.setattr(LayerForward, "advance", watched)
     full_where(monkeypatch, "_run", lambda replay, batch: advancing and (run.append(len(batch)) or len(run) == failing))
     masks, reports = walk(parts, samples, ratios, starts=starts, batch_samples=batch_samples)
     assert masks == expected
@@ -84,14 +84,14 @@ def test_prune_layers_full_while_advancing_goes_on_from_the_batch(
 
 
 def test_prune_layers_full_for_activations_keeps_them_on_the_host(samples, monkeypatch, caplog):
-    capture = layer_walk.capture_layer_calls
+    capture = layer_walk.capture_layer_kwargs
 
-    def limited(model, layers, samples, settings, world):
+    def limited(model, layers, samples, settings, processes):
         if settings.cache_dev != CPU:
             raise torch.OutOfMemoryError("full")
-        return capture(model, layers, samples, settings, world)
+        return capture(model, layers, samples, settings, processes)
 
-    monkeypatch.setattr(layer_walk, "capture_layer_calls", limited)
+    monkeypatch.setattr(layer_walk, "capture_layer_kwargs", limited)
     model = make_tiny("gqa")
     masks, _ = walk(model, samples, cache_dev=ELSEWHERE)
     assert masks == walk(make_tiny("gqa"), samples)[0]
@@ -101,7 +101,7 @@ def test_prune_layers_full_for_activations_keeps_them_on_the_host(samples, monke
 
 
 def test_prune_layers_full_for_a_layer_keeps_activations_on_the_host(samples, monkeypatch, caplog):
-    fetch, calls = LayerHost.fetch, []
+    fetch, calls = ResidentModel.fetch, []
 
     def limited(self, index, device):
         calls.append(index)
@@ -109,7 +109,7 @@ def test_prune_layers_full_for_a_layer_keeps_activations_on_the_host(samples, mo
             raise torch.OutOfMemoryError("full")
         return fetch(self, index, device)
 
-    monkeypatch.setattr(LayerHost, "fetch", limited)
+    monkeypatch.setattr(ResidentModel, "fetch", limited)
     masks, reports = walk(make_tiny("gqa"), samples, cache_dev=ELSEWHERE)
     assert masks == walk(make_tiny("gqa"), samples)[0]
     assert [report.cache_dev for report in reports] == ["cpu:0", "cpu:0", "cpu", "cpu"]
@@ -166,10 +166,10 @@ def losses(measured):
 
 def test_measure_where_memory_is_full_gives_the_same_losses(samples, tmp_path, monkeypatch, caplog):
     model = make_tiny("gqa")
-    host, settings = LayerHost(model, find_family(model.config)), WalkSettings(CPU, CPU)
+    host, settings = ResidentModel(model, find_family(model.config)), PruningSettings(CPU, CPU)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     expected = losses(measure(host, samples, range(4), settings))
-    divergence, calls = search.Probe.divergence, []
+    divergence, calls = search.KLProbe.divergence, []
 
     def limited(self, index):
         calls.append(index)
@@ -177,7 +177,7 @@ def test_measure_where_memory_is_full_gives_the_same_losses(samples, tmp_path, m
             raise torch.OutOfMemoryError("full")
         return divergence(self, index)
 
-    monkeypatch.setattr(search.Probe, "divergence", limited)
+    monkeypatch.setattr(search.KLProbe, "divergence", limited)
     found = measure(host, samples, range(4), settings, tmp_path / "measured.json")
     assert losses(found) == pytest.approx(expected, rel=0.05)
     # What was measured is not measured again.
@@ -188,11 +188,11 @@ def test_measure_where_memory_is_full_gives_the_same_losses(samples, tmp_path, m
 
 def test_measure_around_where_memory_is_full_gives_the_same_losses(samples, monkeypatch, caplog):
     model = make_tiny("gqa")
-    host, settings = LayerHost(model, find_family(model.config)), WalkSettings(CPU, CPU)
+    host, settings = ResidentModel(model, find_family(model.config)), PruningSettings(CPU, CPU)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     plans = plans_of(model, RATIOS, settings)
     expected = measure_around(host, samples, None, plans, settings)
-    divergence, calls = refinement.Probe.divergence, []
+    divergence, calls = refinement.KLProbe.divergence, []
 
     def limited(self, index):
         calls.append(index)
@@ -200,7 +200,7 @@ def test_measure_around_where_memory_is_full_gives_the_same_losses(samples, monk
             raise torch.OutOfMemoryError("full")
         return divergence(self, index)
 
-    monkeypatch.setattr(refinement.Probe, "divergence", limited)
+    monkeypatch.setattr(refinement.KLProbe, "divergence", limited)
     found = measure_around(host, samples, None, plans, settings)
     for index, parts in expected.items():
         for part, again in zip(parts, found[index], strict=True):
@@ -225,7 +225,7 @@ def full_on_device(monkeypatch, model):
 @pytest.mark.parametrize("known", [True, False])
 def test_evaluate_on_a_device_that_is_too_small_goes_layer_by_layer(samples, known, monkeypatch, caplog):
     model = make_tiny("gqa")
-    host, sets = LayerHost(model, find_family(model.config)), {EvalKey("text", 16): samples}
+    host, sets = ResidentModel(model, find_family(model.config)), {EvalKey("text", 16): samples}
     expected = evaluate(model, sets)[0]["perplexity"]
     if known:
         # As a GPU's would be: it is seen before.
@@ -246,7 +246,7 @@ RUN_ONCE = streamed_eval.layers_run_once
 
 def test_evaluate_on_with_room_for_a_few_windows_takes_smaller_batches(samples, monkeypatch, caplog):
     model = make_tiny("gqa")
-    host, sets = LayerHost(model, find_family(model.config)), {EvalKey("text", 16): samples}
+    host, sets = ResidentModel(model, find_family(model.config)), {EvalKey("text", 16): samples}
     expected = evaluate(model, sets)[0]["perplexity"]
     full_on_device(monkeypatch, model)
     full_where(monkeypatch, "_run", lambda replay, batch: len(batch) > 2)

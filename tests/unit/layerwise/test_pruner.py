@@ -12,9 +12,9 @@ from slim_utils.allocation.alignment import Alignment
 from slim_utils.common.errors import UserError
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layerwise import settings as walk_settings
-from slim_utils.layerwise.layer_forward import LayerReplay
+from slim_utils.layerwise.layer_forward import LayerForward
 from slim_utils.layerwise.pruner import prune_layers
-from slim_utils.layerwise.settings import WalkSettings
+from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.slimgpt import SlimGPT
 from tests import reference_slimgpt
 from tests.conftest import ALL_TINY, make_tiny, plans_of, set_attention
@@ -25,7 +25,7 @@ RATIOS = [0.2, 0.35, 0.5, 0.6]
 
 def walk(model, samples, ratios=RATIOS, alignment=None, **settings):
     """Masks and reports of pruning ``model`` in place."""
-    settings = WalkSettings(CPU, CPU, **settings)
+    settings = PruningSettings(CPU, CPU, **settings)
     plans = plans_of(model, ratios, settings, alignment)
     return prune_layers(model, find_family(model.config), samples, plans, settings)
 
@@ -73,7 +73,7 @@ def test_query_heads_as_units(samples):
 )
 @pytest.mark.parametrize("variant", ["mha", "gqa"])
 def test_pruning_gives_the_sizes_planned(samples, variant, unit, multiples):
-    model, settings = make_tiny(variant), WalkSettings(CPU, CPU, gqa_unit=unit)
+    model, settings = make_tiny(variant), PruningSettings(CPU, CPU, gqa_unit=unit)
     plans = plans_of(model, RATIOS, settings, Alignment(**multiples))
     masks, _ = prune_layers(model, find_family(model.config), samples, plans, settings)
     assert [mask.plan for mask in masks] == plans
@@ -131,7 +131,7 @@ def test_without_compensation_the_rest_stays(samples):
     for index, mask in enumerate(masks):
         got, expected = (m.model.layers[index].mlp.down_proj.weight for m in (model, dense))
         assert torch.equal(got[:, mask.kept_columns], expected[:, mask.kept_columns])
-        assert reports[index].mlp.error == pytest.approx(reports[index].mlp.error_zeroed)
+        assert reports[index].mlp.error_compensated == pytest.approx(reports[index].mlp.error_uncompensated)
 
 
 def test_every_argument_of_a_layers_call_is_replayed(samples, monkeypatch):
@@ -160,7 +160,7 @@ def test_every_argument_of_a_layers_call_is_replayed(samples, monkeypatch):
     family = find_family(model.config)
     model.model.layers = nn.ModuleList(Caller(layer) for layer in layers)
     monkeypatch.setattr(type(family), "decoder_layers", lambda self, model: layers)
-    settings = WalkSettings(CPU, CPU)
+    settings = PruningSettings(CPU, CPU)
     prune_layers(model, family, samples, plans_of(model, RATIOS, settings), settings)
     assert seen
     assert all(position == "position" and name.item() == 1 for position, name, _ in seen)
@@ -196,7 +196,7 @@ def test_half_precision(dtype, samples):
         weight = model.model.layers[index].mlp.down_proj.weight
         removed = sorted(set(range(40)) - set(mask.kept_columns))
         assert torch.count_nonzero(weight[:, removed]) == 0
-    assert all(report.mlp.error < report.mlp.error_zeroed for report in reports)
+    assert all(report.mlp.error_compensated < report.mlp.error_uncompensated for report in reports)
 
 
 def test_one_log_line_a_layer(samples, caplog):
@@ -237,7 +237,7 @@ def test_norms_over_all_heads_keep_their_scale(samples):
 
 def full_memory(monkeypatch, fits):
     """Let the device's memory be full wherever ``fits(replay, batch)`` does not hold; the sizes that were tried."""
-    run, tried = LayerReplay._run, []
+    run, tried = LayerForward._run, []
 
     def limited(self, batch):
         tried.append(len(batch))
@@ -245,7 +245,7 @@ def full_memory(monkeypatch, fits):
             raise torch.OutOfMemoryError("full")
         return run(self, batch)
 
-    monkeypatch.setattr(LayerReplay, "_run", limited)
+    monkeypatch.setattr(LayerForward, "_run", limited)
     return tried
 
 
@@ -267,7 +267,7 @@ def test_activations_go_to_the_host_last(samples, monkeypatch, caplog):
     elsewhere = torch.device("cpu", 0)
     full_memory(monkeypatch, lambda replay, batch: replay.settings.cache_dev == CPU)
     model = make_tiny("gqa")
-    settings = WalkSettings(CPU, elsewhere)
+    settings = PruningSettings(CPU, elsewhere)
     plans = plans_of(model, RATIOS, settings)
     masks, _ = prune_layers(model, find_family(model.config), samples, plans, settings)
     assert masks == walk(make_tiny("gqa"), samples)[0]
@@ -300,7 +300,7 @@ def test_the_first_half_of_the_layers_sees_beginnings_of_text_besides(variant, s
         return prune(pruner, *args, **flags)
 
     monkeypatch.setattr(SlimGPT, "struct_prune", spy)
-    settings = WalkSettings(CPU, CPU)
+    settings = PruningSettings(CPU, CPU)
     plans = plans_of(model, RATIOS, settings)
     prune_layers(model, find_family(model.config), samples, plans, settings, starts=starts)
     tokens = torch.cat(expected).double()
