@@ -16,9 +16,7 @@ its seconds are in the row that measured it.
 """
 
 import argparse
-import json
 import logging
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,8 +33,8 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.baselines import prune_flap, prune_magnitude, prune_wanda_sp
+from benchmarks.measuring import eval_sets, measure_in_new_process, measure_missing_rows
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
-from ppl_eval.ppl_dataset import eval_windows
 from ppl_eval.ppl_eval import perplexity
 from slim_utils.allocation.budget import LayerUnits, block_weights, layer_units, scaled_counts, scaled_ratios
 from slim_utils.allocation.refinement import measure_around, refined_ratios
@@ -44,9 +42,7 @@ from slim_utils.allocation.schedules import non_uniform_ratios
 from slim_utils.allocation.sensitivity import measure as measure_losses
 from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.cli.slimming_args import BEST_COLUMN_GROUP, BEST_TEXT_STARTS, searched_ratios
-from slim_utils.common.environment import command_line, environment
-from slim_utils.common.errors import UserError
-from slim_utils.common.loading import check_output_file, load_model, load_tokenizer, peak_memory_mib, write_json_atomic
+from slim_utils.common.loading import load_model, load_tokenizer, peak_memory_mib, write_json_atomic
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layerwise.offload import CPU, LayerHost
 from slim_utils.layerwise.pruner import prune_layers
@@ -55,7 +51,6 @@ from slim_utils.masks import LayerMask
 from slim_utils.obs import PAPER_CHOICES, Choices
 from slim_utils.profiling.model_stats import removed_share
 from slim_utils.slim_dataset import load_calibration, text_starts
-from slim_utils.text_source import file_documents, join_documents, tokenize
 
 logger = logging.getLogger("bench_quality")
 
@@ -156,39 +151,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def eval_sets(args: argparse.Namespace) -> dict[str, Tensor]:
-    """Windows (8, 1024) of every evaluation text, by its name."""
-    tokenizer, sets = load_tokenizer(args.model, False), {}
-    for name, file in named_files("--eval_files", args.eval_files).items():
-        tokens = tokenize(tokenizer, join_documents(file_documents(file)), add_special_tokens=False)
-        sets[name] = eval_windows(tokens, EVAL_SEQLEN, str(file))[:EVAL_WINDOWS]
-    return sets
-
-
-def named_files(flag: str, specs: list[str]) -> dict[str, Path]:
-    """Files of ``NAME=FILE`` by their names.
-
-    Raises:
-        UserError: naming the flag and what is not one.
-    """
-    files = {}
-    for spec in specs:
-        name, separator, file = spec.partition("=")
-        if not separator or not Path(file).is_file():
-            raise UserError(f"{flag} {spec}: give NAME=FILE of an existing file")
-        files[name] = Path(file)
-    return files
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One row: the first of every list of the arguments; ``dense`` where the share is 0."""
     heads, method, share, seed = args.heads[0], args.methods[0], args.shares[0], args.seeds[0]
-    model, sets = load_model(args.model, "float32", False), eval_sets(args)
+    model, tokenizer = load_model(args.model, "float32", False), load_tokenizer(args.model, False)
+    sets = eval_sets(tokenizer, args.eval_files, EVAL_WINDOWS, EVAL_SEQLEN)
     if heads == "repeated":
         model = repeat_kv_heads(model)
     row: dict[str, Any] = {"heads": heads, "share": share, "method": method if share else "dense", "seed": seed}
     if share:
-        data = load_calibration([args.calib_file], load_tokenizer(args.model, False), NUM_SAMPLES, SEQLEN, seed)
+        data = load_calibration([args.calib_file], tokenizer, NUM_SAMPLES, SEQLEN, seed)
         start, measured = time.perf_counter(), args.measure / f"{heads}-{seed}.json"
         masks = METHODS[method](model, data.samples, share, WalkSettings(CPU, CPU, percdamp=PERCDAMP), measured)
         row["seconds"] = round(time.perf_counter() - start, 1)
@@ -207,48 +179,25 @@ def main(args: argparse.Namespace) -> None:
     if args.measure:
         write_json_atomic(args.out, measure(args))
         return
-    eval_sets(args)
+    # Whatever is wrong with a text shows before the first row.
+    eval_sets(load_tokenizer(args.model, False), args.eval_files, EVAL_WINDOWS, EVAL_SEQLEN)
     protocol = {"calibration": [NUM_SAMPLES, SEQLEN], "evaluation": [EVAL_WINDOWS, EVAL_SEQLEN], "percdamp": PERCDAMP}
     protocol |= {"texts": sorted(args.eval_files), "column_group": FINE.column_group}
-    record = {"command": command_line(), **environment(CPU), "protocol": protocol}
-    record["rows"] = rows_so_far(args.out, protocol)
     wanted = [(heads, "dense", 0.0, 0) for heads in args.heads]
     for heads, method, share in product(args.heads, args.methods, args.shares):
         wanted += [(heads, method, share, seed) for seed in ([0] if method in WITHOUT_SEED else args.seeds)]
-    done = {(row["heads"], row["method"], row["share"], row["seed"]) for row in record["rows"]}
     with tempfile.TemporaryDirectory() as folder:
-        for key in wanted:
-            if key not in done:
-                record["rows"].append(measure_in_new_process(args, *key, Path(folder)))
-                write_json_atomic(args.out, record)
+        names, measure_one = ("heads", "method", "share", "seed"), partial(measure_apart, args, Path(folder))
+        measure_missing_rows(args.out, protocol, names, wanted, measure_one)
 
 
-def rows_so_far(out: Path, protocol: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of an earlier run of the same protocol.
-
-    Raises:
-        UserError: if there is a file of another one, or no folder for it.
-    """
-    if not out.exists():
-        check_output_file(out, False, "--out")
-        return []
-    record = json.loads(out.read_text(encoding="utf-8"))
-    if record["protocol"] != protocol:
-        raise UserError(f"--out {out}: of another protocol, {record['protocol']}; give another file")
-    return record["rows"]
-
-
-def measure_in_new_process(
-    args: argparse.Namespace, heads: str, method: str, share: float, seed: int, folder: Path
+def measure_apart(
+    args: argparse.Namespace, folder: Path, heads: str, method: str, share: float, seed: int
 ) -> dict[str, Any]:
-    """:func:`measure` in a process of its own."""
-    command = [sys.executable, __file__, args.model, "--calib_file", args.calib_file]
-    command += ["--eval_files", *args.eval_files, "--shares", share, "--seeds", seed, "--heads", heads]
-    command += ["--measure", folder, "--out", folder / "row.json"]
-    command += ["--methods", method] if share else []
-    if subprocess.run(list(map(str, command)), check=False).returncode != 0:
-        raise UserError(f"{method} at share {share}, seed {seed}, could not be measured")
-    row = json.loads((folder / "row.json").read_text(encoding="utf-8"))
+    """:func:`measure` in a process of its own; ``folder`` keeps what a search has measured."""
+    words = [args.model, "--calib_file", args.calib_file, "--eval_files", *args.eval_files, "--shares", share]
+    words += ["--seeds", seed, "--heads", heads, *(["--methods", method] if share else []), "--measure", folder]
+    row = measure_in_new_process(__file__, words, f"{method} at share {share}, seed {seed},")
     logger.info("%s, %s, share %.3f, seed %d: %s", heads, row["method"], share, seed, row["perplexity"])
     return row
 

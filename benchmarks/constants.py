@@ -18,6 +18,7 @@ import math
 import sys
 import tempfile
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,16 @@ from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench_quality import FINE, MIN_SPARSITY, budgeted, by_schedule, named_files, rows_so_far
+from benchmarks.bench_quality import FINE, MIN_SPARSITY, budgeted, by_schedule
+from benchmarks.measuring import eval_sets, measure_missing_rows
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN
-from ppl_eval.ppl_dataset import eval_windows, load_eval_tokens
 from ppl_eval.ppl_eval import perplexity
 from slim_utils.allocation import budget as allocation
 from slim_utils.allocation import sensitivity as search
 from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.cli.slimming_args import searched_ratios
 from slim_utils.common.bos import BOS_POLICIES, evaluation_bos
-from slim_utils.common.environment import command_line, environment
-from slim_utils.common.loading import load_model, load_tokenizer, write_json_atomic
+from slim_utils.common.loading import load_model, load_tokenizer
 from slim_utils.families import find_family
 from slim_utils.layerwise.offload import CPU, LayerHost
 from slim_utils.layerwise.pruner import prune_layers
@@ -108,17 +108,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def eval_sets(args: argparse.Namespace, model_path: str) -> dict[str, Tensor]:
-    """Windows (4, 512) of every evaluation text, by its name, as ``--bos auto`` begins them."""
-    tokenizer = load_tokenizer(model_path, False)
-    bos = evaluation_bos(tokenizer, BOS_POLICIES[0])[0]
-    sets = {}
-    for name, file in named_files("--eval_files", args.eval_files).items():
-        tokens = load_eval_tokens(str(file), tokenizer, add_special_tokens=False)
-        sets[name] = eval_windows(tokens, EVAL_SEQLEN, name, bos)[:EVAL_WINDOWS]
-    return sets
-
-
 def prune(model: PreTrainedModel, samples: Tensor, share: float, variant: Variant, measured: Path) -> list[LayerMask]:
     """Prune ``model`` in place; ``measured`` keeps what a search has measured."""
     settings = WalkSettings(CPU, CPU, percdamp=variant.percdamp, choices=variant.choices)
@@ -136,20 +125,24 @@ def prune(model: PreTrainedModel, samples: Tensor, share: float, variant: Varian
     return prune_layers(model, family, samples, ratios, settings, starts=starts)[0]
 
 
-def measure(args: argparse.Namespace, model_path: str, share: float, name: str, folder: Path) -> dict[str, Any]:
+def measure(args: argparse.Namespace, folder: Path, model_name: str, share: float, name: str) -> dict[str, Any]:
     """One row; ``dense`` where the share is 0."""
-    row: dict[str, Any] = {"model": Path(model_path).name, "share": share, "variant": name if share else "dense"}
-    model = load_model(model_path, "float32", False)
+    row: dict[str, Any] = {"model": model_name, "share": share, "variant": name}
+    model_path = next(path for path in args.models if Path(path).name == model_name)
+    model, tokenizer = load_model(model_path, "float32", False), load_tokenizer(model_path, False)
     if share:
-        variant, tokenizer = VARIANTS[name], load_tokenizer(model_path, False)
+        variant = VARIANTS[name]
         data = load_calibration([args.calib_file], tokenizer, NUM_SAMPLES, SEQLEN, args.seed, variant.bos)
-        measured = folder / f"{Path(model_path).name}-{variant.bos}-{variant.reference}.json"
+        measured = folder / f"{model_name}-{variant.bos}-{variant.reference}.json"
         masks = prune(model, data.samples, share, variant, measured)
         family = find_family(model.config)
         row["calibration_bos"] = data.bos
         row["share_removed"] = removed_share(family.decoder_layers(model), family, masks)
         row["profile"] = [[len(mask.kept_heads), len(mask.kept_columns)] for mask in masks]
-    row["perplexity"] = {text: perplexity(model, of, batch_size=1) for text, of in eval_sets(args, model_path).items()}
+    bos = evaluation_bos(tokenizer, BOS_POLICIES[0])[0]
+    sets = eval_sets(tokenizer, args.eval_files, EVAL_WINDOWS, EVAL_SEQLEN, bos)
+    row["perplexity"] = {text: perplexity(model, windows, batch_size=1) for text, windows in sets.items()}
+    logger.info("%s", {key: value for key, value in row.items() if key != "profile"})
     return row
 
 
@@ -170,17 +163,12 @@ def main(args: argparse.Namespace) -> None:
     """Measure the rows that are missing."""
     protocol = {"calibration": [NUM_SAMPLES, SEQLEN], "evaluation": [EVAL_WINDOWS, EVAL_SEQLEN], "seed": args.seed}
     protocol |= {"texts": sorted(spec.partition("=")[0] for spec in args.eval_files)}
-    record = {"command": command_line(), **environment(CPU), "protocol": protocol}
-    record["rows"] = rows_so_far(args.out, protocol)
-    done = {(row["model"], row["share"], row["variant"]) for row in record["rows"]}
-    wanted = [(model, 0.0, "dense") for model in args.models]
-    wanted += [(model, share, name) for share, name, model in product(args.shares, args.variants, args.models)]
+    models = [Path(model).name for model in args.models]
+    wanted = [(model, 0.0, "dense") for model in models]
+    wanted += [(model, share, name) for share, name, model in product(args.shares, args.variants, models)]
     with tempfile.TemporaryDirectory() as folder:
-        for model, share, name in wanted:
-            if (Path(model).name, share, name) not in done:
-                record["rows"].append(measure(args, model, share, name, Path(folder)))
-                write_json_atomic(args.out, record)
-                logger.info("%s", {key: value for key, value in record["rows"][-1].items() if key != "profile"})
+        names, measure_one = ("model", "share", "variant"), partial(measure, args, Path(folder))
+        measure_missing_rows(args.out, protocol, names, wanted, measure_one)
 
 
 if __name__ == "__main__":

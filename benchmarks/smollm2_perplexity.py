@@ -22,6 +22,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.measuring import file_tokens
 from ppl_eval.ppl_dataset import eval_windows
 from ppl_eval.ppl_eval import perplexity
 from slim_utils.allocation.schedules import non_uniform_ratios
@@ -35,7 +36,6 @@ from slim_utils.output.run_record import calibration_record
 from slim_utils.params_remove import shrink
 from slim_utils.profiling.model_stats import count_parameters, removed_share
 from slim_utils.slim_dataset import load_calibration
-from slim_utils.text_source import file_documents, join_documents, tokenize
 
 logger = logging.getLogger("smollm2_perplexity")
 
@@ -121,8 +121,7 @@ def measure(args: argparse.Namespace, heads: str, share: float | None, eval_set:
 
 def main(args: argparse.Namespace) -> None:
     """Measure every row and write the json."""
-    text = join_documents(file_documents(args.eval_file))
-    tokens = tokenize(load_tokenizer(args.model, False), text, add_special_tokens=False)
+    tokens = file_tokens(load_tokenizer(args.model, False), args.eval_file)
     eval_set = eval_windows(tokens, EVAL_SEQLEN, str(args.eval_file))[:EVAL_WINDOWS]
     rows = [measure(args, heads, share, eval_set) for heads in args.heads for share in (None, *args.shares)]
     result = {
