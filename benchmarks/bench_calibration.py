@@ -15,6 +15,7 @@ import argparse
 import logging
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +23,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench_quality import (
-    EVAL_SEQLEN,
-    EVAL_WINDOWS,
-    FINE,
-    MIN_SPARSITY,
-    by_schedule,
-    eval_sets,
-    named_files,
-    rows_so_far,
-)
+from benchmarks.bench_quality import EVAL_SEQLEN, EVAL_WINDOWS, FINE, MIN_SPARSITY, by_schedule
+from benchmarks.measuring import eval_sets, file_tokens, measure_missing_rows, named_files
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
 from ppl_eval.ppl_eval import perplexity
 from slim_utils.cli.app import ArgumentParser, run_cli
-from slim_utils.common.environment import command_line, environment
-from slim_utils.common.loading import load_model, load_tokenizer, write_json_atomic
+from slim_utils.common.loading import load_model, load_tokenizer
 from slim_utils.layerwise.offload import CPU
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.profiling.tables import markdown_table
 from slim_utils.slim_dataset import random_windows
-from slim_utils.text_source import file_documents, join_documents, tokenize
 
 logger = logging.getLogger("bench_calibration")
 
@@ -62,11 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def measure(
-    args: argparse.Namespace, sets: dict[str, Tensor], text: str, file: Path, num_samples: int, seqlen: int
+    args: argparse.Namespace, files: dict[str, Path], sets: dict[str, Tensor], text: str, num_samples: int, seqlen: int
 ) -> dict[str, Any]:
-    """One row, on the evaluation windows ``sets``."""
-    tokenizer = load_tokenizer(args.model, False)
-    tokens = tokenize(tokenizer, join_documents(file_documents(file)), add_special_tokens=False)
+    """One row: calibrated on one of ``files``, evaluated on the windows ``sets``."""
+    tokens = file_tokens(load_tokenizer(args.model, False), files[text])
     samples = random_windows(tokens[SKIPPED:], num_samples, seqlen, args.seed, text)
     model = repeat_kv_heads(load_model(args.model, "float32", False))
     start = time.perf_counter()
@@ -80,19 +70,14 @@ def measure(
 
 def main(args: argparse.Namespace) -> None:
     """Measure the rows that are missing."""
-    files, sets = named_files("--calib_files", args.calib_files), eval_sets(args)
+    files = named_files("--calib_files", args.calib_files)
+    sets = eval_sets(load_tokenizer(args.model, False), args.eval_files, EVAL_WINDOWS, EVAL_SEQLEN)
     protocol = {"share": SHARE, "evaluation": [EVAL_WINDOWS, EVAL_SEQLEN], "percdamp": PERCDAMP, "skipped": SKIPPED}
     protocol |= {"seed": args.seed, "texts": sorted(args.calib_files + args.eval_files)}
-    record = {"command": command_line(), **environment(CPU), "protocol": protocol}
-    record["rows"] = rows_so_far(args.out, protocol)
     first = next(iter(files))
     wanted = [(text, NUM_SAMPLES, SEQLEN) for text in files] + [(first, *size) for size in SIZES]
-    done = {(row["text"], row["num_samples"], row["seqlen"]) for row in record["rows"]}
-    for text, num_samples, seqlen in wanted:
-        if (text, num_samples, seqlen) not in done:
-            record["rows"].append(measure(args, sets, text, files[text], num_samples, seqlen))
-            write_json_atomic(args.out, record)
-    print(table(record))
+    names = ("text", "num_samples", "seqlen")
+    print(table(measure_missing_rows(args.out, protocol, names, wanted, partial(measure, args, files, sets))))
 
 
 def table(record: dict[str, Any]) -> str:

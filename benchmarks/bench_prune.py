@@ -17,12 +17,9 @@ measurement is ours with exact scores of heads and columns in groups of --column
 """
 
 import argparse
-import json
 import logging
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import wraps
@@ -35,11 +32,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import original_slimgpt
+from benchmarks.measuring import measure_in_new_process
+from slim_utils.allocation.budget import layer_units
+from slim_utils.allocation.planner import ratio_plans
 from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import DTYPES, check_output_file, choose_device, peak_memory_mib, write_json_atomic
-from slim_utils.families import find_family
+from slim_utils.families import find_family, layer_shapes
 from slim_utils.layerwise import pruner as layer_walk
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.obs import PAPER_SELECTION, SelectionOptions
@@ -178,7 +178,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         selection = SelectionOptions(True, args.column_group) if args.measure == "ours_fine" else PAPER_SELECTION
         settings = PruningSettings(device, cache_dev, percdamp=PERCDAMP, selection=selection, gqa_unit="kv_group")
         start = watch.now()
-        layer_walk.prune_layers(model, find_family(model.config), samples, ratios, settings)
+        family = find_family(model.config)
+        units = layer_units(family.decoder_layers(model), family, layer_shapes(model.config), settings)
+        layer_walk.prune_layers(model, family, samples, ratio_plans(ratios, units), settings)
         seconds = watch.now() - start
     parts = watch.seconds | ({"forward": seconds - sum(watch.seconds.values())} if watch.seconds else {})
     return {"seconds": seconds, "parts": parts, "peak_memory_mib": peak_memory_mib(device)}
@@ -204,19 +206,13 @@ def operations(args: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def measure_in_new_process(args: argparse.Namespace, way: str, **changes: int) -> dict[str, Any]:
-    """``measure`` in a process of its own, with some arguments changed."""
-    values = {name: changes.get(name, getattr(args, name)) for name in ("num_samples", "seqlen", "layers")}
-    command = [sys.executable, __file__, args.model, "--measure", way, "--dtype", args.dtype]
-    command += ["--sparsity", str(args.sparsity), "--device", args.device, "--column_group", str(args.column_group)]
-    command += ["--cache_dev", args.cache_dev] if args.cache_dev else []
-    for name, value in values.items():
-        command += [f"--{name}", str(value)]
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        if subprocess.run([*command, "--out", str(out)], check=False).returncode != 0:
-            raise UserError(f"{way} could not be measured")
-        result = json.loads(out.read_text())
+def measure_apart(args: argparse.Namespace, way: str, **changes: int) -> dict[str, Any]:
+    """:func:`measure` in a process of its own, with some arguments changed."""
+    words = [args.model, "--measure", way, "--device", args.device]
+    words += ["--cache_dev", args.cache_dev] if args.cache_dev else []
+    for name in SETTINGS:
+        words += [f"--{name}", changes.get(name, getattr(args, name))]
+    result = measure_in_new_process(__file__, words, way)
     logger.info("%s %s: %.2f s, peak %s", way, changes or "", result["seconds"], result["peak_memory_mib"])
     return result
 
@@ -246,10 +242,10 @@ def main(args: argparse.Namespace) -> None:
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in args.ways}
     for _ in range(args.repeats):
         for way, measured in runs.items():
-            measured.append(measure_in_new_process(args, way))
+            measured.append(measure_apart(args, way))
     medians = {way: statistics.median(run["seconds"] for run in measured) for way, measured in runs.items()}
     half = {"num_samples": args.num_samples // 2}, {"layers": args.layers // 2}
-    growth = [{**changes, "seconds": measure_in_new_process(args, "ours", **changes)["seconds"]} for changes in half]
+    growth = [{**changes, "seconds": measure_apart(args, "ours", **changes)["seconds"]} for changes in half]
     floor = operations(args)
     parts = min(runs["ours"], key=lambda run: abs(run["seconds"] - medians["ours"]))["parts"]
     record = {

@@ -6,7 +6,7 @@
 
 The protocol: fp32; 32 windows × 512 tokens of the calibration text, drawn by the seed, for all methods alike; the first
 8 × 1024 tokens of every evaluation text, no special tokens, 1023 targets a window; nothing is chosen on those
-texts, but that first tokens get lost (benchmarks/sink_windows.py) was noticed there.
+texts, but that first tokens get lost (benchmarks/text_starts.py) was noticed there.
 Share: of the attention and MLP weights. Heads: ``repeated`` is plain multi-head attention (every query head has its own
 copy of the key/value head), ``native`` is grouped-query attention by query heads.
 
@@ -16,9 +16,7 @@ its seconds are in the row that measured it.
 """
 
 import argparse
-import json
 import logging
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,85 +33,70 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.baselines import prune_flap, prune_magnitude, prune_wanda_sp
+from benchmarks.measuring import eval_sets, measure_in_new_process, measure_missing_rows
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
-from ppl_eval.ppl_dataset import eval_windows
 from ppl_eval.ppl_eval import perplexity
-from slim_utils.allocation.budget import LayerUnits, block_weights, layer_units, scaled_counts, scaled_ratios
-from slim_utils.allocation.refinement import measure_around, refined_ratios
-from slim_utils.allocation.schedules import non_uniform_ratios
-from slim_utils.allocation.sensitivity import measure as measure_losses
+from slim_utils.allocation.planner import Planner, no_file, pruning_settings
 from slim_utils.cli.app import ArgumentParser, run_cli
-from slim_utils.cli.slimming_args import BEST_COLUMN_GROUP, BEST_TEXT_STARTS, searched_ratios
-from slim_utils.common.environment import command_line, environment
-from slim_utils.common.errors import UserError
-from slim_utils.common.loading import check_output_file, load_model, load_tokenizer, peak_memory_mib, write_json_atomic
-from slim_utils.families import find_family, layer_shapes
+from slim_utils.common.loading import load_model, load_tokenizer, peak_memory_mib, write_json_atomic
+from slim_utils.families import find_family
 from slim_utils.layerwise.offload import CPU, ResidentModel
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerMask
-from slim_utils.obs import PAPER_SELECTION, SelectionOptions
 from slim_utils.profiling.model_stats import removed_share
+from slim_utils.pruning_config import BEST_COLUMN_GROUP, BEST_SINK_WINDOWS, SENSITIVITY, PruningConfig
 from slim_utils.slim_dataset import load_calibration, sink_windows
-from slim_utils.text_source import file_documents, join_documents, tokenize
 
 logger = logging.getLogger("bench_quality")
 
 EVAL_WINDOWS, EVAL_SEQLEN = 8, 1024
 MIN_SPARSITY = 0.0625
-FINE = SelectionOptions(exact_heads=True, column_group=BEST_COLUMN_GROUP)
+LOG_INCREASE = {"allocation": "log_increase", "min_sparsity": MIN_SPARSITY}
+PAPER = PruningConfig(device=CPU, cache_dev=CPU, percdamp=PERCDAMP)
+FINE = replace(PAPER, exact_heads=True, column_group=BEST_COLUMN_GROUP)
+# As --preset best for a model whose samples begin with no BOS.
+BEST = replace(FINE, allocation=SENSITIVITY, sink_windows=BEST_SINK_WINDOWS)
 HEADS = ("repeated", "native")
 
 Pruner = Callable[[PreTrainedModel, Tensor, float, PruningSettings, Path], list[LayerMask]]
 
 
-def budgeted(model: PreTrainedModel, share: float, settings: PruningSettings) -> tuple[list[LayerUnits], float]:
-    """Units of every layer, and the block weights that ``share`` is."""
-    family, shapes = find_family(model.config), layer_shapes(model.config)
-    layers = family.decoder_layers(model)
-    return layer_units(layers, family, shapes, settings), share * block_weights(layers, family, shapes)
+def planner(config: PruningConfig, model: PreTrainedModel) -> Planner:
+    """The planner of a run of ``config`` on ``model``."""
+    return Planner(config, ResidentModel(model, find_family(model.config)), pruning_settings(config))
 
 
-def by_schedule(
-    selection: SelectionOptions,
-    lowest: float | None,
+def pruned_by(
+    config: PruningConfig,
     model: PreTrainedModel,
     samples: Tensor,
-    share: float,
-    settings: PruningSettings,
-    starts: Tensor | None = None,
+    kept: Callable[[int], Path | None] = no_file,
 ) -> list[LayerMask]:
-    """SlimGPT with one ratio for all layers (``lowest`` None) or ``log_increase`` from ``lowest`` up."""
-    units, budget = budgeted(model, share, settings)
-
-    def schedule(highest: float) -> list[float]:
-        if lowest is None:
-            return [highest] * len(units)
-        return non_uniform_ratios("log_increase", min(lowest, highest), highest, len(units))
-
-    ratios = scaled_ratios(schedule, units, budget)
-    settings = replace(settings, selection=choices)
-    return prune_layers(model, find_family(model.config), samples, ratios, settings, starts=starts)[0]
+    """Prune ``model`` in place as a run of ``config`` does; ``kept`` as for :meth:`Planner.measured`."""
+    family, settings = find_family(model.config), pruning_settings(config)
+    starts = sink_windows(samples, config.sink_windows) if config.sink_windows else None
+    plans = planner(config, model)
+    layers = plans.measured(samples, starts, kept)[0] if config.measures else plans.plans()
+    return prune_layers(model, family, samples, layers, settings, starts=starts)[0]
 
 
-def uniform_counts(model: PreTrainedModel, share: float, settings: PruningSettings) -> list[list[int]]:
+def by_slimgpt(config: PruningConfig) -> Pruner:
+    """SlimGPT as a run of ``config`` with a target; the sensitivity analysis of a model is kept for other targets."""
+
+    def prune(
+        model: PreTrainedModel, samples: Tensor, share: float, settings: PruningSettings, measured: Path
+    ) -> list[LayerMask]:
+        kept = {0: measured}
+        return pruned_by(replace(config, target_ratio=share), model, samples, kept.get)
+
+    return prune
+
+
+def uniform_counts(model: PreTrainedModel, share: float) -> list[list[int]]:
     """Units of heads and columns of every layer that one ratio for all removes, to one column of ``share``."""
-    units, budget = budgeted(model, share, settings)
-    return scaled_counts(lambda highest: [highest] * len(units), units, budget)
-
-
-def by_search(
-    refine: int, model: PreTrainedModel, samples: Tensor, share: float, settings: PruningSettings, measured: Path
-) -> list[LayerMask]:
-    """``--preset best --refine N``: fine choices, beginnings of text, and the ratios of least measured loss."""
-    family, settings = find_family(model.config), replace(settings, selection=FINE)
-    units, budget = budgeted(model, share, settings)
-    sublayers = measure_losses(ResidentModel(model, family), samples, range(len(units)), settings, measured)
-    ratios, starts = searched_ratios(sublayers, units, budget), sink_windows(samples, BEST_TEXT_STARTS)
-    for _ in range(refine):
-        around = measure_around(ResidentModel(model, family), samples, starts, ratios, settings)
-        ratios = refined_ratios(around, units, ratios, budget)
-    return prune_layers(model, family, samples, ratios, settings, starts=starts)[0]
+    uniform = planner(replace(PAPER, target_ratio=share), model)
+    return [list(own.counts(plan)) for own, plan in zip(uniform.units, uniform.plans(), strict=True)]
 
 
 def without_file(function: Callable[..., list[LayerMask]]) -> Pruner:
@@ -123,19 +106,17 @@ def without_file(function: Callable[..., list[LayerMask]]) -> Pruner:
 
 METHODS: dict[str, Pruner] = {
     "magnitude": without_file(
-        lambda model, samples, share, settings: prune_magnitude(model, uniform_counts(model, share, settings))
+        lambda model, samples, share, settings: prune_magnitude(model, uniform_counts(model, share))
     ),
     "wanda_sp": without_file(
-        lambda model, samples, share, settings: prune_wanda_sp(
-            model, samples, uniform_counts(model, share, settings), settings
-        )
+        lambda model, samples, share, settings: prune_wanda_sp(model, samples, uniform_counts(model, share), settings)
     ),
     "flap": without_file(prune_flap),
-    "slimgpt_uniform": without_file(partial(by_schedule, PAPER_SELECTION, None)),
-    "slimgpt_log_increase": without_file(partial(by_schedule, PAPER_SELECTION, MIN_SPARSITY)),
-    "fine_log_increase": without_file(partial(by_schedule, FINE, MIN_SPARSITY)),
-    "best": partial(by_search, 0),
-    "refined": partial(by_search, 1),
+    "slimgpt_uniform": by_slimgpt(replace(PAPER, allocation="uniform")),
+    "slimgpt_log_increase": by_slimgpt(replace(PAPER, **LOG_INCREASE)),
+    "fine_log_increase": by_slimgpt(replace(FINE, **LOG_INCREASE)),
+    "best": by_slimgpt(BEST),
+    "refined": by_slimgpt(replace(BEST, refine=1)),
 }
 # Looks at no calibration text.
 WITHOUT_SEED = ("magnitude",)
@@ -156,39 +137,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def eval_sets(args: argparse.Namespace) -> dict[str, Tensor]:
-    """Windows (8, 1024) of every evaluation text, by its name."""
-    tokenizer, sets = load_tokenizer(args.model, False), {}
-    for name, file in named_files("--eval_files", args.eval_files).items():
-        tokens = tokenize(tokenizer, join_documents(file_documents(file)), add_special_tokens=False)
-        sets[name] = eval_windows(tokens, EVAL_SEQLEN, str(file))[:EVAL_WINDOWS]
-    return sets
-
-
-def named_files(flag: str, specs: list[str]) -> dict[str, Path]:
-    """Files of ``NAME=FILE`` by their names.
-
-    Raises:
-        UserError: naming the flag and what is not one.
-    """
-    files = {}
-    for spec in specs:
-        name, separator, file = spec.partition("=")
-        if not separator or not Path(file).is_file():
-            raise UserError(f"{flag} {spec}: give NAME=FILE of an existing file")
-        files[name] = Path(file)
-    return files
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One row: the first of every list of the arguments; ``dense`` where the share is 0."""
     heads, method, share, seed = args.heads[0], args.methods[0], args.shares[0], args.seeds[0]
-    model, sets = load_model(args.model, "float32", False), eval_sets(args)
+    model, tokenizer = load_model(args.model, "float32", False), load_tokenizer(args.model, False)
+    sets = eval_sets(tokenizer, args.eval_files, EVAL_WINDOWS, EVAL_SEQLEN)
     if heads == "repeated":
         model = repeat_kv_heads(model)
     row: dict[str, Any] = {"heads": heads, "share": share, "method": method if share else "dense", "seed": seed}
     if share:
-        data = load_calibration([args.calib_file], load_tokenizer(args.model, False), NUM_SAMPLES, SEQLEN, seed)
+        data = load_calibration([args.calib_file], tokenizer, NUM_SAMPLES, SEQLEN, seed)
         start, measured = time.perf_counter(), args.measure / f"{heads}-{seed}.json"
         masks = METHODS[method](model, data.samples, share, PruningSettings(CPU, CPU, percdamp=PERCDAMP), measured)
         row["seconds"] = round(time.perf_counter() - start, 1)
@@ -207,48 +165,25 @@ def main(args: argparse.Namespace) -> None:
     if args.measure:
         write_json_atomic(args.out, measure(args))
         return
-    eval_sets(args)
+    # Whatever is wrong with a text shows before the first row.
+    eval_sets(load_tokenizer(args.model, False), args.eval_files, EVAL_WINDOWS, EVAL_SEQLEN)
     protocol = {"calibration": [NUM_SAMPLES, SEQLEN], "evaluation": [EVAL_WINDOWS, EVAL_SEQLEN], "percdamp": PERCDAMP}
     protocol |= {"texts": sorted(args.eval_files), "column_group": FINE.column_group}
-    record = {"command": command_line(), **environment(CPU), "protocol": protocol}
-    record["rows"] = rows_so_far(args.out, protocol)
     wanted = [(heads, "dense", 0.0, 0) for heads in args.heads]
     for heads, method, share in product(args.heads, args.methods, args.shares):
         wanted += [(heads, method, share, seed) for seed in ([0] if method in WITHOUT_SEED else args.seeds)]
-    done = {(row["heads"], row["method"], row["share"], row["seed"]) for row in record["rows"]}
     with tempfile.TemporaryDirectory() as folder:
-        for key in wanted:
-            if key not in done:
-                record["rows"].append(measure_in_new_process(args, *key, Path(folder)))
-                write_json_atomic(args.out, record)
+        names, measure_one = ("heads", "method", "share", "seed"), partial(measure_apart, args, Path(folder))
+        measure_missing_rows(args.out, protocol, names, wanted, measure_one)
 
 
-def rows_so_far(out: Path, protocol: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of an earlier run of the same protocol.
-
-    Raises:
-        UserError: if there is a file of another one, or no folder for it.
-    """
-    if not out.exists():
-        check_output_file(out, False, "--out")
-        return []
-    record = json.loads(out.read_text(encoding="utf-8"))
-    if record["protocol"] != protocol:
-        raise UserError(f"--out {out}: of another protocol, {record['protocol']}; give another file")
-    return record["rows"]
-
-
-def measure_in_new_process(
-    args: argparse.Namespace, heads: str, method: str, share: float, seed: int, folder: Path
+def measure_apart(
+    args: argparse.Namespace, folder: Path, heads: str, method: str, share: float, seed: int
 ) -> dict[str, Any]:
-    """:func:`measure` in a process of its own."""
-    command = [sys.executable, __file__, args.model, "--calib_file", args.calib_file]
-    command += ["--eval_files", *args.eval_files, "--shares", share, "--seeds", seed, "--heads", heads]
-    command += ["--measure", folder, "--out", folder / "row.json"]
-    command += ["--methods", method] if share else []
-    if subprocess.run(list(map(str, command)), check=False).returncode != 0:
-        raise UserError(f"{method} at share {share}, seed {seed}, could not be measured")
-    row = json.loads((folder / "row.json").read_text(encoding="utf-8"))
+    """:func:`measure` in a process of its own; ``folder`` keeps what a search has measured."""
+    words = [args.model, "--calib_file", args.calib_file, "--eval_files", *args.eval_files, "--shares", share]
+    words += ["--seeds", seed, "--heads", heads, *(["--methods", method] if share else []), "--measure", folder]
+    row = measure_in_new_process(__file__, words, f"{method} at share {share}, seed {seed},")
     logger.info("%s, %s, share %.3f, seed %d: %s", heads, row["method"], share, seed, row["perplexity"])
     return row
 

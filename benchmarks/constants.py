@@ -18,6 +18,7 @@ import math
 import sys
 import tempfile
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,26 +29,21 @@ from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench_quality import FINE, MIN_SPARSITY, budgeted, by_schedule, named_files, rows_so_far
-from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN
-from ppl_eval.ppl_dataset import eval_windows, load_eval_tokens
+from benchmarks import bench_quality
+from benchmarks.bench_quality import LOG_INCREASE, pruned_by
+from benchmarks.measuring import eval_sets, measure_missing_rows
+from benchmarks.smollm2_perplexity import NUM_SAMPLES, SEQLEN
 from ppl_eval.ppl_eval import perplexity
-from slim_utils.allocation import budget as allocation
-from slim_utils.allocation import sensitivity as search
+from slim_utils.allocation import budget, sensitivity
 from slim_utils.cli.app import ArgumentParser, run_cli
-from slim_utils.cli.slimming_args import searched_ratios
 from slim_utils.common.bos import BOS_POLICIES, evaluation_bos
-from slim_utils.common.environment import command_line, environment
-from slim_utils.common.loading import load_model, load_tokenizer, write_json_atomic
+from slim_utils.common.loading import load_model, load_tokenizer
 from slim_utils.families import find_family
-from slim_utils.layerwise.offload import CPU, ResidentModel
-from slim_utils.layerwise.pruner import prune_layers
-from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerMask
-from slim_utils.obs import PAPER_SELECTION, SelectionOptions
 from slim_utils.profiling.model_stats import removed_share
 from slim_utils.profiling.tables import markdown_table
-from slim_utils.slim_dataset import load_calibration, sink_windows
+from slim_utils.pruning_config import SENSITIVITY, PruningConfig
+from slim_utils.slim_dataset import load_calibration
 
 logger = logging.getLogger("constants")
 
@@ -59,39 +55,34 @@ class Variant:
     """One way to prune.
 
     Attributes:
-        selection: how units are chosen.
-        percdamp: damping.
-        bos: whether calibration windows begin with a BOS.
-        sink_windows: short windows besides.
-        depth_decay: of a search; ``None`` for log_increase.
-        reference: share of the units removed where a search measures losses.
+        config: of the run.
+        depth_decay: of the sensitivity analysis.
+        reference: share of the units removed where it measures losses.
     """
 
-    selection: SelectionOptions = FINE
-    percdamp: float = PERCDAMP
-    bos: str = "auto"
-    sink_windows: int = 0
-    depth_decay: float | None = None
-    reference: float = search.REFERENCE_RATIO
+    config: PruningConfig
+    depth_decay: float = budget.DEPTH_DECAY
+    reference: float = sensitivity.REFERENCE_RATIO
 
 
-SEARCH = Variant(depth_decay=allocation.DEPTH_DECAY)
+PAPER, FINE = (replace(config, **LOG_INCREASE) for config in (bench_quality.PAPER, bench_quality.FINE))
+SEARCH = replace(bench_quality.FINE, allocation=SENSITIVITY)
 VARIANTS: dict[str, Variant] = {
-    "paper": Variant(selection=PAPER_SELECTION),
-    "paper, no BOS": Variant(selection=PAPER_SELECTION, bos="never"),
-    "paper, BOS": Variant(selection=PAPER_SELECTION, bos="always"),
-    "fine": Variant(),
-    "fine, 512 sink windows": Variant(sink_windows=512),
-    "fine, no BOS": Variant(bos="never"),
-    "fine, no BOS, 512 sink windows": Variant(bos="never", sink_windows=512),
-    "fine, percdamp 0.001": Variant(percdamp=0.001),
-    "fine, percdamp 0.1": Variant(percdamp=0.1),
-    "fine, dynamic groups": Variant(selection=replace(FINE, column_group=0)),
-    "search": SEARCH,
-    "search, depth decay 0": replace(SEARCH, depth_decay=0.0),
-    "search, depth decay 3": replace(SEARCH, depth_decay=3.0),
-    "search, reference 0.15": replace(SEARCH, reference=0.15),
-    "search, reference 0.5": replace(SEARCH, reference=0.5),
+    "paper": Variant(PAPER),
+    "paper, no BOS": Variant(replace(PAPER, bos="never")),
+    "paper, BOS": Variant(replace(PAPER, bos="always")),
+    "fine": Variant(FINE),
+    "fine, 512 sink windows": Variant(replace(FINE, sink_windows=512)),
+    "fine, no BOS": Variant(replace(FINE, bos="never")),
+    "fine, no BOS, 512 sink windows": Variant(replace(FINE, bos="never", sink_windows=512)),
+    "fine, percdamp 0.001": Variant(replace(FINE, percdamp=0.001)),
+    "fine, percdamp 0.1": Variant(replace(FINE, percdamp=0.1)),
+    "fine, dynamic groups": Variant(replace(FINE, column_group=0)),
+    "search": Variant(SEARCH),
+    "search, depth decay 0": Variant(SEARCH, depth_decay=0.0),
+    "search, depth decay 3": Variant(SEARCH, depth_decay=3.0),
+    "search, reference 0.15": Variant(SEARCH, reference=0.15),
+    "search, reference 0.5": Variant(SEARCH, reference=0.5),
 }
 
 
@@ -108,48 +99,34 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def eval_sets(args: argparse.Namespace, model_path: str) -> dict[str, Tensor]:
-    """Windows (4, 512) of every evaluation text, by its name, as ``--bos auto`` begins them."""
-    tokenizer = load_tokenizer(model_path, False)
-    bos = evaluation_bos(tokenizer, BOS_POLICIES[0])[0]
-    sets = {}
-    for name, file in named_files("--eval_files", args.eval_files).items():
-        tokens = load_eval_tokens(str(file), tokenizer, add_special_tokens=False)
-        sets[name] = eval_windows(tokens, EVAL_SEQLEN, name, bos)[:EVAL_WINDOWS]
-    return sets
-
-
 def prune(model: PreTrainedModel, samples: Tensor, share: float, variant: Variant, measured: Path) -> list[LayerMask]:
-    """Prune ``model`` in place; ``measured`` keeps what a search has measured."""
-    settings = PruningSettings(CPU, CPU, percdamp=variant.percdamp, selection=variant.selection)
-    starts = sink_windows(samples, variant.sink_windows) if variant.sink_windows else None
-    if variant.depth_decay is None:
-        return by_schedule(variant.selection, MIN_SPARSITY, model, samples, share, settings, starts)
-    family = find_family(model.config)
-    units, budget = budgeted(model, share, settings)
+    """Prune ``model`` in place; ``measured`` keeps what a sensitivity analysis has measured."""
+    config, kept = replace(variant.config, target_ratio=share), {0: measured}
     with (
-        patch.object(search, "REFERENCE_RATIO", variant.reference),
-        patch.object(allocation, "DEPTH_DECAY", variant.depth_decay),
+        patch.object(sensitivity, "REFERENCE_RATIO", variant.reference),
+        patch.object(budget, "DEPTH_DECAY", variant.depth_decay),
     ):
-        losses = search.measure(ResidentModel(model, family), samples, range(len(units)), settings, measured)
-        ratios = searched_ratios(losses, units, budget)
-    return prune_layers(model, family, samples, ratios, settings, starts=starts)[0]
+        return pruned_by(config, model, samples, kept.get)
 
 
-def measure(args: argparse.Namespace, model_path: str, share: float, name: str, folder: Path) -> dict[str, Any]:
+def measure(args: argparse.Namespace, folder: Path, model_name: str, share: float, name: str) -> dict[str, Any]:
     """One row; ``dense`` where the share is 0."""
-    row: dict[str, Any] = {"model": Path(model_path).name, "share": share, "variant": name if share else "dense"}
-    model = load_model(model_path, "float32", False)
+    row: dict[str, Any] = {"model": model_name, "share": share, "variant": name}
+    model_path = next(path for path in args.models if Path(path).name == model_name)
+    model, tokenizer = load_model(model_path, "float32", False), load_tokenizer(model_path, False)
     if share:
-        variant, tokenizer = VARIANTS[name], load_tokenizer(model_path, False)
-        data = load_calibration([args.calib_file], tokenizer, NUM_SAMPLES, SEQLEN, args.seed, variant.bos)
-        measured = folder / f"{Path(model_path).name}-{variant.bos}-{variant.reference}.json"
+        variant = VARIANTS[name]
+        data = load_calibration([args.calib_file], tokenizer, NUM_SAMPLES, SEQLEN, args.seed, variant.config.bos)
+        measured = folder / f"{model_name}-{variant.config.bos}-{variant.reference}.json"
         masks = prune(model, data.samples, share, variant, measured)
         family = find_family(model.config)
         row["calibration_bos"] = data.bos
         row["share_removed"] = removed_share(family.decoder_layers(model), family, masks)
         row["profile"] = [[len(mask.kept_heads), len(mask.kept_columns)] for mask in masks]
-    row["perplexity"] = {text: perplexity(model, of, batch_size=1) for text, of in eval_sets(args, model_path).items()}
+    bos = evaluation_bos(tokenizer, BOS_POLICIES[0])[0]
+    sets = eval_sets(tokenizer, args.eval_files, EVAL_WINDOWS, EVAL_SEQLEN, bos)
+    row["perplexity"] = {text: perplexity(model, windows, batch_size=1) for text, windows in sets.items()}
+    logger.info("%s", {key: value for key, value in row.items() if key != "profile"})
     return row
 
 
@@ -170,17 +147,12 @@ def main(args: argparse.Namespace) -> None:
     """Measure the rows that are missing."""
     protocol = {"calibration": [NUM_SAMPLES, SEQLEN], "evaluation": [EVAL_WINDOWS, EVAL_SEQLEN], "seed": args.seed}
     protocol |= {"texts": sorted(spec.partition("=")[0] for spec in args.eval_files)}
-    record = {"command": command_line(), **environment(CPU), "protocol": protocol}
-    record["rows"] = rows_so_far(args.out, protocol)
-    done = {(row["model"], row["share"], row["variant"]) for row in record["rows"]}
-    wanted = [(model, 0.0, "dense") for model in args.models]
-    wanted += [(model, share, name) for share, name, model in product(args.shares, args.variants, args.models)]
+    models = [Path(model).name for model in args.models]
+    wanted = [(model, 0.0, "dense") for model in models]
+    wanted += [(model, share, name) for share, name, model in product(args.shares, args.variants, models)]
     with tempfile.TemporaryDirectory() as folder:
-        for model, share, name in wanted:
-            if (Path(model).name, share, name) not in done:
-                record["rows"].append(measure(args, model, share, name, Path(folder)))
-                write_json_atomic(args.out, record)
-                logger.info("%s", {key: value for key, value in record["rows"][-1].items() if key != "profile"})
+        names, measure_one = ("model", "share", "variant"), partial(measure, args, Path(folder))
+        measure_missing_rows(args.out, protocol, names, wanted, measure_one)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.measuring import file_tokens
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
 from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.environment import command_line, environment
@@ -39,7 +40,6 @@ from slim_utils.obs import PAPER_SELECTION, SelectionOptions, remove_columns
 from slim_utils.profiling.tables import markdown_table
 from slim_utils.slim_dataset import random_windows
 from slim_utils.slimgpt import SlimGPT
-from slim_utils.text_source import file_documents, join_documents, tokenize
 
 logger = logging.getLogger("layer_choices")
 
@@ -75,7 +75,9 @@ class Case:
         linear.weight.data.copy_(self.weight)
         pruner = SlimGPT(linear)
         pruner.add_batch(self.inputs if inputs is None else inputs)
-        pruner.struct_prune(SHARE, self.unit_size, percdamp, selection=selection)
+        pruner.struct_prune(
+            round(SHARE * pruner.columns / self.unit_size), self.unit_size, percdamp, selection=selection
+        )
         return linear.weight.data
 
     def errors(self, weight: Tensor, bias: Tensor | float = 0.0) -> tuple[float, float]:
@@ -186,7 +188,7 @@ def held_out_windows(tokens: Tensor, samples: Tensor) -> Tensor:
 def cases(args: argparse.Namespace) -> dict[tuple[int, str], Case]:
     """The heads and the columns of every layer of ``LAYERS``."""
     model, tokenizer = repeat_kv_heads(load_model(args.model, "float32", False)), load_tokenizer(args.model, False)
-    tokens = tokenize(tokenizer, join_documents(file_documents(args.calib_file)), add_special_tokens=False)
+    tokens = file_tokens(tokenizer, args.calib_file)
     samples = random_windows(tokens, NUM_SAMPLES, SEQLEN, args.seed, str(args.calib_file))
     windows = torch.cat([samples, held_out_windows(tokens, samples)])
     family, settings = find_family(model.config), PruningSettings(CPU, CPU)

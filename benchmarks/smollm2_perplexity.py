@@ -22,20 +22,22 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.measuring import file_tokens
 from ppl_eval.ppl_dataset import eval_windows
 from ppl_eval.ppl_eval import perplexity
+from slim_utils.allocation.budget import layer_units
+from slim_utils.allocation.planner import ratio_plans
 from slim_utils.allocation.schedules import non_uniform_ratios
 from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.loading import choose_device, load_model, load_tokenizer, peak_memory_mib, write_json_atomic
 from slim_utils.families import find_family, layer_shapes
-from slim_utils.layerwise.pruner import planned_masks, prune_layers
+from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.output.run_record import calibration_record
 from slim_utils.params_remove import shrink
 from slim_utils.profiling.model_stats import count_parameters, removed_share
 from slim_utils.slim_dataset import load_calibration
-from slim_utils.text_source import file_documents, join_documents, tokenize
 
 logger = logging.getLogger("smollm2_perplexity")
 
@@ -79,12 +81,14 @@ def repeat_kv_heads(model: LlamaForCausalLM) -> LlamaForCausalLM:
 def ratios_for_share(model: PreTrainedModel, share: float, settings: PruningSettings) -> list[float]:
     """``log_increase`` ratios from ``MIN_SPARSITY`` up that come nearest to removing ``share`` of the block weights."""
     family, shapes = find_family(model.config), layer_shapes(model.config)
+    units = layer_units(family.decoder_layers(model), family, shapes, settings)
 
     def ratios(max_sparsity: float) -> list[float]:
         return non_uniform_ratios("log_increase", MIN_SPARSITY, max_sparsity, len(shapes))
 
     def removed(max_sparsity: float) -> float:
-        masks = planned_masks(shapes, ratios(max_sparsity), settings)
+        plans = ratio_plans(ratios(max_sparsity), units)
+        masks = [settings.size_mask(shape, plan) for shape, plan in zip(shapes, plans, strict=True)]
         return removed_share(family.decoder_layers(model), family, masks)
 
     grid = [MIN_SPARSITY + i * 1e-3 for i in range(int((0.95 - MIN_SPARSITY) / 1e-3))]
@@ -106,7 +110,8 @@ def measure(args: argparse.Namespace, heads: str, share: float | None, eval_set:
         ratios = ratios_for_share(model, share, settings)
         family = find_family(model.config)
         start = time.perf_counter()
-        masks, _ = prune_layers(model, family, data.samples, ratios, settings)
+        units = layer_units(family.decoder_layers(model), family, layer_shapes(model.config), settings)
+        masks, _ = prune_layers(model, family, data.samples, ratio_plans(ratios, units), settings)
         row["pruning_seconds"] = round(time.perf_counter() - start, 1)
         row["min_sparsity"], row["max_sparsity"] = ratios[0], ratios[-1]
         row["share_removed"] = removed_share(family.decoder_layers(model), family, masks)
@@ -121,8 +126,7 @@ def measure(args: argparse.Namespace, heads: str, share: float | None, eval_set:
 
 def main(args: argparse.Namespace) -> None:
     """Measure every row and write the json."""
-    text = join_documents(file_documents(args.eval_file))
-    tokens = tokenize(load_tokenizer(args.model, False), text, add_special_tokens=False)
+    tokens = file_tokens(load_tokenizer(args.model, False), args.eval_file)
     eval_set = eval_windows(tokens, EVAL_SEQLEN, str(args.eval_file))[:EVAL_WINDOWS]
     rows = [measure(args, heads, share, eval_set) for heads in args.heads for share in (None, *args.shares)]
     result = {

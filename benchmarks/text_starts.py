@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_quality import EVAL_SEQLEN, EVAL_WINDOWS, FINE, MIN_SPARSITY, by_schedule
+from benchmarks.measuring import file_tokens
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
 from ppl_eval.ppl_dataset import eval_windows
 from ppl_eval.ppl_eval import perplexity
@@ -34,7 +35,6 @@ from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.profiling.tables import markdown_table
 from slim_utils.pruning_config import BEST_SINK_WINDOWS
 from slim_utils.slim_dataset import load_calibration, random_windows, sink_windows
-from slim_utils.text_source import file_documents, join_documents, tokenize
 
 logger = logging.getLogger("text_starts")
 
@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
     check_output_file(args.out, False, "--out")
     tokenizer = load_tokenizer(args.model, False)
     data = load_calibration([args.calib_file], tokenizer, NUM_SAMPLES, SEQLEN, args.seed)
-    tokens = tokenize(tokenizer, join_documents(file_documents(args.eval_file)), add_special_tokens=False)
+    tokens = file_tokens(tokenizer, args.eval_file)
     windows = eval_windows(tokens, EVAL_SEQLEN, str(args.eval_file))[:EVAL_WINDOWS]
     beginnings = random_windows(tokens, FIRST_TOKENS, FEW, args.seed, str(args.eval_file))
 

@@ -196,7 +196,7 @@ class _SequentialPruner:
         return LayerForward(layer, self.family, self.hidden[number], calls[index], self.settings, advanced)
 
     def _with_less_memory(self, settings: PruningSettings) -> PruningSettings | None:
-        return settings.with_less_memory(self.windows[0])
+        return settings.retry_with_less_memory(self.windows[0])
 
     def _attempt(
         self,

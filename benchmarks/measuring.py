@@ -1,0 +1,116 @@
+"""What the benchmarks share: evaluation windows of named files, rows kept in --out, a process of its own for a row."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ppl_eval.ppl_dataset import eval_windows
+from slim_utils.common.environment import command_line, environment
+from slim_utils.common.errors import UserError
+from slim_utils.common.loading import check_output_file, write_json_atomic
+from slim_utils.layerwise.offload import CPU
+from slim_utils.text_source import file_documents, join_documents, tokenize
+
+Row = dict[str, Any]
+
+
+def named_files(flag: str, specs: Iterable[str]) -> dict[str, Path]:
+    """Files of ``NAME=FILE`` by their names.
+
+    Raises:
+        UserError: naming the flag and what is not one.
+    """
+    files = {}
+    for spec in specs:
+        name, separator, file = spec.partition("=")
+        if not separator or not Path(file).is_file():
+            raise UserError(f"{flag} {spec}: give NAME=FILE of an existing file")
+        files[name] = Path(file)
+    return files
+
+
+def file_tokens(tokenizer: PreTrainedTokenizerBase, file: Path) -> Tensor:
+    """Token ids (n,) of the text of a file, without special tokens."""
+    return tokenize(tokenizer, join_documents(file_documents(file)), add_special_tokens=False)
+
+
+def eval_sets(
+    tokenizer: PreTrainedTokenizerBase, specs: Iterable[str], count: int, seqlen: int, bos: int | None = None
+) -> dict[str, Tensor]:
+    """The first windows (count, seqlen) of every text of ``--eval_files``, by its name; ``bos`` begins each, if given.
+
+    Raises:
+        UserError: if a file is missing or shorter than one window.
+    """
+    return {
+        name: eval_windows(file_tokens(tokenizer, file), seqlen, str(file), bos)[:count]
+        for name, file in named_files("--eval_files", specs).items()
+    }
+
+
+def measure_missing_rows(
+    out: Path, protocol: dict[str, Any], names: tuple[str, ...], keys: Iterable[tuple], measure: Callable[..., Row]
+) -> dict[str, Any]:
+    """Measure the rows that ``out`` lacks, and write each as soon as it is measured.
+
+    Args:
+        out: json of the result, of this run or of an earlier one that was cut off.
+        protocol: what all rows have in common.
+        names: entries of a row that tell it from the others.
+        keys: values of those entries, of every row of the benchmark.
+        measure: gives the row of such values.
+
+    Returns:
+        The content of ``out``.
+
+    Raises:
+        UserError: if ``out`` is of another protocol, or has no folder.
+    """
+    record = {"command": command_line(), **environment(CPU), "protocol": protocol, "rows": rows_so_far(out, protocol)}
+    measured = {tuple(row[name] for name in names) for row in record["rows"]}
+    for key in keys:
+        if key not in measured:
+            record["rows"].append(measure(*key))
+            write_json_atomic(out, record)
+    return record
+
+
+def rows_so_far(out: Path, protocol: dict[str, Any]) -> list[Row]:
+    """Rows of an earlier run of the same protocol.
+
+    Raises:
+        UserError: if there is a file of another one, or no folder for it.
+    """
+    if not out.exists():
+        check_output_file(out, False, "--out")
+        return []
+    record = json.loads(out.read_text(encoding="utf-8"))
+    if record["protocol"] != protocol:
+        raise UserError(f"--out {out}: of another protocol, {record['protocol']}; give another file")
+    return record["rows"]
+
+
+def measure_in_new_process(script: str, words: Iterable[object], name: str) -> Row:
+    """One row, measured by ``script`` in a process of its own, whose peak memory is that of the row alone.
+
+    Args:
+        script: a benchmark that writes the row to ``--out``.
+        words: its arguments, but for ``--out``.
+        name: what the error calls the row.
+
+    Raises:
+        UserError: if the process fails; it has said why.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "row.json"
+        command = [sys.executable, script, *map(str, words), "--out", str(out)]
+        if subprocess.run(command, check=False).returncode != 0:
+            raise UserError(f"{name} could not be measured")
+        return json.loads(out.read_text(encoding="utf-8"))
