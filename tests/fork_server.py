@@ -18,6 +18,9 @@ import threading
 import traceback
 
 import datasets  # noqa: F401
+import lm_eval.evaluator  # noqa: F401
+import lm_eval.models.huggingface  # noqa: F401
+import lm_eval.tasks  # noqa: F401
 import peft  # noqa: F401
 import torch  # noqa: F401
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Seq2SeqTrainer  # noqa: F401

@@ -55,7 +55,7 @@ def add_choice_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--sink_windows",
-        "--sink_windows",
+        "--text_starts",
         type=int,
         metavar="N",
         help="also calibrate on N 8-token windows cut from the samples, for attention sinks at position 0 (default: 0)",
