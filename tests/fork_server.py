@@ -18,8 +18,8 @@ import threading
 import traceback
 
 import datasets  # noqa: F401
-import lm_eval.evaluator  # noqa: F401
-import lm_eval.models.huggingface  # noqa: F401
+import lm_eval.evaluator
+import lm_eval.models.huggingface
 import lm_eval.tasks  # noqa: F401
 import peft  # noqa: F401
 import torch  # noqa: F401

@@ -36,6 +36,7 @@ def task_dir(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_whole_recipe_on_a_tiny_model(checkpoint, text_file, instruction_file, task_dir, tmp_path):
     """``llama_7b_p20.sh`` runs all four stage recipes."""
     out = tmp_path / "new" / "p20"

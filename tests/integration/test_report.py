@@ -29,7 +29,8 @@ def report(*arguments: object) -> subprocess.CompletedProcess:
 def shades(png: bytes | np.ndarray) -> int:
     """How many different colours a picture has."""
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) if isinstance(png, bytes) else png
-    return len(np.unique(pixels.reshape(-1, 3), axis=0))
+    # One number a pixel is sorted far sooner than three.
+    return len(np.unique(pixels[..., :3].astype(np.uint32) @ np.array([65536, 256, 1], dtype=np.uint32)))
 
 
 class Reader(HTMLParser):

@@ -163,3 +163,18 @@ def test_two_processes(checkpoint, words, tmp_path):
     for key, tensor in tensors(tmp_path / "streamed").items():
         assert (tensor - expected[key]).abs().max() <= 1e-5 * expected[key].abs().max(), key
     assert sorted(path.name for path in tmp_path.iterdir()) == ["streamed", "whole"]
+
+
+def test_one_layer_at_a_time_is_in_memory(checkpoint, words, tmp_path, monkeypatch):
+    """What ``test_stream_memory.py`` measures on a large model, counted on a tiny one."""
+    onload, counts = OffloadedModel.onload, []
+
+    def counted(self, index, device):
+        layer = onload(self, index, device)
+        held = [any(not parameter.is_meta for parameter in layer.parameters()) for layer in self.layers]
+        counts.append(sum(held))
+        return layer
+
+    monkeypatch.setattr(OffloadedModel, "onload", counted)
+    main(checkpoint, *words, "--sparsity", 0.4, "--stream", "--save_dir", tmp_path / "out")
+    assert len(counts) >= 4 and set(counts) == {1}

@@ -93,6 +93,7 @@ def run(checkpoint: Path, text_file: Path, *flags: object, procs: str | None = N
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
 
 
+@pytest.mark.slow
 def test_less_memory_than_the_model_has(large_checkpoint, text_file, tmp_path):
     with memory_limit(LIMIT_MIB) as procs:
         whole = run(large_checkpoint, text_file, "--save_dir", tmp_path / "whole", procs=procs)
@@ -103,6 +104,7 @@ def test_less_memory_than_the_model_has(large_checkpoint, text_file, tmp_path):
     assert json.loads((tmp_path / "streamed" / "run.json").read_text())["perplexity"]
 
 
+@pytest.mark.slow
 def test_three_layers_are_enough(large_checkpoint, checkpoint, text_file, tmp_path):
     peaks = []
     # What the interpreter and its libraries take is that of the same run on a model of next to nothing.

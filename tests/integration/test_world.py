@@ -74,13 +74,17 @@ def test_wrong_input_is_said_once(checkpoint, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_process_that_dies_ends_all_and_the_run_goes_on(checkpoint, words, tmp_path):
+@pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_process_that_dies_ends_all_and_the_run_goes_on(launched, checkpoint, words, tmp_path):
     script = tmp_path / "dying.py"
     script.write_text(DYING)
     arguments = [checkpoint, *words, "--save_dir", tmp_path / "out"]
-    # The launcher looks late, or it might end the first process before that one has spoken.
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--monitor_interval=5"]
-    process = run_python(*launcher, "--rdzv_endpoint=localhost:0", script, *arguments)
+    if launched:
+        # The launcher looks late, or it might end the first process before that one has spoken.
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--monitor_interval=5"]
+        process = run_python(*launcher, "--rdzv_endpoint=localhost:0", script, *arguments)
+    else:
+        process = run_ranks(2, script, *arguments)
     assert process.returncode != 0
     assert process.stderr.count("model_slimming.py: error: process 0: another process has ended") == 1, process.stderr
     assert not (tmp_path / "out").exists()
