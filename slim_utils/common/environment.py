@@ -1,9 +1,11 @@
-"""What a result was made with: the command line, versions and hardware."""
+"""What a result was made with: the command line, versions, the commit and hardware."""
 
 import os
 import platform
 import shlex
+import subprocess
 import sys
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,22 +13,41 @@ from typing import Any
 import torch
 import transformers
 
+from slim_utils import __version__
+
+_ROOT = Path(__file__).resolve().parents[2]
+
 
 def command_line() -> str:
     """The command as the user typed it, without its path."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
+@cache
+def commit() -> str:
+    """Short hash of the suite's commit, with ``-dirty`` where files differ from it; ``unknown`` outside a checkout."""
+    # An installed suite may lie inside the checkout of another project.
+    if not (_ROOT / ".git").exists():
+        return "unknown"
+    describe = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def environment(device: torch.device, *packages: str) -> dict[str, Any]:
-    """Versions, also of further ``packages``, and hardware of this run."""
+    """Versions, also of further ``packages``, the suite's commit, and hardware of this run."""
     return {
         "versions": {
+            "slimgpt": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "datasets": version("datasets"),
             **{name: version(name) for name in packages},
         },
+        "commit": commit(),
         "hardware": {
             "machine": platform.machine(),
             "cpu_threads": torch.get_num_threads(),

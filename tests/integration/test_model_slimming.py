@@ -84,7 +84,7 @@ def test_run_json_tells_the_run(pruned):
     assert record["seed"] == 0
     assert record["arguments"]["sparsity"] == 0.4
     assert record["command"].startswith("model_slimming.py ")
-    assert set(record["versions"]) == {"python", "torch", "transformers", "datasets"}
+    assert set(record["versions"]) == {"slimgpt", "python", "torch", "transformers", "datasets"}
     assert len(record["calibration"]["samples_sha256"]) == 64
     assert [layer["layer"] for layer in record["layers"]] == [0, 1, 2, 3]
     for layer in record["layers"]:
