@@ -1,22 +1,26 @@
-"""Which figures and which numbers a report shows of every kind of source."""
+"""Which figures a report shows of every kind of source, and how each is titled, captioned and drawn."""
 
 import math
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from slim_utils.allocation.sensitivity import REFERENCE_RATIO
-from slim_utils.common.errors import UserError
 from slim_utils.report.figures import (
+    BREAKDOWN,
     Bar,
     BarPanel,
     LayerLine,
     LayerPanel,
     bar_figure,
     layer_figure,
+    perplexity_figure,
+    perplexity_panels,
 )
-from slim_utils.report.plots import COSTS, ERRORS, KEPT, PEAK, SECTIONS, SIZES, Plot, Rows, bars, size_plots
 from slim_utils.report.sources import (
     CALIBRATION,
     CHOICES,
@@ -31,9 +35,39 @@ from slim_utils.report.sources import (
     SERVING,
     SPEED,
     STARTS,
+    Rows,
     Source,
-    flat,
+    checked,
 )
+
+PEAK = "peak_memory_mib"  # Of a layer or a row: MiB by where.
+
+KEPT, ERRORS, SIZES, COSTS = "kept", "error", "perplexity", "cost"
+SECTIONS = {
+    KEPT: "Kept heads and widths",
+    ERRORS: "Error and loss by layer",
+    SIZES: "Perplexity against size",
+    COSTS: "Speed and memory",
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure of the report.
+
+    Attributes:
+        section: a key of ``SECTIONS``.
+        name: of its file, without the ending; with the section it is unlike all others.
+        title: in a few words.
+        caption: what is to be seen, and what to know of it.
+        draw: makes it.
+    """
+
+    section: str
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[], Figure]
 
 
 def plots(sources: list[Source]) -> list[Plot]:
@@ -43,29 +77,11 @@ def plots(sources: list[Source]) -> list[Plot]:
         UserError: naming the source that lacks something a file of its kind has.
     """
     runs = [source for source in sources if source.kind == RUN]
-    found = _checked(partial(_run_plots, runs), runs) if runs else []
+    found = checked(partial(_run_plots, runs), runs) if runs else []
     for source in sources:
         if source.kind != RUN:
-            found += _checked(partial(_PLOTS[source.kind], source), [source])
+            found += checked(partial(_PLOTS[source.kind], source), [source])
     return sorted(found, key=lambda plot: list(SECTIONS).index(plot.section))
-
-
-def raw_rows(source: Source) -> Rows:
-    """The numbers of a source as rows of what :func:`flat` gives.
-
-    Raises:
-        UserError: naming the source that lacks something a file of its kind has.
-    """
-    return _checked(lambda: [dict(flat(row)) for row in _rows(source)], [source])
-
-
-def _checked(make: Callable[[], list], sources: list[Source]) -> list:
-    """What ``make`` makes of ``sources``, or one line about what they lack."""
-    try:
-        return make()
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        files, reason = ", ".join(str(source.path) for source in sources), f"{type(error).__name__}: {error}"
-        raise UserError(f"RUN {files}: not a whole file of its kind, {sources[0].kind} ({reason})") from None
 
 
 def _run_plots(runs: list[Source]) -> list[Plot]:
@@ -90,7 +106,7 @@ def _run_plots(runs: list[Source]) -> list[Plot]:
         )
         found.append(Plot(ERRORS, f"{name}_losses", title, caption, partial(layer_figure, _loss_panels(searched))))
     rows = [_run_row(run) for run in runs]
-    found += size_plots(name, title, rows)
+    found += _size_plots(name, title, rows)
     caption = "Seconds that every layer took, and the process's peak memory up to its end."
     found.append(Plot(COSTS, name, title, caption, partial(layer_figure, _cost_panels(runs))))
     return found
@@ -168,9 +184,28 @@ def _by_text(entries: Rows) -> dict[str, float]:
     }
 
 
+def _bars(title: str, unit: str, runs: dict[str, list[float]], mean: Callable = statistics.mean) -> BarPanel:
+    """A bar for each name, and its single runs where it has several."""
+    bars = [Bar(name, mean(values), values if len(values) > 1 else ()) for name, values in runs.items()]
+    return BarPanel(title, unit, bars)
+
+
+def _size_plots(name: str, title: str, rows: Rows) -> list[Plot]:
+    """Perplexity against size; nothing where no perplexity was measured."""
+    panels = perplexity_panels(rows)
+    caption = "Perplexity against the share of the attention and MLP weights that is gone"
+    caption += "; mean and standard deviation over seeds." if len({row.get("seed") for row in rows}) > 1 else "."
+    if any(panel.limit for panel in panels):
+        caption += (
+            f" A method that breaks down, beyond {BREAKDOWN} times the dense model's, is a triangle where the axis "
+            "ends, with its perplexity."
+        )
+    return [Plot(SIZES, name, title, caption, partial(perplexity_figure, rows))] if panels else []
+
+
 def _quality_plots(source: Source) -> list[Plot]:
     rows = source.record["rows"]
-    found = size_plots(source.slug, source.label, rows)
+    found = _size_plots(source.slug, source.label, rows)
     for heads in dict.fromkeys(row["heads"] for row in rows):
         own = [row for row in rows if row["heads"] == heads and row["share"]]
         name, title = f"{source.slug}_{heads}", f"{source.label}, {heads.replace('_', ' ')} heads"
@@ -221,7 +256,7 @@ def _method_panels(rows: Rows) -> list[BarPanel]:
         start = f"{100 * share:g} % removed: "
         seconds = {name: [row["seconds"] for row in seeds] for name, seeds in methods.items()}
         memory = {name: [row[PEAK]["host"] for row in seeds] for name, seeds in methods.items()}
-        panels += [bars(f"{start}pruning", "seconds", seconds), bars(f"{start}peak memory", "MiB", memory)]
+        panels += [_bars(f"{start}pruning", "seconds", seconds), _bars(f"{start}peak memory", "MiB", memory)]
     return panels
 
 
@@ -232,7 +267,7 @@ def _perplexity_plots(source: Source) -> list[Plot]:
         known = {"share_removed": row["share_removed"]} if "share_removed" in row else {}
         value = {"heads": "", "method": method, "share": row["share_asked"], "perplexity": {text: row["perplexity"]}}
         rows.append({**value, **known})
-    return size_plots(source.slug, source.label, rows)
+    return _size_plots(source.slug, source.label, rows)
 
 
 def _recovery_plots(source: Source) -> list[Plot]:
@@ -240,7 +275,7 @@ def _recovery_plots(source: Source) -> list[Plot]:
     for row in source.record["rows"]:
         named = {"heads": "", "method": row["model"], "share": row.get("share_removed", 0)}
         rows.append({**named, "perplexity": _by_text(row["perplexity"])})
-    return size_plots(source.slug, source.label, rows)
+    return _size_plots(source.slug, source.label, rows)
 
 
 def _perplexity_bars(caption: str, name: Callable[[dict[str, Any]], str], source: Source) -> list[Plot]:
@@ -248,7 +283,7 @@ def _perplexity_bars(caption: str, name: Callable[[dict[str, Any]], str], source
     rows, panels = source.record["rows"], []
     for text in rows[0]["perplexity"]:
         figures = {name(row): [row["perplexity"][text]] for row in rows}
-        panels.append(bars(text, "perplexity", figures, statistics.median))
+        panels.append(_bars(text, "perplexity", figures, statistics.median))
     return [Plot(SIZES, source.slug, source.label, caption, partial(bar_figure, panels))]
 
 
@@ -256,14 +291,14 @@ def _choice_plots(source: Source) -> list[Plot]:
     kinds: dict[str, dict[str, list[float]]] = {}
     for row in source.record["rows"]:
         kinds.setdefault(row["kind"], {}).setdefault(row["choice"], []).append(row["held_out"])
-    panels = [bars(kind, "error, held out", figures, statistics.geometric_mean) for kind, figures in kinds.items()]
+    panels = [_bars(kind, "error, held out", figures, statistics.geometric_mean) for kind, figures in kinds.items()]
     caption = "Error that choices inside a layer leave on tokens not fitted to; geometric means, and a dot a layer."
     return [Plot(ERRORS, source.slug, source.label, caption, partial(bar_figure, panels))]
 
 
 def _starts_plots(source: Source) -> list[Plot]:
     figures = {f"{100 * row['share']:g} %, {row['text_starts']}": [100 * row["lost"]] for row in source.record["rows"]}
-    panels = [bars("first tokens lost", "%", figures, statistics.median)]
+    panels = [_bars("first tokens lost", "%", figures, statistics.median)]
     caption = "First tokens that are no attention sinks any more, by the share removed and the beginnings of text seen."
     return [Plot(ERRORS, source.slug, source.label, caption, partial(bar_figure, panels))]
 
@@ -272,7 +307,7 @@ def _serving_plots(source: Source) -> list[Plot]:
     engines: dict[str, dict[str, list[float]]] = {}
     for row in source.record["rows"]:
         engines.setdefault(row["engine"], {})[row["model"]] = row["runs"]
-    panels = [bars(engine, "tokens a second", models, statistics.median) for engine, models in engines.items()]
+    panels = [_bars(engine, "tokens a second", models, statistics.median) for engine, models in engines.items()]
     caption = "Tokens a second; medians, and a dot a run."
     return [Plot(COSTS, source.slug, source.label, caption, partial(bar_figure, panels, columns=3))]
 
@@ -280,10 +315,10 @@ def _serving_plots(source: Source) -> list[Plot]:
 def _pruning_cost_plots(source: Source) -> list[Plot]:
     ways = source.record["runs"]
     seconds = {way: [run["seconds"] for run in runs] for way, runs in ways.items()}
-    panels = [bars("pruning", "seconds", seconds, statistics.median)]
+    panels = [_bars("pruning", "seconds", seconds, statistics.median)]
     for where in dict.fromkeys(where for runs in ways.values() for run in runs for where in run[PEAK]):
         memory = {way: [run[PEAK][where] for run in runs] for way, runs in ways.items()}
-        panels.append(bars(f"peak memory, {where}", "MiB", memory, statistics.median))
+        panels.append(_bars(f"peak memory, {where}", "MiB", memory, statistics.median))
     caption = "Seconds of pruning alone, and peak memory of its process; medians, and a dot a run."
     return [Plot(COSTS, source.slug, source.label, caption, partial(bar_figure, panels))]
 
@@ -313,7 +348,7 @@ def _speed_plots(source: Source) -> list[Plot]:
         pairs = list(zip(source.record["models"], timing["latencies"], strict=True))
         for part, unit in (("prefill", "milliseconds"), ("decode", "milliseconds a step")):
             runs = {model: [1e3 * seconds for seconds in latency[f"{part}_runs"]] for model, latency in pairs}
-            panels.append(bars(f"{setting}: {part}", unit, runs, statistics.median))
+            panels.append(_bars(f"{setting}: {part}", unit, runs, statistics.median))
     caption = "Seconds of prefill and of a decoding step; medians, and a dot a run."
     return [Plot(COSTS, source.slug, source.label, caption, partial(bar_figure, panels))] if panels else []
 
@@ -339,20 +374,3 @@ _PLOTS: dict[str, Callable[[Source], list[Plot]]] = {
     CHOICES: _choice_plots,
     STARTS: _starts_plots,
 }
-
-
-def _rows(source: Source) -> Rows:
-    record = source.record
-    if source.kind == RUN:
-        return [*record["layers"], *(record.get("perplexity") or [])]
-    if source.kind == PRUNING_COST:
-        return [{"way": way, **run} for way, runs in record["runs"].items() for run in runs]
-    if source.kind == COMPARISON:
-        return [{"model": name, **record[name]} for name in ("dense", "pruned")]
-    if source.kind == SPEED:
-        return [
-            {"batch_size": timing["batch_size"], "length": timing["length"], "model": model, **latency}
-            for timing in record["timings"]
-            for model, latency in zip(record["models"], timing["latencies"], strict=True)
-        ]
-    return record["rows"]

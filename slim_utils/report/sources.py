@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import RUN_FILE
 from slim_utils.masks import PRUNING_FILE, LayerMask, read_pruning
+
+Rows = list[dict[str, Any]]
 
 RUN = "pruning run"
 QUALITY = "perplexity at the same size, method by method"
@@ -133,3 +135,42 @@ def flat(value: dict[str, Any], start: str = "") -> Iterable[tuple[str, Any]]:
             yield from flat(inner, f"{start}{name}.")
         elif not isinstance(inner, list) or not any(isinstance(one, (dict, list)) for one in inner):
             yield f"{start}{name}", inner
+
+
+def raw_rows(source: Source) -> Rows:
+    """The numbers of a source as rows of what :func:`flat` gives.
+
+    Raises:
+        UserError: naming the source that lacks something a file of its kind has.
+    """
+    return checked(lambda: [dict(flat(row)) for row in _rows(source)], [source])
+
+
+def checked(make: Callable[[], list], sources: list[Source]) -> list:
+    """What ``make`` makes of ``sources``.
+
+    Raises:
+        UserError: naming the files if they lack something a file of their kind has.
+    """
+    try:
+        return make()
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        files, reason = ", ".join(str(source.path) for source in sources), f"{type(error).__name__}: {error}"
+        raise UserError(f"RUN {files}: not a whole file of its kind, {sources[0].kind} ({reason})") from None
+
+
+def _rows(source: Source) -> Rows:
+    record = source.record
+    if source.kind == RUN:
+        return [*record["layers"], *(record.get("perplexity") or [])]
+    if source.kind == PRUNING_COST:
+        return [{"way": way, **run} for way, runs in record["runs"].items() for run in runs]
+    if source.kind == COMPARISON:
+        return [{"model": name, **record[name]} for name in ("dense", "pruned")]
+    if source.kind == SPEED:
+        return [
+            {"batch_size": timing["batch_size"], "length": timing["length"], "model": model, **latency}
+            for timing in record["timings"]
+            for model, latency in zip(record["models"], timing["latencies"], strict=True)
+        ]
+    return record["rows"]

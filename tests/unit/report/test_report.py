@@ -9,10 +9,9 @@ import pytest
 from scripts import report
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import SMALL_MODEL_FOLDER
-from slim_utils.report.contents import plots, raw_rows
+from slim_utils.report.contents import COSTS, ERRORS, KEPT, SIZES, plots
 from slim_utils.report.figures import BREAKDOWN, perplexity_figure, perplexity_panels
 from slim_utils.report.page import page
-from slim_utils.report.plots import COSTS, ERRORS, KEPT, SIZES
 from slim_utils.report.sources import (
     CALIBRATION,
     CHOICES,
@@ -26,6 +25,7 @@ from slim_utils.report.sources import (
     SERVING,
     SPEED,
     STARTS,
+    raw_rows,
     read_sources,
 )
 
