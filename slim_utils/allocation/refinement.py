@@ -53,7 +53,7 @@ def units_of(share: float, total: int) -> int:
 
 @dataclass
 class _ProbedMap:
-    """The heads or the FFN columns of a layer, as the walk came by them.
+    """The heads or the FFN columns of a layer, as they were before the layer-wise pruner pruned them.
 
     Attributes:
         errors: (n,) fp64, OBS error of 0, 1, … units of every group.
@@ -89,7 +89,7 @@ class _ProbedMap:
 
 
 class _ProbeHook:
-    """Looks at every map before the walk prunes it; what it saw is in ``places``, by layer and name of the map."""
+    """Prune hook that probes every map before it is pruned; ``places`` holds them, by layer and name of the map."""
 
     def __init__(self, family: Family, settings: PruningSettings) -> None:
         self._family, self._settings = family, settings
@@ -129,7 +129,7 @@ def measure_around(
     Args:
         host: of the whole dense model, which ends as it was.
         samples: (num_samples, seqlen) calibration token ids.
-        starts: (count, few) beginnings of text besides, as the walk takes them.
+        starts: (count, 8) sink windows, as :func:`prune_layers` takes them.
         plans: of every layer; one of an empty plan is not measured.
         settings: how.
         finished: file that keeps what is measured, so that a run that was cut off does not measure it again.
@@ -200,7 +200,7 @@ def _measured_around(
 
 
 def _copies(host: ResidentModel) -> list[dict[str, Tensor]]:
-    """What the walk changes of every layer, as it is."""
+    """Copies of the parameters of every layer that pruning changes."""
     return [
         {name: parameter.to("cpu", copy=True) for name, parameter in changed_parameters(layer, host.family).items()}
         for layer in host.layers

@@ -71,7 +71,7 @@ def run_cli(
             sys.exit(2)
         _fail(prog, str(error) + _notes(error), 2)
     except ProcessLostError as error:
-        _fail(prog, f"process {_rank()}: {error}{resume_advice}", 1)
+        _fail(prog, f"rank {_rank()}: {error}{resume_advice}", 1)
     except KeyboardInterrupt as error:
         _fail(prog, f"interrupted; nothing half-written is left behind{_notes(error) or resume_advice}", 130)
     except torch.OutOfMemoryError as error:

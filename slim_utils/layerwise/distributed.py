@@ -1,4 +1,7 @@
-"""Several processes that prune one model together, each on its share of the calibration samples (torchrun)."""
+"""The process group that prunes one model, each process on its shard of the calibration samples (torchrun).
+
+accelerate's ``PartialState`` is not used: it offers no timeout of an hour, no broadcast of errors, and imports slowly.
+"""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -106,7 +109,7 @@ def _lost_contact_named() -> Iterator[None]:
     Errors of this process's own device, full memory among them, stay as they are.
 
     Raises:
-        ProcessLostError: if another process has ended.
+        ProcessLostError: if contact with another process is lost.
     """
     try:
         yield
@@ -114,7 +117,7 @@ def _lost_contact_named() -> Iterator[None]:
         raise
     except RuntimeError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ProcessLostError(f"another process has ended, and says why if it could ({reason})") from error
+        raise ProcessLostError(f"lost contact with another process (see its log): {reason}") from error
 
 
 SINGLE_PROCESS = ProcessGroup()

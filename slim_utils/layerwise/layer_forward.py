@@ -41,7 +41,7 @@ class LayerForward:
         family: its row of the table.
         hidden: (num_samples, seqlen, hidden) its inputs, on ``settings.cache_dev``.
         calls: its other arguments, anywhere.
-        settings: how to walk.
+        settings: devices and micro-batches.
         advanced: samples, from the first on, that are outputs of the layer already.
     """
 

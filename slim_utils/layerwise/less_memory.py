@@ -1,4 +1,4 @@
-"""Another try with less memory where the device's is full."""
+"""Retries with less memory after an out-of-memory error of the device."""
 
 import logging
 from collections.abc import Callable
@@ -18,14 +18,14 @@ T = TypeVar("T")
 
 def warn_of_full_memory(where: str, settings: PruningSettings) -> None:
     """Say that ``where`` memory was full, and with which settings it goes on."""
-    message = "%s: the device's memory is full; going on with %d samples at once, activations on %s"
+    message = "%s: out of device memory; retrying with %d samples per forward, activations on %s"
     logger.warning(message, where, settings.batch_samples, settings.cache_dev)
 
 
 def retry_with_less_memory(
     work: Callable[[PruningSettings], T], settings: PruningSettings, samples: Tensor, host: ResidentModel, where: str
 ) -> T:
-    """The result of ``work``; where the device's memory is full, that of another try with less at once.
+    """The result of ``work``; out of device memory, that of a retry with less at once.
 
     Args:
         work: may be begun again at any time; it leaves nothing on the device but layers of ``host``.

@@ -1,6 +1,12 @@
-"""The layer walk: one decoder layer after another, each on the outputs of the pruned ones before it.
+"""The layer-wise (sequential) pruner, which knows no family: it asks the table's row for the names of two linear maps.
 
-The walk knows no family: it asks the table's row for the names of two linear maps.
+1. Run the embeddings on the calibration samples; capture the inputs of the first layer and the layer kwargs of all.
+2. Onload the next decoder layer. Where a run is resumed and the layer is finished, restore it and go to 7.
+3. Accumulate the Hessian of the attention's output map (``o_proj``) on the layer's inputs.
+4. Prune whole heads of it and compensate; zero what feeds them.
+5. Accumulate the Hessian of the FFN's output map (``down_proj``) on what the pruned attention puts out.
+6. Prune its columns and compensate; log the layer and store it for ``--resume``.
+7. Replace the inputs by the outputs of the pruned layer; offload the layer; go to 2.
 """
 
 from __future__ import annotations
@@ -85,20 +91,22 @@ def prune_layers(
     if not pruned:
         return masks, reports
     host = host or ResidentModel(model, family)
-    walk = _SequentialPruner(host, [samples] if starts is None else [samples, starts], settings, processes, hook, store)
+    pruner = _SequentialPruner(
+        host, [samples] if starts is None else [samples, starts], settings, processes, hook, store
+    )
     with logging_redirect_tqdm():
         for index in tqdm(range(pruned[-1] + 1), desc="layers", unit="layer", disable=processes.rank > 0 or None):
             start = time.perf_counter()
-            layer = walk.onload(index)
+            layer = pruner.onload(index)
             report = _restored(index, layer, family, store, processes)
             replays: list[LayerForward] = []
             if index in pruned and report is None:
-                replays, (mask, attention, mlp) = walk.prune(index, layer, shapes[index], plans[index])
+                replays, (mask, attention, mlp) = pruner.prune(index, layer, shapes[index], plans[index])
             if index < pruned[-1]:
-                walk.advance(index, layer, replays)
+                pruner.advance(index, layer, replays)
             if index in pruned and report is None:
                 seconds, peak = time.perf_counter() - start, peak_memory_mib(settings.device)
-                batches = walk.settings.batch_samples, str(walk.settings.cache_dev)
+                batches = pruner.settings.batch_samples, str(pruner.settings.cache_dev)
                 report = LayerReport(index, plans[index], mask, attention, mlp, seconds, peak, *batches)
                 logger.info(report.log_line(len(shapes)))
                 if store:
@@ -111,7 +119,7 @@ def prune_layers(
 
 
 class _SequentialPruner:
-    """Where the walk is: the inputs of the next layer, and how all layers are called; with less memory if need be.
+    """State of the pass: the inputs of the next layer and the kwargs of all; retries with less memory where needed.
 
     Windows of each length have their own: the samples and, in the first half of the layers, beginnings of text. Later
     the part that a first token plays is settled, and layers would only be fitted to contexts shorter than those in use.
@@ -205,7 +213,7 @@ class _SequentialPruner:
         reduce: Callable[[PruningSettings], PruningSettings | None],
         undo: Callable[[], None] = lambda: None,
     ) -> T:
-        """The result of ``work``; where the device's memory is full, after ``undo``, once more with less."""
+        """The result of ``work``; out of device memory, after ``undo``, it is retried with less."""
         while True:
             try:
                 return work()

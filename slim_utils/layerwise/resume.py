@@ -134,7 +134,7 @@ class LayerStore:
 
 
 def changed_parameters(layer: nn.Module, family: Family) -> dict[str, nn.Parameter]:
-    """Parameters of a layer that the walk changes."""
+    """Parameters of a layer that pruning changes."""
     if family.head_norms:
         return dict(layer.named_parameters())
     names = (f"{family.attention_out}.weight", f"{family.mlp_out}.weight", f"{family.experts}.down_proj")

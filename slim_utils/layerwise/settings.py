@@ -1,4 +1,4 @@
-"""How to walk over the layers of a model."""
+"""How the layers of a model are pruned."""
 
 from dataclasses import dataclass, replace
 
@@ -15,7 +15,7 @@ GQA_UNITS = ("query_head", "kv_group")
 
 @dataclass(frozen=True)
 class PruningSettings:
-    """How to walk.
+    """How layers are pruned.
 
     Attributes:
         device: where layers are run and pruned; a layer is moved there and back.

@@ -86,7 +86,9 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on(launched, checkpoint, 
     else:
         process = run_ranks(2, script, *arguments)
     assert process.returncode != 0
-    assert process.stderr.count("model_slimming.py: error: process 0: another process has ended") == 1, process.stderr
+    assert process.stderr.count("model_slimming.py: error: rank 0: lost contact with another process") == 1, (
+        process.stderr
+    )
     assert not (tmp_path / "out").exists()
     process = run(2, *arguments, "--resume")
     assert process.returncode == 0, process.stderr
@@ -122,7 +124,7 @@ def test_shares_are_all_samples(samples):
         (
             RuntimeError("gloo: closed by peer\nat"),
             ProcessLostError,
-            r"another process has ended.*\(gloo: closed by peer",
+            r"lost contact with another process.*: gloo: closed by peer",
         ),
     ],
 )

@@ -95,7 +95,7 @@ def test_prune_layers_full_for_activations_keeps_them_on_the_host(samples, monke
     model = make_tiny("gqa")
     masks, _ = walk(model, samples, cache_dev=ELSEWHERE)
     assert masks == walk(make_tiny("gqa"), samples)[0]
-    assert "the embeddings: the device's memory is full; going on with 128 samples at once, activations on cpu" in (
+    assert "the embeddings: out of device memory; retrying with 128 samples per forward, activations on cpu" in (
         caplog.text
     )
 
@@ -182,7 +182,7 @@ def test_measure_where_memory_is_full_gives_the_same_losses(samples, tmp_path, m
     assert losses(found) == pytest.approx(expected, rel=0.05)
     # What was measured is not measured again.
     assert calls == [0, 0, 1, 1, 1, 2, 2, 3, 3]
-    assert "measuring: the device's memory is full; going on with 4 samples" in caplog.text
+    assert "measuring: out of device memory; retrying with 4 samples" in caplog.text
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
@@ -206,7 +206,7 @@ def test_measure_around_where_memory_is_full_gives_the_same_losses(samples, monk
         for part, again in zip(parts, found[index], strict=True):
             assert (part.loss is None) == (again.loss is None)
             assert again.loss is None or math.isclose(part.loss, again.loss, rel_tol=0.05)
-    assert "refining: the device's memory is full; going on with 4 samples" in caplog.text
+    assert "refining: out of device memory; retrying with 4 samples" in caplog.text
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
@@ -251,4 +251,4 @@ def test_evaluate_on_with_room_for_a_few_windows_takes_smaller_batches(samples, 
     full_on_device(monkeypatch, model)
     full_where(monkeypatch, "_run", lambda replay, batch: len(batch) > 2)
     assert evaluate_on(host, ELSEWHERE, sets)[0]["perplexity"] == pytest.approx(expected, rel=1e-5)
-    assert "evaluation: the device's memory is full; going on with 2 samples at once" in caplog.text
+    assert "evaluation: out of device memory; retrying with 2 samples per forward" in caplog.text

@@ -258,7 +258,7 @@ def test_smaller_batches_where_memory_is_full(variant, samples, monkeypatch, cap
     masks, reports = walk(parts, samples)
     assert masks == expected and len(reports) == 4
     assert sorted(set(tried)) == [2, 4, 8]
-    assert "the device's memory is full; going on with 2 samples at once" in caplog.text
+    assert "out of device memory; retrying with 2 samples per forward" in caplog.text
     for name, weight in whole.state_dict().items():
         assert torch.allclose(parts.state_dict()[name], weight, rtol=1e-3, atol=1e-3), name
 
