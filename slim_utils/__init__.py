@@ -1,3 +1,3 @@
-"""SlimGPT structured pruning: the OBS maths, the layer-wise pruner, the table of families and what a run leaves behind."""
+"""SlimGPT structured pruning: the OBS maths, the layer-wise pruner, the table of families, outputs and exports."""
 
 __version__ = "0.1.0"

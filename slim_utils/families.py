@@ -1,4 +1,4 @@
-"""The table of model families: what the layer-wise pruner and the removal of units need to know of each. A new family is one row here."""
+"""The table of model families: what pruning needs to know of each. A new family is one row here."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ Of the suite itself nothing is imported before the fork: a script begins as ``py
 import array
 import atexit
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -18,6 +19,7 @@ import threading
 import traceback
 
 import datasets  # noqa: F401
+import huggingface_hub.constants
 import lm_eval.evaluator
 import lm_eval.models.huggingface
 import lm_eval.tasks  # noqa: F401
@@ -45,6 +47,8 @@ def become(request: dict, streams: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
+    # The hub's address and whether it may be asked were read when the libraries were imported.
+    importlib.reload(huggingface_hub.constants)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = request["argv"]
 

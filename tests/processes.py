@@ -18,6 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 READ_AT_IMPORT = ("HF_", "OMP_", "MALLOC_", "PYTHON", "LD_", "TRANSFORMERS_", "ACCELERATE_", "USE_")
 
 
+# Those of them that a forked process reads again.
+READ_AGAIN = {"HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_DISABLE_XET"}
+
+
 class PythonProcess:
     """A running script; its stdout and stderr are files that grow.
 
@@ -81,6 +85,7 @@ class ForkServer:
     def fits(self, environment: dict[str, str]) -> bool:
         """Whether a process with this environment may share the server's imports."""
         names = {name for name in {*environment, *self.environment} if name.startswith(READ_AT_IMPORT)}
+        names -= READ_AGAIN
         return all(environment.get(name) == self.environment.get(name) for name in names)
 
     def start(self, request: dict[str, Any]) -> PythonProcess:
