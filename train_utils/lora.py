@@ -124,7 +124,7 @@ def add_lora(model: PreTrainedModel, args: ModelArguments) -> PeftModel:
 def _tied_embeddings_allowed() -> Iterator[None]:
     """Without peft's warning of adapters on tied embeddings: ``fuse_lora`` unties them."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True.*a tied layer is part of the adapter")
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True.*part of the adapter")
         yield
 
 

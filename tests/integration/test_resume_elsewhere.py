@@ -116,7 +116,7 @@ def test_resume_with_other_versions_or_another_gpu_warns(changes, warned, tmp_pa
 
     def changed(device):
         found = environment(device)
-        return {part: values | changes.get(part, {}) for part, values in found.items()}
+        return found | {part: found[part] | values for part, values in changes.items()}
 
     monkeypatch.setattr(run_record, "environment", changed)
     LayerStore(tmp_path / "out").open({"a": 1}, True, run_record.rounding_settings(config))
