@@ -68,8 +68,7 @@ from slim_utils.masks import LayerMask
 from slim_utils.output.hub import add_hub_flags, check_hub_flags, check_publishable, publish
 from slim_utils.output.provenance import read_provenance
 from slim_utils.output.run_record import pruning_record, rounding_settings, search_record
-from slim_utils.output.streamed import StreamedOutput
-from slim_utils.output.writers import WholeOutput, saved_before, write_output, write_record
+from slim_utils.output.writers import StreamedOutput, WholeOutput, saved_before, write_output, write_record
 from slim_utils.profiling.model_stats import count_parameters, removed_share
 from slim_utils.slim_dataset import CalibrationData, load_calibration, text_starts
 from slim_utils.text_source import CALIBRATION_DATASETS
