@@ -65,8 +65,7 @@ from slim_utils.masks import LayerMask
 from slim_utils.output.hub import add_hub_flags, publish, publishable_name
 from slim_utils.output.provenance import read_provenance
 from slim_utils.output.run_record import measured_record, pruning_record, rounding_settings
-from slim_utils.output.streamed import StreamedOutput
-from slim_utils.output.writers import WholeOutput, saved_before, write_output, write_record
+from slim_utils.output.writers import StreamedOutput, WholeOutput, saved_before, write_output, write_record
 from slim_utils.profiling.model_stats import count_parameters, removed_share
 from slim_utils.pruning_config import Effect, PruningConfig
 from slim_utils.slim_dataset import CalibrationData, load_calibration, sink_windows

@@ -110,7 +110,7 @@ def test_goes_on_after_each_layer_and_each_write(checkpoint, words, tmp_path, mo
 
         out = tmp_path / f"out-{stop_at}"
         with monkeypatch.context() as patched:
-            patched.setattr("slim_utils.output.streamed.save_tensors_atomic", failing)
+            patched.setattr("slim_utils.output.writers.save_tensors_atomic", failing)
             try:
                 main(checkpoint, *flags, "--save_dir", out)
             except KeyboardInterrupt:
