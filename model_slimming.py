@@ -87,11 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     prune.add_argument("--min_sparsity", type=float, help="lowest ratio of a layer with --non_uniform")
     prune.add_argument("--max_sparsity", type=float, help="highest ratio of a layer with --non_uniform")
     add_budget_flags(prune)
-    prune.add_argument(
-        "--gqa_unit",
-        choices=GQA_UNITS,
-        help="what goes where query heads share key/value heads",
-    )
+    prune.add_argument("--gqa_unit", choices=GQA_UNITS, help="unit of heads where query heads share key/value heads")
     prune.add_argument("--multiple_of", type=int, help="every layer keeps a multiple of N FFN columns")
     prune.add_argument("--even_heads", action="store_true", help="every layer keeps an even number of heads")
     prune.add_argument("--tp_size", type=int, help="heads and columns divide by so many GPUs")

@@ -177,7 +177,7 @@ def pruning_settings(record: dict[str, Any]) -> list[tuple[str, Any]]:
         ("unit in grouped-query attention", arguments["gqa_unit"]),
         ("score of heads", "exact error" if arguments["exact_heads"] else "grouped Cholesky"),
         ("FFN columns of a step", arguments["column_group"] or "dynamic group size"),
-        ("beginnings of text besides the samples", arguments["sink_windows"] or 0),
+        ("attention-sink windows", arguments["sink_windows"] or 0),
         ("damping", f"{arguments['percdamp']:g}"),
         ("calibration text", " + ".join(Path(source["name"]).name for source in calibration["sources"])),
         ("first token of a sample", "BOS" if calibration["bos"] else "text"),

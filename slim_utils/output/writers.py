@@ -168,7 +168,7 @@ class StreamedOutput(CheckpointWriter):
     def write(self, folder: Path, masks: list[LayerMask], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
         """Write what is missing yet, and move all into ``folder``, of the same disk."""
         for index, mask in enumerate(masks):
-            # The walk does not come to layers beyond the last pruned one.
+            # The layer-wise pruner stops after the last pruned layer.
             if not self._has_layer(index):
                 self.host.onload(index, CPU)
                 self.host.offload(index, mask)
