@@ -1,4 +1,4 @@
-"""First tokens that are no attention sinks any more after pruning, with beginnings of text and without.
+"""First tokens that are no longer attention sinks after pruning, with sink windows and without.
 
     python -m benchmarks.text_starts SmolLM2-135M-Instruct --calib_file wikitext2/valid.tokens.txt \
         --eval_file wikitext2/test.tokens.txt --out benchmarks/results/text_starts.json
@@ -66,7 +66,7 @@ def largest_norms(model: PreTrainedModel, windows: Tensor) -> Tensor:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Prune at every share, with beginnings of text and without, and count."""
+    """Prune at every share, with sink windows and without, and count."""
     check_output_file(args.out, False, "--out")
     tokenizer = load_tokenizer(args.model, False)
     data = load_calibration([args.calib_file], tokenizer, NUM_SAMPLES, SEQLEN, args.seed)
@@ -101,7 +101,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         figures = (f"{100 * row['lost']:.2f} %", f"{row['perplexity']:.2f}", f"{row['seconds']:.0f}")
         lines.append((f"{100 * row['share']:.0f} %", row["text_starts"], *figures))
-    return markdown_table(("removed", "beginnings of text", "first tokens lost", "perplexity", "seconds"), lines)
+    return markdown_table(("removed", "sink windows", "first tokens lost", "perplexity", "seconds"), lines)
 
 
 if __name__ == "__main__":

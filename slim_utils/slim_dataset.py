@@ -151,7 +151,7 @@ def random_windows(tokens: Tensor, num_samples: int, seqlen: int, seed: int, sou
 
 
 def sink_windows(samples: Tensor, count: int) -> Tensor:
-    """Short windows (count, 8) of calibration samples, evenly spread: the same tokens as so many beginnings of text.
+    """Attention-sink windows (count, 8): short windows cut from the calibration samples, evenly spread.
 
     Of a window a model sees one first token, and what it does with that is not what it does with others: attention
     comes back to it from everywhere (an attention sink, Xiao et al. 2023). A few dozen windows are too few examples.

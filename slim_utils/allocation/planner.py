@@ -151,7 +151,7 @@ class Planner:
 
         Args:
             samples: (num_samples, seqlen) calibration token ids.
-            starts: (count, few) beginnings of text besides.
+            starts: (count, 8) sink windows; ``None`` for none.
             kept: file that keeps the measurements of a round of refinement, or of the sensitivity analysis (0), for a
                 run that is cut off.
 

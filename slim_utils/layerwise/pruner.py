@@ -75,7 +75,7 @@ def prune_layers(
             alone.
         processes: the processes that prune the same model, each on its own samples.
         host: where the model's layers are (default: on the CPU).
-        starts: (count, few) token ids besides, of this process: beginnings of text, for the first half of the layers.
+        starts: (count, 8) sink windows of this process, for the first half of the layers.
         hook: called before a map of heads or of columns, but not of experts, is pruned.
 
     Returns:
@@ -121,7 +121,7 @@ def prune_layers(
 class _SequentialPruner:
     """State of the pass: the inputs of the next layer and the kwargs of all; retries with less memory where needed.
 
-    Windows of each length have their own: the samples and, in the first half of the layers, beginnings of text. Later
+    Windows of each length have their own: the samples and, in the first half of the layers, sink windows. Later
     the part that a first token plays is settled, and layers would only be fitted to contexts shorter than those in use.
     """
 

@@ -299,7 +299,7 @@ def _choice_plots(source: Source) -> list[Plot]:
 def _starts_plots(source: Source) -> list[Plot]:
     figures = {f"{100 * row['share']:g} %, {row['text_starts']}": [100 * row["lost"]] for row in source.record["rows"]}
     panels = [_bars("first tokens lost", "%", figures, statistics.median)]
-    caption = "First tokens that are no attention sinks any more, by the share removed and the beginnings of text seen."
+    caption = "First tokens that are no longer attention sinks, by the share removed and the number of sink windows."
     return [Plot(ERRORS, source.slug, source.label, caption, partial(bar_figure, panels))]
 
 
