@@ -276,6 +276,7 @@ def _merges_make_every_token(content: dict[str, Any]) -> bool:
 
 
 def _write_special(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
+    # Not gguf.SpecialVocab: it reads a folder's files and guesses from their template what the loaded tokenizer adds.
     for token_id, add in (
         (tokenizer.bos_token_id, writer.add_bos_token_id),
         (tokenizer.eos_token_id, writer.add_eos_token_id),

@@ -1,11 +1,12 @@
 """The card of a pruned or recovered model, made from the record of where it comes from."""
 
 import json
+import math
 import shlex
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
 from slim_utils.common.loading import load_config, model_on_meta, write_text_atomic
@@ -21,6 +22,10 @@ from slim_utils.output.provenance import (
 )
 from slim_utils.profiling.model_stats import count_parameters
 from slim_utils.profiling.tables import markdown_table
+
+TEMPLATE = Path(__file__).with_name("model_card.md.j2")
+
+Perplexities = list[dict[str, Any]] | dict[str, list[dict[str, Any]]] | None
 
 
 def vllm_options(config: PreTrainedConfig) -> dict[str, Any] | None:
@@ -43,7 +48,7 @@ def model_card(
     config: PreTrainedConfig,
     parameters: int,
     masks: list[LayerMask] | None = None,
-    perplexity: list[dict[str, Any]] | dict[str, list[dict[str, Any]]] | None = None,
+    perplexity: Perplexities = None,
     address: str = "DIR",
 ) -> str:
     """Text of the card of a pruned or recovered model.
@@ -57,34 +62,59 @@ def model_card(
         address: what the commands call the model.
     """
     base, steps = provenance["base"], provenance["steps"]
-    removals, trained = prunings(provenance), any(step["kind"] == RECOVERY for step in steps)
-    tags = ["slimgpt", *(["pruned", "structured-pruning"] if removals else [])]
-    data = ModelCardData(
+    removals, trained = len(prunings(provenance)), any(step["kind"] == RECOVERY for step in steps)
+    base_type = FAMILIES[config.model_type].base_type
+    stock, options = base_type == config.model_type, vllm_options(config)
+    total = ("parameters", f"{base['parameters']:,}", f"{parameters:,}")
+    title = f"{base['name'].rsplit('/', 1)[-1]}, {' and '.join(['pruned'] * bool(removals) + ['fine-tuned'] * trained)}"
+    card = ModelCard.from_template(
+        _card_data(provenance, title, perplexity),
+        template_path=str(TEMPLATE),
+        title=title,
+        name=base["name"],
+        prunings=removals,
+        share=f"{100 * total_share_removed(provenance):.1f}" if removals else "",
+        trained=trained,
+        total_table=markdown_table(("", "base", "pruned" if removals else "this model"), [total]),
+        layer_table=_layer_table(base["layers"], _kept(config, masks)),
+        steps=[(step["kind"].capitalize(), markdown_table(("", ""), step["settings"].items())) for step in steps],
+        perplexity_table=_perplexity_table(perplexity),
+        address=address,
+        stock=stock,
+        loses_kv_heads=not stock and _loses_kv_heads(config),
+        vllm_flags=None if options is None else _vllm_flags(options),
+        exported=base_type in EXPORTED_FAMILIES,
+        license_text=base["card"].get("license_name") or base["card"].get("license"),
+    )
+    return f"{card}\n"
+
+
+def _card_data(provenance: dict[str, Any], title: str, perplexity: Perplexities) -> ModelCardData:
+    """What a hub reads of the card: the base with its licence and language, the texts, and the last perplexities."""
+    base, steps = provenance["base"], provenance["steps"]
+    last = perplexity.get("after", []) if isinstance(perplexity, dict) else perplexity or []
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=entry["dataset"],
+            dataset_name=entry["dataset"],
+            metric_type="perplexity",
+            metric_value=round(entry["perplexity"], 4),
+            metric_name=f"perplexity, windows of {entry['seqlen']} tokens{', BOS first' if entry['bos'] else ''}",
+        )
+        for entry in last
+        if math.isfinite(entry["perplexity"])
+    ]
+    return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=tags,
+        tags=["slimgpt", *(["pruned", "structured-pruning"] if prunings(provenance) else [])],
         base_model=base["name"] if base["on_hub"] else None,
         datasets=sorted({name for step in steps for name in step["datasets"]}) or None,
+        model_name=title if results else None,
+        eval_results=results or None,
         **base["card"],
     )
-    license_name = base["card"].get("license_name") or base["card"].get("license")
-    done = " and ".join(word for word, so in (("pruned", removals), ("fine-tuned", trained)) if so)
-    sections = [
-        f"---\n{data.to_yaml()}\n---\n",
-        f"# {base['name'].rsplit('/', 1)[-1]}, {done}\n",
-        _summary(provenance, trained),
-        "## Sizes\n",
-        _sizes(base, parameters, "pruned" if removals else "this model", _kept(config, masks)),
-        "## Method\n",
-        _method(steps),
-        "## Perplexity\n",
-        _perplexities(perplexity),
-        "## Use\n",
-        _usage(address, config),
-        "## Licence\n",
-        f"That of the base model: {license_name}.\n" if license_name else "That of the base model, whatever it is.\n",
-    ]
-    return "\n".join(sections)
 
 
 def write_card(folder: Path, provenance: dict[str, Any], model_path: str, **options: Any) -> None:
@@ -103,19 +133,6 @@ def write_card(folder: Path, provenance: dict[str, Any], model_path: str, **opti
     write_text_atomic(folder / CARD_FILE, model_card(provenance, config, parameters, **options))
 
 
-def _summary(provenance: dict[str, Any], trained: bool) -> str:
-    name, removals = provenance["base"]["name"], prunings(provenance)
-    training = "fine-tuned afterwards to recover" if removals else "fine-tuned"
-    if not removals:
-        return f"{name}, {training}.\n"
-    times = f" in {len(removals)} prunings" if len(removals) > 1 else ""
-    return (
-        f"{name} without {100 * total_share_removed(provenance):.1f} % of the weights of its decoder layers: "
-        f"attention heads and FFN columns removed{times} by [SlimGPT](https://arxiv.org/abs/2412.18110), layer by "
-        f"layer, the weights that stay updated to make up for them; {training if trained else 'no training'}.\n"
-    )
-
-
 def _kept(config: PreTrainedConfig, masks: list[LayerMask] | None) -> list[tuple[int, int, int, int]]:
     """Heads, kv heads, FFN width and experts of every layer."""
     if masks:
@@ -126,22 +143,14 @@ def _kept(config: PreTrainedConfig, masks: list[LayerMask] | None) -> list[tuple
     return [(shape.num_heads, shape.num_kv_heads, shape.ffn_width, shape.num_experts) for shape in shapes]
 
 
-def _sizes(base: dict[str, Any], parameters: int, name: str, kept: list[tuple[int, int, int, int]]) -> str:
-    total = markdown_table(("", "base", name), [("parameters", f"{base['parameters']:,}", f"{parameters:,}")])
+def _layer_table(dense: list[list[int]], kept: list[tuple[int, int, int, int]]) -> str:
+    """What every layer keeps of its heads, kv heads and FFN width."""
     rows = []
-    for index, (layer, dense) in enumerate(zip(kept, base["layers"], strict=True)):
-        heads, groups, columns = (f"{now} of {before}" for now, before in zip(layer[:3], dense, strict=True))
+    for index, (layer, counts) in enumerate(zip(kept, dense, strict=True)):
+        heads, groups, columns = (f"{now} of {before}" for now, before in zip(layer[:3], counts, strict=True))
         experts = f" (each of {layer[3]} experts)" if layer[3] else ""
         rows.append((index, heads, groups, columns + experts))
-    return f"{total}\n\n{markdown_table(('layer', 'heads', 'key/value heads', 'FFN columns'), rows)}\n"
-
-
-def _method(steps: list[dict[str, Any]]) -> str:
-    tables = [markdown_table(("", ""), list(step["settings"].items())) + "\n" for step in steps]
-    if len(steps) == 1:
-        return tables[0]
-    titles = [f"### {number}. {step['kind'].capitalize()}\n" for number, step in enumerate(steps, 1)]
-    return "\n".join(part for pair in zip(titles, tables, strict=True) for part in pair)
+    return markdown_table(("layer", "heads", "key/value heads", "FFN columns"), rows)
 
 
 def pruning_settings(record: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -188,11 +197,12 @@ def _allocation(arguments: dict[str, Any]) -> str:
     return f"{arguments['allocation'] or 'uniform'}{f', refined {rounds} ×' if rounds else ''}"
 
 
-def _perplexities(measured: list[dict[str, Any]] | dict[str, list[dict[str, Any]]] | None) -> str:
+def _perplexity_table(measured: Perplexities) -> str:
+    """A line for each text and window length; empty where none was measured."""
     columns = measured if isinstance(measured, dict) else {"perplexity": measured or []}
     lists = list(columns.values())
     if not lists[0]:
-        return "Not measured.\n"
+        return ""
     rows = [
         (
             *(entries[0]["dataset"], entries[0]["seqlen"], "BOS" if entries[0]["bos"] else "text"),
@@ -200,35 +210,7 @@ def _perplexities(measured: list[dict[str, Any]] | dict[str, list[dict[str, Any]
         )
         for entries in zip(*lists, strict=True)
     ]
-    return markdown_table(("text", "tokens of a window", "the first of them", *columns), rows) + "\n"
-
-
-def _usage(model: str, config: PreTrainedConfig) -> str:
-    base_type = FAMILIES[config.model_type].base_type
-    stock = base_type == config.model_type
-    remote = "" if stock else ", trust_remote_code=True"
-    parts = [
-        "Transformers"
-        + (":\n" if stock else " (5.15 or newer; the code in this folder builds each layer in its own shape):\n"),
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{model}"{remote})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{model}"{remote})\n```\n',
-        'LoRA by peft: `LoraConfig(target_modules="all-linear")` adapts every linear map of the layers.\n',
-    ]
-    if not stock and _loses_kv_heads(config):
-        parts.append(
-            "Some layers have fewer key/value heads than the base: the library's paged continuous batching "
-            "(`generate_batch`) and peft's prefix tuning fail on them; `generate` and LoRA work.\n"
-        )
-    options = vllm_options(config)
-    if options is not None:
-        parts.append(f"vLLM:\n\n```bash\nvllm serve {model}{_vllm_flags(options)}\n```\n")
-    if base_type in EXPORTED_FAMILIES:
-        parts.append(
-            "llama.cpp, by a script of the suite that made this model:\n\n"
-            f"```bash\npython scripts/export_gguf.py {model} pruned.gguf\n```\n"
-        )
-    return "\n".join(parts)
+    return markdown_table(("text", "tokens of a window", "the first of them", *columns), rows)
 
 
 def _loses_kv_heads(config: PreTrainedConfig) -> bool:
