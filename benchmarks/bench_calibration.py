@@ -15,6 +15,7 @@ import argparse
 import logging
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench_quality import EVAL_SEQLEN, EVAL_WINDOWS, FINE, MIN_SPARSITY, by_schedule
+from benchmarks.bench_quality import EVAL_SEQLEN, EVAL_WINDOWS, FINE, LOG_INCREASE, pruned_by
 from benchmarks.measuring import eval_sets, file_tokens, measure_missing_rows, named_files
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
 from ppl_eval.ppl_eval import perplexity
 from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.loading import load_model, load_tokenizer
-from slim_utils.layerwise.offload import CPU
-from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.profiling.tables import markdown_table
 from slim_utils.slim_dataset import random_windows
 
@@ -60,7 +59,7 @@ def measure(
     samples = random_windows(tokens[SKIPPED:], num_samples, seqlen, args.seed, text)
     model = repeat_kv_heads(load_model(args.model, "float32", False))
     start = time.perf_counter()
-    by_schedule(FINE, MIN_SPARSITY, model, samples, SHARE, PruningSettings(CPU, CPU, percdamp=PERCDAMP))
+    pruned_by(replace(FINE, target_ratio=SHARE, **LOG_INCREASE), model, samples)
     seconds = round(time.perf_counter() - start, 1)
     row = {"text": text, "num_samples": num_samples, "seqlen": seqlen, "seed": args.seed, "seconds": seconds}
     row["perplexity"] = {name: perplexity(model, windows, 2) for name, windows in sets.items()}

@@ -13,6 +13,7 @@ import argparse
 import logging
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench_quality import EVAL_SEQLEN, EVAL_WINDOWS, FINE, MIN_SPARSITY, by_schedule
+from benchmarks.bench_quality import EVAL_SEQLEN, EVAL_WINDOWS, FINE, LOG_INCREASE, pruned_by
 from benchmarks.measuring import file_tokens
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
 from ppl_eval.ppl_dataset import eval_windows
@@ -31,10 +32,9 @@ from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.loading import check_output_file, load_model, load_tokenizer, write_json_atomic
 from slim_utils.layerwise.offload import CPU
-from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.profiling.tables import markdown_table
 from slim_utils.pruning_config import BEST_SINK_WINDOWS
-from slim_utils.slim_dataset import load_calibration, random_windows, sink_windows
+from slim_utils.slim_dataset import load_calibration, random_windows
 
 logger = logging.getLogger("text_starts")
 
@@ -78,12 +78,12 @@ def main(args: argparse.Namespace) -> None:
         return repeat_kv_heads(load_model(args.model, "float32", False))
 
     dense, rows = largest_norms(fresh(), beginnings), []
-    settings = PruningSettings(CPU, CPU, percdamp=PERCDAMP)
     for share in args.shares:
-        for starts in (None, sink_windows(data.samples, BEST_SINK_WINDOWS)):
+        for count in (0, BEST_SINK_WINDOWS):
             model, start = fresh(), time.perf_counter()
-            by_schedule(FINE, MIN_SPARSITY, model, data.samples, share, settings, starts)
-            row: dict[str, Any] = {"share": share, "text_starts": 0 if starts is None else len(starts)}
+            config = replace(FINE, target_ratio=share, sink_windows=count, **LOG_INCREASE)
+            pruned_by(config, model, data.samples)
+            row: dict[str, Any] = {"share": share, "text_starts": count}
             row["seconds"] = round(time.perf_counter() - start, 1)
             row["lost"] = (largest_norms(model, beginnings) < LOST * dense).double().mean().item()
             row["perplexity"] = perplexity(model, windows, 2)
