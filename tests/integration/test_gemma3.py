@@ -24,6 +24,7 @@ def cache() -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_calibration_with_bos_loses_half_of_what_it_loses_without(cache, tmp_path):
     (tmp_path / "text.txt").write_text((cache / "wiki.evaluation.txt").read_text()[:20_000])
     figures = {}

@@ -268,6 +268,7 @@ def test_a_stopped_run_leaves_no_half_result(slim, words, tmp_path, stop):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("processes", "taught"), [(1, False), (2, False), (2, True)])
 def test_deepspeed_zero_2(slim, words, tmp_path, checkpoint, processes, taught):
     """Compiles an extension the first time, about two minutes."""

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_quick_start_prunes_a_fifth_and_reuses_its_cache(tmp_path):
     environment = {**os.environ, "SLIMGPT_CACHE": str(tmp_path / "cache")}
     command = ["bash", "scripts/quickstart.sh", "--save_dir", str(tmp_path / "out")]

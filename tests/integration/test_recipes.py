@@ -76,6 +76,7 @@ def test_a_failing_stage_fails_the_recipe(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_on_smollm2(recipe, tmp_path):
     """Fetches SmolLM2-135M into ``$SLIMGPT_CACHE`` the first time."""

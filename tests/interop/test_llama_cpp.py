@@ -15,6 +15,7 @@ PYTHON = ROOT / ".venv-llamacpp" / "bin" / "python"
 NEAR_TIE = 0.02
 
 pytestmark = [
+    pytest.mark.timeout(1800),
     pytest.mark.llama_cpp,
     pytest.mark.skipif(not PYTHON.exists(), reason="run scripts/test_serving.sh"),
 ]

@@ -19,6 +19,7 @@ NEAR_TIE = 1e-3
 TOKEN_PROMPTS = [[5, 9, 17, 33], [100, 20, 30], list(range(7, 40)), [200]]
 
 pytestmark = [
+    pytest.mark.timeout(1800),
     pytest.mark.vllm,
     pytest.mark.skipif(not PYTHON.exists(), reason="run scripts/test_serving.sh"),
 ]
