@@ -79,7 +79,7 @@ def test_prune_layers_full_while_advancing_goes_on_from_the_batch(
     masks, reports = walk(parts, samples, ratios, starts=starts, batch_samples=batch_samples)
     assert masks == expected
     same_weights(whole, parts)
-    assert f"going on with {batch_samples // 2} samples at once" in caplog.text
+    assert f"retrying with {batch_samples // 2} samples per forward" in caplog.text
     assert [report.batch_samples for report in reports][-1] == batch_samples // 2
 
 
