@@ -58,7 +58,7 @@ def test_a_bias_takes_over_the_mean(case):
 
 
 def test_swaps_do_no_harm(case):
-    greedy = case.errors(case.pruned(choices=GROUPS_OF_16))[0]
+    greedy = case.errors(case.pruned(selection=GROUPS_OF_16))[0]
     assert with_swaps(case)[0] <= greedy * 1.02
 
 

@@ -101,7 +101,7 @@ def test_prune_layers_full_for_activations_keeps_them_on_the_host(samples, monke
 
 
 def test_prune_layers_full_for_a_layer_keeps_activations_on_the_host(samples, monkeypatch, caplog):
-    fetch, calls = ResidentModel.fetch, []
+    fetch, calls = ResidentModel.onload, []
 
     def limited(self, index, device):
         calls.append(index)
@@ -109,7 +109,7 @@ def test_prune_layers_full_for_a_layer_keeps_activations_on_the_host(samples, mo
             raise torch.OutOfMemoryError("full")
         return fetch(self, index, device)
 
-    monkeypatch.setattr(ResidentModel, "fetch", limited)
+    monkeypatch.setattr(ResidentModel, "onload", limited)
     masks, reports = walk(make_tiny("gqa"), samples, cache_dev=ELSEWHERE)
     assert masks == walk(make_tiny("gqa"), samples)[0]
     assert [report.cache_dev for report in reports] == ["cpu:0", "cpu:0", "cpu", "cpu"]
