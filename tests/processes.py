@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 READ_AT_IMPORT = ("HF_", "OMP_", "MALLOC_", "PYTHON", "LD_", "TRANSFORMERS_", "ACCELERATE_", "USE_")
 
 
+# Before any test, or library in this process, has changed it.
+ENVIRONMENT = dict(os.environ)
 # Those of them that a forked process reads again.
 READ_AGAIN = {"HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_DISABLE_XET"}
 
@@ -71,7 +73,6 @@ class ForkServer:
         command = [sys.executable, str(ROOT / "tests" / "fork_server.py"), str(theirs.fileno())]
         self.process = subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
-        self.environment = dict(os.environ)
         self.folder = tempfile.TemporaryDirectory()
         self.runs = 0
         atexit.register(self.close)
@@ -84,9 +85,8 @@ class ForkServer:
 
     def fits(self, environment: dict[str, str]) -> bool:
         """Whether a process with this environment may share the server's imports."""
-        names = {name for name in {*environment, *self.environment} if name.startswith(READ_AT_IMPORT)}
-        names -= READ_AGAIN
-        return all(environment.get(name) == self.environment.get(name) for name in names)
+        names = {name for name in {*environment, *ENVIRONMENT} if name.startswith(READ_AT_IMPORT)} - READ_AGAIN
+        return all(environment.get(name) == ENVIRONMENT.get(name) for name in names)
 
     def start(self, request: dict[str, Any]) -> PythonProcess:
         """Start a process."""
@@ -106,9 +106,18 @@ def server() -> ForkServer:
     return _SERVERS[0]
 
 
+def clean(environment: dict[str, str] | None) -> dict[str, str]:
+    """``environment`` without what this process has changed of its own since it began."""
+    if environment is None:
+        return dict(ENVIRONMENT)
+    own = {name for name in {*os.environ, *ENVIRONMENT} if environment.get(name) == os.environ.get(name)}
+    others = {name: value for name, value in environment.items() if name not in own}
+    return others | {name: value for name, value in ENVIRONMENT.items() if name in own}
+
+
 def start_python(*words: object, cwd: Path = ROOT, env: dict[str, str] | None = None) -> PythonProcess:
     """Start ``python WORDS``; see ``run_python``. ``env`` holds nothing that libraries read while they are imported."""
-    arguments, environment = list(map(str, words)), dict(os.environ if env is None else env)
+    arguments, environment = list(map(str, words)), clean(env)
     assert server().fits(environment)
     request: dict[str, Any] = {"cwd": str(cwd), "env": environment, "module": None, "code": None, "path": str(cwd)}
     if arguments[0] in ("-m", "-c"):
@@ -132,7 +141,7 @@ def run_python(
         env: the whole environment; that of the tests where it is left out.
         timeout: seconds until the process is killed.
     """
-    if env is None or server().fits(env):
+    if env is None or server().fits(clean(env)):
         return start_python(*words, cwd=cwd, env=env).wait(timeout)
     command = [sys.executable, *map(str, words)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=timeout)
@@ -146,6 +155,8 @@ def run_ranks(processes: int, *words: object) -> subprocess.CompletedProcess:
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
     group |= {"LOCAL_WORLD_SIZE": str(processes)}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    ends = [process.wait() for process in [start_python(*words, env={**os.environ, **group, **rank}) for rank in ranks]]
+    ends = [
+        process.wait() for process in [start_python(*words, env={**ENVIRONMENT, **group, **rank}) for rank in ranks]
+    ]
     texts = ["".join(text) for text in zip(*((end.stdout, end.stderr) for end in ends), strict=True)]
     return subprocess.CompletedProcess(ends[0].args, max((end.returncode for end in ends), key=abs), *texts)

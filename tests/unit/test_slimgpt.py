@@ -115,7 +115,7 @@ def test_the_update_is_the_least_squares_optimum_of_every_subset(gone):
 
 
 @pytest.mark.parametrize(
-    "choices", [SelectionOptions(), SelectionOptions(exact_heads=True), SelectionOptions(column_group=1)]
+    "selection", [SelectionOptions(), SelectionOptions(exact_heads=True), SelectionOptions(column_group=1)]
 )
 @pytest.mark.parametrize("unit", [1, 4])
 def test_costs_of_the_steps_add_up_to_the_error(selection, unit):
