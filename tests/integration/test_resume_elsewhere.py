@@ -127,7 +127,7 @@ def test_resume_on_another_kind_of_device_is_refused_on_another_gpu_it_is_not(tm
     """The settings of the run that are compared."""
     kept = []
     monkeypatch.setattr(model_slimming, "fingerprint", lambda *args: "model")
-    monkeypatch.setattr(run_record.torch.cuda, "get_device_name", lambda device: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
     monkeypatch.setattr(LayerStore, "open", lambda self, settings, *rest: kept.append(settings))
     args = model_slimming.build_parser().parse_args(["m", "c4", "--save_dir", str(tmp_path / "out")])
     host = type("Host", (), {"sampled_tensors": lambda self: (), "model": type("Model", (), {"config": None})})()
