@@ -158,7 +158,7 @@ def run(args: FinetuneArguments) -> None:
     provenance = read_provenance(path, config, trusted)
     model = load_model(path, "auto", trusted)
     teacher = load_teacher(args) if args.model.distill_from is not None else None
-    settings = run_settings(args, data, model, teacher, pruned and pruned.masks)
+    settings = run_settings(args, data, model, teacher, pruned.masks if pruned else None)
     if training.resume_from_checkpoint is not None:
         check_resumed(training.resume_from_checkpoint, settings)
     dtype = model.dtype

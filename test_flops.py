@@ -105,12 +105,13 @@ def latency_rows(latencies: list[Latency], batch_size: int, length: int) -> list
     setting = f"batch {batch_size}, {length} tokens"
     prefill = [latency.prefill_seconds for latency in latencies]
     decode = [latency.decode_seconds for latency in latencies]
-    return [
-        (f"{setting}: prefill (ms)", *(1e3 * seconds for seconds in prefill)),
-        (f"{setting}: prefill (tokens/s)", *(batch_size * length / seconds for seconds in prefill)),
-        (f"{setting}: decode (ms/step)", *(1e3 * seconds for seconds in decode)),
-        (f"{setting}: decode (tokens/s)", *(batch_size / seconds for seconds in decode)),
-    ]
+    figures = {
+        "prefill (ms)": [1e3 * seconds for seconds in prefill],
+        "prefill (tokens/s)": [batch_size * length / seconds for seconds in prefill],
+        "decode (ms/step)": [1e3 * seconds for seconds in decode],
+        "decode (tokens/s)": [batch_size / seconds for seconds in decode],
+    }
+    return [(f"{setting}: {name}", base, other) for name, (base, other) in figures.items()]
 
 
 def latency_record(latency: Latency) -> dict[str, Any]:

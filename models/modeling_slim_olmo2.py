@@ -1,5 +1,7 @@
 """OLMo 2 whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
 
+from typing import Any
+
 # First: it names the library's version that the rest needs.
 from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
@@ -27,7 +29,7 @@ class SlimOlmo2Model(SlimModelMixin, Olmo2Model):
     def __init__(self, config: SlimOlmo2Config) -> None:
         super().__init__(config)
         for layer in self.layers:
-            attention = layer.self_attn
+            attention: Any = layer.self_attn
             norms = (attention.q_norm, config.num_attention_heads), (attention.k_norm, config.num_key_value_heads)
             for norm, dense_heads in norms:
                 norm.variance_epsilon *= dense_heads * attention.head_dim / norm.weight.numel()

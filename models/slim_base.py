@@ -64,7 +64,7 @@ class LayerConfigView:
         return getattr(self.shared, name)
 
 
-def init_dense(init: Callable[[PreTrainedConfig], None], config: PreTrainedConfig) -> None:
+def init_dense(init: Callable[..., None], config: PreTrainedConfig) -> None:
     """Run a class's own ``init``, whose modules are then built anew.
 
     On its way the library obeys ``gradient_checkpointing`` and deletes it from ``config``; the new modules want it too.
@@ -83,6 +83,7 @@ class SlimModelMixin:
     """
 
     layer_class: type[nn.Module]
+    post_init: Callable[[], None]
 
     def __init__(self, config: PreTrainedConfig) -> None:
         init_dense(super().__init__, config)
@@ -93,7 +94,7 @@ class SlimModelMixin:
             view = LayerConfigView(config, i)
             for module in layer.modules():
                 if isinstance(getattr(module, "config", None), PreTrainedConfig):
-                    module.config = view
+                    module.config = view  # type: ignore[assignment]
         self.post_init()
 
 
@@ -105,6 +106,7 @@ class SlimForCausalLMMixin:
     """
 
     model_class: type[nn.Module]
+    post_init: Callable[[], None]
 
     def __init__(self, config: PreTrainedConfig) -> None:
         init_dense(super().__init__, config)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv with the pinned packages where it is missing, then checks the style and runs the tests.
+# Makes .venv with the pinned packages where it is missing, then checks style and types and runs the tests.
 #
 #   bash scripts/test.sh                      everything that needs neither a GPU nor minutes
 #   bash scripts/test.sh -m slow              the slow tests: the quick start on the real small model
@@ -11,6 +11,7 @@ source scripts/env.sh
 make_venv requirements-dev.txt
 .venv/bin/ruff check --quiet .
 .venv/bin/ruff format --check --quiet .
+.venv/bin/mypy --no-error-summary
 # The default tier is many small processes, one core each; anything else runs alone.
 [ $# -gt 0 ] || set -- -n 2 --dist worksteal
 exec .venv/bin/python -m pytest "$@"

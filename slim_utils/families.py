@@ -123,7 +123,7 @@ _DIFFERENCES: dict[str, dict[str, Any]] = {
 
 def _table() -> dict[str, Family]:
     """A row for every model type, before pruning and after it."""
-    table = {}
+    table: dict[str, Family] = {}
     for model_type, differences in _DIFFERENCES.items():
         row = Family(**{"base_type": model_type, "slim_type": f"slim_{model_type}", **differences})
         table |= {model_type: row, row.slim_type: row}

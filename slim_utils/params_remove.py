@@ -119,7 +119,7 @@ def zero_heads(layer: nn.Module, family: Family, mask: LayerMask) -> None:
     kept = _kept_by_kind(mask)
     for name, kind in family.head_norms:
         indices, total = kept[kind]
-        layer.get_submodule(name).weight.mul_(math.sqrt(len(indices) / total))
+        layer.get_parameter(f"{name}.weight").mul_(math.sqrt(len(indices) / total))
 
 
 def slim_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask]) -> PreTrainedConfig:

@@ -128,11 +128,15 @@ def _reader(path: Path) -> tuple[Callable[[Any], Iterator[Row]], str | None]:
     kind = suffixes[-1] if suffixes else ""
     if kind in (".csv", ".tsv"):
         return partial(_table_rows, delimiter="\t" if kind == ".tsv" else ","), ""
-    readers = {".json": _json_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}
+    readers: dict[str, Callable[[Any], Iterator[Row]]] = {
+        ".json": _json_rows,
+        ".jsonl": _json_rows,
+        ".parquet": _parquet_rows,
+    }
     return readers.get(kind, _text_rows), None
 
 
-def _decompressed(path: Path) -> BinaryIO:
+def _decompressed(path: Path) -> io.BufferedIOBase:
     """The bytes of ``path``, by what it begins with: a download may have been decompressed on its way."""
     with path.open("rb") as file:
         magic = file.read(4)

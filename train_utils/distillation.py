@@ -5,6 +5,7 @@ Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015).
 
 from __future__ import annotations
 
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +42,7 @@ def check_teacher(args: FinetuneArguments, config: PreTrainedConfig, tokenizer: 
         UserError: if it cannot be read, its logits are not of the student's tokens, or samples are too long for it.
     """
     path, trusted = args.model.distill_from, args.model.trust_remote_code
+    assert path is not None
     try:
         teacher, vocabulary = load_config(path, trusted), load_tokenizer(path, trusted).get_vocab()
     except UserError as error:
@@ -59,6 +61,7 @@ def load_teacher(args: FinetuneArguments) -> PreTrainedModel:
     Raises:
         UserError: if its weights cannot be loaded.
     """
+    assert args.model.distill_from is not None
     try:
         teacher = load_model(args.model.distill_from, "auto", args.model.trust_remote_code)
     except UserError as error:
@@ -87,10 +90,10 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
         student: logits (tokens, vocabulary), which get a gradient.
         teacher: logits of the same shape.
     """
-    chunks = zip(student.split(CHUNK_TOKENS), teacher.split(CHUNK_TOKENS), strict=True)
     # Nothing is drawn at random that a second forward would have to repeat.
-    options = {"use_reentrant": False, "preserve_rng_state": False}
-    return sum(checkpoint(_chunk_divergence, *chunk, **options) for chunk in chunks)
+    chunk_divergence = partial(checkpoint, _chunk_divergence, use_reentrant=False, preserve_rng_state=False)
+    chunks = zip(student.split(CHUNK_TOKENS), teacher.split(CHUNK_TOKENS), strict=True)
+    return reduce(torch.add, (chunk_divergence(*chunk) for chunk in chunks))
 
 
 def _chunk_divergence(student: Tensor, teacher: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -39,7 +40,7 @@ LORA_BIASES = ("none", "all", "lora_only")
 class ModelArguments:
     """The model and its LoRA adapters."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "checkpoint folder or hub name"})
+    model_name_or_path: str = field(default="", metadata={"help": "checkpoint folder or hub name"})
     use_lora: bool = field(default=False, metadata={"help": "train LoRA adapters instead of all weights"})
     peft_lora_r: int = field(default=8, metadata={"help": "rank of the adapters"})
     peft_lora_alpha: int = field(default=16, metadata={"help": "the adapters' product is scaled by alpha / r"})
@@ -94,7 +95,7 @@ class DataArguments:
 class TrainingArguments(Seq2SeqTrainingArguments):
     """The Trainer's own, with three defaults of this suite."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "folder to write"})
+    output_dir: str = field(default="", metadata={"help": "folder to write"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier run's --output_dir"})
     # A loss that is not finite has to be seen.
     logging_nan_inf_filter: bool = field(default=False)
@@ -105,10 +106,11 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         if not self.output_dir:
             raise ValueError("give the folder to write: --output_dir DIR")
         # The Trainer takes bf16 on a CPU only where it is told that there is nothing else.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        if self.disable_tqdm is None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        if self.disable_tqdm is None:  # type: ignore[has-type]
             self.disable_tqdm = not sys.stderr.isatty()
-        if self.ddp_find_unused_parameters is None:
+        if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             # Every trained parameter takes part in every forward.
             self.ddp_find_unused_parameters = False
         super().__post_init__()
@@ -174,7 +176,9 @@ class FinetuneParser(ArgumentParser, HfArgumentParser):
 def build_parser() -> FinetuneParser:
     """The parser of all four groups."""
     groups = (ModelArguments, DataArguments, TrainingArguments, SparseArguments)
-    return FinetuneParser(groups, prog="model_finetune.py", description="Fine-tune a pruned model.")
+    # The library's initialiser comes first in the order of classes, and mypy does not know it.
+    options = {"prog": "model_finetune.py", "description": "Fine-tune a pruned model."}
+    return FinetuneParser(groups, **options)  # type: ignore[arg-type]
 
 
 def parse_args(words: list[str] | None = None) -> FinetuneArguments:
@@ -296,7 +300,7 @@ def check_output_dir(args: FinetuneArguments) -> None:
         Path(training.output_dir), training.overwrite, training.resume_from_checkpoint
     )
     deepspeed = training.deepspeed if isinstance(training.deepspeed, str) else None
-    inputs = {
+    inputs: dict[str, Sequence[str | None]] = {
         "--model_name_or_path": [args.model.model_name_or_path],
         "--distill_from": [args.model.distill_from],
         "--data_path": [args.data.data_path],

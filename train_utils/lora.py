@@ -62,8 +62,8 @@ def lora_targets(model: PreTrainedModel, text: str | None) -> list[str] | str:
         UserError: if the model has none of one of these names.
     """
     family = FAMILIES.get(model.config.model_type)
-    mixture = family is not None and bool(family.expert_columns_key)
-    ffn = f".{family.experts.partition('.')[0]}." if mixture else None
+    mixture = family if family and family.expert_columns_key else None
+    ffn = f".{mixture.experts.partition('.')[0]}." if mixture else None
     adaptable = [
         name for name, module in model.named_modules() if isinstance(module, _ADAPTABLE) and not (ffn and ffn in name)
     ]
@@ -76,7 +76,7 @@ def lora_targets(model: PreTrainedModel, text: str | None) -> list[str] | str:
         if len(names) > 1:
             raise UserError(f"{TARGETS_FLAG} {text}: {ALL_LINEAR} stands alone; leave out the other names")
         # In mixtures peft's own takes routers and experts too.
-        return _family_targets(family, adaptable) if mixture else ALL_LINEAR
+        return _family_targets(mixture, adaptable) if mixture else ALL_LINEAR
     missing = [name for name in names if not _matches(name, adaptable)]
     if missing:
         present = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in adaptable))

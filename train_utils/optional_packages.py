@@ -35,7 +35,8 @@ _REPORTERS: dict[str, tuple[tuple[str, ...], str]] = {
 
 def optimizer_package(name: str) -> tuple[str, str] | None:
     """Module and package that an optimizer of the Trainer needs; ``None`` where torch has it."""
-    return next((package for prefixes, *package in _OPTIMIZERS if name.startswith(prefixes)), None)
+    packages = ((module, package) for prefixes, module, package in _OPTIMIZERS if name.startswith(prefixes))
+    return next(packages, None)
 
 
 def check_packages(training: TrainingArguments) -> None:

@@ -36,11 +36,12 @@ def noted(note: str) -> Iterator[None]:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether ``error``, or one it was raised in the handling of, says that no space (or quota) is left."""
-    while error is not None:
+    current: BaseException | None = error
+    while current is not None:
         # Libraries wrap it in classes of their own.
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        if getattr(current, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if any(message in str(error) for message in _DISK_FULL_MESSAGES):
+        if any(message in str(current) for message in _DISK_FULL_MESSAGES):
             return True
-        error = error.__cause__ or error.__context__
+        current = current.__cause__ or current.__context__
     return False

@@ -81,7 +81,7 @@ def guard_token_ids(model: PreTrainedModel) -> None:
     For texts that are tokenised out of sight, by a package; without it a GPU stops at a device assertion.
     """
 
-    def check(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def check(module: nn.Embedding, inputs: tuple[Any, ...]) -> None:
         rows = module.weight.shape[0]
         if inputs[0].numel() and (highest := int(inputs[0].max())) >= rows:
             raise UserError(_no_embedding(highest, rows))

@@ -55,11 +55,16 @@ try:
     import resource
 except ImportError:
     # On Windows.
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, Any] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 SMALL_MODEL_FOLDER = "pruned_weights"
 SENTENCEPIECE_FILE = "tokenizer.model"
 
