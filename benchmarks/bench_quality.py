@@ -6,7 +6,7 @@
 
 The protocol: fp32; 32 windows × 512 tokens of the calibration text, drawn by the seed, for all methods alike; the first
 8 × 1024 tokens of every evaluation text, no special tokens, 1023 targets a window; nothing is chosen on those
-texts, but that first tokens get lost (benchmarks/sink_windows.py) was noticed there.
+texts, but that first tokens get lost (benchmarks/text_starts.py) was noticed there.
 Share: of the attention and MLP weights. Heads: ``repeated`` is plain multi-head attention (every query head has its own
 copy of the key/value head), ``native`` is grouped-query attention by query heads.
 

@@ -1,7 +1,7 @@
 """First tokens that are no longer attention sinks after pruning, with sink windows and without.
 
-    python -m benchmarks.sink_windows SmolLM2-135M-Instruct --calib_file wikitext2/valid.tokens.txt \
-        --eval_file wikitext2/test.tokens.txt --out benchmarks/results/sink_windows.json
+    python -m benchmarks.text_starts SmolLM2-135M-Instruct --calib_file wikitext2/valid.tokens.txt \
+        --eval_file wikitext2/test.tokens.txt --out benchmarks/results/text_starts.json
 
 The protocol: fp32, plain multi-head attention, 32 × 512 tokens of the calibration text, log_increase from 0.0625, exact
 heads, groups of 32 columns, damping 0.01. A first token counts as lost where the largest norm that its hidden state
@@ -36,7 +36,7 @@ from slim_utils.profiling.tables import markdown_table
 from slim_utils.pruning_config import BEST_SINK_WINDOWS
 from slim_utils.slim_dataset import load_calibration, random_windows
 
-logger = logging.getLogger("sink_windows")
+logger = logging.getLogger("text_starts")
 
 FIRST_TOKENS, FEW = 2048, 4
 LOST = 0.5
@@ -45,7 +45,7 @@ BATCH = 128
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; the rest of the protocol is fixed."""
-    parser = ArgumentParser(prog="sink_windows.py", description="Attention sinks that pruning loses.")
+    parser = ArgumentParser(prog="text_starts.py", description="Attention sinks that pruning loses.")
     parser.add_argument("model", help="SmolLM2-135M as a checkpoint folder")
     parser.add_argument("--calib_file", type=Path, required=True)
     parser.add_argument("--eval_file", type=Path, required=True)
@@ -105,4 +105,4 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    run_cli(lambda: main(build_parser().parse_args()), "sink_windows.py")
+    run_cli(lambda: main(build_parser().parse_args()), "text_starts.py")

@@ -214,8 +214,8 @@ def results_table(metrics: dict[str, dict[str, float]], counts: dict[str, int], 
             row.append(f"{100 * values[f'{metric}_stderr']:.2f}" if _is_number(values.get(f"{metric}_stderr")) else "-")
         rows.append(row)
     if means:
-        rows.append(("average", "", f"{100 * means['acc']:.2f}", "", f"{100 * means['acc_norm']:.2f}"))
-        rows.append(("average of *", "", f"{100 * means['papers']:.2f}"))
+        rows.append(["average", "", f"{100 * means['acc']:.2f}", "", f"{100 * means['acc_norm']:.2f}"])
+        rows.append(["average of *", "", f"{100 * means['papers']:.2f}"])
     return text_table(("task", "samples", "acc", "stderr", "acc_norm", "stderr"), rows, widths=(20,))
 
 

@@ -63,9 +63,13 @@ def layer_units(
     for layer, shape in zip(layers, shapes, strict=True):
         heads, per_unit = settings.head_units(shape), settings.heads_per_unit(shape)
         single = LayerPlan(per_unit if heads > 1 else 0, 0), LayerPlan(0, 1)
-        weights = [weights_of(layer, family, settings.size_mask(shape, plan))[0] for plan in single]
+        head_weights, column_weights = (
+            weights_of(layer, family, settings.size_mask(shape, plan))[0] for plan in single
+        )
         groups = shape.num_kv_heads if settings.by_query_head(shape) else 1
-        units.append(LayerUnits(heads, shape.ffn_width, *weights, per_unit, groups, shape.num_experts))
+        units.append(
+            LayerUnits(heads, shape.ffn_width, head_weights, column_weights, per_unit, groups, shape.num_experts)
+        )
     return units
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from slim_utils.allocation.alignment import Alignment
@@ -42,8 +43,8 @@ def no_file(refinement: int) -> Path | None:
 def pruning_settings(config: PruningConfig) -> PruningSettings:
     """How layers are pruned; the devices of ``config`` are resolved."""
     return PruningSettings(
-        device=config.device,
-        cache_dev=config.cache_dev,
+        device=torch.device(config.device),
+        cache_dev=torch.device(config.cache_dev or config.device),
         batch_samples=config.batch_samples,
         percdamp=config.percdamp,
         compensate=not config.no_compensate,
@@ -107,7 +108,7 @@ class Planner:
             UserError: if the model is smaller than the target.
         """
         if self._config.target_params is None:
-            return self._config.target_ratio * block_weights(self._host.layers, self._host.family, self.shapes)
+            return (self._config.target_ratio or 0) * block_weights(self._host.layers, self._host.family, self.shapes)
         parameters = count_parameters(self._host.model)
         budget = parameters - self._config.target_params
         if budget <= 0 or self._config.target_params <= 0:

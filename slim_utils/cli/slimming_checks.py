@@ -22,12 +22,13 @@ def calibration_texts(config: PruningConfig) -> list[str]:
     Raises:
         UserError: if there is none, or one is neither a file nor a data set.
     """
-    if config.data_file is None and config.dataset is None:
+    texts = config.data_file or ([config.dataset] if config.dataset else [])
+    if not texts:
         raise UserError(f"give a data set ({', '.join(CALIBRATION_DATASETS)}) or --data_file FILE")
     for text in config.data_file or ():
         if not Path(text).is_file() and text not in CALIBRATION_DATASETS:
             raise UserError(f"--data_file {text}: no such file, and none of {', '.join(CALIBRATION_DATASETS)}")
-    return config.data_file or [config.dataset]
+    return texts
 
 
 def num_sink_windows(config: PruningConfig, bos: bool) -> int:

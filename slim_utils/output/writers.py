@@ -118,7 +118,7 @@ class CheckpointShards:
 
     def finish(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write everything but weights: the index of the shards, configuration, code, tokenizer."""
-        places = {}
+        places: dict[str, str] = {}
         for number in range(self._total):
             with safe_open(self._path(number), "pt") as file:
                 places |= dict.fromkeys(file.keys(), self._path(number).name)

@@ -20,7 +20,8 @@ def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]], widths: Se
     """
     lines = [headers, *rows] if headers else list(rows)
     columns = list(zip_longest(*lines, fillvalue=""))
-    fitted = [max(least, *map(len, cells)) for cells, least in zip_longest(columns, widths, fillvalue=0)]
+    least = [*widths, *[0] * (len(columns) - len(widths))]
+    fitted = [max(width, *map(len, cells)) for cells, width in zip(columns, least, strict=True)]
     aligned = ("  ".join(f"{cell:{'>' if i else '<'}{fitted[i]}}" for i, cell in enumerate(line)) for line in lines)
     return "\n".join(line.rstrip() for line in aligned)
 
