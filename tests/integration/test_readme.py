@@ -367,9 +367,9 @@ def test_table_of_calibration_is_that_of_the_file():
 
 
 def test_table_of_sink_windows_is_that_of_the_file():
-    from benchmarks.sink_windows import table
+    from benchmarks.text_starts import table
 
-    assert table(json.loads((RESULTS / "sink_windows.json").read_text())["rows"]) in TABLES
+    assert table(json.loads((RESULTS / "text_starts.json").read_text())["rows"]) in TABLES
 
 
 def test_table_of_constants_is_that_of_the_file():

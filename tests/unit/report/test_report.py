@@ -43,7 +43,7 @@ KINDS = {
     "smollm2_distillation_best": RECOVERY,
     "layer_choices": CHOICES,
     "bench_calibration": CALIBRATION,
-    "sink_windows": STARTS,
+    "text_starts": STARTS,
     "constants": CONSTANTS,
 }
 PART = {"error_before_compensation": 0.2, "error_after_compensation": 0.1}
