@@ -56,7 +56,8 @@ start = time.perf_counter()
 assert attempt([*words, "--save_dir", f"{out}-whole"], 60) == 0
 whole = time.perf_counter() - start
 while killed < kills or not done:
-    code = attempt([*words, "--resume", "--save_dir", f"{out}-{done}"], generator.uniform(0.1, 1) * whole)
+    seconds = generator.uniform(0.1, 1) * whole if killed < kills else 60
+    code = attempt([*words, "--resume", "--save_dir", f"{out}-{done}"], seconds)
     if code == -signal.SIGKILL:
         killed += 1
         if os.path.exists(f"{out}-{done}"):
