@@ -4,7 +4,7 @@
 #   bash scripts/test.sh                      everything that needs neither a GPU nor minutes
 #   bash scripts/test.sh -m slow              the slow tests: the quick start on the real small model
 #   bash scripts/test.sh -m gpu               the tests that need a CUDA device
-#   bash scripts/test.sh tests/unit -k walk   any arguments of pytest
+#   bash scripts/test.sh tests/unit -k plan   any arguments of pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
@@ -13,5 +13,8 @@ make_venv requirements-dev.txt
 .venv/bin/ruff format --check --quiet .
 .venv/bin/mypy --no-error-summary
 # The default tier is many small processes, one core each; anything else runs alone.
-[ $# -gt 0 ] || set -- -n 2 --dist worksteal
+if [ $# -eq 0 ]; then
+    export OMP_NUM_THREADS=1
+    set -- -n 2 --dist worksteal
+fi
 exec .venv/bin/python -m pytest "$@"
