@@ -4,6 +4,7 @@
 #   bash scripts/test.sh                      everything that needs neither a GPU nor minutes
 #   bash scripts/test.sh -m slow              the slow tests: the quick start on the real small model
 #   bash scripts/test.sh -m gpu               the tests that need a CUDA device
+#   bash scripts/test.sh -m lowest            unit tests with the oldest versions that pyproject.toml allows
 #   bash scripts/test.sh tests/unit -k plan   any arguments of pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
