@@ -1,17 +1,17 @@
 """The output folder of a pruning run: its checkpoints, written whole at the end or layer by layer, and its records."""
 
+from __future__ import annotations
+
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from slim_utils.common.errors import noted
@@ -38,6 +38,9 @@ from slim_utils.output.provenance import (
 from slim_utils.params_remove import shrink, shrink_layer, small_on_meta, zero_layer, zero_removed
 from slim_utils.profiling.model_stats import count_parameters
 from slim_utils.text_source import hub_datasets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class CheckpointWriter(ABC):
@@ -133,6 +136,8 @@ class CheckpointShards:
 
     def _write(self, number: int, tensors: dict[str, Tensor]) -> None:
         # Experts are stored one by one, whatever they are in memory.
+        from transformers.core_model_loading import revert_weight_conversion
+
         stored = revert_weight_conversion(self.model, tensors)
         save_tensors_atomic(stored, self._path(number), {"format": "pt"})
 

@@ -12,7 +12,7 @@ TRAINING = ("transformers.trainer",)
 MODELING = ("models", "transformers.modeling_utils", "torch._dynamo", "sympy")
 # Script, module with its parser, packages that neither imports. The library's training arguments import modeling code.
 PARSERS = [
-    ("model_slimming", "model_slimming", (*DATA, *TRAINING, "peft", "models")),
+    ("model_slimming", "model_slimming", (*DATA, *TRAINING, "peft", *MODELING)),
     ("model_evaluate", "model_evaluate", (*DATA, *TRAINING, "peft", *MODELING)),
     ("test_flops", "test_flops", (*DATA, *TRAINING, "peft", *MODELING)),
     ("model_finetune", "train_utils.finetune_args", (*DATA, *TRAINING, "models")),
