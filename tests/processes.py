@@ -16,8 +16,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 # Read while libraries are imported: a process with another value of one has to import them itself.
 READ_AT_IMPORT = ("HF_", "OMP_", "MALLOC_", "PYTHON", "LD_", "TRANSFORMERS_", "ACCELERATE_", "USE_")
-
-
 # Before any test, or library in this process, has changed it.
 ENVIRONMENT = dict(os.environ)
 # Those of them that a forked process reads again.
@@ -83,11 +81,6 @@ class ForkServer:
         self.process.wait()
         self.folder.cleanup()
 
-    def fits(self, environment: dict[str, str]) -> bool:
-        """Whether a process with this environment may share the server's imports."""
-        names = {name for name in {*environment, *ENVIRONMENT} if name.startswith(READ_AT_IMPORT)} - READ_AGAIN
-        return all(environment.get(name) == ENVIRONMENT.get(name) for name in names)
-
     def start(self, request: dict[str, Any]) -> PythonProcess:
         """Start a process."""
         self.runs += 1
@@ -115,10 +108,16 @@ def clean(environment: dict[str, str] | None) -> dict[str, str]:
     return others | {name: value for name, value in ENVIRONMENT.items() if name in own}
 
 
+def fits(environment: dict[str, str]) -> bool:
+    """Whether a process with this environment may share the server's imports."""
+    names = {name for name in {*environment, *ENVIRONMENT} if name.startswith(READ_AT_IMPORT)} - READ_AGAIN
+    return all(environment.get(name) == ENVIRONMENT.get(name) for name in names)
+
+
 def start_python(*words: object, cwd: Path = ROOT, env: dict[str, str] | None = None) -> PythonProcess:
     """Start ``python WORDS``; see ``run_python``. ``env`` holds nothing that libraries read while they are imported."""
     arguments, environment = list(map(str, words)), clean(env)
-    assert server().fits(environment)
+    assert fits(environment)
     request: dict[str, Any] = {"cwd": str(cwd), "env": environment, "module": None, "code": None, "path": str(cwd)}
     if arguments[0] in ("-m", "-c"):
         request["module" if arguments[0] == "-m" else "code"] = arguments[1]
@@ -141,7 +140,7 @@ def run_python(
         env: the whole environment; that of the tests where it is left out.
         timeout: seconds until the process is killed.
     """
-    if env is None or server().fits(clean(env)):
+    if fits(clean(env)):
         return start_python(*words, cwd=cwd, env=env).wait(timeout)
     command = [sys.executable, *map(str, words)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=timeout)
