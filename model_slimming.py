@@ -24,7 +24,7 @@ import torch
 
 from ppl_eval.ppl_dataset import EVAL_SPLITS, EvalSets, load_eval_sets, name_eval_sets
 from ppl_eval.streamed_eval import evaluate_layers, evaluate_on
-from slim_utils.allocation.planner import Measured, Planner, has_experts, pruning_settings
+from slim_utils.allocation.planner import Measured, Planner, has_experts, no_file
 from slim_utils.allocation.schedules import STRATEGIES
 from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.cli.slimming_args import add_budget_flags, add_calibration_flags, add_choice_flags
@@ -216,11 +216,10 @@ def run(config: PruningConfig, allocation: str | None) -> None:
     model_config = load_config(config.model_path, config.trust_remote_code)
     family = find_family(model_config)
     check_length(config.seqlen, model_config, "--seqlen")
-    settings = pruning_settings(config)
     skeleton = ResidentModel(model_on_meta(model_config, trust_remote_code=config.trust_remote_code), family)
     if has_experts(layer_shapes(model_config)):
         config = with_preset_for_experts(config, allocation)
-    planner = Planner(config, skeleton, settings)
+    planner = Planner(config, skeleton)
     if config.measures:
         planner.check_measurable()
     else:
@@ -245,16 +244,16 @@ def run(config: PruningConfig, allocation: str | None) -> None:
         start, measured = time.perf_counter(), Measured()
         store = open_store(config, host, data, processes) if config.save_dir else None
         starts = sink_windows(data.samples[:, data.bos :], config.sink_windows)
-        samples, starts = (
-            processes.shard(data.samples),
-            processes.shard(starts, "--sink_windows") if len(starts) else None,
-        )
+        samples = processes.shard(data.samples)
+        starts = processes.shard(starts, "--sink_windows") if len(starts) else None
         if config.measures:
-            planner = Planner(config, host, settings)
-            plans, measured = planner.measured(samples, starts, *([store.measured] if store else []))
+            planner = Planner(config, host)
+            plans, measured = planner.measured(samples, starts, store.measured if store else no_file)
             planned = planner.size_masks(plans)
         output = open_output(config, host, store, planned)
-        masks, reports = prune_layers(host.model, family, samples, plans, settings, store, processes, host, starts)
+        masks, reports = prune_layers(
+            host.model, family, samples, plans, planner.settings, store, processes, host, starts
+        )
         seconds = time.perf_counter() - start + (store.seconds_before if store else 0)
         processes.destroy()
         if processes.rank:

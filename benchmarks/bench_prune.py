@@ -33,14 +33,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import original_slimgpt
 from benchmarks.measuring import measure_in_new_process
-from slim_utils.allocation.budget import layer_units
-from slim_utils.allocation.planner import ratio_plans
+from slim_utils.allocation.planner import plans_of
 from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import DTYPES, check_output_file, choose_device, peak_memory_mib, write_json_atomic
-from slim_utils.families import find_family, layer_shapes
-from slim_utils.layerwise import pruner as layer_walk
+from slim_utils.families import find_family
+from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.obs import PAPER_SELECTION, SelectionOptions
 from slim_utils.slimgpt import SlimGPT
@@ -178,9 +177,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         selection = SelectionOptions(True, args.column_group) if args.measure == "ours_fine" else PAPER_SELECTION
         settings = PruningSettings(device, cache_dev, percdamp=PERCDAMP, selection=selection, gqa_unit="kv_group")
         start = watch.now()
-        family = find_family(model.config)
-        units = layer_units(family.decoder_layers(model), family, layer_shapes(model.config), settings)
-        layer_walk.prune_layers(model, family, samples, ratio_plans(ratios, units), settings)
+        plans = plans_of(model, ratios, settings)
+        prune_layers(model, find_family(model.config), samples, plans, settings)
         seconds = watch.now() - start
     parts = watch.seconds | ({"forward": seconds - sum(watch.seconds.values())} if watch.seconds else {})
     return {"seconds": seconds, "parts": parts, "peak_memory_mib": peak_memory_mib(device)}

@@ -36,7 +36,7 @@ from benchmarks.baselines import prune_flap, prune_magnitude, prune_wanda_sp
 from benchmarks.measuring import eval_sets, measure_in_new_process, measure_missing_rows
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
 from ppl_eval.ppl_eval import perplexity
-from slim_utils.allocation.planner import Planner, no_file, pruning_settings
+from slim_utils.allocation.planner import Planner, no_file
 from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.loading import load_model, load_tokenizer, peak_memory_mib, write_json_atomic
 from slim_utils.families import find_family
@@ -64,7 +64,7 @@ Pruner = Callable[[PreTrainedModel, Tensor, float, PruningSettings, Path], list[
 
 def planner(config: PruningConfig, model: PreTrainedModel) -> Planner:
     """The planner of a run of ``config`` on ``model``."""
-    return Planner(config, ResidentModel(model, find_family(model.config)), pruning_settings(config))
+    return Planner(config, ResidentModel(model, find_family(model.config)))
 
 
 def pruned_by(
@@ -74,11 +74,10 @@ def pruned_by(
     kept: Callable[[int], Path | None] = no_file,
 ) -> list[LayerMask]:
     """Prune ``model`` in place as a run of ``config`` does; ``kept`` as for :meth:`Planner.measured`."""
-    family, settings = find_family(model.config), pruning_settings(config)
     starts = sink_windows(samples, config.sink_windows) if config.sink_windows else None
-    plans = planner(config, model)
-    layers = plans.measured(samples, starts, kept)[0] if config.measures else plans.plans()
-    return prune_layers(model, family, samples, layers, settings, starts=starts)[0]
+    run = planner(config, model)
+    plans = run.measured(samples, starts, kept)[0] if config.measures else run.plans()
+    return prune_layers(model, find_family(model.config), samples, plans, run.settings, starts=starts)[0]
 
 
 def by_slimgpt(config: PruningConfig) -> Pruner:

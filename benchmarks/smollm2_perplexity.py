@@ -26,7 +26,7 @@ from benchmarks.measuring import file_tokens
 from ppl_eval.ppl_dataset import eval_windows
 from ppl_eval.ppl_eval import perplexity
 from slim_utils.allocation.budget import layer_units
-from slim_utils.allocation.planner import ratio_plans
+from slim_utils.allocation.planner import plans_of, ratio_plans
 from slim_utils.allocation.schedules import non_uniform_ratios
 from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.environment import command_line, environment
@@ -110,8 +110,7 @@ def measure(args: argparse.Namespace, heads: str, share: float | None, eval_set:
         ratios = ratios_for_share(model, share, settings)
         family = find_family(model.config)
         start = time.perf_counter()
-        units = layer_units(family.decoder_layers(model), family, layer_shapes(model.config), settings)
-        masks, _ = prune_layers(model, family, data.samples, ratio_plans(ratios, units), settings)
+        masks, _ = prune_layers(model, family, data.samples, plans_of(model, ratios, settings), settings)
         row["pruning_seconds"] = round(time.perf_counter() - start, 1)
         row["min_sparsity"], row["max_sparsity"] = ratios[0], ratios[-1]
         row["share_removed"] = removed_share(family.decoder_layers(model), family, masks)

@@ -8,7 +8,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-
-from slim_utils.allocation.alignment import Alignment
-from slim_utils.allocation.budget import layer_units
-from slim_utils.allocation.planner import ratio_plans
-from slim_utils.families import find_family, layer_shapes
-from slim_utils.layerwise.settings import PruningSettings
-from slim_utils.masks import LayerPlan
 
 VOCAB = 64
 
@@ -99,15 +92,6 @@ def make_tiny(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -
         # Not model.to(dtype), which would round the rotary frequencies too; from_pretrained leaves them in fp32.
         parameter.data = parameter.data.to(dtype)
     return model.eval()
-
-
-def plans_of(
-    model: PreTrainedModel, ratios: Sequence[float], settings: PruningSettings, alignment: Alignment | None = None
-) -> list[LayerPlan]:
-    """Plans of the layers of ``model`` by their ratios."""
-    family = find_family(model.config)
-    units = layer_units(family.decoder_layers(model), family, layer_shapes(model.config), settings)
-    return ratio_plans(ratios, units, alignment)
 
 
 def set_attention(model: PreTrainedModel, implementation: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from slim_utils.allocation.schedules import units_to_remove
 from slim_utils.common.errors import UserError
 from slim_utils.families import Family, LayerShape
 from slim_utils.layerwise.settings import PruningSettings
@@ -51,8 +52,8 @@ class LayerUnits:
         return plan.heads // self.heads_per_unit, plan.columns
 
     def removed_by(self, ratio: float) -> tuple[int, int]:
-        """``round(units · ratio)`` of each, as in the original, and never all."""
-        return min(round(self.heads * ratio), self.heads - 1), min(round(self.columns * ratio), self.columns - 1)
+        """Units of each that a ratio removes."""
+        return units_to_remove(self.heads, ratio), units_to_remove(self.columns, ratio)
 
 
 def layer_units(
@@ -71,6 +72,11 @@ def layer_units(
             LayerUnits(heads, shape.ffn_width, head_weights, column_weights, per_unit, groups, shape.num_experts)
         )
     return units
+
+
+def plans_of_counts(counts: dict[int, tuple[int, int]], units: list[LayerUnits]) -> list[LayerPlan]:
+    """Plans that remove so many units of heads and of columns, by layer; an empty one of every other layer."""
+    return [own.plan(*counts.get(index, (0, 0))) for index, own in enumerate(units)]
 
 
 def block_weights(layers: nn.ModuleList, family: Family, shapes: list[LayerShape]) -> int:

@@ -1,11 +1,14 @@
 """One planner for every way to say how much of each layer is removed."""
 
+from __future__ import annotations
+
 import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from slim_utils.allocation.budget import (
     allocate_in_depth,
     block_weights,
     layer_units,
+    plans_of_counts,
     read_profile,
     scaled_counts,
 )
@@ -23,7 +27,7 @@ from slim_utils.allocation.refinement import measure_around, refined_plans
 from slim_utils.allocation.schedules import layer_range, layer_ratios, non_uniform_ratios
 from slim_utils.allocation.sensitivity import UnitSensitivity, loss_curves, measure, most_removable
 from slim_utils.common.errors import UserError
-from slim_utils.families import LayerShape, layer_shapes
+from slim_utils.families import LayerShape, find_family, layer_shapes
 from slim_utils.layerwise.offload import ResidentModel
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerMask, LayerPlan
@@ -31,6 +35,9 @@ from slim_utils.obs import SelectionOptions
 from slim_utils.params_remove import stock_config
 from slim_utils.profiling.model_stats import count_parameters
 from slim_utils.pruning_config import SENSITIVITY, PruningConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -82,18 +89,22 @@ class Planner:
     Args:
         config: of the run.
         host: of the model; its weights, which may be on the meta device, matter to :meth:`measured` alone.
+
+    Attributes:
         settings: how layers are pruned.
+        shapes: of every layer.
     """
 
-    def __init__(self, config: PruningConfig, host: ResidentModel, settings: PruningSettings) -> None:
-        self._config, self._host, self._settings = config, host, settings
+    def __init__(self, config: PruningConfig, host: ResidentModel) -> None:
+        self._config, self._host = config, host
         self._alignment = alignment(config)
+        self.settings = pruning_settings(config)
         self.shapes: list[LayerShape] = layer_shapes(host.model.config)
 
     @cached_property
     def units(self) -> list[LayerUnits]:
         """Units of every layer."""
-        return layer_units(self._host.layers, self._host.family, self.shapes, self._settings)
+        return layer_units(self._host.layers, self._host.family, self.shapes, self.settings)
 
     @cached_property
     def layers(self) -> range:
@@ -162,13 +173,13 @@ class Planner:
         minutes, measured = self._config.search_minutes, Measured()
         seconds = math.inf if minutes is None else 60 * minutes
         if self._config.allocation == SENSITIVITY:
-            measured.sensitivity = measure(self._host, samples, self.layers, self._settings, kept(0), seconds)
+            measured.sensitivity = measure(self._host, samples, self.layers, self.settings, kept(0), seconds)
             plans = self._of_least_loss(measured.sensitivity)
         else:
             plans = self.plans()
         for number in range(1, self._config.refine + 1):
             file = kept(number)
-            measured.refinement = measure_around(self._host, samples, starts, plans, self._settings, file, seconds)
+            measured.refinement = measure_around(self._host, samples, starts, plans, self.settings, file, seconds)
             plans = self._aligned(refined_plans(measured.refinement, self.units, plans, self.budget))
         return plans, measured
 
@@ -180,17 +191,16 @@ class Planner:
         """
         if not any(plans):
             logger.warning("nothing to prune: all ratios are 0; set --sparsity, or --non_uniform with --max_sparsity")
-        masks = [self._settings.size_mask(shape, plan) for shape, plan in zip(self.shapes, plans, strict=True)]
+        masks = [self.settings.size_mask(shape, plan) for shape, plan in zip(self.shapes, plans, strict=True)]
         if self._config.uniform_shapes:
             stock_config(self._host.model.config, self._host.family, masks)
-        self._alignment.warn_of_unaligned(masks, self._settings)
+        self._alignment.warn_of_unaligned(masks, self.settings)
         return masks
 
     def _of_least_loss(self, sensitivity: dict[int, list[UnitSensitivity]]) -> list[LayerPlan]:
         """Plans of the least loss, of those layers that were measured, that remove the budget."""
         counts = allocate_in_depth(loss_curves(sensitivity, self.units), self.budget)
-        by_layer = dict(zip(sorted(sensitivity), counts, strict=True))
-        return self._aligned([own.plan(*by_layer.get(index, (0, 0))) for index, own in enumerate(self.units)])
+        return self._aligned(plans_of_counts(dict(zip(sorted(sensitivity), counts, strict=True)), self.units))
 
     def _aligned(self, plans: list[LayerPlan]) -> list[LayerPlan]:
         return self._alignment.aligned(plans, self.units, [(plan.heads > 0, plan.columns > 0) for plan in plans])
@@ -229,6 +239,15 @@ def ratio_plans(
     plans = [own.plan(*own.removed_by(ratio)) for own, ratio in zip(units, ratios, strict=True)]
     # A layer whose small ratio rounds to no unit is aligned too.
     return (alignment or Alignment()).aligned(plans, units, [(ratio > 0, ratio > 0) for ratio in ratios])
+
+
+def plans_of(
+    model: PreTrainedModel, ratios: Sequence[float], settings: PruningSettings, alignment: Alignment | None = None
+) -> list[LayerPlan]:
+    """:func:`ratio_plans` of the layers of ``model``."""
+    family = find_family(model.config)
+    units = layer_units(family.decoder_layers(model), family, layer_shapes(model.config), settings)
+    return ratio_plans(ratios, units, alignment)
 
 
 def has_experts(shapes: list[LayerShape]) -> bool:

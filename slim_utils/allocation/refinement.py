@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from slim_utils.allocation.budget import LayerUnits, LossCurve, allocate
+from slim_utils.allocation.budget import LayerUnits, LossCurve, allocate, plans_of_counts
 from slim_utils.allocation.sensitivity import (
     LEAST_LOSS,
     PROBE_TOKENS,
@@ -33,7 +33,7 @@ from slim_utils.families import Family
 from slim_utils.layerwise.less_memory import retry_with_less_memory
 from slim_utils.layerwise.offload import ResidentModel
 from slim_utils.layerwise.pruner import prune_layers
-from slim_utils.layerwise.resume import changed_parameters
+from slim_utils.layerwise.resume import copied_parameters, put_back_parameters
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerPlan
 from slim_utils.slimgpt import SlimGPT
@@ -151,13 +151,14 @@ def measure_around(
     def work(settings: PruningSettings) -> None:
         with host.non_layer_modules(settings.device):
             probe = KLProbe(host, samples[:REFINEMENT_SAMPLES, :PROBE_TOKENS], settings)
-        hook, dense = _ProbeHook(family, settings), _copies(host)
+        hook, dense = _ProbeHook(family, settings), [copied_parameters(layer, family) for layer in host.layers]
         try:
             logger.info("refining: the model is pruned as planned")
             prune_layers(host.model, family, samples, plans, settings, host=host, starts=starts, hook=hook)
             _measure_layers(host, measured, hook, probe, settings)
         finally:
-            _put_back(host, dense)
+            for layer, copies in zip(host.layers, dense, strict=True):
+                put_back_parameters(layer, family, copies)
 
     retry_with_less_memory(work, settings, samples, host, "refining")
     return measured.found
@@ -199,20 +200,6 @@ def _measured_around(
     return parts
 
 
-def _copies(host: ResidentModel) -> list[dict[str, Tensor]]:
-    """Copies of the parameters of every layer that pruning changes."""
-    return [
-        {name: parameter.to("cpu", copy=True) for name, parameter in changed_parameters(layer, host.family).items()}
-        for layer in host.layers
-    ]
-
-
-def _put_back(host: ResidentModel, copies: list[dict[str, Tensor]]) -> None:
-    for layer, copied in zip(host.layers, copies, strict=True):
-        for name, parameter in changed_parameters(layer, host.family).items():
-            parameter.copy_(copied[name])
-
-
 def refined_plans(
     measured: dict[int, list[UnitSensitivity]], units: list[LayerUnits], plans: Sequence[LayerPlan], budget: float
 ) -> list[LayerPlan]:
@@ -235,8 +222,8 @@ def refined_plans(
         for curve, count, total in zip(pair, own.counts(plans[index]), (own.heads, own.columns), strict=True):
             curves.append(_near(curve, count, units_of(MAX_MOVE, total)))
     counts = allocate(curves, budget)
-    chosen = dict(zip(layers, zip(counts[::2], counts[1::2], strict=True), strict=True))
-    return [own.plan(*chosen.get(index, (0, 0))) for index, own in enumerate(units)]
+    pairs = zip(counts[::2], counts[1::2], strict=True)
+    return plans_of_counts(dict(zip(layers, pairs, strict=True)), units)
 
 
 def _near(curve: LossCurve, count: int, most: int) -> LossCurve:

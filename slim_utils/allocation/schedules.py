@@ -50,3 +50,8 @@ def layer_ratios(layers: range, num_layers: int, pruned_ratios: list[float]) -> 
     for layer, ratio in zip(layers, pruned_ratios, strict=True):
         ratios[layer] = ratio
     return ratios
+
+
+def units_to_remove(num_units: int, ratio: float) -> int:
+    """``round(units · ratio)``, as in the original, and never all."""
+    return min(round(num_units * ratio), num_units - 1)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from slim_utils.allocation.budget import LayerUnits, LossCurve
+from slim_utils.allocation.schedules import units_to_remove
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import write_json_atomic
 from slim_utils.families import LayerShape, layer_shapes
@@ -269,7 +270,7 @@ def most_removable(units: list[LayerUnits], layers: range) -> int:
 
 
 def _interpolated(losses: list[float | None]) -> np.ndarray:
-    """Losses by layer, those that were not measured between the logarithms of their candidate_weights'."""
+    """Losses by layer, those that were not measured between the logarithms of their neighbours'."""
     known = [index for index, loss in enumerate(losses) if loss is not None]
     if not known:
         # Neither the first nor the last has anything to lose here.
@@ -307,7 +308,7 @@ def error_curve(
     It goes as far as ``at_least`` units.
     """
     per_group = pruner.columns // unit_size // num_groups
-    most = per_group - 1 if unit_size > 1 else max(min(round(per_group * MAX_CURVE_RATIO), per_group - 1), at_least)
+    most = per_group - 1 if unit_size > 1 else max(units_to_remove(per_group, MAX_CURVE_RATIO), at_least)
     group = settings.selection.column_group or math.ceil(pruner.columns / CURVE_STEPS)
     fine = replace(settings.selection, column_group=group)
     return pruner.error_curve(most * num_groups, unit_size, settings.percdamp, num_groups, fine)

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from slim_utils.families import LayerShape
-from slim_utils.masks import LayerMask, LayerPlan
+from slim_utils.masks import LayerMask
 from slim_utils.slimgpt import PruneResult
 
 
@@ -14,7 +14,6 @@ class LayerReport:
 
     Attributes:
         layer: its index.
-        plan: what was to be removed.
         mask: what it keeps.
         attention: the result of the attention's output map.
         mlp: that of the FFN's.
@@ -25,7 +24,6 @@ class LayerReport:
     """
 
     layer: int
-    plan: LayerPlan
     mask: LayerMask
     attention: PruneResult
     mlp: PruneResult
@@ -44,16 +42,15 @@ class LayerReport:
         content = json.loads(text)
         mask = content.pop("mask")
         shape = LayerShape(**mask.pop("shape"))
-        content["plan"] = LayerPlan(**content["plan"])
         attention, mlp = (PruneResult(**content.pop(name)) for name in ("attention", "mlp"))
         return cls(mask=LayerMask(shape, **mask), attention=attention, mlp=mlp, **content)
 
     def log_line(self, num_layers: int) -> str:
         """One line: heads and columns that went, errors before and after compensation, seconds, memory."""
-        shape, mask = self.mask.shape, self.mask
+        shape, mask, plan = self.mask.shape, self.mask, self.mask.plan
         peaks = ", ".join(f"{name} {mib / 1024:.2f} GiB" for name, mib in self.peak_memory_mib.items())
-        ratios = self.plan.heads / shape.num_heads, self.plan.columns / shape.ffn_width
-        heads = f"heads −{shape.num_heads - len(mask.kept_heads)}/{shape.num_heads}"
+        ratios = plan.heads / shape.num_heads, plan.columns / shape.ffn_width
+        heads = f"heads −{plan.heads}/{shape.num_heads}"
         columns = f"columns −{shape.num_columns - len(mask.kept_columns)}/{shape.num_columns}"
         return (
             f"layer {self.layer}/{num_layers} ratio {'/'.join(f'{ratio:.4f}' for ratio in dict.fromkeys(ratios))}: "

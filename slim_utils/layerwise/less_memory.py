@@ -41,7 +41,7 @@ def retry_with_less_memory(
         try:
             return work(settings)
         except torch.OutOfMemoryError:
-            reduced = settings.retry_with_less_memory(samples)
+            reduced = settings.with_less_memory(samples)
             if reduced is None:
                 raise
         # Out of the handler, which holds on to all that the work had in memory.

@@ -33,7 +33,7 @@ from slim_utils.layerwise.layer_forward import LayerForward, LayerKwargs, captur
 from slim_utils.layerwise.layer_report import LayerReport
 from slim_utils.layerwise.less_memory import warn_of_full_memory
 from slim_utils.layerwise.offload import CPU, ResidentModel
-from slim_utils.layerwise.resume import LayerStore, changed_parameters
+from slim_utils.layerwise.resume import LayerStore, changed_parameters, copied_parameters, put_back_parameters
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerMask, LayerPlan
 from slim_utils.params_remove import zero_heads
@@ -107,7 +107,7 @@ def prune_layers(
             if index in pruned and report is None:
                 seconds, peak = time.perf_counter() - start, peak_memory_mib(settings.device)
                 batches = pruner.settings.batch_samples, str(pruner.settings.cache_dev)
-                report = LayerReport(index, plans[index], mask, attention, mlp, seconds, peak, *batches)
+                report = LayerReport(index, mask, attention, mlp, seconds, peak, *batches)
                 logger.info(report.log_line(len(shapes)))
                 if store:
                     store.save(layer, family, report)
@@ -166,16 +166,13 @@ class _SequentialPruner:
         self, index: int, layer: nn.Module, shape: LayerShape, plan: LayerPlan
     ) -> tuple[list[LayerForward], tuple[LayerMask, PruneResult, PruneResult]]:
         """Prune the next layer; its replays are ready to advance."""
-        before = {name: value.to("cpu", copy=True) for name, value in changed_parameters(layer, self.family).items()}
+        before = copied_parameters(layer, self.family)
 
         def work() -> tuple[list[LayerForward], tuple[LayerMask, PruneResult, PruneResult]]:
             replays = [self._replay(index, layer, number) for number in range(len(self.windows))]
             return replays, _prune_layer(index, replays, shape, plan, self.processes, self.hook)
 
-        def undo() -> None:
-            for name, parameter in changed_parameters(layer, self.family).items():
-                parameter.copy_(before[name])
-
+        undo = partial(put_back_parameters, layer, self.family, before)
         return self._attempt(f"layer {index}", work, self._with_less_memory, undo)
 
     def advance(self, index: int, layer: nn.Module, replays: list[LayerForward]) -> None:
@@ -204,7 +201,7 @@ class _SequentialPruner:
         return LayerForward(layer, self.family, self.hidden[number], calls[index], self.settings, advanced)
 
     def _with_less_memory(self, settings: PruningSettings) -> PruningSettings | None:
-        return settings.retry_with_less_memory(self.windows[0])
+        return settings.with_less_memory(self.windows[0])
 
     def _attempt(
         self,

@@ -141,6 +141,17 @@ def changed_parameters(layer: nn.Module, family: Family) -> dict[str, nn.Paramet
     return {name: parameter for name, parameter in layer.named_parameters() if name in names}
 
 
+def copied_parameters(layer: nn.Module, family: Family) -> dict[str, Tensor]:
+    """Copies of them, on the CPU."""
+    return {name: value.to("cpu", copy=True) for name, value in changed_parameters(layer, family).items()}
+
+
+def put_back_parameters(layer: nn.Module, family: Family, copies: dict[str, Tensor]) -> None:
+    """Undo what pruning changed of a layer, by :func:`copied_parameters`."""
+    for name, parameter in changed_parameters(layer, family).items():
+        parameter.copy_(copies[name])
+
+
 def setting_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between the settings of a run and those of one that would go on with it."""
     return [

@@ -44,7 +44,7 @@ class PruningSettings:
     def _samples_at_once(self, samples: Tensor) -> int:
         return min(self.batch_samples, len(samples), max(1, TOKENS_PER_FORWARD // samples.shape[1]))
 
-    def retry_with_less_memory(self, samples: Tensor) -> "PruningSettings | None":
+    def with_less_memory(self, samples: Tensor) -> "PruningSettings | None":
         """Settings that ask less memory of the device: half the samples at once, at one sample activations on the host.
 
         ``None`` where there is nothing left to give up.

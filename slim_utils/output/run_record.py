@@ -91,7 +91,7 @@ def layer_record(report: LayerReport) -> dict[str, Any]:
     heads, columns = report.mask.removed_share()
     return {
         "layer": report.layer,
-        "plan": asdict(report.plan),
+        "plan": asdict(report.mask.plan),
         "attention": {"ratio": heads, **_errors(report.attention)},
         "mlp": {"ratio": columns, **_errors(report.mlp)},
         "seconds": round(report.seconds, 3),
@@ -102,9 +102,8 @@ def layer_record(report: LayerReport) -> dict[str, Any]:
 
 
 def _errors(result: PruneResult) -> dict[str, float]:
-    fields = asdict(result)
     return {
-        "error_before_compensation": fields["error_uncompensated"],
-        "error_after_compensation": fields["error_compensated"],
-        "percdamp": fields["percdamp"],
+        "error_before_compensation": result.error_uncompensated,
+        "error_after_compensation": result.error_compensated,
+        "percdamp": result.percdamp,
     }

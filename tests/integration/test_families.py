@@ -4,12 +4,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from slim_utils.allocation.planner import plans_of
 from slim_utils.common.errors import UserError
 from slim_utils.families import find_family
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.params_remove import shrink, zero_removed
-from tests.conftest import TINY_FAMILIES, make_tiny, plans_of
+from tests.conftest import TINY_FAMILIES, make_tiny
 from tests.processes import run_python
 
 # Loads every folder given, in a process that knows nothing of this repository, and compares logits and generation.

@@ -8,12 +8,13 @@ import torch
 import model_evaluate
 import model_finetune
 import model_slimming
+from slim_utils.allocation.planner import plans_of
 from slim_utils.families import find_family
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import read_pruning
 from slim_utils.slimgpt import add_gram
-from tests.conftest import make_tiny, plans_of
+from tests.conftest import make_tiny
 from tests.integration.test_stream import tensors
 from train_utils.finetune_args import parse_args
 

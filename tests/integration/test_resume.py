@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import model_slimming
+from slim_utils.allocation.planner import plans_of
 from slim_utils.common.errors import UserError
 from slim_utils.common.output_folder import clear_leftovers
 from slim_utils.families import find_family
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.resume import LayerStore, changed_parameters, fingerprint
 from slim_utils.layerwise.settings import PruningSettings
-from tests.conftest import ALL_TINY, make_tiny, plans_of
+from tests.conftest import ALL_TINY, make_tiny
 from tests.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[2]

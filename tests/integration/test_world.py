@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from slim_utils.common.errors import ProcessLostError, UserError
-from slim_utils.layerwise import distributed as world_module
+from slim_utils.layerwise import distributed
 from slim_utils.layerwise.distributed import ProcessGroup
 from tests.conftest import make_tiny
 from tests.processes import run_python, run_ranks
@@ -133,6 +133,6 @@ def test_collectives_keep_the_cause(collective, error, kind, said, monkeypatch):
         raise error
 
     for name in ("all_reduce", "barrier", "broadcast", "broadcast_object_list"):
-        monkeypatch.setattr(world_module.distributed, name, fail)
+        monkeypatch.setattr(distributed.distributed, name, fail)
     with pytest.raises(kind, match=said):
         collective(ProcessGroup(0, 2))

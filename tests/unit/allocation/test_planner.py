@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from slim_utils.allocation.planner import Planner, pruning_settings
+from slim_utils.allocation.planner import Planner
 from slim_utils.common.errors import UserError
 from slim_utils.families import find_family
 from slim_utils.layerwise.offload import ResidentModel
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def planner(name: str, **flags) -> Planner:
     model, config = make_tiny(name), PruningConfig(device=CPU, cache_dev=CPU, **flags)
-    return Planner(config, ResidentModel(model, find_family(model.config)), pruning_settings(config))
+    return Planner(config, ResidentModel(model, find_family(model.config)))
 
 
 @pytest.mark.parametrize(("name", "refused"), [("mixtral", True), ("gqa", False)])
@@ -30,7 +30,7 @@ def test_check_measurable_refuses_experts_alone(name, refused):
 def test_plans_of_ratios_are_whole_counts_of_query_heads_and_columns():
     # Six query heads on two kv heads, 40 columns: one of the three heads of each kv head.
     assert planner("gqa", sparsity=0.3).plans() == [LayerPlan(2, 12)] * 4
-    assert planner("gqa", sparsity=0.3, gqa_unit="kv_group").plans() == [LayerPlan(3, 12)] * 4 or True
+    assert planner("gqa", sparsity=0.3, gqa_unit="kv_group").plans() == [LayerPlan(3, 12)] * 4
     assert planner("mha", sparsity=0.5, minlayer=1, maxlayer=3).plans() == [
         LayerPlan(),
         LayerPlan(3, 20),
@@ -44,4 +44,4 @@ def test_plans_never_remove_the_last_unit():
 
 
 def test_plans_aligned_keep_multiples_where_a_ratio_rounds_to_nothing():
-    assert planner("mha", sparsity=0.01, multiple_of=16).plans()[0].columns in (8, 24)
+    assert planner("mha", sparsity=0.01, multiple_of=16).plans()[0].columns == 8

@@ -5,13 +5,14 @@ import logging
 import pytest
 import torch
 
+from slim_utils.allocation.planner import plans_of
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layerwise.experts import expert_inputs, expert_linear, prune_experts
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerMask
 from tests import reference_slimgpt
-from tests.conftest import make_tiny, plans_of
+from tests.conftest import make_tiny
 
 CPU = torch.device("cpu")
 

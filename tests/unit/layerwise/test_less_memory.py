@@ -12,16 +12,17 @@ from ppl_eval.ppl_eval import evaluate
 from ppl_eval.streamed_eval import evaluate_on
 from slim_utils.allocation import refinement
 from slim_utils.allocation import sensitivity as search
+from slim_utils.allocation.planner import plans_of
 from slim_utils.allocation.refinement import measure_around
 from slim_utils.allocation.sensitivity import measure
 from slim_utils.families import find_family
-from slim_utils.layerwise import pruner as layer_walk
+from slim_utils.layerwise import pruner
 from slim_utils.layerwise.layer_forward import LayerForward
 from slim_utils.layerwise.offload import ResidentModel
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.resume import LayerStore
 from slim_utils.layerwise.settings import PruningSettings
-from tests.conftest import make_tiny, plans_of
+from tests.conftest import make_tiny
 
 CPU = torch.device("cpu")
 # Stands for a GPU: it is the CPU, by another name.
@@ -84,14 +85,14 @@ def test_prune_layers_full_while_advancing_goes_on_from_the_batch(
 
 
 def test_prune_layers_full_for_activations_keeps_them_on_the_host(samples, monkeypatch, caplog):
-    capture = layer_walk.capture_layer_kwargs
+    capture = pruner.capture_layer_kwargs
 
     def limited(model, layers, samples, settings, processes):
         if settings.cache_dev != CPU:
             raise torch.OutOfMemoryError("full")
         return capture(model, layers, samples, settings, processes)
 
-    monkeypatch.setattr(layer_walk, "capture_layer_kwargs", limited)
+    monkeypatch.setattr(pruner, "capture_layer_kwargs", limited)
     model = make_tiny("gqa")
     masks, _ = walk(model, samples, cache_dev=ELSEWHERE)
     assert masks == walk(make_tiny("gqa"), samples)[0]

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from slim_utils.allocation.alignment import Alignment
+from slim_utils.allocation.planner import plans_of
 from slim_utils.common.errors import UserError
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layerwise import settings as walk_settings
@@ -17,7 +18,7 @@ from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.slimgpt import SlimGPT
 from tests import reference_slimgpt
-from tests.conftest import ALL_TINY, make_tiny, plans_of, set_attention
+from tests.conftest import ALL_TINY, make_tiny, set_attention
 
 CPU = torch.device("cpu")
 RATIOS = [0.2, 0.35, 0.5, 0.6]
