@@ -15,6 +15,7 @@ import hashlib
 import logging
 import os
 import time
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -153,12 +154,13 @@ def check_save_dir(config: PruningConfig) -> None:
     # It may have been cut off when its output was there already, and not evaluated yet.
     check_output(folder, config.overwrite or (config.resume and cut_off))
     texts = [] if config.skip_evaluate else eval_files(config.eval_datasets)
-    inputs = {"MODEL": [config.model_path], "--data_file": config.data_file or [], "--profile": [config.profile]}
-    check_inputs_outside(folder, "--save_dir", inputs | {"--eval_datasets": texts})
+    inputs: dict[str, Iterable[str | Path | None]] = {"MODEL": [config.model_path], "--profile": [config.profile]}
+    inputs |= {"--data_file": config.data_file or [], "--eval_datasets": texts}
+    check_inputs_outside(folder, "--save_dir", inputs)
 
 
 def with_devices(config: PruningConfig) -> PruningConfig:
-    """``config`` with devices in place of their names.
+    """``config`` with the names of devices that are there.
 
     Raises:
         UserError: if there is no such device.
@@ -168,7 +170,7 @@ def with_devices(config: PruningConfig) -> PruningConfig:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = choose_device(name)
     cache_dev = choose_device(config.cache_dev, "--cache_dev") if config.cache_dev else device
-    return replace(config, device=device, cache_dev=cache_dev)
+    return replace(config, device=str(device), cache_dev=str(cache_dev))
 
 
 def open_host(config: PruningConfig, model_path: str) -> ResidentModel:
@@ -187,7 +189,7 @@ def open_store(
     store = LayerStore(Path(config.save_dir))
     settings = config.flags(Effect.VALUE)
     settings |= {"--profile": config.profile and hashlib.sha256(config.profile.read_bytes()).hexdigest()}
-    settings |= {"device": config.device.type, "processes": processes.world_size}
+    settings |= {"device": config.torch_device.type, "processes": processes.world_size}
     settings |= {"calibration": data.sha256, "model": fingerprint(host.model.config, host.sampled_tensors())}
     processes.on_main(lambda: store.open(settings, config.resume, rounding_settings(config)))
     return None if processes.rank else store
@@ -197,7 +199,7 @@ def open_output(
     config: PruningConfig, host: ResidentModel, store: LayerStore | None, planned: list[LayerMask]
 ) -> WholeOutput | StreamedOutput:
     """What writes the checkpoints: all at the end or, streamed, in the first process, as layers are settled."""
-    if config.stream and store:
+    if isinstance(host, OffloadedModel) and store:
         return StreamedOutput(store.output, host, planned, config.save_pruned_weights, config.uniform_shapes)
     return WholeOutput(host.model, host.family, config.save_pruned_weights, config.uniform_shapes)
 
@@ -205,10 +207,10 @@ def open_output(
 def evaluate_pruned(config: PruningConfig, host: ResidentModel, eval_sets: EvalSets) -> list[dict[str, Any]]:
     """Perplexities of the pruned model; where it was streamed, of what was saved."""
     if not config.stream:
-        return evaluate_on(host, config.device, eval_sets)
+        return evaluate_on(host, config.torch_device, eval_sets)
     host.close()
     with closing(open_host(config, config.save_dir)) as saved:
-        return evaluate_layers(saved, config.device, eval_sets)
+        return evaluate_layers(saved, config.torch_device, eval_sets)
 
 
 def run(config: PruningConfig, allocation: str | None) -> None:
@@ -231,7 +233,8 @@ def run(config: PruningConfig, allocation: str | None) -> None:
         provenance = read_provenance(config.model_path, model_config, config.trust_remote_code)
     texts = calibration_texts(config)
     data = load_calibration(texts, tokenizer, config.num_samples, config.seqlen, config.seed, config.bos)
-    config = replace(config, sink_windows=num_sink_windows(config, data.bos))
+    num_windows = num_sink_windows(config, data.bos)
+    config = replace(config, sink_windows=num_windows)
     specs = [] if config.skip_evaluate else config.eval_datasets
     positions = model_config.max_position_embeddings
     eval_sets = load_eval_sets(specs, tokenizer, config.eval_seqlens, positions, config.bos)
@@ -240,12 +243,12 @@ def run(config: PruningConfig, allocation: str | None) -> None:
         if config.save_dir:
             warn_if_short_of_space(Path(config.save_dir), host.model, copies=2 + config.save_pruned_weights)
         logger.info(data.log_line())
-        processes = ProcessGroup.init(config.device)
+        processes = ProcessGroup.init(config.torch_device)
         start, measured = time.perf_counter(), Measured()
         store = open_store(config, host, data, processes) if config.save_dir else None
-        starts = sink_windows(data.samples[:, data.bos :], config.sink_windows)
-        samples = processes.shard(data.samples)
-        starts = processes.shard(starts, "--sink_windows") if len(starts) else None
+        samples, starts = processes.shard(data.samples), None
+        if num_windows:
+            starts = processes.shard(sink_windows(data.samples[:, data.bos :], num_windows), "--sink_windows")
         if config.measures:
             planner = Planner(config, host)
             plans, measured = planner.measured(samples, starts, store.measured if store else no_file)
@@ -270,7 +273,7 @@ def run(config: PruningConfig, allocation: str | None) -> None:
         if eval_sets:
             with saved_before(config.save_dir):
                 record["perplexity"] = evaluate_pruned(config, host, eval_sets)
-                record["peak_memory_mib"] = peak_memory_mib(config.device)
+                record["peak_memory_mib"] = peak_memory_mib(config.torch_device)
                 if config.save_dir:
                     write_record(Path(config.save_dir), masks, record)
     if config.push_to_hub:

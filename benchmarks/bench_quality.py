@@ -53,7 +53,7 @@ logger = logging.getLogger("bench_quality")
 EVAL_WINDOWS, EVAL_SEQLEN = 8, 1024
 MIN_SPARSITY = 0.0625
 LOG_INCREASE = {"allocation": "log_increase", "min_sparsity": MIN_SPARSITY}
-PAPER = PruningConfig(device=CPU, cache_dev=CPU, percdamp=PERCDAMP)
+PAPER = PruningConfig(device="cpu", cache_dev="cpu", percdamp=PERCDAMP)
 FINE = replace(PAPER, exact_heads=True, column_group=BEST_COLUMN_GROUP)
 # As --preset best for a model whose samples begin with no BOS.
 BEST = replace(FINE, allocation=SENSITIVITY, sink_windows=BEST_SINK_WINDOWS)

@@ -93,6 +93,18 @@ class Family:
         return self.expert_columns_key if num_experts else self.columns_key
 
 
+def linear_map(layer: nn.Module, name: str) -> nn.Linear:
+    """The linear map ``name`` of a layer.
+
+    Raises:
+        TypeError: if it is a module of another class.
+    """
+    module = layer.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"{name} is a {type(module).__name__}")
+    return module
+
+
 # Every family, by model type: what differs from LLaMA. Their classes are in ``models.SLIM_CLASSES``.
 _DIFFERENCES: dict[str, dict[str, Any]] = {
     "llama": {},

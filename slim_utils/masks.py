@@ -179,12 +179,13 @@ def read_masks(path: Path, family: Family, shapes: list[LayerShape]) -> list[Lay
 
 def _original_mask(content: dict, family: Family, index: int, shape: LayerShape, path: Path) -> LayerMask:
     """One layer of the original's mask file."""
-    removed = {}
+    removed: dict[str, list[int]] = {}
     for name, total in ((family.attention_out, shape.num_heads), (family.mlp_out, shape.num_columns)):
         key = f"{family.layers}.{index}.{name}.weight"
-        removed[name] = content.get(key)
-        if not isinstance(removed[name], list) or not set(removed[name]) <= set(range(total)):
+        indices = content.get(key)
+        if not isinstance(indices, list) or not set(indices) <= set(range(total)):
             raise UserError(f"{path}: {key} is not a list of indices below {total}")
+        removed[name] = indices
     heads = removed[family.attention_out]
     try:
         return LayerMask.from_heads(

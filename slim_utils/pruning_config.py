@@ -31,7 +31,7 @@ _VALUE, _CONTENT, _ROUNDING, _NONE = ({"effect": effect} for effect in Effect)
 class PruningConfig:
     """The flags of a pruning run under their names, with their defaults; ``--help`` describes them.
 
-    ``device`` and ``cache_dev`` are names as they were given until they are resolved to devices.
+    ``device`` and ``cache_dev`` are names; ``auto`` is resolved before work starts.
     """
 
     model_path: str = field(default="", metadata=_CONTENT)
@@ -67,8 +67,8 @@ class PruningConfig:
     # It stands for values of the others.
     preset: str = field(default="paper", metadata=_NONE)
     # Its kind is compared, which GPU it is is noted.
-    device: str | torch.device = field(default="auto", metadata=_CONTENT)
-    cache_dev: str | torch.device | None = field(default=None, metadata=_NONE)
+    device: str = field(default="auto", metadata=_CONTENT)
+    cache_dev: str | None = field(default=None, metadata=_NONE)
     batch_samples: int = field(default=128, metadata=_ROUNDING)
     stream: bool = field(default=False, metadata=_VALUE)
     dtype: str = field(default="auto", metadata=_VALUE)
@@ -94,6 +94,16 @@ class PruningConfig:
             name: value if isinstance(value, (int, float, list, type(None))) else str(value)
             for name, value in asdict(self).items()
         }
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where the work is done, once ``auto`` is resolved."""
+        return torch.device(self.device)
+
+    @property
+    def torch_cache_dev(self) -> torch.device:
+        """Where activations are kept."""
+        return torch.device(self.cache_dev or self.device)
 
     @property
     def has_target(self) -> bool:

@@ -65,7 +65,7 @@ class SlimGPT:
     def hessian(self) -> Tensor:
         """``(2/n) Σ x xᵀ`` (in, in) of all batches, n counting samples, in fp32; zero where there were none."""
         if self._hessian is None:
-            upper = self._gram.triu_().mul_(2 / max(self.num_samples, 1))
+            upper = self._upper_gram().triu_().mul_(2 / max(self.num_samples, 1))
             self._hessian = upper + upper.triu(1).T
             self._gram = None
         return self._hessian
@@ -73,6 +73,11 @@ class SlimGPT:
     @hessian.setter
     def hessian(self, hessian: Tensor) -> None:
         self._hessian, self._gram = hessian, None
+
+    def _upper_gram(self) -> Tensor:
+        if self._gram is None:
+            raise RuntimeError(f"{self.name}: the Hessian is settled; no batch can be added")
+        return self._gram
 
     def add_batch(self, inputs: Tensor) -> None:
         """Add the outer products of a batch of inputs to the Hessian, in fp32; not after it was looked at.
@@ -82,13 +87,14 @@ class SlimGPT:
         """
         if inputs.dim() == 2:
             inputs = inputs.unsqueeze(0)
-        add_gram(self._gram, inputs.reshape(-1, self.columns))
+        add_gram(self._upper_gram(), inputs.reshape(-1, self.columns))
         self.num_samples += inputs.shape[0]
 
     def all_reduce_hessian(self, add: Callable[[Tensor], None]) -> None:
         """Add what others have seen to what this one has, by ``add``, which sums a tensor in place over all of them."""
-        count = torch.tensor(float(self.num_samples), device=self._gram.device)
-        add(self._gram)
+        gram = self._upper_gram()
+        count = torch.tensor(float(self.num_samples), device=gram.device)
+        add(gram)
         add(count)
         self.num_samples = int(count.item())
 

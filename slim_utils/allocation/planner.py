@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from slim_utils.allocation.alignment import Alignment
@@ -50,8 +49,8 @@ def no_file(refinement: int) -> Path | None:
 def pruning_settings(config: PruningConfig) -> PruningSettings:
     """How layers are pruned; the devices of ``config`` are resolved."""
     return PruningSettings(
-        device=torch.device(config.device),
-        cache_dev=torch.device(config.cache_dev or config.device),
+        device=config.torch_device,
+        cache_dev=config.torch_cache_dev,
         batch_samples=config.batch_samples,
         percdamp=config.percdamp,
         compensate=not config.no_compensate,

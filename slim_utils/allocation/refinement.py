@@ -29,7 +29,7 @@ from slim_utils.allocation.sensitivity import (
     loss_curves,
     reference_count,
 )
-from slim_utils.families import Family
+from slim_utils.families import Family, linear_map
 from slim_utils.layerwise.less_memory import retry_with_less_memory
 from slim_utils.layerwise.offload import ResidentModel
 from slim_utils.layerwise.pruner import prune_layers
@@ -190,11 +190,12 @@ def _measured_around(
     """The heads and the columns of layer ``index``, their losses too where there is a probe; as planned it is known."""
     parts = []
     for name, place in places.items():
-        weight = layer.get_submodule(name).weight
+        weight = linear_map(layer, name).weight
         losses, now = {place.count: planned}, weight.clone()
-        for count, other in place.candidate_weights.items() if probe else ():
-            weight.copy_(other)
-            losses[count] = probe.divergence(index)
+        if probe:
+            for count, other in place.candidate_weights.items():
+                weight.copy_(other)
+                losses[count] = probe.divergence(index)
         weight.copy_(now)
         parts.append(place.sublayer(losses))
     return parts

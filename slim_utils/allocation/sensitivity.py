@@ -27,7 +27,7 @@ from slim_utils.allocation.budget import LayerUnits, LossCurve
 from slim_utils.allocation.schedules import units_to_remove
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import write_json_atomic
-from slim_utils.families import LayerShape, layer_shapes
+from slim_utils.families import LayerShape, layer_shapes, linear_map
 from slim_utils.layerwise.layer_forward import LayerForward, capture_layer_kwargs, layer_outputs_given
 from slim_utils.layerwise.less_memory import retry_with_less_memory
 from slim_utils.layerwise.offload import ResidentModel
@@ -271,11 +271,11 @@ def most_removable(units: list[LayerUnits], layers: range) -> int:
 
 def _interpolated(losses: list[float | None]) -> np.ndarray:
     """Losses by layer, those that were not measured between the logarithms of their neighbours'."""
-    known = [index for index, loss in enumerate(losses) if loss is not None]
+    known = {index: loss for index, loss in enumerate(losses) if loss is not None}
     if not known:
         # Neither the first nor the last has anything to lose here.
         return np.full(len(losses), LEAST_LOSS)
-    return np.exp(np.interp(range(len(losses)), known, np.log([losses[index] for index in known])))
+    return np.exp(np.interp(range(len(losses)), list(known), np.log(list(known.values()))))
 
 
 def _measured_layer(
@@ -293,7 +293,7 @@ def _measured_layer(
         ),
         strict=True,
     ):
-        pruner = SlimGPT(replay.layer.get_submodule(name), f"layer {index} {name}")
+        pruner = SlimGPT(linear_map(replay.layer, name), f"layer {index} {name}")
         for batch in inputs:
             pruner.add_batch(batch)
         parts.append(_measured(pruner, probe, index, size, num_groups, settings))

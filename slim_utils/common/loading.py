@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -276,7 +276,7 @@ def write_json_atomic(path: Path, content: dict[str, Any]) -> None:
     write_text_atomic(path, json.dumps(content, indent=2) + "\n")
 
 
-def save_tensors_atomic(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+def save_tensors_atomic(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file, whole or not at all, also where the machine goes down."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with atomic_file(path) as partial:

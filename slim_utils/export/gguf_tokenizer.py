@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,7 +221,8 @@ def _ids(content: dict[str, Any]) -> dict[str, int]:
 
 
 def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
-    return [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+    return [(left, right) for left, right in pairs]
 
 
 def _steps(rule: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
@@ -260,7 +262,7 @@ def _name_of_steps(steps: list[dict[str, Any]], content: dict[str, Any]) -> str 
     return _fitting(_NAMES.get(split["pattern"].get("Regex"), {}), content)
 
 
-def _fitting(names: dict[bool, str | None], content: dict[str, Any]) -> str | None:
+def _fitting(names: Mapping[bool, str | None], content: dict[str, Any]) -> str | None:
     """Of the names of a rule, that for the tokenizer's ``ignore_merges``, or the other if that changes nothing."""
     ignored = bool(content["model"].get("ignore_merges"))
     name, other = names.get(ignored), names.get(not ignored)

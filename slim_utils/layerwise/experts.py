@@ -19,7 +19,7 @@ UNDER_CALIBRATED_PERCDAMP = 1.0
 
 def expert_linear(experts: nn.Module, index: int) -> nn.Linear:
     """Down projection of one expert; its weight (hidden, columns) is a view of that slice of ``experts.down_proj``."""
-    weight = experts.down_proj.data[index]
+    weight = experts.get_parameter("down_proj").data[index]
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear
@@ -38,10 +38,11 @@ def expert_inputs(
         top_k_index: (tokens, k) the experts that each token goes to.
         top_k_weights: (tokens, k) the router's weights.
     """
+    gate_up_proj, act_fn = experts.get_parameter("gate_up_proj"), experts.get_submodule("act_fn")
     for index in top_k_index.unique().tolist():
         token, place = torch.where(top_k_index == index)
-        gate, up = functional.linear(hidden[token], experts.gate_up_proj[index]).chunk(2, dim=-1)
-        yield index, experts.act_fn(gate) * up * top_k_weights[token, place, None]
+        gate, up = functional.linear(hidden[token], gate_up_proj[index]).chunk(2, dim=-1)
+        yield index, act_fn(gate) * up * top_k_weights[token, place, None]
 
 
 def prune_experts(
@@ -68,9 +69,10 @@ def prune_experts(
     Returns:
         Units counted through all experts; errors as means over the experts, the largest damping.
     """
-    num_experts, _, columns = experts.down_proj.shape
+    down_proj = experts.get_parameter("down_proj")
+    num_experts, _, columns = down_proj.shape
     pruners = [SlimGPT(expert_linear(experts, index), f"{name} {index}") for index in range(num_experts)]
-    counts = torch.zeros(num_experts, device=experts.down_proj.device)
+    counts = torch.zeros(num_experts, device=down_proj.device)
     for call in calls:
         for index, inputs in expert_inputs(experts, *call):
             pruners[index].add_batch(inputs)
@@ -88,7 +90,7 @@ def prune_experts(
     def solve() -> PruneResult:
         return _solve(pruners, tokens, count, settings)
 
-    return processes.on_main(solve, [experts.down_proj.data])
+    return processes.on_main(solve, [down_proj.data])
 
 
 def _solve(pruners: list[SlimGPT], tokens: list[int], count: int, settings: PruningSettings) -> PruneResult:

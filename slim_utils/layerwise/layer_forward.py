@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from slim_utils.common.errors import UserError
 from slim_utils.common.memory import free_memory
-from slim_utils.families import Family
+from slim_utils.families import Family, linear_map
 from slim_utils.layerwise.distributed import SINGLE_PROCESS, ProcessGroup
 from slim_utils.layerwise.settings import PruningSettings
 
@@ -70,7 +70,7 @@ class LayerForward:
     def attention_inputs(self) -> Iterator[Tensor]:
         """Inputs (samples, seqlen, heads · head_dim) of the attention's output map, batch by batch."""
         self._attention = []
-        heads_to_hidden = self.layer.get_submodule(self.family.attention_out)
+        heads_to_hidden = linear_map(self.layer, self.family.attention_out)
         for batch in self._batches():
             (inputs,) = self._arguments(heads_to_hidden, batch)
             self._attention.append(inputs.to(self.settings.cache_dev))
@@ -82,14 +82,14 @@ class LayerForward:
             # With fewer heads to norm over, the others have changed too.
             for _ in self.attention_inputs():
                 pass
-        heads_to_hidden = self.layer.get_submodule(self.family.attention_out)
+        heads_to_hidden = linear_map(self.layer, self.family.attention_out)
         for position, inputs in enumerate(self._attention):
             output = heads_to_hidden(inputs.to(self.settings.device))
             self._attention[position] = output.to(self.settings.cache_dev)
 
     def column_inputs(self) -> Iterator[Tensor]:
         """Inputs (samples, seqlen, columns) of the FFN's output map, after :meth:`finish_attention`."""
-        columns_to_hidden = self.layer.get_submodule(self.family.mlp_out)
+        columns_to_hidden = linear_map(self.layer, self.family.mlp_out)
         keep = self._columns_kept(columns_to_hidden)
         for (inputs,) in self._arguments_after_attention(columns_to_hidden):
             if keep:
@@ -147,9 +147,10 @@ class LayerForward:
         return _forward_replaced(block, lambda *args, **kwargs: (output, None))
 
     def _columns_given(self, position: int) -> Any:
-        columns_to_hidden = self.layer.get_submodule(self.family.mlp_out)
+        columns_to_hidden, block = linear_map(self.layer, self.family.mlp_out), self._mlp_block()
+        assert block is not None
         inputs = self._columns[position]
-        return _forward_replaced(self._mlp_block(), lambda *args, **kwargs: columns_to_hidden(inputs))
+        return _forward_replaced(block, lambda *args, **kwargs: columns_to_hidden(inputs))
 
     def _columns_kept(self, columns_to_hidden: nn.Linear) -> bool:
         """Whether the inputs of the FFN's output map are worth keeping, and take no more than half the free memory."""

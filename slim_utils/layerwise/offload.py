@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -71,6 +71,10 @@ class ResidentModel:
         yield from self.model.named_parameters()
 
 
+# A layer, the device it is to be on, and its tensors to come.
+_Prefetch: TypeAlias = tuple[int, torch.device, Future]
+
+
 class OffloadedModel(ResidentModel):
     """A model whose weights stay on disk; a layer is in memory from :meth:`onload` to :meth:`offload`.
 
@@ -109,7 +113,7 @@ class OffloadedModel(ResidentModel):
         # What takes their place while they are not here; tied ones are one.
         self._absent = model.state_dict()
         self._reader = ThreadPoolExecutor(max_workers=1)
-        self._prefetched: tuple[int, torch.device, Future] | None = None
+        self._prefetched: _Prefetch | None = None
         self._stream: torch.cuda.Stream | None = None
         # Called with every layer that is settled, while it is in memory.
         self.on_settled: Callable[[int, nn.Module, LayerMask], None] | None = None
@@ -142,10 +146,11 @@ class OffloadedModel(ResidentModel):
 
     def onload(self, index: int, device: torch.device) -> nn.Module:
         """Layer ``index``, from disk, on ``device``."""
-        if self._prefetched is None or self._prefetched[:2] != (index, device):
-            self._prefetch(index, device)
+        ahead = self._prefetched
+        if ahead is None or ahead[:2] != (index, device):
+            ahead = self._prefetch(index, device)
         try:
-            tensors = self._prefetched[2].result()
+            tensors = ahead[2].result()
         except torch.OutOfMemoryError:
             # The layer before had no memory to spare; it is done.
             torch.cuda.empty_cache()
@@ -194,8 +199,9 @@ class OffloadedModel(ResidentModel):
         prefix = self._prefix(index)
         return [name.removeprefix(prefix) for name in self._places if name.startswith(prefix)]
 
-    def _prefetch(self, index: int, device: torch.device) -> None:
+    def _prefetch(self, index: int, device: torch.device) -> _Prefetch:
         self._prefetched = index, device, self._reader.submit(self._read_layer, index, device)
+        return self._prefetched
 
     def _read_layer(self, index: int, device: torch.device) -> dict[str, Tensor]:
         prefix = self._prefix(index)

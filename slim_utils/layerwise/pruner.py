@@ -26,7 +26,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from slim_utils.common.loading import peak_memory_mib
 from slim_utils.common.memory import empty_cache
-from slim_utils.families import Family, LayerShape, layer_shapes
+from slim_utils.families import Family, LayerShape, layer_shapes, linear_map
 from slim_utils.layerwise.distributed import SINGLE_PROCESS, ProcessGroup
 from slim_utils.layerwise.experts import prune_experts
 from slim_utils.layerwise.layer_forward import LayerForward, LayerKwargs, capture_layer_kwargs, check_finite
@@ -266,7 +266,7 @@ def _prune_layer(
         return chain.from_iterable(map(inputs, replays))
 
     def prune(name: str, inputs: Iterator[Tensor], count: int, unit_size: int, num_groups: int = 1) -> PruneResult:
-        linear = layer.get_submodule(name)
+        linear = linear_map(layer, name)
         pruner = SlimGPT(linear, f"layer {index} {name}")
         for batch in inputs:
             pruner.add_batch(batch)

@@ -3,8 +3,6 @@
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from slim_utils.allocation.planner import Measured
 from slim_utils.allocation.sensitivity import UnitSensitivity
 from slim_utils.common.environment import command_line, environment
@@ -16,7 +14,7 @@ from slim_utils.slimgpt import PruneResult
 
 def rounding_settings(config: PruningConfig) -> dict[str, Any]:
     """What the weights depend on by rounding alone: the size of batches, the versions of libraries, and the GPU."""
-    found = environment(torch.device(config.device))
+    found = environment(config.torch_device)
     versions = {name: found["versions"][name] for name in ("torch", "transformers")}
     return {**config.flags(Effect.ROUNDING), **versions, "GPU": found["hardware"]["device"]}
 
@@ -57,7 +55,7 @@ def pruning_record(
         "command": command_line(),
         "arguments": config.to_json(),
         "seed": config.seed,
-        **environment(torch.device(config.device)),
+        **environment(config.torch_device),
         "calibration": calibration_record(data),
         "provenance": provenance,
         "sizes": sizes,

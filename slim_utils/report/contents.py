@@ -87,12 +87,11 @@ def plots(sources: list[Source]) -> list[Plot]:
 def _run_plots(runs: list[Source]) -> list[Plot]:
     name, title = runs[0].slug if len(runs) == 1 else "runs", ", ".join(run.label for run in runs)
     found = []
-    masked = {index: run for index, run in enumerate(runs) if run.masks}
-    if masked:
+    if any(run.masks for run in runs):
         left_out = [run.label for run in runs if not run.masks]
         caption = "Query heads and FFN columns that every layer keeps."
         caption += f" No pruning.json is beside the run.json of {', '.join(left_out)}." if left_out else ""
-        found.append(Plot(KEPT, name, title, caption, partial(layer_figure, _mask_panels(masked))))
+        found.append(Plot(KEPT, name, title, caption, partial(layer_figure, _mask_panels(runs))))
     caption = (
         "Error of the outputs of attention and MLP on the calibration samples, relative to what they were, with the "
         "removed weights zeroed and after compensation. Layers that lose nothing have none."
@@ -112,16 +111,17 @@ def _run_plots(runs: list[Source]) -> list[Plot]:
     return found
 
 
-def _mask_panels(runs: dict[int, Source]) -> list[LayerPanel]:
+def _mask_panels(runs: list[Source]) -> list[LayerPanel]:
     """Of runs by their colour; the dense models, as many as differ, are levels."""
+    masks_of = {index: run.masks for index, run in enumerate(runs) if run.masks}
     kept: list[list[LayerLine]] = []
     for size, kept_size in (
         ("num_heads", lambda mask: len(mask.kept_heads)),
         ("ffn_width", lambda mask: mask.kept_width),
     ):
-        dense = dict.fromkeys(tuple(getattr(mask.shape, size) for mask in run.masks) for run in runs.values())
+        dense = dict.fromkeys(tuple(getattr(mask.shape, size) for mask in masks) for masks in masks_of.values())
         lines = [LayerLine(METHOD_NAMES["dense"], values, None, dashed=True) for values in dense]
-        lines += [LayerLine(run.label, list(map(kept_size, run.masks)), index) for index, run in runs.items()]
+        lines += [LayerLine(runs[index].label, list(map(kept_size, masks)), index) for index, masks in masks_of.items()]
         kept.append(lines)
     return _kept_panels("", *kept)
 
@@ -166,7 +166,7 @@ def _by_layer(layers: Rows, *keys: str) -> list[float]:
     """What there is under ``keys`` of every layer, from layer 0 on; NaN of those that have nothing there."""
     found = {}
     for layer in layers:
-        value = reduce(lambda inner, key: inner.get(key, math.nan), keys, layer)
+        value: Any = reduce(lambda inner, key: inner.get(key, math.nan), keys, layer)
         found[layer["layer"]] = math.nan if value is None else float(value)
     return [found.get(index, math.nan) for index in range(max(found, default=-1) + 1)]
 
@@ -232,7 +232,7 @@ def _profile_panels(rows: Rows) -> list[LayerPanel]:
                 alike.setdefault(str(row["profile"]), []).append(row)
         both: tuple[list[LayerLine], list[LayerLine]] = ([], [])
         for group in alike.values():
-            label = "; ".join(METHOD_NAMES.get(row["method"], row["method"]) for row in group)
+            label = "; ".join(_method_name(row) for row in group)
             for lines, values in zip(both, zip(*group[0]["profile"], strict=True), strict=True):
                 lines.append(LayerLine(label, values, methods.index(group[0]["method"])))
         panels += _kept_panels(f"{100 * share:g} % removed: ", *both)
@@ -246,13 +246,17 @@ def _kept_panels(start: str, heads: list[LayerLine], widths: list[LayerLine]) ->
     ]
 
 
+def _method_name(row: dict[str, Any]) -> str:
+    return METHOD_NAMES.get(row["method"], str(row["method"]))
+
+
 def _method_panels(rows: Rows) -> list[BarPanel]:
     panels = []
     for share in sorted({row["share"] for row in rows}):
         methods: dict[str, Rows] = {}
         for row in rows:
             if row["share"] == share:
-                methods.setdefault(METHOD_NAMES.get(row["method"], row["method"]), []).append(row)
+                methods.setdefault(_method_name(row), []).append(row)
         start = f"{100 * share:g} % removed: "
         seconds = {name: [row["seconds"] for row in seeds] for name, seeds in methods.items()}
         memory = {name: [row[PEAK]["host"] for row in seeds] for name, seeds in methods.items()}

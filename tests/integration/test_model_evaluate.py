@@ -5,8 +5,10 @@ import json
 import logging
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import lm_eval.tasks
@@ -14,6 +16,7 @@ import pytest
 import yaml
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import TaskIndex
 
 import model_evaluate
 import model_slimming
@@ -59,6 +62,22 @@ def row(task: str, i: int) -> dict:
     endings = [random_text(1 + j % 2, 7 * i + j) for j in range(4)]
     context = {"ctx_a": random_text(3, i), "ctx_b": random_text(1, i + 5), "activity_label": "w9"}
     return {**context, "endings": endings, "label": str(i % 4), "ind": i, "source_id": str(i), "split_type": "x"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_index() -> Iterator[None]:
+    """The package reads its thousands of task files once for all tests of this process."""
+    build, built = TaskIndex.build, {}
+
+    def once(*args, **options) -> dict[str, Any]:
+        key = repr((args, options))
+        if key not in built:
+            built[key] = build(*args, **options)
+        return dict(built[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "build", staticmethod(once))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 
 import pytest
-import torch
 
 from slim_utils.allocation.planner import Planner
 from slim_utils.common.errors import UserError
@@ -13,11 +12,9 @@ from slim_utils.masks import LayerPlan
 from slim_utils.pruning_config import PruningConfig
 from tests.conftest import make_tiny
 
-CPU = torch.device("cpu")
-
 
 def planner(name: str, **flags) -> Planner:
-    model, config = make_tiny(name), PruningConfig(device=CPU, cache_dev=CPU, **flags)
+    model, config = make_tiny(name), PruningConfig(device="cpu", cache_dev="cpu", **flags)
     return Planner(config, ResidentModel(model, find_family(model.config)))
 
 
