@@ -36,7 +36,7 @@ from slim_utils.families import find_family
 from slim_utils.layerwise.layer_forward import LayerForward, capture_layer_kwargs
 from slim_utils.layerwise.offload import CPU
 from slim_utils.layerwise.settings import PruningSettings
-from slim_utils.obs import PAPER_SELECTION, SelectionOptions, remove_columns
+from slim_utils.obs import PAPER_SELECTION, SelectionOptions, greedy_obs
 from slim_utils.profiling.tables import markdown_table
 from slim_utils.slim_dataset import random_windows
 from slim_utils.slimgpt import SlimGPT
@@ -127,10 +127,7 @@ def with_swaps(case: Case) -> tuple[float, float]:
         kept[back] = True
         inverse = torch.linalg.inv(hessian[kept][:, kept])
         fitted = dense @ hessian[:, kept] @ inverse
-        for _ in range(len(back)):
-            scores = fitted.square().sum(0) / inverse.diagonal()
-            gone = scores.masked_fill(~fitted.any(0), torch.inf).argmin()
-            remove_columns(fitted, inverse, gone[None], compensate=True)
+        greedy_obs(fitted, inverse, len(back), 1, True, selection=SelectionOptions(column_group=1))
         weight = torch.zeros_like(dense)
         weight[:, kept] = fitted
     return case.errors(weight.float())

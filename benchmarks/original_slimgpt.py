@@ -4,11 +4,11 @@ One sample a forward and three forwards a layer; Hessians of fp32 products; the 
 factorised anew before every head and every group of columns; the columns of a group are compensated for one by one.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-from slim_utils.obs import group_sizes, unit_columns, unit_scores
 
 
 @torch.no_grad()
@@ -90,11 +90,11 @@ def prune_columns(weight: Tensor, hessian: Tensor, target: int, unit_size: int, 
     weight[:, dead] = 0
     hessian.diagonal().add_(percdamp * hessian.diagonal().mean())
     left = torch.arange(weight.shape[1], device=weight.device)
-    for count in group_sizes(target, unit_size):
+    for count in step_sizes(target, unit_size):
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[left][:, left]))
         current = weight[:, left]
-        units = unit_scores(current, inverse, unit_size).argsort()[:count]
-        gone = unit_columns(units, unit_size)
+        units = scores(current, inverse, unit_size).argsort()[:count]
+        gone = (units[:, None] * unit_size + torch.arange(unit_size, device=units.device)).flatten()
         stays = torch.ones(len(left), dtype=torch.bool, device=left.device)
         stays[gone] = False
         order = torch.cat([gone, stays.nonzero().flatten()])
@@ -108,3 +108,26 @@ def prune_columns(weight: Tensor, hessian: Tensor, target: int, unit_size: int, 
         weight[:, left[order]] = current
         left = left[stays]
     return weight
+
+
+def step_sizes(target: int, unit_size: int) -> Iterator[int]:
+    """Units of each step: heads one by one, columns by the dynamic group size."""
+    size = (target - 512) // 2
+    while target:
+        count = 1 if unit_size > 1 else min(target, max(min(size, 1024), 64))
+        yield count
+        target -= count
+        size = (size - 512) // 2
+
+
+def scores(weight: Tensor, inverse: Tensor, unit_size: int) -> Tensor:
+    """``Σ W² / diag(chol(H⁻¹ block))²`` of every unit, a unit at a time."""
+    energy = weight.square().sum(dim=0)
+    if unit_size == 1:
+        return energy / inverse.diagonal()
+    units = []
+    for start in range(0, len(inverse), unit_size):
+        span = slice(start, start + unit_size)
+        pivots = torch.linalg.cholesky(inverse[span, span]).diagonal().square()
+        units.append((energy[span] / pivots).sum())
+    return torch.stack(units)

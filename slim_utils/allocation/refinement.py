@@ -97,9 +97,9 @@ class _ProbeHook:
 
     def __call__(self, index: int, name: str, pruner: SlimGPT, count: int, unit_size: int, num_groups: int) -> None:
         """Of the map ``name`` of layer ``index``; the rest as for :meth:`SlimGPT.struct_prune`."""
-        percdamp, selection = self._settings.percdamp, self._settings.selection
+        settings = self._settings
         per_group, count = pruner.columns // unit_size // num_groups, count // num_groups
-        errors = error_curve(pruner, unit_size, num_groups, self._settings, count)
+        errors = error_curve(pruner, unit_size, num_groups, settings, count)
         step = units_of(PROBE_STEP, per_group)
         others = {max(count - step, 0), min(count + step, len(errors) - 1)} - {count}
         if self._family.head_norms and name == self._family.attention_out:
@@ -108,7 +108,14 @@ class _ProbeHook:
         weight, candidate_weights = pruner.linear.weight, {}
         dense = weight.clone()
         for other in others:
-            pruner.struct_prune(other * num_groups, unit_size, percdamp, True, num_groups, selection)
+            pruner.struct_prune(
+                other * num_groups,
+                unit_size,
+                settings.percdamp,
+                num_groups=num_groups,
+                selection=settings.selection,
+                solve_dtype=settings.solve_dtype,
+            )
             candidate_weights[other] = weight.to("cpu", copy=True)
             weight.copy_(dense)
         self.places[index, name] = _ProbedMap(errors, reference_count(errors, per_group), count, candidate_weights)

@@ -311,7 +311,7 @@ def error_curve(
     most = per_group - 1 if unit_size > 1 else max(units_to_remove(per_group, MAX_CURVE_RATIO), at_least)
     group = settings.selection.column_group or math.ceil(pruner.columns / CURVE_STEPS)
     fine = replace(settings.selection, column_group=group)
-    return pruner.error_curve(most * num_groups, unit_size, settings.percdamp, num_groups, fine)
+    return pruner.error_curve(most * num_groups, unit_size, settings.percdamp, num_groups, fine, settings.solve_dtype)
 
 
 def reference_count(errors: Tensor, per_group: int) -> int:
@@ -338,7 +338,15 @@ def _measured(
     if probe and count < len(errors):
         dense = pruner.linear.weight.clone()
         try:
-            pruner.struct_prune(count * num_groups, unit_size, settings.percdamp, True, num_groups, settings.selection)
+            pruner.struct_prune(
+                count * num_groups,
+                unit_size,
+                settings.percdamp,
+                True,
+                num_groups,
+                settings.selection,
+                settings.solve_dtype,
+            )
             sublayer.loss = max(probe.divergence(index), LEAST_LOSS)
         finally:
             # Also where memory was full, and all is tried once more.

@@ -101,7 +101,16 @@ def _solve(pruners: list[SlimGPT], tokens: list[int], count: int, settings: Prun
             # Nothing is known: all columns weigh alike.
             pruner.hessian.fill_diagonal_(1)
         damping = max(settings.percdamp, UNDER_CALIBRATED_PERCDAMP) if tokens[index] < columns else settings.percdamp
-        results.append(pruner.struct_prune(count, 1, damping, settings.compensate, selection=settings.selection))
+        results.append(
+            pruner.struct_prune(
+                count,
+                1,
+                damping,
+                settings.compensate,
+                selection=settings.selection,
+                solve_dtype=settings.solve_dtype,
+            )
+        )
         pruner.release()
     return PruneResult(
         pruned_units=[index * columns + unit for index, result in enumerate(results) for unit in result.pruned_units],
@@ -109,4 +118,10 @@ def _solve(pruners: list[SlimGPT], tokens: list[int], count: int, settings: Prun
         error_uncompensated=sum(result.error_uncompensated for result in results) / len(results),
         error_compensated=sum(result.error_compensated for result in results) / len(results),
         percdamp=max(result.percdamp for result in results),
+        solve_dtype=_all_names(result.solve_dtype for result in results),
+        solve_device=_all_names(result.solve_device for result in results),
     )
+
+
+def _all_names(names: Iterable[str]) -> str:
+    return ", ".join(sorted(set(names)))

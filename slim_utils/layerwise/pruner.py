@@ -275,7 +275,13 @@ def _prune_layer(
             hook(index, name, pruner, count, unit_size, num_groups)
         result = processes.on_main(
             lambda: pruner.struct_prune(
-                count, unit_size, settings.percdamp, settings.compensate, num_groups, settings.selection
+                count,
+                unit_size,
+                settings.percdamp,
+                settings.compensate,
+                num_groups,
+                settings.selection,
+                settings.solve_dtype,
             ),
             [linear.weight.data],
         )

@@ -26,6 +26,7 @@ class PruningSettings:
         selection: how units are chosen.
         gqa_unit: what goes where query heads share key/value heads, one of ``GQA_UNITS``: equally many query heads of
             every group, whose key/value head stays, or whole kv groups.
+        solve_dtype: precision of the solver, fp64, or fp32 where a device has slow fp64.
     """
 
     device: torch.device
@@ -35,6 +36,7 @@ class PruningSettings:
     compensate: bool = True
     selection: SelectionOptions = PAPER_SELECTION
     gqa_unit: str = "query_head"
+    solve_dtype: torch.dtype = torch.float64
 
     def micro_batches(self, samples: Tensor) -> list[tuple[int, int]]:
         """Samples of each forward: at most ``batch_samples``, or as many as make ``TOKENS_PER_FORWARD``."""

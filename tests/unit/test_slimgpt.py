@@ -12,13 +12,14 @@ from slim_utils.common.errors import UserError
 from slim_utils.obs import (
     SelectionOptions,
     damping_steps,
+    diagonal_blocks,
     greedy_obs,
     group_sizes,
-    inverse_of_factored,
-    remove_columns,
+    invert_in_place,
+    output_energy,
     unit_scores,
 )
-from slim_utils.slimgpt import SlimGPT, relative_errors
+from slim_utils.slimgpt import SlimGPT
 from tests.reference_slimgpt import hessian_of, struct_prune
 
 
@@ -72,24 +73,54 @@ def test_dynamic_group_size_of_a_wide_layer():
 def test_inverse_by_blocks(size, monkeypatch):
     monkeypatch.setattr(obs, "INVERSE_BLOCK", 256)
     hessian = hessian_of(random_inputs(size, tokens=2 * size)) + 0.1 * torch.eye(size, dtype=torch.float64)
-    inverse = inverse_of_factored(torch.linalg.cholesky(hessian))
-    expected = torch.linalg.inv(hessian)
+    inverse, expected = hessian.clone(), torch.linalg.inv(hessian)
+    assert invert_in_place(inverse)
     assert (inverse - expected).norm() <= 1e-9 * expected.norm()
     assert torch.allclose(inverse, inverse.T, rtol=1e-10, atol=1e-12 * expected.abs().max().item())
 
 
-def test_downdate_equals_refactorising():
-    weight = torch.randn(8, 60, dtype=torch.float64)
-    hessian = hessian_of(random_inputs(60)) + 1e-3 * torch.eye(60, dtype=torch.float64)
-    inverse = torch.linalg.inv(hessian)
-    gone: list[int] = []
-    for step in ([3, 50, 7], [1], [20, 21, 22, 23, 59]):
-        assert remove_columns(weight, inverse, torch.tensor(step), compensate=True)[0]
-        gone += step
-        rest = [i for i in range(60) if i not in gone]
-        expected = torch.linalg.inv(hessian[rest][:, rest])
-        assert (inverse[rest][:, rest] - expected).norm() <= 1e-9 * expected.norm()
-        assert torch.equal(inverse[gone][:, gone], torch.eye(len(gone), dtype=torch.float64))
+def test_invert_in_place_indefinite_is_told():
+    assert not invert_in_place(torch.diag(torch.tensor([1.0, -1.0, 1.0])))
+
+
+def rank_by_refactorising(weight, hessian, target, unit_size, compensate, selection) -> list[int]:
+    """The units that go, in their order, each step on an inverse of the columns that are left."""
+    units, removed = weight.shape[1] // unit_size, []
+    for count in group_sizes(target, unit_size, selection.column_group):
+        left = [u for u in range(units) if u not in removed]
+        columns = [u * unit_size + i for u in left for i in range(unit_size)]
+        best = least_squares(weight, hessian, [c for c in range(weight.shape[1]) if c not in columns])[0]
+        current = best if compensate else weight
+        inverse = torch.linalg.inv(hessian[columns][:, columns])
+        scores = unit_scores(current[:, columns], diagonal_blocks(inverse, unit_size), selection.exact_heads)
+        removed += [left[i] for i in scores.argsort(stable=True)[:count].tolist()]
+    return removed
+
+
+@pytest.mark.parametrize("compensate", [True, False])
+@pytest.mark.parametrize(
+    ("unit", "selection"),
+    [
+        (1, SelectionOptions()),
+        (1, SelectionOptions(column_group=1)),
+        (1, SelectionOptions(column_group=7)),
+        (6, SelectionOptions()),
+        (6, SelectionOptions(exact_heads=True)),
+    ],
+)
+def test_greedy_obs_left_looking_chooses_as_refactorising_does(unit, selection, compensate):
+    weight = torch.randn(16, 180, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    hessian = hessian_of(random_inputs(180))
+    hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
+    pruned, inverse = weight.clone(), torch.linalg.inv(hessian)
+    kept = inverse.clone()
+    removal = greedy_obs(pruned, inverse, 120 // unit, unit, compensate, selection=selection)
+    assert removal.units.tolist() == rank_by_refactorising(weight, hessian, 120 // unit, unit, compensate, selection)
+    assert torch.equal(inverse, kept)
+    columns = [u * unit + i for u in removal.units.tolist() for i in range(unit)]
+    expected = least_squares(weight, hessian, columns)[0] if compensate else weight.clone()
+    expected[:, columns] = 0
+    assert torch.allclose(pruned, expected, rtol=1e-7, atol=1e-9)
 
 
 def least_squares(weight: torch.Tensor, hessian: torch.Tensor, gone: list[int]) -> tuple[torch.Tensor, float]:
@@ -101,17 +132,21 @@ def least_squares(weight: torch.Tensor, hessian: torch.Tensor, gone: list[int]) 
     return best, ((change @ hessian) * change).sum().item()
 
 
+@pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("gone", list(itertools.combinations(range(6), 3)))
-def test_the_update_is_the_least_squares_optimum_of_every_subset(gone):
+def test_the_update_is_the_least_squares_optimum_of_every_subset(gone, group, monkeypatch):
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(5, 6, dtype=torch.float64, generator=generator)
     hessian = hessian_of(random_inputs(6))
     best, error = least_squares(weight, hessian, list(gone))
-    pruned, inverse, index = weight.clone(), torch.linalg.inv(hessian), torch.tensor(gone)
-    positive_definite, cost = remove_columns(pruned, inverse, index, compensate=True)
-    assert positive_definite
+    scores = torch.tensor([column not in gone for column in range(6)], dtype=torch.float64)
+    monkeypatch.setattr(obs, "unit_scores", lambda *args: scores)
+    pruned, selection = weight.clone(), SelectionOptions(column_group=group)
+    removal = greedy_obs(pruned, torch.linalg.inv(hessian), 3, 1, True, selection=selection)
+    assert sorted(removal.units.tolist()) == list(gone)
     assert torch.allclose(pruned, best, rtol=1e-8, atol=1e-10)
-    assert cost.item() == pytest.approx(error, rel=1e-8)
+    assert removal.costs.sum().item() == pytest.approx(error, rel=1e-8)
+    assert removal.row_costs.sum().item() == pytest.approx(error, rel=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +157,7 @@ def test_costs_of_the_steps_add_up_to_the_error(selection, unit):
     weight = torch.randn(6, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     hessian = hessian_of(random_inputs(24))
     pruned = weight.clone()
-    removal = greedy_obs(pruned, hessian, 12 // unit, unit, True, selection=selection)
+    removal = greedy_obs(pruned, torch.linalg.inv(hessian), 12 // unit, unit, True, selection=selection)
     change = weight - pruned
     assert removal.costs.sum().item() == pytest.approx(((change @ hessian) * change).sum().item(), rel=1e-8)
     assert sum(removal.steps) == len(removal.units) == len(removal.units.unique()) == 12 // unit
@@ -132,10 +167,12 @@ def test_costs_of_the_steps_add_up_to_the_error(selection, unit):
 def test_exact_scores_are_the_errors_of_removing_each_head_alone(seed):
     weight = torch.randn(8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     hessian = hessian_of(random_inputs(12, seed=seed))
-    scores = unit_scores(weight, torch.linalg.inv(hessian), 3, exact=True)
+    scores = unit_scores(weight, diagonal_blocks(torch.linalg.inv(hessian), 3), exact=True)
     errors = [least_squares(weight, hessian, [3 * head, 3 * head + 1, 3 * head + 2])[1] for head in range(4)]
     assert scores.tolist() == pytest.approx(errors, rel=1e-8)
-    chosen = greedy_obs(weight.clone(), hessian, 1, 3, True, selection=SelectionOptions(exact_heads=True))
+    chosen = greedy_obs(
+        weight.clone(), torch.linalg.inv(hessian), 1, 3, True, selection=SelectionOptions(exact_heads=True)
+    )
     assert chosen.units.tolist() == [errors.index(min(errors))]
 
 
@@ -143,7 +180,9 @@ def test_columns_one_by_one_are_no_worse_than_in_groups():
     weight = torch.randn(16, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     hessian = hessian_of(random_inputs(200, tokens=100))
     costs = [
-        greedy_obs(weight.clone(), hessian, 100, 1, True, selection=SelectionOptions(column_group=group))
+        greedy_obs(
+            weight.clone(), torch.linalg.inv(hessian), 100, 1, True, selection=SelectionOptions(column_group=group)
+        )
         .costs.sum()
         .item()
         for group in (1, 16, 64)
@@ -156,7 +195,7 @@ def test_a_single_column_is_the_best_of_all(seed):
     weight = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     hessian = hessian_of(random_inputs(7, seed=seed))
     errors = [least_squares(weight, hessian, [column])[1] for column in range(7)]
-    chosen = greedy_obs(weight.clone(), hessian, target=1, unit_size=1, compensate=True)
+    chosen = greedy_obs(weight.clone(), torch.linalg.inv(hessian), target=1, unit_size=1, compensate=True)
     assert chosen.units.tolist() == [errors.index(min(errors))]
 
 
@@ -245,7 +284,7 @@ def test_struct_prune_without_a_unit_to_remove_leaves_the_weight(unit, groups, d
     weight, inputs = torch.randn(4, 24, dtype=torch.float64).to(dtype), random_inputs(24)
     inputs[..., [2, 11]] = 0
     pruner = make_pruner(weight, inputs)
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda *args: pytest.fail("factorised"))
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda *args, **options: pytest.fail("factorised"))
     result = pruner.struct_prune(0, unit, num_groups=groups)
     assert torch.equal(pruner.linear.weight, weight)
     assert (result.pruned_units, result.kept_units) == ([], list(range(24 // unit)))
@@ -253,15 +292,23 @@ def test_struct_prune_without_a_unit_to_remove_leaves_the_weight(unit, groups, d
     assert pruner.error_curve(0, unit, num_groups=groups).tolist() == [0]
 
 
-def test_relative_errors_of_a_rank_deficient_hessian_are_not_negative():
+def test_struct_prune_errors_of_a_rank_deficient_hessian_are_not_negative():
     """Rounded to fp32 such a Hessian has negative eigenvalues."""
-    hessian = hessian_of(random_inputs(32, tokens=3, samples=1)).float()
+    inputs = random_inputs(32, tokens=3, samples=1)
+    hessian = hessian_of(inputs).float()
     values, vectors = torch.linalg.eigh(hessian.double())
     assert values[0] < 0
-    pruned = torch.eye(4, 32, dtype=torch.float64)
-    for columns in (torch.arange(8, 32), torch.arange(32)):
-        dense = pruned + vectors[:, 0]
-        assert min(relative_errors(dense, pruned, hessian, columns)) >= 0
+    for count in (8, 24, 31):
+        pruner = make_pruner(torch.eye(4, 32, dtype=torch.float64) + vectors[:, 0], inputs)
+        pruner.hessian = hessian.clone()
+        result = pruner.struct_prune(count)
+        assert min(result.error_uncompensated, result.error_compensated) >= 0
+
+
+def test_output_energy_is_that_of_the_outputs():
+    weight, inputs = torch.randn(6, 600, dtype=torch.float64), random_inputs(600, tokens=40)
+    expected = 2 / len(inputs) * (inputs @ weight.T).square().sum()
+    assert output_energy(weight, hessian_of(inputs)) == pytest.approx(expected.item(), rel=1e-10)
 
 
 @pytest.mark.parametrize(("groups", "sparsity"), [(2, 0.3), (3, 0.5), (4, 0.4), (6, 0.7)])
