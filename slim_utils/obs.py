@@ -127,6 +127,15 @@ def output_energy(W: Tensor, H: Tensor) -> float:
     return total.item()
 
 
+def solve_bytes(columns: int, rows: int, pruned: int, dtype: torch.dtype) -> int:
+    """Bytes that solving a map of ``columns`` inputs and ``rows`` outputs takes at its peak, besides its own weight.
+
+    The fp32 Hessian and one matrix in the dtype of the solve, a panel for every pruned column, the weights, and blocks.
+    """
+    blocks = 2 * max(INVERSE_BLOCK, GRAM_BLOCK) * columns * 8
+    return columns * columns * (4 + dtype.itemsize) + (pruned * columns + rows * columns) * dtype.itemsize + blocks
+
+
 def invert_in_place(H: Tensor) -> bool:
     """Replace the symmetric ``H`` (n, n; contiguous) by its inverse; no second matrix of its size is allocated.
 
