@@ -188,20 +188,25 @@ def operations(args: argparse.Namespace) -> dict[str, float]:
     """Floating-point operations that the parts cost at least, all layers together.
 
     Forward: every weight once a token, and causal attention. Hessian: half of a symmetric product, for each of the two
-    maps. Solve: inverse (n³), and downdates (2 n² a column that goes) with their update of the weights.
+    maps. Solve: :func:`solver_operations`.
     """
     config = shape_config(args)
     tokens, hidden, columns = args.num_samples * args.seqlen, config.hidden_size, config.intermediate_size
     kv_share = config.num_key_value_heads / config.num_attention_heads
     weights = hidden * hidden * (2 + 2 * kv_share) + 3 * hidden * columns
     attention = 2 * args.seqlen * hidden
-    solve = sum(n**3 + 2 * n * n * args.sparsity * n + 2 * hidden * n * args.sparsity * n for n in (hidden, columns))
+    solve = sum(solver_operations(n, hidden, round(args.sparsity * n)) for n in (hidden, columns))
     layers = config.num_hidden_layers
     return {
         "forward": layers * tokens * (2 * weights + attention),
         "hessian": layers * tokens * (hidden**2 + columns**2),
         "solve": layers * solve,
     }
+
+
+def solver_operations(columns: int, rows: int, pruned: int) -> float:
+    """Operations of one solve at least: inverse (n³), a panel a pruned column (n k²), the weights (2 out n k)."""
+    return columns**3 + columns * pruned**2 + 2 * rows * columns * pruned
 
 
 def measure_apart(args: argparse.Namespace, way: str, **changes: int) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def prune_columns(weight: Tensor, hessian: Tensor, target: int, unit_size: int, 
         stays[gone] = False
         order = torch.cat([gone, stays.nonzero().flatten()])
         factor = torch.linalg.cholesky(inverse[order][:, order], upper=True)
-        current, errors = current[:, order], torch.zeros(len(weight), len(gone), device=weight.device)
+        current, errors = current[:, order], weight.new_zeros(len(weight), len(gone))
         for column in range(len(gone)):
             errors[:, column] = current[:, column] / factor[column, column]
             current[:, column : len(gone)] -= errors[:, column, None] * factor[column, column : len(gone)]
