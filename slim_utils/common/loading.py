@@ -284,6 +284,11 @@ def save_tensors_atomic(tensors: Mapping[str, Tensor], path: Path, metadata: dic
         # On disk before it has its name.
         with partial.open("rb") as file:
             os.fsync(file.fileno())
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, **options: Any) -> None:

@@ -94,6 +94,7 @@ def prune_layers(
     pruner = _SequentialPruner(
         host, [samples] if starts is None else [samples, starts], settings, processes, hook, store
     )
+    done = pruner.load_activations(pruned)
     with logging_redirect_tqdm():
         for index in tqdm(range(pruned[-1] + 1), desc="layers", unit="layer", disable=processes.rank > 0 or None):
             start = time.perf_counter()
@@ -102,7 +103,7 @@ def prune_layers(
             replays: list[LayerForward] = []
             if index in pruned and report is None:
                 replays, (mask, attention, mlp) = pruner.prune(index, layer, shapes[index], plans[index])
-            if index < pruned[-1]:
+            if done < index < pruned[-1]:
                 pruner.advance(index, layer, replays)
             if index in pruned and report is None:
                 seconds, peak = time.perf_counter() - start, peak_memory_mib(settings.device)
@@ -111,6 +112,7 @@ def prune_layers(
                 logger.info(report.log_line(len(shapes)))
                 if store:
                     store.save(layer, family, report)
+                    pruner.keep_activations(index, pruned[-1])
             if report is not None:
                 masks[index] = report.mask
                 reports.append(report)
@@ -137,11 +139,29 @@ class _SequentialPruner:
         self.hook = hook
         self.host, self.family, self.windows, self.processes = host, host.family, windows, processes
         self.store = store
+        # Of several processes, each would have to keep activations of its own.
+        self._solo_store = store if processes.world_size == 1 else None
         # What an earlier process of the run had to do with is kept.
         self.settings = store.reduced(settings) if store else settings
         self.hidden: list[Tensor] = []
         self.calls: list[list[LayerKwargs]] = []
         self._attempt("the embeddings", self._begin, PruningSettings.with_host_cache)
+
+    def load_activations(self, pruned: list[int]) -> int:
+        """Take up the activations that an earlier process kept; the last layer they have passed, −1 without any."""
+        kept = self._solo_store and self._solo_store.kept_activations(pruned, self.settings.cache_dev)
+        if not kept:
+            return -1
+        index, hidden = kept
+        self.hidden[: len(hidden)] = hidden
+        logger.info("--resume: going on behind layer %d with the activations that were kept", index)
+        return index
+
+    def keep_activations(self, index: int, last: int) -> None:
+        """Keep the outputs of layer ``index`` for a run that goes on behind it."""
+        if self._solo_store and index < last:
+            needed = 1 if index + 1 >= len(self.host.layers) / 2 else len(self.hidden)
+            self._solo_store.activations.save(index, self.hidden[:needed])
 
     def _begin(self) -> None:
         found = self._capture(self.windows, self.settings)

@@ -6,19 +6,20 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import save_tensors_atomic, write_json_atomic
 from slim_utils.common.output_folder import clear_leftovers, hidden_path
 from slim_utils.families import Family
+from slim_utils.layerwise.activations import ActivationStore
 from slim_utils.layerwise.layer_report import LayerReport
 from slim_utils.layerwise.settings import PruningSettings
 
@@ -27,10 +28,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_FILE, REDUCED_FILE = "settings.json", "reduced.json"
+SETTINGS_FILE, REDUCED_FILE, ACTIVATIONS_FILE = "settings.json", "reduced.json", "activations.safetensors"
 # In the file of settings, what is not compared, or not strictly.
 NOTED, SECONDS = "noted", "seconds"
 SAMPLED_VALUES = 64
+CHECKSUM = "sha256"
 
 
 class LayerStore:
@@ -40,10 +42,13 @@ class LayerStore:
 
     Args:
         save_dir: the output folder of the run.
+        keep_activations: GiB that the activations after the last finished layer may take; 0 keeps none, ``None`` what
+            the disk has room for.
     """
 
-    def __init__(self, save_dir: Path) -> None:
+    def __init__(self, save_dir: Path, keep_activations: float | None = None) -> None:
         self.folder = hidden_path(save_dir, "unfinished")
+        self.activations = ActivationStore(self.folder / ACTIVATIONS_FILE, keep_activations)
         # Checkpoints that are written layer by layer.
         self.output = self.folder / "output"
         self._target = save_dir
@@ -117,20 +122,59 @@ class LayerStore:
 
     def save(self, layer: nn.Module, family: Family, report: LayerReport) -> None:
         """Keep a finished layer."""
-        save_tensors_atomic(changed_parameters(layer, family), self._path(report.layer), {"report": report.to_json()})
+        parameters = changed_parameters(layer, family)
+        metadata = {"report": report.to_json(), CHECKSUM: checksum(parameters)}
+        save_tensors_atomic(parameters, self._path(report.layer), metadata)
 
     def restore(self, index: int, layer: nn.Module, family: Family) -> LayerReport | None:
-        """Put a finished layer's parameters in place; its report, or ``None`` where it is not finished."""
+        """Put a finished layer's parameters in place; its report, or ``None`` where it is not finished.
+
+        Raises:
+            UserError: if the layer's file is damaged.
+        """
         if not self._path(index).exists():
             return None
         parameters = changed_parameters(layer, family)
-        with safe_open(self._path(index), "pt") as file, torch.no_grad():
-            for name in file.keys():  # noqa: SIM118 - not a dictionary
-                parameters[name].copy_(file.get_tensor(name))
-            return LayerReport.from_json(file.metadata()["report"])
+        try:
+            with safe_open(self._path(index), "pt") as file:
+                metadata = file.metadata()
+                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+        except SafetensorError as error:
+            raise self._damaged(index) from error
+        if metadata[CHECKSUM] != checksum(stored):
+            raise self._damaged(index)
+        with torch.no_grad():
+            for name, tensor in stored.items():
+                parameters[name].copy_(tensor)
+        return LayerReport.from_json(metadata["report"])
+
+    def kept_activations(self, pruned: list[int], device: torch.device) -> tuple[int, list[Tensor]] | None:
+        """Index of a layer and its outputs, from where the run goes on; ``None`` where it has to begin at the first.
+
+        Args:
+            pruned: indices of the layers that the run prunes; up to the kept activations all have to be finished.
+            device: to load the activations to.
+        """
+        kept = self.activations.load(device)
+        if kept is None or not all(self._path(index).exists() for index in pruned if index <= kept[0]):
+            return None
+        return kept
+
+    def _damaged(self, index: int) -> UserError:
+        return UserError(f"--resume: {self._path(index)} is damaged; remove it to prune that layer again")
 
     def _path(self, index: int) -> Path:
         return self.folder / f"layer_{index:04}.safetensors"
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of the names, shapes, dtypes and content of tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        content = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(content.shape)} {content.dtype}".encode())
+        digest.update(content.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def changed_parameters(layer: nn.Module, family: Family) -> dict[str, nn.Parameter]:
