@@ -16,17 +16,17 @@ from torch import Tensor, distributed
 from slim_utils.common.errors import ProcessLostError, UserError
 
 T = TypeVar("T")
-# How long a process waits for the others, which may have a whole Hessian to solve.
+# A process may wait while another one solves a large map.
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes of a run; alone, every method does what its name says at no cost.
+    """The processes of a run; with a single process, collectives cost nothing.
 
     Attributes:
-        rank: of this process.
-        world_size: how many there are.
+        rank: index of this process.
+        world_size: number of processes.
     """
 
     rank: int = 0
@@ -52,13 +52,13 @@ class ProcessGroup:
             distributed.destroy_process_group()
 
     def barrier(self) -> None:
-        """Wait until all processes are here."""
+        """Wait for all processes."""
         if self.world_size > 1:
             with _lost_contact_named():
                 distributed.barrier()
 
     def shard(self, samples: Tensor, flag: str = "--num_samples") -> Tensor:
-        """This process's shard of the samples, whose number was given as ``flag``; shards differ by one sample at most.
+        """This process's shard of the samples, which ``flag`` set the number of; shards differ by one sample at most.
 
         Raises:
             UserError: if there are fewer samples than processes.
@@ -80,10 +80,10 @@ class ProcessGroup:
         return failed.item() == 0
 
     def on_main(self, work: Callable[[], T], changed: Iterable[Tensor] = ()) -> T:
-        """The result of ``work`` in the first process, with its effect on the tensors ``changed``, in all of them.
+        """Run ``work`` on the main process; broadcast its result and the tensors that it ``changed``.
 
         Raises:
-            UserError: in all, if ``work`` raises one.
+            UserError: in all processes, if ``work`` raises one.
         """
         if self.world_size == 1:
             return work()
@@ -104,9 +104,9 @@ class ProcessGroup:
 
 @contextmanager
 def _lost_contact_named() -> Iterator[None]:
-    """Turn the backends' errors about processes that are gone into one that keeps their reason.
+    """Turn the backends' errors about lost processes into one error that keeps the reason.
 
-    Errors of this process's own device, full memory among them, stay as they are.
+    Errors of this process's own device, out of memory among them, stay unchanged.
 
     Raises:
         ProcessLostError: if contact with another process is lost.

@@ -1,4 +1,4 @@
-"""Mixtures of experts whose weights are 3-D parameters: an expert is a linear map pruned on the tokens routed to it."""
+"""Pruning of MoE layers whose weights are 3-D parameters; each expert is pruned on the tokens routed to it."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -13,7 +13,7 @@ from slim_utils.slimgpt import PruneResult, SlimGPT
 
 logger = logging.getLogger(__name__)
 
-# Of an expert that saw too few tokens: as much trust in the identity as in its Hessian.
+# Damping of an expert with too few tokens: the identity weighs as much as its Hessian.
 UNDER_CALIBRATED_PERCDAMP = 1.0
 
 
@@ -28,15 +28,15 @@ def expert_linear(experts: nn.Module, index: int) -> nn.Linear:
 def expert_inputs(
     experts: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Iterator[tuple[int, Tensor]]:
-    """Inputs (routed tokens, columns) of the down projection of every expert that has any.
+    """Inputs (routed tokens, columns) of the down projection of every expert that tokens are routed to.
 
-    They carry the router's weights, so that ``W x`` is what the expert adds to the layer's output.
+    The inputs are scaled by the router's weights, so that ``W x`` is the expert's contribution to the layer's output.
 
     Args:
         experts: with ``gate_up_proj`` (experts, 2 · columns, hidden), ``down_proj`` and ``act_fn``.
-        hidden: (tokens, hidden) inputs of all experts.
-        top_k_index: (tokens, k) the experts that each token goes to.
-        top_k_weights: (tokens, k) the router's weights.
+        hidden: (tokens, hidden) inputs of the module.
+        top_k_index: (tokens, k) experts that each token is routed to.
+        top_k_weights: (tokens, k) weights of the router.
     """
     gate_up_proj, act_fn = experts.get_parameter("gate_up_proj"), experts.get_submodule("act_fn")
     for index in top_k_index.unique().tolist():
@@ -53,21 +53,21 @@ def prune_experts(
     settings: PruningSettings,
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> PruneResult:
-    """Remove equally many FFN columns of every expert, in place.
+    """Prune the same number of FFN columns of every expert, in place.
 
-    An expert that saw fewer tokens than it has columns is reported, and pruned with a damping of at least
-    ``UNDER_CALIBRATED_PERCDAMP``; one that saw none loses the columns of least magnitude.
+    An under-calibrated expert, with fewer tokens than columns, is logged and pruned with a damping of at least
+    ``UNDER_CALIBRATED_PERCDAMP``; an expert without tokens loses the columns of least magnitude.
 
     Args:
-        experts: module of 3-D parameters.
-        name: what messages call it.
-        calls: arguments that ``experts`` is called with, as of :func:`expert_inputs`, batch by batch.
-        count: columns of each expert to remove.
-        settings: how to prune.
-        processes: processes that each see some of the calls.
+        experts: module with 3-D parameters.
+        name: its name in messages.
+        calls: arguments of ``experts``, as of :func:`expert_inputs`, batch by batch.
+        count: columns to prune per expert.
+        settings: how layers are pruned.
+        processes: processes that share the calibration samples.
 
     Returns:
-        Units counted through all experts; errors as means over the experts, the largest damping.
+        Units numbered through all experts; errors as means over the experts, and the largest damping.
     """
     down_proj = experts.get_parameter("down_proj")
     num_experts, _, columns = down_proj.shape
@@ -84,8 +84,8 @@ def prune_experts(
     under_calibrated = [index for index in range(num_experts) if tokens[index] < columns]
     if under_calibrated:
         seen = ", ".join(f"{index} ({tokens[index]})" for index in under_calibrated)
-        message = "%s: fewer tokens than the %d columns came to experts %s; damped by %g; raise --num_samples"
-        logger.warning(message, name, columns, seen, UNDER_CALIBRATED_PERCDAMP)
+        message = "%s: under-calibrated, fewer tokens than the %d columns: experts %s; percdamp raised to %g; raise "
+        logger.warning(message + "--num_samples", name, columns, seen, UNDER_CALIBRATED_PERCDAMP)
 
     def solve() -> PruneResult:
         return _solve(pruners, tokens, count, settings)
@@ -94,11 +94,11 @@ def prune_experts(
 
 
 def _solve(pruners: list[SlimGPT], tokens: list[int], count: int, settings: PruningSettings) -> PruneResult:
-    """Prune expert by expert."""
+    """Prune one expert after another."""
     results, columns = [], pruners[0].columns
     for index, pruner in enumerate(pruners):
         if not tokens[index]:
-            # Nothing is known: all columns weigh alike.
+            # Without tokens all columns weigh the same.
             pruner.hessian.fill_diagonal_(1)
         damping = max(settings.percdamp, UNDER_CALIBRATED_PERCDAMP) if tokens[index] < columns else settings.percdamp
         results.append(

@@ -1,7 +1,7 @@
-"""One decoder layer on its calibration inputs, called with exactly the arguments that the model itself calls it with.
+"""Forward passes of one decoder layer on its calibration inputs, with the kwargs that the model passes to it.
 
-A layer that is pruned is run once, in three parts: up to the heads, up to the FFN's columns, and to its end. Each part
-starts from what the one before put out; the pruned maps are applied to what they were pruned on.
+A pruned layer runs once, in three parts: to the attention's output map, to the FFN's output map, and to its end.
+Each part starts from the outputs of the previous one, and the pruned maps are applied to their cached inputs.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from slim_utils.layerwise.settings import PruningSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Positional and keyword arguments, besides the hidden states, that the model calls a layer with, by batch size.
+# Positional and keyword arguments of a layer besides the hidden states, by batch size.
 LayerKwargs = dict[int, tuple[tuple, dict[str, Any]]]
 
 
 class _InputSeen(Exception):  # noqa: N818 - not an error
-    """Raised to stop a layer once the input of the module of interest was seen."""
+    """Raised to stop a layer once the input of a module is captured."""
 
 
 class LayerForward:
     """A decoder layer and its calibration inputs.
 
-    Where activations are kept on the device that computes, and it has the memory, those at the FFN's columns are kept
-    too; where they are kept elsewhere, computing them twice is cheaper than fetching them.
+    The inputs of the FFN's output map are cached where activations stay on the compute device and its memory suffices;
+    with activations elsewhere, computing them twice is cheaper than the transfer.
 
     Args:
         layer: on ``settings.device``.
         family: its row of the table.
-        hidden: (num_samples, seqlen, hidden) its inputs, on ``settings.cache_dev``.
-        calls: its other arguments, anywhere.
+        hidden: (num_samples, seqlen, hidden) inputs of the layer, on ``settings.cache_dev``.
+        calls: the other arguments, on any device.
         settings: devices and micro-batches.
-        advanced: samples, from the first on, that are outputs of the layer already.
+        advanced: number of leading samples that are outputs of the layer already.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class LayerForward:
         self.calls = send_to_device(calls, settings.device)
         self.settings = settings
         self.advanced = advanced
-        # By batch, on cache_dev: what the attention's output map is called with, later what it puts out.
+        # By batch, on cache_dev: inputs of the attention's output map, later its outputs.
         self._attention: list[Tensor] = []
-        # By batch: what the FFN's output map is called with.
+        # By batch: inputs of the FFN's output map.
         self._columns: list[Tensor] = []
 
     def attention_inputs(self) -> Iterator[Tensor]:
@@ -77,9 +77,9 @@ class LayerForward:
             yield inputs
 
     def finish_attention(self) -> None:
-        """Apply the attention's output map, pruned by now, to what :meth:`attention_inputs` saw."""
+        """Apply the pruned output map of the attention to the cached :meth:`attention_inputs`."""
         if self.family.head_norms:
-            # With fewer heads to norm over, the others have changed too.
+            # A norm over all heads changes the remaining ones too.
             for _ in self.attention_inputs():
                 pass
         heads_to_hidden = linear_map(self.layer, self.family.attention_out)
@@ -97,11 +97,11 @@ class LayerForward:
             yield inputs
 
     def expert_calls(self) -> Iterator[tuple[Tensor, ...]]:
-        """Arguments of the layer's experts, after :meth:`finish_attention`."""
+        """Arguments of the layer's experts module, batch by batch, after :meth:`finish_attention`."""
         return self._arguments_after_attention(self.layer.get_submodule(self.family.experts))
 
     def advance(self) -> None:
-        """Replace the inputs of the layer by its outputs, and let go of everything else."""
+        """Replace the inputs of the layer by its outputs, and free the caches."""
         for position, ((start, stop), batch) in enumerate(zip(self._micro_batches(), self._batches(), strict=True)):
             with ExitStack() as given:
                 if self._attention:
@@ -118,7 +118,7 @@ class LayerForward:
         return output[0] if isinstance(output, tuple) else output
 
     def _arguments(self, module: nn.Module, batch: Tensor) -> tuple[Tensor, ...]:
-        """What ``module`` is called with on a batch; the layer runs no further than that."""
+        """Arguments that ``module`` is called with on a batch; the layer stops there."""
         seen: list[tuple[Tensor, ...]] = []
 
         def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -134,7 +134,7 @@ class LayerForward:
         return seen.pop()
 
     def _arguments_after_attention(self, module: nn.Module) -> Iterator[tuple[Tensor, ...]]:
-        """What ``module`` is called with, batch by batch, on what the attention put out."""
+        """Arguments that ``module`` is called with, batch by batch, from the cached attention outputs."""
         for position, batch in enumerate(self._batches()):
             with self._attention_given(position):
                 arguments = self._arguments(module, batch)
@@ -143,7 +143,7 @@ class LayerForward:
     def _attention_given(self, position: int) -> Any:
         output = self._attention[position].to(self.settings.device)
         block = self.layer.get_submodule(self.family.attention_out.rpartition(".")[0])
-        # Beside its output, attention returns its weights or their place.
+        # An attention module returns its weights, or None, as a second value.
         return _forward_replaced(block, lambda *args, **kwargs: (output, None))
 
     def _columns_given(self, position: int) -> Any:
@@ -153,7 +153,7 @@ class LayerForward:
         return _forward_replaced(block, lambda *args, **kwargs: columns_to_hidden(inputs))
 
     def _columns_kept(self, columns_to_hidden: nn.Linear) -> bool:
-        """Whether the inputs of the FFN's output map are worth keeping, and take no more than half the free memory."""
+        """Whether to cache the inputs of the FFN's output map: they take at most half of the free memory."""
         settings = self.settings
         if settings.device != settings.cache_dev or self._mlp_block() is None:
             return False
@@ -161,7 +161,7 @@ class LayerForward:
         return needed <= free_memory(settings.device) / 2
 
     def _mlp_block(self) -> nn.Module | None:
-        """The module that ends in the FFN's output map; ``None`` where the layer calls that map itself."""
+        """The module that contains the FFN's output map; ``None`` where the layer contains it directly."""
         name = self.family.mlp_out.rpartition(".")[0]
         return self.layer.get_submodule(name) if name else None
 
@@ -182,12 +182,12 @@ def capture_layer_kwargs(
     settings: PruningSettings,
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[Tensor, list[LayerKwargs]]:
-    """Run the model with its layers passed over, and record what each would have been called with.
+    """Run the model with its layers skipped, and record the arguments of every layer.
 
-    Windows have one length and no padding, so calls differ between batches by nothing but the batch size.
+    Windows have one length and no padding, so the arguments depend on the batch size alone.
 
     Returns:
-        The first layer's inputs (num_samples, seqlen, hidden) on ``cache_dev``, and the calls of every layer.
+        The inputs of the first layer (num_samples, seqlen, hidden) on ``cache_dev``, and the kwargs of every layer.
     """
     first_inputs: list[Tensor] = []
     calls: list[LayerKwargs] = [{} for _ in layers]
@@ -202,9 +202,9 @@ def capture_layer_kwargs(
 
         return forward
 
-    with ExitStack() as passed_over:
+    with ExitStack() as skipped:
         for index, layer in enumerate(layers):
-            passed_over.enter_context(_forward_replaced(layer, recorder(index)))
+            skipped.enter_context(_forward_replaced(layer, recorder(index)))
         for start, stop in settings.micro_batches(samples):
             model.base_model(input_ids=samples[start:stop].to(model.device), use_cache=False)
     hidden = torch.cat(first_inputs)
@@ -214,11 +214,11 @@ def capture_layer_kwargs(
 
 @contextmanager
 def layer_outputs_given(layers: nn.ModuleList, outputs: Iterator[Tensor]) -> Iterator[None]:
-    """While the model, at each forward, takes the next of ``outputs`` for that of its last layer, and runs none."""
-    with ExitStack() as passed_over:
+    """Context in which forwards run no layer; each takes the next of ``outputs`` as that of the last layer."""
+    with ExitStack() as skipped:
         for layer in layers[:-1]:
-            passed_over.enter_context(_forward_replaced(layer, lambda hidden, *args, **kwargs: hidden))
-        passed_over.enter_context(_forward_replaced(layers[-1], lambda *args, **kwargs: next(outputs)))
+            skipped.enter_context(_forward_replaced(layer, lambda hidden, *args, **kwargs: hidden))
+        skipped.enter_context(_forward_replaced(layers[-1], lambda *args, **kwargs: next(outputs)))
         yield
 
 
@@ -228,7 +228,7 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
     try:
         yield
     finally:
-        # Removes it from the instance; the class's own method shows again.
+        # Removes the instance attribute; the class's method is visible again.
         del module.forward
 
 
@@ -236,7 +236,7 @@ def check_finite(hidden: Tensor, where: str, processes: ProcessGroup = SINGLE_PR
     """Make sure that activations are finite in all processes.
 
     Raises:
-        UserError: naming ``where`` they are not.
+        UserError: naming ``where`` they are not finite.
     """
     if not processes.all_true(all(torch.isfinite(sample).all() for sample in hidden), hidden.device):
         raise UserError(f"{where}: non-finite activations; try --dtype bfloat16 or float32")

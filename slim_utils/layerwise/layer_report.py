@@ -1,4 +1,4 @@
-"""What happened to one layer."""
+"""Report of one pruned layer."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -10,17 +10,18 @@ from slim_utils.slimgpt import PruneResult
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What happened to one layer.
+    """Report of one pruned layer.
 
     Attributes:
-        layer: its index.
-        mask: what it keeps.
-        attention: the result of the attention's output map.
-        mlp: that of the FFN's.
-        seconds: it took.
-        peak_memory_mib: of the process so far, by host and GPU.
-        batch_samples: samples at once at its end, fewer than asked where the device's memory was full.
-        cache_dev: where activations were then.
+        layer: index.
+        mask: kept heads and columns.
+        attention: result of pruning the attention's output map.
+        mlp: result of pruning the FFN's output map.
+        seconds: duration.
+        peak_memory_mib: peak of the process so far, by host and GPU.
+        batch_samples: samples per forward at the end of the layer; below the requested number after an out-of-memory
+            error.
+        cache_dev: device of the activations at the end of the layer.
     """
 
     layer: int
@@ -46,7 +47,7 @@ class LayerReport:
         return cls(mask=LayerMask(shape, **mask), attention=attention, mlp=mlp, **content)
 
     def log_line(self, num_layers: int) -> str:
-        """One line: heads and columns that went, errors before and after compensation, seconds, memory."""
+        """One line: pruned heads and columns, errors before and after compensation, seconds, memory."""
         shape, mask, plan = self.mask.shape, self.mask, self.mask.plan
         peaks = ", ".join(f"{name} {mib / 1024:.2f} GiB" for name, mib in self.peak_memory_mib.items())
         ratios = plan.heads / shape.num_heads, plan.columns / shape.ffn_width

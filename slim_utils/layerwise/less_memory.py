@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def warn_of_full_memory(where: str, settings: PruningSettings) -> None:
-    """Say that ``where`` memory was full, and with which settings it goes on."""
+    """Log that ``where`` ran out of device memory, and the settings of the retry."""
     message = "%s: out of device memory; retrying with %d samples per forward, activations on %s"
     logger.warning(message, where, settings.batch_samples, settings.cache_dev)
 
@@ -25,17 +25,17 @@ def warn_of_full_memory(where: str, settings: PruningSettings) -> None:
 def retry_with_less_memory(
     work: Callable[[PruningSettings], T], settings: PruningSettings, samples: Tensor, host: ResidentModel, where: str
 ) -> T:
-    """The result of ``work``; out of device memory, that of a retry with less at once.
+    """Run ``work``, and retry it with reduced settings when the device is out of memory.
 
     Args:
-        work: may be begun again at any time; it leaves nothing on the device but layers of ``host``.
-        settings: of the first try.
+        work: can be restarted at any time; it leaves nothing on the device but layers of ``host``.
+        settings: settings of the first try.
         samples: (count, seqlen) token ids that it works on.
-        host: of the model.
-        where: what it is, for the log.
+        host: storage of the model.
+        where: name of the work in the log.
 
     Raises:
-        OutOfMemoryError: if there is nothing left to give up.
+        OutOfMemoryError: if the settings cannot be reduced further.
     """
     while True:
         try:
@@ -44,7 +44,7 @@ def retry_with_less_memory(
             reduced = settings.with_less_memory(samples)
             if reduced is None:
                 raise
-        # Out of the handler, which holds on to all that the work had in memory.
+        # Outside of the handler, whose traceback keeps the tensors of the failed work alive.
         settings = reduced
         host.drop_prefetch()
         for index in range(len(host.layers)):

@@ -1,4 +1,4 @@
-"""Where decoder layers are while they are not at work: all in host memory, or on disk, to be brought one by one."""
+"""Model storage: in host memory, or on disk with prefetch of one layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 class ResidentModel:
-    """A model that is in host memory as a whole.
+    """A model in host memory.
 
     Args:
         model: on the CPU.
@@ -39,11 +39,11 @@ class ResidentModel:
         self.layers = family.decoder_layers(model)
 
     def close(self) -> None:
-        """Let go of what the layers came from."""
+        """Close the files that layers are read from."""
 
     @contextmanager
     def non_layer_modules(self, device: torch.device = CPU) -> Iterator[None]:
-        """While what is outside of the layers (embeddings, last norm, head) is in use, on ``device``."""
+        """Context in which the non-layer modules (embeddings, last norm, head) are on ``device``."""
         prefix = f"{self.family.layers}."
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
         moved = [tensor for name, tensor in named if not name.startswith(prefix)]
@@ -56,36 +56,35 @@ class ResidentModel:
                 tensor.data = tensor.data.to(CPU)
 
     def onload(self, index: int, device: torch.device) -> nn.Module:
-        """Layer ``index``, on ``device``."""
+        """Bring layer ``index`` to ``device`` and return it."""
         return self.layers[index].to(device)
 
     def drop_prefetch(self) -> None:
-        """Let go of all device memory that can be had again."""
+        """Free the device memory of a prefetched layer."""
 
     def offload(self, index: int, mask: LayerMask | None = None) -> None:
-        """Take a layer back that :meth:`onload` gave; ``mask`` is what it keeps for good, if that is settled."""
+        """Move layer ``index`` back to its storage; ``mask`` is its final mask, once the layer is finished."""
         self.layers[index].to(CPU)
 
     def sampled_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter, to look at some values of."""
+        """Every parameter by name, for a fingerprint."""
         yield from self.model.named_parameters()
 
 
-# A layer, the device it is to be on, and its tensors to come.
+# Index of a layer, its device, and the tensors that a thread is reading.
 _Prefetch: TypeAlias = tuple[int, torch.device, Future]
 
 
 class OffloadedModel(ResidentModel):
     """A model whose weights stay on disk; a layer is in memory from :meth:`onload` to :meth:`offload`.
 
-    While a layer is at work a thread reads the next one, and brings it to the GPU beside what that computes.
+    A thread reads the next layer, and transfers it to the GPU, while the current one is processed.
 
     Args:
         model_path: checkpoint folder or hub name.
         dtype: a key of ``DTYPES``.
         trust_remote_code: run model code found in the checkpoint.
-        scratch: folder for weights that the library does not use as they are stored (fused experts), of this process
-            alone.
+        scratch: folder of this process for weights that the library converts when it loads them (fused experts).
     """
 
     def __init__(self, model_path: str, dtype: str, trust_remote_code: bool, scratch: Path) -> None:
@@ -93,44 +92,44 @@ class OffloadedModel(ResidentModel):
         scratch.mkdir()
         self._scratch = scratch
         try:
-            # The library's and accelerate's remarks on what is wanted here.
+            # Warnings about disk offload, which is intended here.
             with _quiet("accelerate.big_modeling", "transformers.distributed.tensor_parallel"):
                 on_disk = {"device_map": {"": "disk"}, "offload_folder": scratch}
                 model = load_model(model_path, dtype, trust_remote_code, **on_disk)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
-        # Where the tensor of a parameter is: file, name in it, dtype wanted.
+        # Location of every parameter: file, name in the file, dtype.
         self._places = _offload_index(model)
         if _settle_ties(model, self._places):
             log_own_head(model_path)
-        # From here on layers come and go by this class alone.
+        # From here on this class alone loads and frees layers.
         from accelerate.hooks import remove_hook_from_module
 
         remove_hook_from_module(model, recurse=True)
         del model.hf_device_map
         super().__init__(model, find_family(model.config))
-        # What takes their place while they are not here; tied ones are one.
+        # Meta tensors in place of offloaded parameters; tied parameters share one.
         self._absent = model.state_dict()
         self._reader = ThreadPoolExecutor(max_workers=1)
         self._prefetched: _Prefetch | None = None
         self._stream: torch.cuda.Stream | None = None
-        # Called with every layer that is settled, while it is in memory.
+        # Called with every finished layer while it is in memory.
         self.on_settled: Callable[[int, nn.Module, LayerMask], None] | None = None
 
     def close(self) -> None:
-        """Let go of the disk."""
+        """Stop the reader and remove the scratch folder."""
         self._reader.shutdown(cancel_futures=True)
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def non_layer_names(self) -> list[str]:
-        """Names of all that is stored outside of the layers, tied weights once."""
+        """Names of the stored non-layer parameters, tied weights once."""
         tied = self.model.all_tied_weights_keys
         return [name for name in self._places if not name.startswith(f"{self.family.layers}.") and name not in tied]
 
     @contextmanager
     def non_layer_modules(self, device: torch.device = CPU) -> Iterator[None]:
-        """While what is outside of the layers is in use, on ``device``."""
+        """Context in which the non-layer modules are loaded, on ``device``."""
         buffers = {name: buffer for name, buffer in self.model.named_buffers() if not buffer.is_meta}
         self._assign(self.model, self._read(self.non_layer_names(), device))
         for name, buffer in buffers.items():
@@ -145,14 +144,14 @@ class OffloadedModel(ResidentModel):
             self.model.tie_weights()
 
     def onload(self, index: int, device: torch.device) -> nn.Module:
-        """Layer ``index``, from disk, on ``device``."""
+        """Read layer ``index`` from disk to ``device`` and return it."""
         ahead = self._prefetched
         if ahead is None or ahead[:2] != (index, device):
             ahead = self._prefetch(index, device)
         try:
             tensors = ahead[2].result()
         except torch.OutOfMemoryError:
-            # The layer before had no memory to spare; it is done.
+            # The previous layer took the memory; it is offloaded by now.
             torch.cuda.empty_cache()
             tensors = self._read_layer(index, device)
         self._prefetched = None
@@ -160,21 +159,21 @@ class OffloadedModel(ResidentModel):
             self._prefetch(index + 1, device)
         layer = self.layers[index]
         self._assign(layer, tensors)
-        # Buffers that are not stored (rotary frequencies of a layer's own) come along.
+        # Buffers that are not stored, such as per-layer rotary frequencies.
         for module in layer.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
         return layer
 
     def drop_prefetch(self) -> None:
-        """Drop the layer that is read ahead."""
+        """Drop the prefetched layer."""
         if self._prefetched is not None and not self._prefetched[2].cancel():
             with suppress(torch.OutOfMemoryError):
                 self._prefetched[2].result()
         self._prefetched = None
 
     def offload(self, index: int, mask: LayerMask | None = None) -> None:
-        """Forget a layer's weights, after ``on_settled`` has seen them where ``mask`` is given."""
+        """Free a layer's weights; where ``mask`` is given, ``on_settled`` is called first."""
         layer = self.layers[index]
         if mask is not None and self.on_settled is not None:
             self.on_settled(index, layer, mask)
@@ -182,14 +181,14 @@ class OffloadedModel(ResidentModel):
         self._assign(layer, {name: self._absent[prefix + name] for name in self._layer_names(index)})
 
     def sampled_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every stored tensor, mapped from disk: only what is looked at is read."""
+        """Every stored tensor by name, mapped from disk: only the pages accessed are read."""
         for name in sorted(self._places):
             place = self._places[name]
             with safe_open(place["safetensors_file"], "pt") as file:
                 yield name, file.get_tensor(place["weight_name"])
 
     def read_non_layer_tensors(self) -> dict[str, Tensor]:
-        """All that is stored outside of the layers, on the CPU."""
+        """The stored non-layer tensors, on the CPU."""
         return self._read(self.non_layer_names(), CPU)
 
     def _prefix(self, index: int) -> str:
@@ -209,22 +208,22 @@ class OffloadedModel(ResidentModel):
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     def _read(self, names: list[str], device: torch.device) -> dict[str, Tensor]:
-        """Tensors of the given names; to a GPU by a stream of its own, beside what that computes."""
+        """Tensors of the given names; transfers to a GPU use a separate stream."""
         if device.type != "cuda":
             return {name: self._read_one(name) for name in names}
-        # Always the same one: what is freed in a stream is not used again in others.
+        # One stream for all: the allocator reuses memory within a stream only.
         self._stream = self._stream or torch.cuda.Stream(device)
         with torch.cuda.stream(self._stream):
             staged = {name: self._read_one(name).pin_memory() for name in names}
             tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in staged.items()}
             self._stream.synchronize()
         for tensor in tensors.values():
-            # Its memory must not be given to another transfer while the computation still uses it.
+            # Keep the allocator from reusing the memory while the default stream computes with it.
             tensor.record_stream(torch.cuda.default_stream(device))
         return tensors
 
     def _read_one(self, name: str) -> Tensor:
-        """By ``pread`` rather than by mapping the file, so that nothing else of it counts as this process's memory."""
+        """One tensor, read by ``pread``: pages of a mapped file would count as this process's memory."""
         place = self._places[name]
         with safe_open(place["safetensors_file"], "pt", backend="pread") as file:
             return file.get_tensor(place["weight_name"]).to(getattr(torch, place["dtype"]))
@@ -239,10 +238,10 @@ class OffloadedModel(ResidentModel):
 
 
 def _settle_ties(model: PreTrainedModel, places: dict[str, dict[str, str]]) -> bool:
-    """Find where weights that the configuration ties are stored; either name may be the stored one.
+    """Locate tied weights, which may be stored under either name.
 
     Returns:
-        Whether both are, with different values: they are apart from then on, as in a model that is in memory.
+        Whether a tied pair is stored with different values; such a pair is untied, as when loading into memory.
     """
     apart = False
     for target, source in list(model.all_tied_weights_keys.items()):
@@ -262,7 +261,7 @@ def _settle_ties(model: PreTrainedModel, places: dict[str, dict[str, str]]) -> b
 
 
 def _offload_index(model: PreTrainedModel) -> dict[str, dict[str, str]]:
-    """Index, by accelerate, of the weights that were left on disk."""
+    """Accelerate's index of the weights on disk."""
     hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
     weights = next(hook.weights_map for hook in hooks if getattr(hook, "weights_map", None) is not None)
     return weights.dataset.index

@@ -1,10 +1,10 @@
-"""The layer-wise (sequential) pruner, which knows no family: it asks the table's row for the names of two linear maps.
+"""The layer-wise (sequential) pruner; the row of the family table names the maps that it prunes.
 
 1. Run the embeddings on the calibration samples; capture the inputs of the first layer and the layer kwargs of all.
 2. Onload the next decoder layer. Where a run is resumed and the layer is finished, restore it and go to 7.
 3. Accumulate the Hessian of the attention's output map (``o_proj``) on the layer's inputs.
 4. Prune whole heads of it and compensate; zero what feeds them.
-5. Accumulate the Hessian of the FFN's output map (``down_proj``) on what the pruned attention puts out.
+5. Accumulate the Hessian of the FFN's output map (``down_proj``) on the outputs of the pruned attention.
 6. Prune its columns and compensate; log the layer and store it for ``--resume``.
 7. Replace the inputs by the outputs of the pruned layer; offload the layer; go to 2.
 """
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Layer, name of the map, what has its Hessian, and the units removed, columns of a unit and groups of units.
+# Arguments: layer index, name of the map, its pruner, units to prune, columns of a unit, groups of units.
 PruneHook = Callable[[int, str, SlimGPT, int, int, int], None]
 
 
@@ -68,18 +68,17 @@ def prune_layers(
     Args:
         model: its weights are changed, its shapes are not.
         family: its row of the table.
-        samples: (num_samples, seqlen) calibration token ids, of this process.
-        plans: what is removed of every layer; an empty plan leaves a layer alone.
-        settings: how.
-        store: where finished layers are kept; those that are there already are not pruned again. In the first process
-            alone.
-        processes: the processes that prune the same model, each on its own samples.
-        host: where the model's layers are (default: on the CPU).
+        samples: (num_samples, seqlen) calibration token ids of this process.
+        plans: heads and columns to remove, by layer; a layer with an empty plan is unchanged.
+        settings: how layers are pruned.
+        store: finished layers, which are not pruned again; on the main process only.
+        processes: process group; each process has its own samples.
+        host: storage of the model (default: resident on the CPU).
         starts: (count, 8) sink windows of this process, for the first half of the layers.
-        hook: called before a map of heads or of columns, but not of experts, is pruned.
+        hook: called before a map of heads or columns is pruned, but not for experts.
 
     Returns:
-        The mask of every layer of the model, and a report of every pruned one.
+        The mask of every layer, and a report of every pruned layer.
 
     Raises:
         UserError: if activations are not finite, with the layer named.
@@ -100,11 +99,11 @@ def prune_layers(
             start = time.perf_counter()
             layer = pruner.onload(index)
             report = _restored(index, layer, family, store, processes)
-            replays: list[LayerForward] = []
+            forwards: list[LayerForward] = []
             if index in pruned and report is None:
-                replays, (mask, attention, mlp) = pruner.prune(index, layer, shapes[index], plans[index])
+                forwards, (mask, attention, mlp) = pruner.prune(index, layer, shapes[index], plans[index])
             if done < index < pruned[-1]:
-                pruner.advance(index, layer, replays)
+                pruner.advance(index, layer, forwards)
             if index in pruned and report is None:
                 seconds, peak = time.perf_counter() - start, peak_memory_mib(settings.device)
                 batches = pruner.settings.batch_samples, str(pruner.settings.cache_dev)
@@ -121,10 +120,10 @@ def prune_layers(
 
 
 class _SequentialPruner:
-    """State of the pass: the inputs of the next layer and the kwargs of all; retries with less memory where needed.
+    """State of the pass: inputs of the next layer and kwargs of all layers; retries when out of device memory.
 
-    Windows of each length have their own: the samples and, in the first half of the layers, sink windows. Later
-    the part that a first token plays is settled, and layers would only be fitted to contexts shorter than those in use.
+    There is one set of inputs per window length: the samples and, in the first half of the layers, the sink windows. In
+    the second half attention sinks are established, and short windows would only bias the Hessians.
     """
 
     def __init__(
@@ -141,24 +140,24 @@ class _SequentialPruner:
         self.store = store
         # Of several processes, each would have to keep activations of its own.
         self._solo_store = store if processes.world_size == 1 else None
-        # What an earlier process of the run had to do with is kept.
+        # Reduced by an earlier process of the run.
         self.settings = store.reduced(settings) if store else settings
         self.hidden: list[Tensor] = []
         self.calls: list[list[LayerKwargs]] = []
         self._attempt("the embeddings", self._begin, PruningSettings.with_host_cache)
 
     def load_activations(self, pruned: list[int]) -> int:
-        """Take up the activations that an earlier process kept; the last layer they have passed, −1 without any."""
+        """Load the activations that an earlier process stored; returns the index of their layer, −1 without any."""
         kept = self._solo_store and self._solo_store.kept_activations(pruned, self.settings.cache_dev)
         if not kept:
             return -1
         index, hidden = kept
         self.hidden[: len(hidden)] = hidden
-        logger.info("--resume: going on behind layer %d with the activations that were kept", index)
+        logger.info("--resume: going on after layer %d with its stored activations", index)
         return index
 
     def keep_activations(self, index: int, last: int) -> None:
-        """Keep the outputs of layer ``index`` for a run that goes on behind it."""
+        """Store the outputs of layer ``index`` for a resumed run."""
         if self._solo_store and index < last:
             needed = 1 if index + 1 >= len(self.host.layers) / 2 else len(self.hidden)
             self._solo_store.activations.save(index, self.hidden[:needed])
@@ -173,7 +172,7 @@ class _SequentialPruner:
             return [capture_layer_kwargs(model, layers, own, settings, self.processes) for own in windows]
 
     def onload(self, index: int) -> nn.Module:
-        """The next layer, on the device."""
+        """Bring layer ``index`` to the device and return it."""
         if index >= len(self.host.layers) / 2:
             self.windows, self.hidden, self.calls = self.windows[:1], self.hidden[:1], self.calls[:1]
         device = self.settings.device
@@ -185,38 +184,38 @@ class _SequentialPruner:
     def prune(
         self, index: int, layer: nn.Module, shape: LayerShape, plan: LayerPlan
     ) -> tuple[list[LayerForward], tuple[LayerMask, PruneResult, PruneResult]]:
-        """Prune the next layer; its replays are ready to advance."""
+        """Prune a layer; returns its forwards, ready to advance, its mask and the results of both maps."""
         before = copied_parameters(layer, self.family)
 
         def work() -> tuple[list[LayerForward], tuple[LayerMask, PruneResult, PruneResult]]:
-            replays = [self._replay(index, layer, number) for number in range(len(self.windows))]
-            return replays, _prune_layer(index, replays, shape, plan, self.processes, self.hook)
+            forwards = [self._forward(index, layer, number) for number in range(len(self.windows))]
+            return forwards, _prune_layer(index, forwards, shape, plan, self.processes, self.hook)
 
         undo = partial(put_back_parameters, layer, self.family, before)
         return self._attempt(f"layer {index}", work, self._with_less_memory, undo)
 
-    def advance(self, index: int, layer: nn.Module, replays: list[LayerForward]) -> None:
-        """Replace the inputs of the next layer by its outputs, with ``replays`` where it was pruned."""
+    def advance(self, index: int, layer: nn.Module, forwards: list[LayerForward]) -> None:
+        """Replace the inputs of a layer by its outputs; ``forwards`` are those of a pruned layer."""
         advanced = [0] * len(self.windows)
 
         def work() -> None:
             for number, done in enumerate(advanced):
-                replay = replays[number] if replays else self._replay(index, layer, number, done)
+                forward = forwards[number] if forwards else self._forward(index, layer, number, done)
                 try:
-                    replay.advance()
+                    forward.advance()
                 finally:
-                    # Batches that were run are not run again.
-                    advanced[number] = replay.advanced
-                check_finite(replay.hidden, f"layer {index}", self.processes)
+                    # A retry skips finished batches.
+                    advanced[number] = forward.advanced
+                check_finite(forward.hidden, f"layer {index}", self.processes)
 
-        # What they keep of the layer is given up first.
-        self._attempt(f"layer {index}", work, self._with_less_memory, replays.clear)
+        # Their caches are freed before a retry.
+        self._attempt(f"layer {index}", work, self._with_less_memory, forwards.clear)
 
-    def _replay(self, index: int, layer: nn.Module, number: int, advanced: int = 0) -> LayerForward:
-        """The next layer on its inputs of one length of windows, the first ``advanced`` of which it has taken."""
+    def _forward(self, index: int, layer: nn.Module, number: int, advanced: int = 0) -> LayerForward:
+        """A layer with its inputs of one window length, of which the first ``advanced`` are outputs already."""
         calls = self.calls[number]
         if 0 < advanced < len(self.windows[number]):
-            # The rest may end in a batch of another size.
+            # The remaining samples may end in a batch of another size.
             [(_, calls)] = self._capture([self.windows[number][advanced:]], replace(self.settings, cache_dev=CPU))
         return LayerForward(layer, self.family, self.hidden[number], calls[index], self.settings, advanced)
 
@@ -230,16 +229,16 @@ class _SequentialPruner:
         reduce: Callable[[PruningSettings], PruningSettings | None],
         undo: Callable[[], None] = lambda: None,
     ) -> T:
-        """The result of ``work``; out of device memory, after ``undo``, it is retried with less."""
+        """Run ``work``; when out of device memory, call ``undo`` and retry with reduced settings."""
         while True:
             try:
                 return work()
             except torch.OutOfMemoryError:
                 reduced = reduce(self.settings)
-                # One process cannot leave the others waiting in the middle of a layer.
+                # A single process cannot restart a layer while the others wait in a collective.
                 if reduced is None or self.processes.world_size > 1:
                     raise
-            # Out of the handler, which holds on to all that the layer had in memory.
+            # Outside of the handler, whose traceback keeps the tensors of the failed work alive.
             undo()
             self.host.drop_prefetch()
             empty_cache(self.settings.device)
@@ -248,7 +247,7 @@ class _SequentialPruner:
             if self.store:
                 self.store.keep_reduced(reduced)
             if self.hidden:
-                # Calls alone: captured activations would take the place of those on the device.
+                # Kwargs only, with captured activations on the host.
                 found = self._capture(self.windows, replace(reduced, cache_dev=CPU))
                 self.calls = [calls for _, calls in found]
                 self.hidden = [hidden.to(reduced.cache_dev) for hidden in self.hidden]
@@ -257,7 +256,7 @@ class _SequentialPruner:
 def _restored(
     index: int, layer: nn.Module, family: Family, store: LayerStore | None, processes: ProcessGroup
 ) -> LayerReport | None:
-    """The report of a layer that the store holds, whose parameters all processes then have."""
+    """Restore a stored layer in all processes; returns its report, ``None`` if it is not finished."""
     report = processes.on_main(lambda: store.restore(index, layer, family) if store else None)
     if report is not None:
         processes.on_main(lambda: None, [parameter.data for parameter in changed_parameters(layer, family).values()])
@@ -265,7 +264,7 @@ def _restored(
 
 
 def head_unit(shape: LayerShape, settings: PruningSettings) -> tuple[int, int, Callable[..., LayerMask]]:
-    """Columns of a unit of heads, groups of units that lose equally many, and what makes a mask of kept units."""
+    """Columns of a unit of heads, number of groups that lose the same number each, and the constructor of a mask."""
     if settings.by_query_head(shape):
         return shape.head_dim, shape.num_kv_heads, LayerMask.from_heads
     return shape.head_dim * shape.heads_per_group, 1, LayerMask.from_groups
@@ -273,17 +272,17 @@ def head_unit(shape: LayerShape, settings: PruningSettings) -> tuple[int, int, C
 
 def _prune_layer(
     index: int,
-    replays: list[LayerForward],
+    forwards: list[LayerForward],
     shape: LayerShape,
     plan: LayerPlan,
     processes: ProcessGroup,
     hook: PruneHook | None,
 ) -> tuple[LayerMask, PruneResult, PruneResult]:
-    """Prune the heads of a layer, then, on what its pruned attention puts out, its FFN columns."""
-    settings, layer, family = replays[0].settings, replays[0].layer, replays[0].family
+    """Prune the heads of a layer, then its FFN columns on the outputs of the pruned attention."""
+    settings, layer, family = forwards[0].settings, forwards[0].layer, forwards[0].family
 
     def seen(inputs: Callable[[LayerForward], Iterator[Any]]) -> Iterator[Any]:
-        return chain.from_iterable(map(inputs, replays))
+        return chain.from_iterable(map(inputs, forwards))
 
     def prune(name: str, inputs: Iterator[Tensor], count: int, unit_size: int, num_groups: int = 1) -> PruneResult:
         linear = linear_map(layer, name)
@@ -312,8 +311,8 @@ def _prune_layer(
     units = plan.heads * shape.head_dim // unit_size
     attention = prune(family.attention_out, seen(LayerForward.attention_inputs), units, unit_size, num_groups)
     zero_heads(layer, family, keep(shape, attention.kept_units, list(range(shape.num_columns))))
-    for replay in replays:
-        replay.finish_attention()
+    for forward in forwards:
+        forward.finish_attention()
     if shape.num_experts:
         experts, name = layer.get_submodule(family.experts), f"layer {index} {family.experts}"
         calls = seen(LayerForward.expert_calls)

@@ -1,4 +1,4 @@
-"""Finished layers of a run that has not finished yet, on disk, so that a killed run goes on from where it was."""
+"""Finished layers of an unfinished run, on disk, so that a killed run resumes after them."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ CHECKSUM = "sha256"
 
 
 class LayerStore:
-    """A folder beside the output of a run: what the run is, and a file for every layer that is done.
+    """A folder beside the output of a run: its settings, and a file for every finished layer (written atomically).
 
-    A layer's file appears whole or not at all. It holds the parameters that pruning changed, and its report.
+    A layer's file holds the parameters that pruning changed, and the layer's report.
 
     Args:
         save_dir: the output folder of the run.
@@ -52,11 +52,11 @@ class LayerStore:
         # Checkpoints that are written layer by layer.
         self.output = self.folder / "output"
         self._target = save_dir
-        # Of the processes before this one, from when each began to its last finished layer or measurement.
+        # Seconds of the earlier processes, each from its start to its last finished layer or measurement.
         self.seconds_before = 0.0
 
     def measured(self, refinement: int = 0) -> Path:
-        """What a search for the allocation has measured, at first or in a round of refinement."""
+        """File of the measurements of the sensitivity analysis (0) or of a round of refinement."""
         return self.folder / f"measured_{refinement}.json"
 
     def exists(self) -> bool:
@@ -64,21 +64,21 @@ class LayerStore:
         return self.folder.exists()
 
     def open(self, settings: dict[str, Any], resume: bool, noted: dict[str, Any] | None = None) -> None:
-        """Begin a run, or, to ``resume``, go on with one of the same settings.
+        """Begin a run, or resume one with the same settings.
 
         Args:
-            settings: what its weights depend on.
-            resume: go on.
-            noted: what may change, with a warning: weights then agree up to rounding.
+            settings: everything that the weights depend on.
+            resume: whether to resume.
+            noted: settings that may change, with a warning: weights then agree up to rounding.
 
         Raises:
-            UserError: if the unfinished run is another one, with what differs.
+            UserError: if the unfinished run has other settings, with the differences.
         """
         noted = noted or {}
         path = self.folder / SETTINGS_FILE
         if not resume or not path.exists():
             if resume:
-                logger.info("--resume: nothing to go on with; starting anew")
+                logger.info("--resume: no unfinished run; starting anew")
             self.discard()
             clear_leftovers(self._target)
             self.folder.mkdir()
@@ -93,14 +93,14 @@ class LayerStore:
             if changes := setting_changes(earlier, noted):
                 message = "--resume: %s; weights agree with those of one run up to rounding"
                 logger.warning(message, "; ".join(changes))
-            # Written when the process before this one began; what came after it came as that went on.
+            # The settings were written when the earlier process began; later files show how long it ran.
             last = max(file.stat().st_mtime for file in self.folder.rglob("*") if file.is_file())
             self.seconds_before = seconds + last - path.stat().st_mtime
             clear_leftovers(self._target)
         write_json_atomic(path, {**settings, NOTED: noted, SECONDS: self.seconds_before})
 
     def reduced(self, settings: PruningSettings) -> PruningSettings:
-        """``settings``, with no more memory than what :meth:`keep_reduced` kept."""
+        """``settings``, reduced to those that :meth:`keep_reduced` stored."""
         path = self.folder / REDUCED_FILE
         if not path.exists():
             return settings
@@ -109,19 +109,19 @@ class LayerStore:
         return replace(settings, batch_samples=min(kept["batch_samples"], settings.batch_samples), cache_dev=cache_dev)
 
     def keep_reduced(self, settings: PruningSettings) -> None:
-        """Keep what the device's memory turned out to be enough for, so that a resumed run begins with it."""
+        """Store settings that fit in the device's memory; a resumed run begins with them."""
         content = {"batch_samples": settings.batch_samples, "cache_dev": str(settings.cache_dev)}
         write_json_atomic(self.folder / REDUCED_FILE, content)
 
     def discard(self) -> None:
-        """Remove it, what says whose layers they are at the end."""
+        """Remove the folder, layers first: a partial folder keeps the settings that identify its layers."""
         for path in self.folder.glob("layer_*"):
             path.unlink()
         if self.folder.exists():
             shutil.rmtree(self.folder)
 
     def save(self, layer: nn.Module, family: Family, report: LayerReport) -> None:
-        """Keep a finished layer."""
+        """Store a finished layer."""
         parameters = changed_parameters(layer, family)
         metadata = {"report": report.to_json(), CHECKSUM: checksum(parameters)}
         save_tensors_atomic(parameters, self._path(report.layer), metadata)
@@ -141,7 +141,7 @@ class LayerStore:
                 stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
         except SafetensorError as error:
             raise self._damaged(index) from error
-        if metadata[CHECKSUM] != checksum(stored):
+        if metadata.get(CHECKSUM) != checksum(stored):
             raise self._damaged(index)
         with torch.no_grad():
             for name, tensor in stored.items():
@@ -178,7 +178,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def changed_parameters(layer: nn.Module, family: Family) -> dict[str, nn.Parameter]:
-    """Parameters of a layer that pruning changes."""
+    """Parameters of a layer that pruning changes, by name."""
     if family.head_norms:
         return dict(layer.named_parameters())
     names = (f"{family.attention_out}.weight", f"{family.mlp_out}.weight", f"{family.experts}.down_proj")
@@ -186,18 +186,18 @@ def changed_parameters(layer: nn.Module, family: Family) -> dict[str, nn.Paramet
 
 
 def copied_parameters(layer: nn.Module, family: Family) -> dict[str, Tensor]:
-    """Copies of them, on the CPU."""
+    """Copies of :func:`changed_parameters`, on the CPU."""
     return {name: value.to("cpu", copy=True) for name, value in changed_parameters(layer, family).items()}
 
 
 def put_back_parameters(layer: nn.Module, family: Family, copies: dict[str, Tensor]) -> None:
-    """Undo what pruning changed of a layer, by :func:`copied_parameters`."""
+    """Restore the parameters of a layer from :func:`copied_parameters`."""
     for name, parameter in changed_parameters(layer, family).items():
         parameter.copy_(copies[name])
 
 
 def setting_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between the settings of a run and those of one that would go on with it."""
+    """Differences between the settings of a run and those of the run that resumes it, as text."""
     return [
         f"{name} was {before.get(name)}, is {now.get(name)}"
         for name in sorted(before.keys() | now.keys())
@@ -206,7 +206,7 @@ def setting_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def fingerprint(config: PreTrainedConfig, parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """Hash of a model's configuration and of some values of each of its parameters."""
+    """Hash of a model's configuration and of a sample of values of each parameter."""
     digest = hashlib.sha256(config.to_json_string().encode())
     for name, parameter in parameters:
         values = parameter.detach().flatten()[:: max(1, parameter.numel() // SAMPLED_VALUES)]

@@ -1,4 +1,4 @@
-"""How the layers of a model are pruned."""
+"""Settings of the layer-wise pruner."""
 
 from dataclasses import dataclass, replace
 
@@ -18,14 +18,14 @@ class PruningSettings:
     """How layers are pruned.
 
     Attributes:
-        device: where layers are run and pruned; a layer is moved there and back.
-        cache_dev: where the activations between layers are kept.
-        batch_samples: samples brought from ``cache_dev`` to ``device`` at once.
+        device: compute device; layers are onloaded to it one by one.
+        cache_dev: device of the activations between layers.
+        batch_samples: samples per forward at most.
         percdamp: damping, as a share of the mean of the Hessian's diagonal.
         compensate: whether the remaining weights are updated.
-        selection: how units are chosen.
-        gqa_unit: what goes where query heads share key/value heads, one of ``GQA_UNITS``: equally many query heads of
-            every group, whose key/value head stays, or whole kv groups.
+        selection: how units are selected.
+        gqa_unit: unit of heads with grouped-query attention, one of ``GQA_UNITS``: the same number of query heads of
+            every kv group, whose key/value head stays, or whole kv groups.
         solve_dtype: precision of the solver, fp64, or fp32 where a device has slow fp64.
     """
 
@@ -39,7 +39,7 @@ class PruningSettings:
     solve_dtype: torch.dtype = torch.float64
 
     def micro_batches(self, samples: Tensor) -> list[tuple[int, int]]:
-        """Samples of each forward: at most ``batch_samples``, or as many as make ``TOKENS_PER_FORWARD``."""
+        """Start and stop of each forward: at most ``batch_samples`` samples and ``TOKENS_PER_FORWARD`` tokens."""
         step = self._samples_at_once(samples)
         return [(start, min(start + step, len(samples))) for start in range(0, len(samples), step)]
 
@@ -47,9 +47,9 @@ class PruningSettings:
         return min(self.batch_samples, len(samples), max(1, TOKENS_PER_FORWARD // samples.shape[1]))
 
     def with_less_memory(self, samples: Tensor) -> "PruningSettings | None":
-        """Settings that ask less memory of the device: half the samples at once, at one sample activations on the host.
+        """Settings that need less device memory: half the samples per forward; at one sample, activations on the host.
 
-        ``None`` where there is nothing left to give up.
+        ``None`` if nothing is left to reduce.
         """
         step = self._samples_at_once(samples)
         if step > 1:
@@ -57,7 +57,7 @@ class PruningSettings:
         return self.with_host_cache()
 
     def with_host_cache(self) -> "PruningSettings | None":
-        """Settings that keep activations on the host; ``None`` where they are there already."""
+        """Settings with activations on the host; ``None`` if they are there already."""
         host = torch.device("cpu")
         return None if self.cache_dev == host else replace(self, cache_dev=host)
 
@@ -66,15 +66,15 @@ class PruningSettings:
         return self.gqa_unit == "query_head" and shape.heads_per_group > 1
 
     def head_units(self, shape: LayerShape) -> int:
-        """What of the heads of a layer of ``shape`` can go one after another: query heads of a group, or kv groups."""
+        """Units of heads of a layer of ``shape``: query heads of a kv group, or kv groups."""
         return shape.heads_per_group if self.by_query_head(shape) else shape.num_kv_heads
 
     def heads_per_unit(self, shape: LayerShape) -> int:
-        """Query heads of such a unit: one of every kv group, or all of one."""
+        """Query heads of a unit: one of every kv group, or all of one."""
         return shape.num_kv_heads if self.by_query_head(shape) else shape.heads_per_group
 
     def size_mask(self, shape: LayerShape, plan: LayerPlan) -> LayerMask:
-        """A mask of the sizes that ``plan`` leaves; which units it keeps is arbitrary."""
+        """Size-only mask of a layer pruned by ``plan``; the choice of kept units is arbitrary."""
         width = shape.ffn_width - plan.columns
         columns = [ffn * shape.ffn_width + i for ffn in range(shape.num_ffns) for i in range(width)]
         kept = self.head_units(shape) - plan.heads // self.heads_per_unit(shape)

@@ -64,7 +64,7 @@ def test_resumed_run_goes_on_to_the_same_bits_without_running_finished_layers(
     monkeypatch.setattr(LayerForward, "advance", lambda self: layers.append(self.layer) or advance(self))
     with caplog.at_level(logging.INFO):
         resumed, masks = prune(variant, samples, store, starts=starts)
-    assert f"--resume: going on behind layer {killed_at - 1}" in caplog.text
+    assert f"--resume: going on after layer {killed_at - 1}" in caplog.text
     assert masks == expected
     for name, tensor in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name

@@ -97,8 +97,8 @@ def test_experts_that_saw_few_tokens_are_damped_and_reported(caplog):
     with caplog.at_level(logging.WARNING):
         result = prune_experts(experts, "layer 4 experts", [calls], 20, PruningSettings(CPU, CPU))
     assert caplog.messages == [
-        "layer 4 experts: fewer tokens than the 40 columns came to experts 1 (0), 2 (3), 3 (39); damped by 1; raise "
-        "--num_samples"
+        "layer 4 experts: under-calibrated, fewer tokens than the 40 columns: experts 1 (0), 2 (3), 3 (39); percdamp "
+        "raised to 1; raise --num_samples"
     ]
     assert experts.down_proj.isfinite().all()
     assert result.percdamp == 1
