@@ -36,7 +36,7 @@ from benchmarks.baselines import prune_flap, prune_magnitude, prune_wanda_sp
 from benchmarks.measuring import eval_sets, measure_in_new_process, measure_missing_rows
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
 from ppl_eval.ppl_eval import perplexity
-from slim_utils.allocation.planner import Planner, no_file
+from slim_utils.allocation.planner import Planner, no_cache
 from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.loading import load_model, load_tokenizer, peak_memory_mib, write_json_atomic
 from slim_utils.families import find_family
@@ -71,12 +71,12 @@ def pruned_by(
     config: PruningConfig,
     model: PreTrainedModel,
     samples: Tensor,
-    kept: Callable[[int], Path | None] = no_file,
+    kept: Callable[[int], Path | None] = no_cache,
 ) -> list[LayerMask]:
-    """Prune ``model`` in place as a run of ``config`` does; ``kept`` as for :meth:`Planner.measured`."""
+    """Prune ``model`` in place as a run of ``config``; ``kept`` is ``cache_file`` of :meth:`Planner.measured_plans`."""
     starts = sink_windows(samples, config.sink_windows) if config.sink_windows else None
     run = planner(config, model)
-    plans = run.measured(samples, starts, kept)[0] if config.measures else run.plans()
+    plans = run.measured_plans(samples, starts, kept)[0] if config.measures else run.plans()
     return prune_layers(model, find_family(model.config), samples, plans, run.settings, starts=starts)[0]
 
 

@@ -1,1 +1,1 @@
-"""How much of each layer is pruned."""
+"""Allocation of the pruning target to the layers."""

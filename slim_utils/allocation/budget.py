@@ -1,4 +1,4 @@
-"""Which layers lose how much, for a budget of weights: by a schedule, by another run's, or where it costs least."""
+"""Allocation of a budget of block weights to the layers: by a schedule, by loss curves, or by another run's profile."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,25 +14,25 @@ from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerMask, LayerPlan, read_pruning
 from slim_utils.profiling.model_stats import weights_of
 
-# Bisections of a price or a ratio; each halves what is left of the interval.
+# Bisection steps on a Lagrange multiplier or a ratio; each halves the interval.
 BISECTION_STEPS = 60
-# Chosen on calibration text alone, SmolLM2-135M at 20, 33 and 50 %, where losses add up to 0.1 to 0.5 nats; beyond
-# twice as much the decay stays as it is.
-DEPTH_DECAY, LARGEST_TOTAL = 1.5, 1.0
+# Chosen on calibration text alone, on SmolLM2-135M at 20, 33 and 50 %, where the losses sum to 0.1 to 0.5 nats; above
+# twice that sum the decay no longer grows.
+DEPTH_DECAY, MAX_TOTAL_LOSS = 1.5, 1.0
 
 
 @dataclass(frozen=True)
 class LayerUnits:
-    """What of one layer can be removed, in units of its heads and of its FFN columns.
+    """Removable units of one layer: heads and FFN columns.
 
     Attributes:
-        heads: query heads of a kv group, or kv groups; one stays.
-        columns: of its FFN, or of each expert; one stays.
-        head_weights: block weights that are removed with one unit of heads.
-        column_weights: with one of the columns.
+        heads: units of heads, one of which stays: query heads of each kv group, or kv groups.
+        columns: columns of the FFN, or of each expert, one of which stays.
+        head_weights: block weights removed with one unit of heads.
+        column_weights: block weights removed with one column.
         heads_per_unit: query heads of one unit.
-        head_groups: kv groups that one unit is spread over.
-        num_experts: of the layer; 0 where it has an ordinary FFN.
+        head_groups: kv groups that one unit takes heads from.
+        num_experts: experts of the layer; 0 for a dense FFN.
     """
 
     heads: int
@@ -44,28 +44,28 @@ class LayerUnits:
     num_experts: int = 0
 
     def plan(self, heads: int, columns: int) -> LayerPlan:
-        """The plan that removes so many units of each."""
+        """Return the plan that removes ``heads`` units of heads and ``columns`` columns."""
         return LayerPlan(heads * self.heads_per_unit, columns)
 
     def counts(self, plan: LayerPlan) -> tuple[int, int]:
-        """Units of each that ``plan`` removes."""
+        """Return the units of heads and the columns that ``plan`` removes."""
         return plan.heads // self.heads_per_unit, plan.columns
 
     def removed_by(self, ratio: float) -> tuple[int, int]:
-        """Units of each that a ratio removes."""
+        """Return the units of heads and the columns that a pruning ratio removes."""
         return units_to_remove(self.heads, ratio), units_to_remove(self.columns, ratio)
 
 
 def layer_units(
     layers: nn.ModuleList, family: Family, shapes: list[LayerShape], settings: PruningSettings
 ) -> list[LayerUnits]:
-    """Units of every layer, and what they weigh; parameters may be on the meta device."""
+    """Return the units of every layer and their sizes; parameters may be on the meta device."""
     units = []
     for layer, shape in zip(layers, shapes, strict=True):
         heads, per_unit = settings.head_units(shape), settings.heads_per_unit(shape)
-        single = LayerPlan(per_unit if heads > 1 else 0, 0), LayerPlan(0, 1)
+        one_head, one_column = LayerPlan(per_unit if heads > 1 else 0, 0), LayerPlan(0, 1)
         head_weights, column_weights = (
-            weights_of(layer, family, settings.size_mask(shape, plan))[0] for plan in single
+            weights_of(layer, family, settings.size_mask(shape, plan))[0] for plan in (one_head, one_column)
         )
         groups = shape.num_kv_heads if settings.by_query_head(shape) else 1
         units.append(
@@ -75,62 +75,80 @@ def layer_units(
 
 
 def plans_of_counts(counts: dict[int, tuple[int, int]], units: list[LayerUnits]) -> list[LayerPlan]:
-    """Plans that remove so many units of heads and of columns, by layer; an empty one of every other layer."""
-    return [own.plan(*counts.get(index, (0, 0))) for index, own in enumerate(units)]
+    """Return the plan of every layer for ``counts`` of heads and columns by layer; the other layers get empty plans."""
+    return [layer.plan(*counts.get(index, (0, 0))) for index, layer in enumerate(units)]
 
 
 def block_weights(layers: nn.ModuleList, family: Family, shapes: list[LayerShape]) -> int:
-    """Weights of the attention and MLP matrices of all layers."""
-    return sum(weights_of(layer, family, LayerMask.dense(own))[1] for layer, own in zip(layers, shapes, strict=True))
+    """Return the number of weights in the attention and MLP matrices of all layers."""
+    return sum(
+        weights_of(layer, family, LayerMask.dense(shape))[1] for layer, shape in zip(layers, shapes, strict=True)
+    )
+
+
+def weights_removed(counts: list[list[int]], units: list[LayerUnits]) -> int:
+    """Return the block weights removed with ``counts`` of heads and columns of every layer."""
+    return sum(
+        heads * layer.head_weights + columns * layer.column_weights
+        for (heads, columns), layer in zip(counts, units, strict=True)
+    )
+
+
+def unreachable_target(most: int, budget: float) -> UserError:
+    """Return the error for a target of ``budget`` block weights of which only ``most`` can be removed."""
+    return UserError(
+        f"the target removes {budget:.0f} block weights, at most {most} can be removed; lower --target_ratio, raise "
+        "--target_params or prune more layers"
+    )
 
 
 def scaled_counts(
-    schedule: Callable[[float], list[float]], units: list[LayerUnits], budget: float, alike: bool = False
+    schedule: Callable[[float], list[float]], units: list[LayerUnits], budget: float, uniform: bool = False
 ) -> list[list[int]]:
-    """Units of heads and of columns of every layer that a schedule removes, its highest ratio chosen for ``budget``.
+    """Return the heads and columns to remove from every layer by a schedule scaled to ``budget``.
 
     Args:
-        schedule: ratios of all layers for a highest one; they grow with it.
-        units: of every layer.
-        budget: block weights to remove; met to one FFN column or, if ``alike``, to one of every layer. Where too few
-            columns are left to make up for a step of heads, as near as steps of heads layer by layer come.
-        alike: layers of one ratio lose equally many.
+        schedule: maps the highest ratio to the ratios of all layers, which grow with it.
+        units: units of every layer.
+        budget: block weights to remove; met to within one FFN column or, if ``uniform``, one column of every layer.
+            If too few columns are left to correct a step of heads, the nearest total of steps of single layers.
+        uniform: layers with equal ratios lose equal counts.
 
     Raises:
-        UserError: if the schedule cannot remove so many.
+        UserError: if the schedule cannot remove ``budget`` weights.
     """
 
     def counts(highest: float) -> list[list[int]]:
-        return [list(own.removed_by(ratio)) for own, ratio in zip(units, schedule(highest), strict=True)]
+        return [list(layer.removed_by(ratio)) for layer, ratio in zip(units, schedule(highest), strict=True)]
 
     most = weights_removed(counts(1.0), units)
     if most < budget:
-        raise UserError(f"the layers to prune cannot lose {budget:.0f} weights; lower the target or prune more layers")
+        raise unreachable_target(most, budget)
     low, high = 0.0, 1.0
     for _ in range(BISECTION_STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if weights_removed(counts(middle), units) < budget else (low, middle)
-    if alike:
+    if uniform:
         return counts(high)
     floor, ceiling = counts(low), counts(high)
-    # What the next step of the schedule would overshoot goes column by column, from the last layer on.
+    # The remainder between two steps of the schedule is filled with columns, from the last layer on.
     pruned = [index for index in reversed(range(len(units))) if any(ceiling[index])]
-    chosen = nearest = _settled_in_turn(floor, units, pruned, budget)
-    # Where the columns do not do, the step's heads go too, a layer at a time.
+    candidate = nearest = _filled_in_turn(floor, units, pruned, budget)
+    # If the columns are not enough, take the step's heads too, one layer at a time.
     for index in pruned:
-        if weights_removed(chosen, units) >= budget:
+        if weights_removed(candidate, units) >= budget:
             break
         floor[index] = ceiling[index]
-        chosen = _settled_in_turn(floor, units, pruned, budget)
-        nearest = min(nearest, chosen, key=lambda found: abs(weights_removed(found, units) - budget))
+        candidate = _filled_in_turn(floor, units, pruned, budget)
+        nearest = min(nearest, candidate, key=lambda option: abs(weights_removed(option, units) - budget))
     return nearest
 
 
-def _settled_in_turn(
+def _filled_in_turn(
     counts: list[list[int]], units: list[LayerUnits], layers: list[int], budget: float
 ) -> list[list[int]]:
-    """``counts`` with columns added in turn to ``layers`` up to the budget, or given back down to it."""
-    counts = [list(own) for own in counts]
+    """Return ``counts`` with columns of ``layers`` added in turn up to the budget, or restored down to it."""
+    counts = [list(pair) for pair in counts]
     left = budget - weights_removed(counts, units)
     while left > 0 and any(counts[index][1] < units[index].columns - 1 for index in layers):
         for index in layers:
@@ -145,42 +163,48 @@ def _settled_in_turn(
     return counts
 
 
-def weights_removed(counts: list[list[int]], units: list[LayerUnits]) -> int:
-    """Block weights that go with so many units of heads and of columns of every layer."""
-    return sum(
-        heads * own.head_weights + columns * own.column_weights
-        for (heads, columns), own in zip(counts, units, strict=True)
-    )
-
-
 @dataclass(frozen=True)
 class LossCurve:
-    """What it costs that more and more units of one kind go of one layer.
+    """Loss of the model as a function of the number of units removed, for the heads or the columns of one layer.
 
     Attributes:
-        losses: loss of 0, 1, … units.
-        weight: block weights of a unit.
-        column: whether units are FFN columns.
+        losses: (n,) loss with 0, 1, … units removed.
+        weight: block weights of one unit.
+        column: whether the units are FFN columns.
     """
 
     losses: np.ndarray
     weight: int
     column: bool
 
+    def scaled(self, factor: float) -> "LossCurve":
+        """Return the curve with losses multiplied by ``factor``."""
+        return replace(self, losses=self.losses * factor)
+
+
+@dataclass(frozen=True)
+class LayerCurves:
+    """Loss curves of the heads and of the FFN columns of one layer."""
+
+    heads: LossCurve
+    columns: LossCurve
+
 
 def allocate(curves: list[LossCurve], budget: float) -> list[int]:
-    """Units of every curve that go, so that the losses add up to the least for ``budget`` weights, to one FFN column.
+    """Return the number of units to remove from every curve that minimises the sum of losses for ``budget`` weights.
 
-    At a price of a weight every curve has its own best count, independent of the others; the price that nearly meets
-    the budget is found by bisection (Lagrange). Where too few columns are left, the budget may be missed by part of a
-    head.
+    For a Lagrange multiplier (loss per weight) every curve has its own best count, independent of the others; the
+    multiplier that meets the budget is found by bisection. The budget is met to within one FFN column or, if too few
+    columns are left, to within part of a head.
 
     Raises:
-        UserError: if all of the curves together have fewer weights.
+        UserError: if the curves have fewer than ``budget`` weights.
     """
 
-    def best(price: float) -> list[int]:
-        return [int(np.argmin(curve.losses - price * curve.weight * np.arange(len(curve.losses)))) for curve in curves]
+    def best(multiplier: float) -> list[int]:
+        return [
+            int(np.argmin(curve.losses - multiplier * curve.weight * np.arange(len(curve.losses)))) for curve in curves
+        ]
 
     def removed(counts: list[int]) -> int:
         return sum(count * curve.weight for count, curve in zip(counts, curves, strict=True))
@@ -188,92 +212,104 @@ def allocate(curves: list[LossCurve], budget: float) -> list[int]:
     slopes = [curve.losses.max() / curve.weight for curve in curves if len(curve.losses) > 1]
     high = 2 * max(slopes, default=0.0) + 1e-12
     if removed(best(high)) < budget:
-        raise UserError(f"no more than {removed(best(high))} block weights can go, of {budget:.0f}; lower the target")
+        raise unreachable_target(removed(best(high)), budget)
     low = 0.0
     for _ in range(BISECTION_STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if removed(best(middle)) <= budget else (low, middle)
-    # Short of the budget, or beyond it, the rest goes or comes back column by column; then single heads are tried.
+    # Columns fill the remainder on either side of the budget; then moves of single heads are tried.
     column = max((curve.weight for curve in curves if curve.column), default=0)
 
-    def missed_and_loss(counts: list[int]) -> tuple[float, float]:
+    def miss_and_loss(counts: list[int]) -> tuple[float, float]:
         loss = sum(curve.losses[count] for curve, count in zip(curves, counts, strict=True))
-        beyond = removed(counts) - budget
-        return 0 if 0 <= beyond < max(column, 1) else abs(beyond), loss
+        excess = removed(counts) - budget
+        return 0 if 0 <= excess < max(column, 1) else abs(excess), loss
 
-    chosen = min((_settled(curves, best(price), budget) for price in (low, high)), key=missed_and_loss)
+    counts = min((_filled_by_loss(curves, best(bound), budget) for bound in (low, high)), key=miss_and_loss)
     while True:
-        others = [
-            _settled(curves, [*chosen[:i], chosen[i] + change, *chosen[i + 1 :]], budget)
+        neighbours = [
+            _filled_by_loss(curves, [*counts[:i], counts[i] + change, *counts[i + 1 :]], budget)
             for i, curve in enumerate(curves)
             for change in (1, -1)
-            if not curve.column and 0 <= chosen[i] + change < len(curve.losses)
+            if not curve.column and 0 <= counts[i] + change < len(curve.losses)
         ]
-        other = min(others, key=missed_and_loss, default=chosen)
-        if missed_and_loss(other) >= missed_and_loss(chosen):
-            return chosen
-        chosen = other
+        neighbour = min(neighbours, key=miss_and_loss, default=counts)
+        if miss_and_loss(neighbour) >= miss_and_loss(counts):
+            return counts
+        counts = neighbour
 
 
-def allocate_in_depth(layers: list[tuple[LossCurve, LossCurve]], budget: float) -> list[tuple[int, int]]:
-    """Heads and columns of every layer that go; :func:`allocate`, with losses that count less from layer to layer.
+def allocate_layers(layers: list[LayerCurves], budget: float) -> list[tuple[int, int]]:
+    """Return the heads and columns to remove from every layer; :func:`allocate` on the curves of ``layers``."""
+    counts = allocate([curve for layer in layers for curve in (layer.heads, layer.columns)], budget)
+    return list(zip(counts[::2], counts[1::2], strict=True))
 
-    Losses measured on the dense model, one at a time, do not quite add up: the more goes in all, the less a loss in a
-    late layer adds to those before it. From the first to the last layer their weight falls to
-    ``exp(−DEPTH_DECAY · total)``, where the total is what all losses would add up to.
+
+def allocate_with_depth_decay(layers: list[LayerCurves], budget: float) -> list[tuple[int, int]]:
+    """Return the heads and columns to remove from every layer; :func:`allocate_layers` with losses that decay in depth.
+
+    Losses measured on the dense model, one map at a time, are not additive: the more is removed in total, the less a
+    loss in a late layer adds to the losses before it. The losses are weighted by 1 in the first layer, falling to
+    ``exp(−DEPTH_DECAY · total)`` in the last, where the total is the sum of all losses without the decay.
 
     Args:
-        layers: curves of the heads and of the columns of layers in their order.
+        layers: curves of the pruned layers in order.
         budget: block weights to remove.
 
     Raises:
         UserError: as :func:`allocate`.
     """
-    curves = [curve for pair in layers for curve in pair]
-    total = sum(curve.losses[count] for curve, count in zip(curves, allocate(curves, budget), strict=True))
-    weights = np.exp(-DEPTH_DECAY * min(total, LARGEST_TOTAL) * np.linspace(0, 1, len(layers)))
-    faded = [replace(curve, losses=curve.losses * weights[i // 2]) for i, curve in enumerate(curves)]
-    counts = allocate(faded, budget)
-    return list(zip(counts[::2], counts[1::2], strict=True))
+    total = sum(
+        loss
+        for layer, (heads, columns) in zip(layers, allocate_layers(layers, budget), strict=True)
+        for loss in (layer.heads.losses[heads], layer.columns.losses[columns])
+    )
+    weights = np.exp(-DEPTH_DECAY * min(total, MAX_TOTAL_LOSS) * np.linspace(0, 1, len(layers)))
+    decayed = [
+        LayerCurves(layer.heads.scaled(weight), layer.columns.scaled(weight))
+        for layer, weight in zip(layers, weights, strict=True)
+    ]
+    return allocate_layers(decayed, budget)
 
 
-def _settled(curves: list[LossCurve], counts: list[int], budget: float) -> list[int]:
-    """``counts`` with the columns that cost least added up to the budget, or those that cost most given back."""
+def _filled_by_loss(curves: list[LossCurve], counts: list[int], budget: float) -> list[int]:
+    """Return ``counts`` with the columns of least loss added up to the budget, or those of most loss restored."""
     counts = list(counts)
     left = budget - sum(count * curve.weight for count, curve in zip(counts, curves, strict=True))
     columns = [i for i, curve in enumerate(curves) if curve.column]
 
-    def rise(i: int, count: int) -> float:
-        """What the last of so many columns costs."""
+    def marginal_loss(i: int, count: int) -> float:
+        """Loss added by the last of ``count`` columns."""
         return curves[i].losses[count] - curves[i].losses[count - 1]
 
-    while left > 0 and (more := [i for i in columns if counts[i] + 1 < len(curves[i].losses)]):
-        cheapest = min(more, key=lambda i: rise(i, counts[i] + 1))
+    while left > 0 and (removable := [i for i in columns if counts[i] + 1 < len(curves[i].losses)]):
+        cheapest = min(removable, key=lambda i: marginal_loss(i, counts[i] + 1))
         counts[cheapest] += 1
         left -= curves[cheapest].weight
-    while fewer := [i for i in columns if counts[i] and curves[i].weight <= -left]:
-        dearest = max(fewer, key=lambda i: rise(i, counts[i]))
-        counts[dearest] -= 1
-        left += curves[dearest].weight
+    while restorable := [i for i in columns if counts[i] and curves[i].weight <= -left]:
+        costliest = max(restorable, key=lambda i: marginal_loss(i, counts[i]))
+        counts[costliest] -= 1
+        left += curves[costliest].weight
     return counts
 
 
 def read_profile(path: Path, units: list[LayerUnits], shapes: list[LayerShape]) -> list[LayerPlan]:
-    """Plans that keep as much of every layer as a ``pruning.json`` of another run on the same shapes does.
+    """Return the plans in a ``pruning.json`` of another run on a model with the same layer shapes.
 
     Raises:
-        UserError: if the file cannot be read, or is of a model of other shapes, or of other units of heads.
+        UserError: if the file cannot be read, or its layer shapes or unit of heads differ.
     """
     try:
         masks = read_pruning(path)
     except UserError as error:
         raise UserError(f"--profile {error}") from None
     if [mask.shape for mask in masks] != shapes:
-        raise UserError(f"--profile {path}: of a model of other shapes")
+        raise UserError(f"--profile {path}: its layer shapes differ from this model's")
     plans = []
-    for index, (mask, own) in enumerate(zip(masks, units, strict=True)):
+    for index, (mask, layer) in enumerate(zip(masks, units, strict=True)):
         plan = mask.plan
-        if plan.heads % own.heads_per_unit:
-            raise UserError(f"--profile {path}: layer {index} keeps other units of heads; see --gqa_unit")
+        if plan.heads % layer.heads_per_unit:
+            difference = f"removes {plan.heads} heads, not a multiple of {layer.heads_per_unit}"
+            raise UserError(f"--profile {path}: layer {index} {difference}; change --gqa_unit")
         plans.append(plan)
     return plans

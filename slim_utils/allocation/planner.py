@@ -1,4 +1,4 @@
-"""One planner for every way to say how much of each layer is removed."""
+"""Planner: the plan of every layer by ratios, a target, a sensitivity analysis or another run's profile."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from torch import Tensor
 from slim_utils.allocation.alignment import Alignment
 from slim_utils.allocation.budget import (
     LayerUnits,
-    allocate_in_depth,
+    allocate_with_depth_decay,
     block_weights,
     layer_units,
     plans_of_counts,
     read_profile,
     scaled_counts,
+    unreachable_target,
 )
 from slim_utils.allocation.refinement import measure_around, refined_plans
 from slim_utils.allocation.schedules import layer_range, layer_ratios, non_uniform_ratios
-from slim_utils.allocation.sensitivity import UnitSensitivity, loss_curves, measure, most_removable
+from slim_utils.allocation.sensitivity import LayerSensitivity, loss_curves, max_removable_weights, measure
 from slim_utils.common.errors import UserError
 from slim_utils.families import LayerShape, find_family, layer_shapes
 from slim_utils.layerwise.offload import ResidentModel
@@ -41,13 +42,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def no_file(refinement: int) -> Path | None:
-    """Keeps no measurements."""
+def no_cache(refinement: int) -> Path | None:
+    """Return no cache file for any round of refinement."""
     return None
 
 
 def pruning_settings(config: PruningConfig) -> PruningSettings:
-    """How layers are pruned; the devices of ``config`` are resolved."""
+    """Return the pruning settings of ``config``, whose devices are resolved."""
     return PruningSettings(
         device=config.torch_device,
         cache_dev=config.torch_cache_dev,
@@ -60,7 +61,7 @@ def pruning_settings(config: PruningConfig) -> PruningSettings:
 
 
 def alignment(config: PruningConfig) -> Alignment:
-    """Multiples that layers keep."""
+    """Return the multiples of ``config`` that layers keep."""
     return Alignment(
         heads_multiple=math.lcm(2 if config.even_heads else 1, config.tp_size),
         columns_multiple=math.lcm(config.multiple_of, config.tp_size),
@@ -70,28 +71,28 @@ def alignment(config: PruningConfig) -> Alignment:
 
 
 @dataclass
-class Measured:
-    """What the sensitivity analysis and the last round of refinement found, by layer; empty where there was none.
+class Sensitivities:
+    """Sensitivities that plans are allocated by, by layer index; empty if not measured.
 
     Attributes:
-        sensitivity: of the dense model.
-        refinement: of the pruned model.
+        dense: measured on the dense model by the sensitivity analysis.
+        refined: measured on the pruned model in the last round of refinement.
     """
 
-    sensitivity: dict[int, list[UnitSensitivity]] = field(default_factory=dict)
-    refinement: dict[int, list[UnitSensitivity]] = field(default_factory=dict)
+    dense: dict[int, LayerSensitivity] = field(default_factory=dict)
+    refined: dict[int, LayerSensitivity] = field(default_factory=dict)
 
 
 class Planner:
-    """Plans of all layers of a model.
+    """Makes the plans of all layers of a model.
 
     Args:
-        config: of the run.
-        host: of the model; its weights, which may be on the meta device, matter to :meth:`measured` alone.
+        config: flags of the run.
+        host: the model; its weights may be on the meta device except for :meth:`measured_plans`.
 
     Attributes:
         settings: how layers are pruned.
-        shapes: of every layer.
+        shapes: shape of every layer.
     """
 
     def __init__(self, config: PruningConfig, host: ResidentModel) -> None:
@@ -107,26 +108,26 @@ class Planner:
 
     @cached_property
     def layers(self) -> range:
-        """Layers that may be pruned."""
+        """Layers in the range to prune."""
         return layer_range(self._config.minlayer, self._config.maxlayer, len(self.shapes))
 
     @cached_property
     def budget(self) -> float:
-        """Block weights that the target asks to remove.
+        """Block weights to remove for the target.
 
         Raises:
-            UserError: if the model is smaller than the target.
+            UserError: if the target is not smaller than the model.
         """
         if self._config.target_params is None:
             return (self._config.target_ratio or 0) * block_weights(self._host.layers, self._host.family, self.shapes)
         parameters = count_parameters(self._host.model)
         budget = parameters - self._config.target_params
         if budget <= 0 or self._config.target_params <= 0:
-            raise UserError(f"--target_params {self._config.target_params:g}: the model has {parameters}")
+            raise UserError(f"--target_params {self._config.target_params:g}: the model has {parameters} parameters")
         return budget
 
     def plans(self) -> list[LayerPlan]:
-        """Plans without any measurement: of the ratios, of a schedule for the target, or of another run's profile.
+        """Return the plans of the ratios, of a schedule scaled to the target, or of another run's profile.
 
         Raises:
             UserError: if the target cannot be met.
@@ -135,58 +136,58 @@ class Planner:
             return self._aligned(read_profile(self._config.profile, self.units, self.shapes))
         if self._config.has_target:
             counts = scaled_counts(self._schedule, self.units, self.budget, self._config.uniform_shapes)
-            return self._aligned([own.plan(*count) for own, count in zip(self.units, counts, strict=True)])
+            return self._aligned([layer.plan(*pair) for layer, pair in zip(self.units, counts, strict=True)])
         return ratio_plans(self._ratios(), self.units, self._alignment)
 
     def check_measurable(self) -> None:
-        """Make sure, before anything is measured, that the allocation can be measured and can meet the target.
+        """Check, before the weights are loaded, that the allocation can be measured and can meet the target.
 
         Raises:
-            UserError: if it cannot.
+            UserError: if it cannot, naming the flag to change.
         """
         if has_experts(self.shapes):
             flag = self._config.measuring_flag
-            raise UserError(f"{flag} is not supported for MoE models; use --allocation log_increase alone")
-        most = most_removable(self.units, self.layers)
+            raise UserError(f"{flag} is not supported for MoE models; use --allocation log_increase")
+        most = max_removable_weights(self.units, self.layers)
         if self._config.allocation != SENSITIVITY:
             self.plans()
         if most < self.budget:
-            raise UserError(f"no more than {most} block weights can go, of {self.budget:.0f}; lower the target")
+            raise unreachable_target(most, self.budget)
 
-    def measured(
-        self, samples: Tensor, starts: Tensor | None, kept: Callable[[int], Path | None] = no_file
-    ) -> tuple[list[LayerPlan], Measured]:
-        """Plans by what pruning costs where, and what was measured.
+    def measured_plans(
+        self, samples: Tensor, sink_windows: Tensor | None, cache_file: Callable[[int], Path | None] = no_cache
+    ) -> tuple[list[LayerPlan], Sensitivities]:
+        """Return the plans of ``--allocation search`` and ``--refine``, and the sensitivities measured for them.
 
-        The dense model ends as it was.
+        The weights of the dense model are unchanged on return.
 
         Args:
             samples: (num_samples, seqlen) calibration token ids.
-            starts: (count, 8) sink windows; ``None`` for none.
-            kept: file that keeps the measurements of a round of refinement, or of the sensitivity analysis (0), for a
-                run that is cut off.
+            sink_windows: (count, 8) sink windows; ``None`` for none.
+            cache_file: maps a round of refinement, or 0 for the sensitivity analysis, to its file of measurements.
 
         Raises:
             UserError: if predictions are not finite, or the target cannot be met.
         """
-        minutes, measured = self._config.search_minutes, Measured()
-        seconds = math.inf if minutes is None else 60 * minutes
+        minutes, sensitivities = self._config.search_minutes, Sensitivities()
+        time_limit = math.inf if minutes is None else 60 * minutes
         if self._config.allocation == SENSITIVITY:
-            measured.sensitivity = measure(self._host, samples, self.layers, self.settings, kept(0), seconds)
-            plans = self._of_least_loss(measured.sensitivity)
+            sensitivities.dense = measure(self._host, samples, self.layers, self.settings, cache_file(0), time_limit)
+            plans = self._plans_of_least_loss(sensitivities.dense)
         else:
             plans = self.plans()
         for number in range(1, self._config.refine + 1):
-            file = kept(number)
-            measured.refinement = measure_around(self._host, samples, starts, plans, self.settings, file, seconds)
-            plans = self._aligned(refined_plans(measured.refinement, self.units, plans, self.budget))
-        return plans, measured
+            sensitivities.refined = measure_around(
+                self._host, samples, sink_windows, plans, self.settings, cache_file(number), time_limit
+            )
+            plans = self._aligned(refined_plans(sensitivities.refined, self.units, plans, self.budget))
+        return plans, sensitivities
 
     def size_masks(self, plans: list[LayerPlan]) -> list[LayerMask]:
-        """Masks of the sizes that ``plans`` lead to; logs what a user may not expect of them.
+        """Return size-only masks of ``plans``; logs empty plans and layers that cannot be aligned.
 
         Raises:
-            UserError: if a stock checkpoint is asked for and cannot have these shapes.
+            UserError: if ``--uniform_shapes`` is set and the pruned layers do not fit a stock checkpoint.
         """
         if not any(plans):
             logger.warning("nothing to prune: all ratios are 0; set --sparsity, or --non_uniform with --max_sparsity")
@@ -196,16 +197,16 @@ class Planner:
         self._alignment.warn_of_unaligned(masks, self.settings)
         return masks
 
-    def _of_least_loss(self, sensitivity: dict[int, list[UnitSensitivity]]) -> list[LayerPlan]:
-        """Plans of the least loss, of those layers that were measured, that remove the budget."""
-        counts = allocate_in_depth(loss_curves(sensitivity, self.units), self.budget)
-        return self._aligned(plans_of_counts(dict(zip(sorted(sensitivity), counts, strict=True)), self.units))
+    def _plans_of_least_loss(self, sensitivities: dict[int, LayerSensitivity]) -> list[LayerPlan]:
+        """Return the plans of least loss that remove the budget from the measured layers."""
+        counts = allocate_with_depth_decay(loss_curves(sensitivities, self.units), self.budget)
+        return self._aligned(plans_of_counts(dict(zip(sorted(sensitivities), counts, strict=True)), self.units))
 
     def _aligned(self, plans: list[LayerPlan]) -> list[LayerPlan]:
         return self._alignment.aligned(plans, self.units, [(plan.heads > 0, plan.columns > 0) for plan in plans])
 
     def _schedule(self, highest: float) -> list[float]:
-        """Ratios of all layers by the schedule of ``--allocation``, the highest given."""
+        """Return the ratios of all layers by the schedule of ``--allocation`` for a highest ratio."""
         config = self._config
         if config.allocation in (None, "uniform"):
             ratios = [highest] * len(self.layers)
@@ -215,7 +216,7 @@ class Planner:
         return layer_ratios(self.layers, len(self.shapes), ratios)
 
     def _ratios(self) -> list[float]:
-        """Ratios of all layers by the original's flags."""
+        """Return the ratios of all layers by the flags of the original."""
         config = self._config
         if config.non_uniform:
             strategy, count = config.non_uniform_strategy, len(self.layers)
@@ -228,27 +229,27 @@ class Planner:
 def ratio_plans(
     ratios: Sequence[float], units: list[LayerUnits], alignment: Alignment | None = None
 ) -> list[LayerPlan]:
-    """Plans that remove ``round(units · ratio)`` heads and columns of every layer, aligned.
+    """Return aligned plans that remove ``round(units · ratio)`` heads and columns of every layer.
 
     Args:
-        ratios: of every layer; a layer of ratio 0 is left alone.
-        units: of every layer.
-        alignment: multiples to keep (default: what experts need).
+        ratios: ratio of every layer; layers of ratio 0 stay dense.
+        units: units of every layer.
+        alignment: multiples to keep (default: those that experts need).
     """
-    plans = [own.plan(*own.removed_by(ratio)) for own, ratio in zip(units, ratios, strict=True)]
-    # A layer whose small ratio rounds to no unit is aligned too.
+    plans = [layer.plan(*layer.removed_by(ratio)) for layer, ratio in zip(units, ratios, strict=True)]
+    # Layers whose small ratio rounds to zero units are aligned too.
     return (alignment or Alignment()).aligned(plans, units, [(ratio > 0, ratio > 0) for ratio in ratios])
 
 
 def plans_of(
     model: PreTrainedModel, ratios: Sequence[float], settings: PruningSettings, alignment: Alignment | None = None
 ) -> list[LayerPlan]:
-    """:func:`ratio_plans` of the layers of ``model``."""
+    """Return :func:`ratio_plans` of the layers of ``model``."""
     family = find_family(model.config)
     units = layer_units(family.decoder_layers(model), family, layer_shapes(model.config), settings)
     return ratio_plans(ratios, units, alignment)
 
 
 def has_experts(shapes: list[LayerShape]) -> bool:
-    """Whether a layer is a mixture of experts."""
+    """Return whether any layer is a mixture of experts."""
     return any(shape.num_experts for shape in shapes)

@@ -1,9 +1,14 @@
-"""Refined allocation: units move to where they are worth more to the pruned model, a few of every layer at a time.
+"""Refinement of an allocation: a few units of every layer move to where the pruned model loses least.
 
-What a head or an FFN column is worth changes with all else that goes, which neither a schedule nor losses measured on
-the dense model know. Here the model is pruned as planned; for the heads and for the columns of every layer it is then
-measured how far its predictions are from the dense model's with a few more of them gone, and with a few fewer. The
-difference, by the OBS errors at the inputs that the layer now gets, is the loss curve near the plan.
+What a head or an FFN column is worth depends on everything else that is removed, which neither a schedule nor losses of
+the dense model take into account.
+
+1. Prune the model by the current plan; before each map is pruned, compute its OBS errors and its weights with a few
+   units more and a few units fewer removed.
+2. For the heads and for the columns of every layer, swap in those candidate weights and measure the KL divergence of
+   the pruned model from the dense model.
+3. Scale the errors to the difference of the divergences: the loss curve near the plan.
+4. Restore the dense model; allocate the budget anew within a few units of the plan.
 """
 
 import logging
@@ -17,12 +22,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from slim_utils.allocation.budget import LayerUnits, LossCurve, allocate, plans_of_counts
+from slim_utils.allocation.budget import LayerCurves, LayerUnits, LossCurve, allocate_layers, plans_of_counts
 from slim_utils.allocation.sensitivity import (
-    LEAST_LOSS,
+    MIN_LOSS,
     PROBE_TOKENS,
     REL_TOLERANCE,
     KLProbe,
+    LayerSensitivity,
     SensitivityCache,
     UnitSensitivity,
     error_curve,
@@ -40,26 +46,26 @@ from slim_utils.slimgpt import SlimGPT
 
 logger = logging.getLogger(__name__)
 
-# Shares of a layer's units: those more or fewer that the divergence is measured with, and those that may move.
+# Fractions of a layer's units: the change for the candidate weights, and the largest change of the plan in a round.
 PROBE_STEP, MAX_MOVE = 1 / 16, 1 / 8
-# Calibration samples that it is measured on: what a few units change is little beside what samples differ by.
+# Calibration samples for the divergences, whose difference for a few units is small next to that between samples.
 REFINEMENT_SAMPLES = 4
 
 
-def units_of(share: float, total: int) -> int:
-    """So many units of ``total``, at least one."""
-    return max(1, round(total * share))
+def unit_fraction(fraction: float, total: int) -> int:
+    """Return a fraction of ``total`` units, at least one unit."""
+    return max(1, round(total * fraction))
 
 
 @dataclass
 class _ProbedMap:
-    """The heads or the FFN columns of a layer, as they were before the layer-wise pruner pruned them.
+    """The output map of the heads or of the FFN columns of a layer, probed before it was pruned.
 
     Attributes:
-        errors: (n,) fp64, OBS error of 0, 1, … units of every group.
-        reference: units whose loss stands for the curve.
-        count: units that went.
-        candidate_weights: the output map's weights, on the host, had other counts gone.
+        errors: (n,) fp64 OBS error with 0, 1, … units of every group removed.
+        reference: reference count of the loss curve.
+        count: units removed by the plan.
+        candidate_weights: weights on the host, by other numbers of units removed.
     """
 
     errors: Tensor
@@ -67,176 +73,181 @@ class _ProbedMap:
     count: int
     candidate_weights: dict[int, Tensor]
 
-    def sublayer(self, losses: dict[int, float]) -> UnitSensitivity:
-        """With the loss of ``reference`` units, if all cost as much, by their errors, as those near ``count``.
+    def sensitivity(self, losses: dict[int, float]) -> UnitSensitivity:
+        """Return the sensitivity with the loss per error measured near the plan.
 
-        Where a difference of losses is not positive it is noise, and nothing is known.
+        A difference of losses that is not positive is noise; the loss is then unknown.
 
         Args:
-            losses: of the pruned model, by count; of ``count`` alone where they were not measured.
+            losses: loss of the pruned model by units removed; that of the plan alone where no others were measured.
         """
-        known = UnitSensitivity(self.errors.tolist(), self.reference)
+        unknown = UnitSensitivity(self.errors.tolist(), self.reference)
         fewer, more = min(losses), max(losses)
-        rise = (self.errors[more] - self.errors[fewer]).item()
+        error_change = (self.errors[more] - self.errors[fewer]).item()
         if (
             losses[more] <= losses[fewer]
-            or rise <= REL_TOLERANCE * self.errors[-1]
+            or error_change <= REL_TOLERANCE * self.errors[-1]
             or self.reference >= len(self.errors)
         ):
-            return known
-        price = (losses[more] - losses[fewer]) / rise
-        return replace(known, loss=max(price * self.errors[self.reference].item(), LEAST_LOSS))
+            return unknown
+        loss_per_error = (losses[more] - losses[fewer]) / error_change
+        return replace(unknown, loss=max(loss_per_error * self.errors[self.reference].item(), MIN_LOSS))
 
 
 class _ProbeHook:
-    """Prune hook that probes every map before it is pruned; ``places`` holds them, by layer and name of the map."""
+    """Prune hook that probes every map before it is pruned.
+
+    Attributes:
+        maps: the probed maps by layer and name.
+    """
 
     def __init__(self, family: Family, settings: PruningSettings) -> None:
         self._family, self._settings = family, settings
-        self.places: dict[tuple[int, str], _ProbedMap] = {}
+        self.maps: dict[tuple[int, str], _ProbedMap] = {}
 
     def __call__(self, index: int, name: str, pruner: SlimGPT, count: int, unit_size: int, num_groups: int) -> None:
-        """Of the map ``name`` of layer ``index``; the rest as for :meth:`SlimGPT.struct_prune`."""
+        """Probe the map ``name`` of layer ``index``; the other arguments as for :meth:`SlimGPT.struct_prune`."""
         settings = self._settings
         per_group, count = pruner.columns // unit_size // num_groups, count // num_groups
         errors = error_curve(pruner, unit_size, num_groups, settings, count)
-        step = units_of(PROBE_STEP, per_group)
-        others = {max(count - step, 0), min(count + step, len(errors) - 1)} - {count}
+        step = unit_fraction(PROBE_STEP, per_group)
+        candidates = {max(count - step, 0), min(count + step, len(errors) - 1)} - {count}
         if self._family.head_norms and name == self._family.attention_out:
-            # What feeds the heads that go is zeroed there, so none can stay for a trial.
-            others = {other for other in others if other > count}
+            # The rows that feed removed heads are zeroed under these norms, so removed heads cannot be restored.
+            candidates = {candidate for candidate in candidates if candidate > count}
         weight, candidate_weights = pruner.linear.weight, {}
         dense = weight.clone()
-        for other in others:
+        for candidate in candidates:
             pruner.struct_prune(
-                other * num_groups,
+                candidate * num_groups,
                 unit_size,
                 settings.percdamp,
                 num_groups=num_groups,
                 selection=settings.selection,
                 solve_dtype=settings.solve_dtype,
             )
-            candidate_weights[other] = weight.to("cpu", copy=True)
+            candidate_weights[candidate] = weight.to("cpu", copy=True)
             weight.copy_(dense)
-        self.places[index, name] = _ProbedMap(errors, reference_count(errors, per_group), count, candidate_weights)
+        self.maps[index, name] = _ProbedMap(errors, reference_count(errors, per_group), count, candidate_weights)
 
 
 @torch.no_grad()
 def measure_around(
     host: ResidentModel,
     samples: Tensor,
-    starts: Tensor | None,
+    sink_windows: Tensor | None,
     plans: Sequence[LayerPlan],
     settings: PruningSettings,
-    finished: Path | None = None,
-    seconds: float = math.inf,
-) -> dict[int, list[UnitSensitivity]]:
-    """What more heads and FFN columns would cost, and fewer save, in every layer of the model pruned by ``plans``.
+    cache_file: Path | None = None,
+    time_limit: float = math.inf,
+) -> dict[int, LayerSensitivity]:
+    """Return the sensitivity of every pruned layer, by layer index, around ``plans`` on the model pruned by them.
 
     Args:
-        host: of the whole dense model, which ends as it was.
+        host: the whole dense model; its weights are unchanged on return.
         samples: (num_samples, seqlen) calibration token ids.
-        starts: (count, 8) sink windows, as :func:`prune_layers` takes them.
-        plans: of every layer; one of an empty plan is not measured.
-        settings: how.
-        finished: file that keeps what is measured, so that a run that was cut off does not measure it again.
-        seconds: as for :class:`slim_utils.allocation.sensitivity.SensitivityCache`, after the pruning.
+        sink_windows: (count, 8) sink windows, as for :func:`prune_layers`.
+        plans: plan of every layer; layers with an empty plan are not measured.
+        settings: how layers are pruned.
+        cache_file: file of measurements for an interrupted run to resume from.
+        time_limit: seconds after the pruning, see :class:`~slim_utils.allocation.sensitivity.SensitivityCache`.
 
     Returns:
-        The heads and the columns of every layer, by its index; a loss is what ``REFERENCE_RATIO`` of the units would
-        cost if all cost as much, by their errors, as those that are removed or kept next.
+        Sensitivities whose loss is that of ``REFERENCE_RATIO`` of the units at the loss per error of the units removed
+        or kept next.
 
     Raises:
-        UserError: if activations or predictions are not finite, with the layer named.
+        UserError: if activations or predictions are not finite, naming the layer.
     """
     family, layers = host.family, [index for index, plan in enumerate(plans) if plan]
     protocol = [PROBE_STEP, REFINEMENT_SAMPLES, PROBE_TOKENS, *([plan.heads, plan.columns] for plan in plans)]
-    measured = SensitivityCache(layers, len(plans), protocol, finished, seconds)
-    if measured.complete:
-        return measured.found
+    cache = SensitivityCache(layers, len(plans), protocol, cache_file, time_limit)
+    if cache.complete:
+        return cache.sensitivities
 
     def work(settings: PruningSettings) -> None:
         with host.non_layer_modules(settings.device):
             probe = KLProbe(host, samples[:REFINEMENT_SAMPLES, :PROBE_TOKENS], settings)
         hook, dense = _ProbeHook(family, settings), [copied_parameters(layer, family) for layer in host.layers]
         try:
-            logger.info("refining: the model is pruned as planned")
-            prune_layers(host.model, family, samples, plans, settings, host=host, starts=starts, hook=hook)
-            _measure_layers(host, measured, hook, probe, settings)
+            logger.info("refining: pruning the model by the current plan")
+            prune_layers(host.model, family, samples, plans, settings, host=host, starts=sink_windows, hook=hook)
+            _measure_layers(host, cache, hook, probe, settings)
         finally:
             for layer, copies in zip(host.layers, dense, strict=True):
                 put_back_parameters(layer, family, copies)
 
     retry_with_less_memory(work, settings, samples, host, "refining")
-    return measured.found
+    return cache.sensitivities
 
 
 def _measure_layers(
-    host: ResidentModel, measured: SensitivityCache, hook: _ProbeHook, probe: KLProbe, settings: PruningSettings
+    host: ResidentModel, cache: SensitivityCache, hook: _ProbeHook, probe: KLProbe, settings: PruningSettings
 ) -> None:
-    """Go through the pruned model, and measure the layers that are wanted."""
+    """Run the pruned model layer by layer and measure the pending layers of ``cache``."""
     family = host.family
     with host.non_layer_modules(settings.device), logging_redirect_tqdm():
-        planned = probe.divergence(0)
-        measured.begin()
-        logger.info("refining: as planned %.4f nats", planned)
-        for index in tqdm(range(measured.layers[-1] + 1), desc="refining", unit="layer", disable=None):
+        plan_loss = probe.divergence(0)
+        cache.start_clock()
+        logger.info("refining: loss of the current plan %.4f nats", plan_loss)
+        for index in tqdm(range(cache.layers[-1] + 1), desc="refining", unit="layer", disable=None):
             layer = host.onload(index, settings.device)
-            if measured.wanted(index):
-                places = {name: hook.places[index, name] for name in (family.attention_out, family.mlp_out)}
-                asked = probe if measured.in_time(index) else None
-                parts = _measured_around(layer, index, places, asked, planned)
-                measured.add(index, parts, "at the price of now,")
+            if cache.pending(index):
+                layer_probe = probe if cache.in_time(index) else None
+                heads, columns = (
+                    _unit_sensitivity(linear_map(layer, name), hook.maps[index, name], layer_probe, index, plan_loss)
+                    for name in (family.attention_out, family.mlp_out)
+                )
+                cache.add(index, LayerSensitivity(heads, columns), "refined sensitivity")
             probe.advance(index)
             host.offload(index)
 
 
-def _measured_around(
-    layer: nn.Module, index: int, places: dict[str, _ProbedMap], probe: KLProbe | None, planned: float
-) -> list[UnitSensitivity]:
-    """The heads and the columns of layer ``index``, their losses too where there is a probe; as planned it is known."""
-    parts = []
-    for name, place in places.items():
-        weight = linear_map(layer, name).weight
-        losses, now = {place.count: planned}, weight.clone()
-        if probe:
-            for count, other in place.candidate_weights.items():
-                weight.copy_(other)
-                losses[count] = probe.divergence(index)
-        weight.copy_(now)
-        parts.append(place.sublayer(losses))
-    return parts
+def _unit_sensitivity(
+    linear: nn.Linear, probed: _ProbedMap, probe: KLProbe | None, index: int, plan_loss: float
+) -> UnitSensitivity:
+    """Return the sensitivity of a map of layer ``index``; without a probe, the errors alone."""
+    losses, pruned = {probed.count: plan_loss}, linear.weight.clone()
+    if probe:
+        for count, weight in probed.candidate_weights.items():
+            linear.weight.copy_(weight)
+            losses[count] = probe.divergence(index)
+    linear.weight.copy_(pruned)
+    return probed.sensitivity(losses)
 
 
 def refined_plans(
-    measured: dict[int, list[UnitSensitivity]], units: list[LayerUnits], plans: Sequence[LayerPlan], budget: float
+    sensitivities: dict[int, LayerSensitivity], units: list[LayerUnits], plans: Sequence[LayerPlan], budget: float
 ) -> list[LayerPlan]:
-    """Plans near ``plans`` of the least loss that remove ``budget`` block weights.
+    """Return the plans of least loss near ``plans`` that remove ``budget`` block weights.
 
-    Of each layer at most ``MAX_MOVE`` of its heads and of its columns move, at least one of each.
+    In every layer, the heads and the columns each change by at most ``MAX_MOVE`` of the units, or one unit.
 
     Args:
-        measured: by :func:`measure_around`.
-        units: of all layers.
-        plans: those that it was measured around.
-        budget: block weights; what layers that were not measured lose is none of it.
+        sensitivities: sensitivity by layer index, of :func:`measure_around`.
+        units: units of all layers.
+        plans: plan of every layer that the sensitivities were measured around.
+        budget: block weights to remove from the measured layers; the other layers stay dense.
 
     Raises:
         UserError: if the layers have fewer weights.
     """
-    curves, layers = [], sorted(measured)
-    for index, pair in zip(layers, loss_curves(measured, units), strict=True):
-        own = units[index]
-        for curve, count, total in zip(pair, own.counts(plans[index]), (own.heads, own.columns), strict=True):
-            curves.append(_near(curve, count, units_of(MAX_MOVE, total)))
-    counts = allocate(curves, budget)
-    pairs = zip(counts[::2], counts[1::2], strict=True)
-    return plans_of_counts(dict(zip(layers, pairs, strict=True)), units)
+    layers, curves = sorted(sensitivities), []
+    for index, layer in zip(layers, loss_curves(sensitivities, units), strict=True):
+        heads, columns = units[index].counts(plans[index])
+        curves.append(
+            LayerCurves(
+                _within(layer.heads, heads, unit_fraction(MAX_MOVE, units[index].heads)),
+                _within(layer.columns, columns, unit_fraction(MAX_MOVE, units[index].columns)),
+            )
+        )
+    counts = allocate_layers(curves, budget)
+    return plans_of_counts(dict(zip(layers, counts, strict=True)), units)
 
 
-def _near(curve: LossCurve, count: int, most: int) -> LossCurve:
-    """``curve`` of counts that differ by ``most`` from ``count``; fewer still would save nothing."""
-    losses = curve.losses[: count + most + 1].copy()
-    lowest = max(count - most, 0)
+def _within(curve: LossCurve, count: int, max_move: int) -> LossCurve:
+    """Return ``curve`` cut after ``count + max_move`` units and flat below ``count − max_move`` units."""
+    losses = curve.losses[: count + max_move + 1].copy()
+    lowest = max(count - max_move, 0)
     losses[:lowest] = losses[lowest]
     return replace(curve, losses=losses)

@@ -1,4 +1,4 @@
-"""Incremental pruning ratio: how much of each layer goes (paper, section on the incremental pruning ratio)."""
+"""Incremental pruning ratio: a pruning ratio per layer (paper, section on the incremental pruning ratio)."""
 
 import math
 
@@ -8,10 +8,10 @@ STRATEGIES = ("log_increase", "log_decrease", "linear_increase", "linear_decreas
 
 
 def layer_range(minlayer: int, maxlayer: int, num_layers: int) -> range:
-    """Layers to prune: ``[minlayer, maxlayer)`` cut to the depth of the model.
+    """Return the layers to prune: ``[minlayer, maxlayer)`` clipped to the depth of the model.
 
     Raises:
-        UserError: if no layer is left.
+        UserError: if the range is empty.
     """
     layers = range(max(minlayer, 0), min(maxlayer, num_layers))
     if not layers:
@@ -23,11 +23,11 @@ def layer_range(minlayer: int, maxlayer: int, num_layers: int) -> range:
 
 
 def non_uniform_ratios(strategy: str, min_sparsity: float, max_sparsity: float, count: int) -> list[float]:
-    """Pruning ratio of each of ``count`` pruned layers.
+    """Return the pruning ratio of each of ``count`` pruned layers.
 
     ``log_increase`` is ``r_i = min + (max − min) · ln(1 + i) / ln(count)``, ``linear_increase`` is
-    ``r_i = min + (max − min) · i / (count − 1)``; ``*_decrease`` are the same ratios in reverse order. With ``count``
-    32 they are those of the original, which had that depth built in. A single layer gets ``max_sparsity``.
+    ``r_i = min + (max − min) · i / (count − 1)``; ``*_decrease`` are the same ratios in reverse order. The
+    original hard-codes a depth of 32; with ``count`` 32 the ratios are equal. A single layer gets ``max_sparsity``.
 
     Raises:
         UserError: for an unknown strategy.
@@ -37,15 +37,15 @@ def non_uniform_ratios(strategy: str, min_sparsity: float, max_sparsity: float, 
     if count == 1:
         return [max_sparsity]
     if strategy.startswith("log"):
-        shares = [math.log(1 + i) / math.log(count) for i in range(count)]
+        fractions = [math.log(1 + i) / math.log(count) for i in range(count)]
     else:
-        shares = [i / (count - 1) for i in range(count)]
-    ratios = [min_sparsity + (max_sparsity - min_sparsity) * share for share in shares]
+        fractions = [i / (count - 1) for i in range(count)]
+    ratios = [min_sparsity + (max_sparsity - min_sparsity) * fraction for fraction in fractions]
     return ratios[::-1] if strategy.endswith("decrease") else ratios
 
 
 def layer_ratios(layers: range, num_layers: int, pruned_ratios: list[float]) -> list[float]:
-    """Ratio of every layer of the model: ``pruned_ratios`` on ``layers``, 0 elsewhere."""
+    """Return the ratio of every layer of the model: ``pruned_ratios`` on ``layers``, 0 elsewhere."""
     ratios = [0.0] * num_layers
     for layer, ratio in zip(layers, pruned_ratios, strict=True):
         ratios[layer] = ratio
@@ -53,5 +53,5 @@ def layer_ratios(layers: range, num_layers: int, pruned_ratios: list[float]) -> 
 
 
 def units_to_remove(num_units: int, ratio: float) -> int:
-    """``round(units · ratio)``, as in the original, and never all."""
+    """Return ``round(num_units · ratio)``, as in the original, but at most ``num_units − 1``."""
     return min(round(num_units * ratio), num_units - 1)

@@ -1,17 +1,19 @@
-"""Measured allocation: what removing heads or FFN columns of one layer costs the whole model, layer by layer.
+"""Sensitivity analysis: the loss of the whole model when heads or FFN columns of one layer are removed.
 
-One pass over the dense model gives, for the heads and for the columns of every layer, the OBS error of every count of
-units. How much an error there matters is measured once for each: ``REFERENCE_RATIO`` of the units is removed from that
-map alone, and the rest of the model is run on a few calibration samples. The KL divergence of its predictions from the
-dense model's, scaled by the errors, is the loss curve. Within a time limit only some layers are measured; a layer
-between two of them takes its losses from both.
+1. Run the dense model layer by layer on the calibration samples.
+2. For the heads and for the FFN columns of every layer, compute the OBS error of removing 0, 1, … units.
+3. Remove ``REFERENCE_RATIO`` of the units from that map alone and run the rest of the model on a few samples; the
+   loss is the KL divergence of its predictions from the dense model's.
+4. Scale the errors to that loss: the loss curve of the map.
+
+Under a time limit only some losses are measured; those of the layers between are interpolated.
 """
 
 import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from slim_utils.allocation.budget import LayerUnits, LossCurve
+from slim_utils.allocation.budget import LayerCurves, LayerUnits, LossCurve
 from slim_utils.allocation.schedules import units_to_remove
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import write_json_atomic
@@ -37,24 +39,26 @@ from slim_utils.slimgpt import SlimGPT
 
 logger = logging.getLogger(__name__)
 
-# Share of the units removed where the loss is measured, and the largest that the curves reach.
+# Ratio at which the loss is measured, and the largest ratio of columns on a curve.
 REFERENCE_RATIO, MAX_CURVE_RATIO = 0.3, 0.9
-# Steps that a curve of columns is made of, unless groups of columns are asked for.
+# Steps of a curve of columns, unless a column group is set.
 CURVE_STEPS = 64
-# Share of the largest error that is as good as none; loss, in nats a token, below which rounding is all there is.
-REL_TOLERANCE, LEAST_LOSS = 1e-6, 1e-6
-# Calibration samples that the losses of heads and of columns are measured on, and tokens of each. Those of columns,
-# which are many, differ less from sample to sample.
-PROBE_SAMPLES, PROBE_TOKENS = (4, 2), 512
+# Errors below this fraction of the largest count as zero; losses below MIN_LOSS (nats per token) are rounding errors.
+REL_TOLERANCE, MIN_LOSS = 1e-6, 1e-6
+# Calibration samples for the losses of heads and of columns, and tokens of each sample. Columns are many, so their
+# losses vary less between samples.
+HEAD_PROBE_SAMPLES, COLUMN_PROBE_SAMPLES, PROBE_TOKENS = 4, 2, 512
+# Version of the cache file; a file of another version is ignored.
+CACHE_FORMAT = 2
 
 
 class KLProbe:
-    """A few samples on their way through the dense model, and what it predicts in the end.
+    """KL divergence of the predictions on a few samples from those of the dense model, after a change of one layer.
 
     Args:
-        host: of the whole model, with what is outside of its layers on the device.
-        samples: (few, seqlen) token ids.
-        settings: where layers are run.
+        host: the whole dense model, with its non-layer modules on the device.
+        samples: (count, seqlen) token ids.
+        settings: where and in which micro-batches layers run.
     """
 
     def __init__(self, host: ResidentModel, samples: Tensor, settings: PruningSettings) -> None:
@@ -63,21 +67,21 @@ class KLProbe:
         self._dense = list(self._log_probabilities(self._outputs(0)))
 
     def advance(self, index: int) -> None:
-        """Go through layer ``index``."""
+        """Replace the inputs of layer ``index`` by its outputs."""
         self._run(index, self._hidden)
 
     def divergence(self, index: int) -> float:
-        """Mean KL divergence, in nats a token, of the predictions with layers from ``index`` on as they now are.
+        """Return the mean KL divergence in nats per token, with the current weights of layers ``index`` and later.
 
         Raises:
-            UserError: if predictions are not finite.
+            UserError: if the predictions are not finite.
         """
         total = 0.0
         for dense, changed in zip(self._dense, self._log_probabilities(self._outputs(index)), strict=True):
             total += functional.kl_div(changed, dense, reduction="sum", log_target=True).item()
         if not math.isfinite(total):
             raise UserError(
-                f"layer {index}: predictions are not finite where it is pruned; try --dtype bfloat16 or float32"
+                f"layer {index}: predictions are not finite after pruning it; try --dtype bfloat16 or float32"
             )
         return total / self._samples.numel()
 
@@ -90,12 +94,11 @@ class KLProbe:
         return hidden
 
     def _run(self, index: int, hidden: Tensor) -> None:
-        device = self._settings.device
-        layer = self._host.onload(index, device)
+        layer = self._host.onload(index, self._settings.device)
         LayerForward(layer, self._host.family, hidden, self._calls[index], self._settings).advance()
 
     def _log_probabilities(self, outputs: Tensor) -> Iterator[Tensor]:
-        """Log-probabilities (tokens, vocabulary) of every sample; one at a time, as they may outweigh the model."""
+        """Yield log-probabilities (tokens, vocabulary) sample by sample; all at once may be larger than the model."""
         model = self._host.model
         for sample, output in zip(self._samples, outputs, strict=True):
             with layer_outputs_given(self._host.layers, iter([output[None].to(model.device)])):
@@ -105,12 +108,12 @@ class KLProbe:
 
 @dataclass
 class UnitSensitivity:
-    """What is known of the heads, or of the FFN columns, of one layer.
+    """Sensitivity of the model to removing heads, or FFN columns, of one layer.
 
     Attributes:
-        errors: OBS error of 0, 1, … units.
-        count: units that were, or would be, removed to measure the loss.
-        loss: the loss of that many, in nats a token; ``None`` where it was not measured.
+        errors: OBS error with 0, 1, … units removed.
+        count: reference count, the units removed for the loss.
+        loss: loss with ``count`` units removed, in nats per token; ``None`` if not measured.
     """
 
     errors: list[float]
@@ -118,68 +121,88 @@ class UnitSensitivity:
     loss: float | None = None
 
     @property
-    def cost(self) -> str:
-        """The loss, for a log line."""
+    def log_text(self) -> str:
+        """The loss in a log line."""
         return "not measured" if self.loss is None else f"{self.loss:.4f} nats"
 
-    def losses(self, loss: float) -> np.ndarray:
-        """Losses of 0, 1, … units where those of ``count`` cost ``loss``."""
+    def loss_curve(self, loss: float) -> np.ndarray:
+        """Return the losses with 0, 1, … units removed: the errors, scaled to ``loss`` at ``count`` units."""
         errors = np.array(self.errors)
         return errors * (loss / errors[self.count]) if self.count < len(errors) else errors
 
 
+@dataclass
+class LayerSensitivity:
+    """Sensitivity of the model to removing heads and FFN columns of one layer."""
+
+    heads: UnitSensitivity
+    columns: UnitSensitivity
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "LayerSensitivity":
+        """Return the sensitivity of which ``content`` is the ``asdict``."""
+        return cls(UnitSensitivity(**content["heads"]), UnitSensitivity(**content["columns"]))
+
+
 class SensitivityCache:
-    """What is measured of one layer after another, kept in a file as it comes, within the time there is.
+    """Sensitivities of the layers measured so far, written to a file after each layer, and their time limit.
 
     Args:
-        layers: those to measure, in their order.
-        num_layers: of the model, for the log.
-        protocol: what has to be the same for the file to be gone on with.
-        path: of the file; ``None`` keeps nothing.
-        seconds: a layer's losses are measured where at most its share of this time has passed since :meth:`begin`,
-            those of the first and of the last always.
+        layers: indices of the layers to measure, ascending.
+        num_layers: layers of the model, for log lines.
+        protocol: settings that the measurements depend on; a file with another protocol is ignored.
+        path: cache file; ``None`` writes none.
+        time_limit: seconds for the losses of all layers. The loss of the i-th of n layers is measured if at most i/n of
+            the limit has passed since :meth:`start_clock`; the losses of the first and last layer always are.
+
+    Attributes:
+        layers: indices of the layers to measure.
+        sensitivities: the measured sensitivities by layer.
     """
 
     def __init__(
-        self, layers: Sequence[int], num_layers: int, protocol: list[Any], path: Path | None, seconds: float
+        self, layers: Sequence[int], num_layers: int, protocol: list[Any], path: Path | None, time_limit: float
     ) -> None:
-        self.layers, self._num_layers, self._protocol = layers, num_layers, protocol
-        self._path, self._seconds = path, seconds
-        kept = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
-        found = kept["layers"] if kept.get("protocol") == protocol else {}
-        self.found = {int(index): [UnitSensitivity(**part) for part in parts] for index, parts in found.items()}
+        self.layers, self._num_layers = layers, num_layers
+        self._header = {"format": CACHE_FORMAT, "protocol": protocol}
+        self._path, self._time_limit = path, time_limit
+        content = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
+        matches = all(content.get(key) == value for key, value in self._header.items())
+        cached = content["layers"] if matches else {}
+        self.sensitivities = {int(index): LayerSensitivity.from_json(layer) for index, layer in cached.items()}
 
     @property
     def complete(self) -> bool:
-        """Whether all layers are there.
+        """Whether all layers are measured.
 
-        Losses that were left out stay so: other ratios would not go with the layers that are pruned by now.
+        Losses skipped under the time limit are not measured later: other losses would give other plans than those by
+        which layers are already pruned.
         """
-        return len(self.found) == len(self.layers)
+        return len(self.sensitivities) == len(self.layers)
 
-    def begin(self) -> None:
-        """Start the clock."""
+    def start_clock(self) -> None:
+        """Start the time limit."""
         self._start = time.perf_counter()
 
-    def wanted(self, index: int) -> bool:
-        """Whether the layer is one of those to measure, and not there yet."""
-        return index in self.layers and index not in self.found
+    def pending(self, index: int) -> bool:
+        """Return whether the layer is to be measured and not measured yet."""
+        return index in self.layers and index not in self.sensitivities
 
     def in_time(self, index: int) -> bool:
-        """Whether its losses, too, are to be measured."""
-        due = self._seconds * self.layers.index(index) / len(self.layers)
+        """Return whether the time limit allows measuring the losses of the layer."""
+        due = self._time_limit * self.layers.index(index) / len(self.layers)
         return time.perf_counter() - self._start <= due or index in (self.layers[0], self.layers[-1])
 
-    def add(self, index: int, parts: list[UnitSensitivity], how: str) -> None:
-        """Keep, and log, a layer's heads and columns; ``how`` they were measured."""
-        self.found[index] = parts
-        heads, columns = parts
-        message = "layer %d/%d: %s %d heads: %s, %d columns: %s"
-        costs = (heads.count, heads.cost, columns.count, columns.cost)
-        logger.info(message, index, self._num_layers, how, *costs)
+    def add(self, index: int, layer: LayerSensitivity, label: str) -> None:
+        """Add the sensitivity of a layer, log it under ``label`` and write the file."""
+        self.sensitivities[index] = layer
+        heads, columns = layer.heads, layer.columns
+        message = "layer %d/%d %s: −%d heads %s, −%d columns %s"
+        losses = (heads.count, heads.log_text, columns.count, columns.log_text)
+        logger.info(message, index, self._num_layers, label, *losses)
         if self._path:
-            layers = {at: [asdict(part) for part in own] for at, own in self.found.items()}
-            write_json_atomic(self._path, {"protocol": self._protocol, "layers": layers})
+            layers = {index: asdict(layer) for index, layer in self.sensitivities.items()}
+            write_json_atomic(self._path, {**self._header, "layers": layers})
 
 
 @torch.no_grad()
@@ -188,153 +211,89 @@ def measure(
     samples: Tensor,
     layers: range,
     settings: PruningSettings,
-    finished: Path | None = None,
-    seconds: float = math.inf,
-) -> dict[int, list[UnitSensitivity]]:
-    """The heads and the FFN columns of every one of ``layers``, by its index.
+    cache_file: Path | None = None,
+    time_limit: float = math.inf,
+) -> dict[int, LayerSensitivity]:
+    """Return the sensitivity of every one of ``layers`` of the dense model, by layer index.
 
     Args:
-        host: of the whole dense model, which ends as it was.
+        host: the whole dense model; its weights are unchanged on return.
         samples: (num_samples, seqlen) calibration token ids.
-        layers: those that are to be pruned.
-        settings: how.
-        finished: file that keeps what is measured, so that a run that was cut off does not measure it again.
-        seconds: as for :class:`SensitivityCache`.
+        layers: the layers to measure.
+        settings: how layers are pruned.
+        cache_file: file of measurements for an interrupted run to resume from.
+        time_limit: seconds, see :class:`SensitivityCache`.
 
     Raises:
-        UserError: if predictions are not finite, with the layer named.
+        UserError: if predictions are not finite, naming the layer.
     """
-    protocol = [REFERENCE_RATIO, MAX_CURVE_RATIO, *PROBE_SAMPLES, PROBE_TOKENS]
-    shapes = layer_shapes(host.model.config)
-    measured = SensitivityCache(layers, len(shapes), protocol, finished, seconds)
-    if measured.complete:
-        return measured.found
-    measured.begin()
+    protocol = [REFERENCE_RATIO, MAX_CURVE_RATIO, HEAD_PROBE_SAMPLES, COLUMN_PROBE_SAMPLES, PROBE_TOKENS]
+    cache = SensitivityCache(layers, len(host.layers), protocol, cache_file, time_limit)
+    if cache.complete:
+        return cache.sensitivities
+    cache.start_clock()
 
     def work(settings: PruningSettings) -> None:
-        _measure_layers(host, samples, measured, settings)
+        _measure_layers(host, samples, cache, settings)
 
     retry_with_less_memory(work, settings, samples, host, "measuring")
-    return measured.found
+    return cache.sensitivities
 
 
-def _measure_layers(
-    host: ResidentModel, samples: Tensor, measured: SensitivityCache, settings: PruningSettings
-) -> None:
-    """Go through the dense model, and measure the layers that are wanted."""
-    shapes, last = layer_shapes(host.model.config), measured.layers[-1]
+def _measure_layers(host: ResidentModel, samples: Tensor, cache: SensitivityCache, settings: PruningSettings) -> None:
+    """Run the dense model layer by layer and measure the pending layers of ``cache``."""
+    shapes, last = layer_shapes(host.model.config), cache.layers[-1]
     with host.non_layer_modules(settings.device), logging_redirect_tqdm():
         hidden, calls = capture_layer_kwargs(host.model, host.layers, samples, settings)
-        probes = [KLProbe(host, samples[:count, :PROBE_TOKENS], settings) for count in PROBE_SAMPLES]
+        head_probe = KLProbe(host, samples[:HEAD_PROBE_SAMPLES, :PROBE_TOKENS], settings)
+        column_probe = KLProbe(host, samples[:COLUMN_PROBE_SAMPLES, :PROBE_TOKENS], settings)
         for index in tqdm(range(last + 1), desc="measuring", unit="layer", disable=None):
             layer = host.onload(index, settings.device)
-            replay = LayerForward(layer, host.family, hidden, calls[index], settings)
-            if measured.wanted(index):
-                asked = probes if measured.in_time(index) else [None, None]
-                measured.add(index, _measured_layer(replay, asked, index, shapes[index], settings), "losing")
+            forward = LayerForward(layer, host.family, hidden, calls[index], settings)
+            if cache.pending(index):
+                probes = (head_probe, column_probe) if cache.in_time(index) else (None, None)
+                cache.add(index, _layer_sensitivity(forward, probes, index, shapes[index], settings), "sensitivity")
             if index < last:
-                replay.advance()
-                for probe in probes:
-                    probe.advance(index)
+                forward.advance()
+                head_probe.advance(index)
+                column_probe.advance(index)
             host.offload(index)
 
 
-def loss_curves(
-    measured: dict[int, list[UnitSensitivity]], units: list[LayerUnits]
-) -> list[tuple[LossCurve, LossCurve]]:
-    """Loss curves of the heads and of the FFN columns of every layer that was measured, in their order.
+def _layer_sensitivity(
+    forward: LayerForward,
+    probes: tuple[KLProbe | None, KLProbe | None],
+    index: int,
+    shape: LayerShape,
+    settings: PruningSettings,
+) -> LayerSensitivity:
+    """Return the sensitivity of layer ``index``; without the probes of heads and columns, the errors alone."""
 
-    Args:
-        measured: by layer.
-        units: of all layers.
-    """
-    layers = [measured[index] for index in sorted(measured)]
-    losses = [_interpolated([parts[kind].loss for parts in layers]) for kind in range(2)]
-    return [
-        (
-            LossCurve(heads.losses(of_heads), own.head_weights, False),
-            LossCurve(columns.losses(of_columns), own.column_weights, True),
-        )
-        for (heads, columns), own, of_heads, of_columns in zip(
-            layers, (units[index] for index in sorted(measured)), *losses, strict=True
-        )
-    ]
-
-
-def most_removable(units: list[LayerUnits], layers: range) -> int:
-    """Block weights of ``layers`` that curves reach at most."""
-    return sum(
-        (own.heads - 1) * own.head_weights + own.removed_by(MAX_CURVE_RATIO)[1] * own.column_weights
-        for own in units[layers.start : layers.stop]
-    )
-
-
-def _interpolated(losses: list[float | None]) -> np.ndarray:
-    """Losses by layer, those that were not measured between the logarithms of their neighbours'."""
-    known = {index: loss for index, loss in enumerate(losses) if loss is not None}
-    if not known:
-        # Neither the first nor the last has anything to lose here.
-        return np.full(len(losses), LEAST_LOSS)
-    return np.exp(np.interp(range(len(losses)), list(known), np.log(list(known.values()))))
-
-
-def _measured_layer(
-    replay: LayerForward, probes: Sequence[KLProbe | None], index: int, shape: LayerShape, settings: PruningSettings
-) -> list[UnitSensitivity]:
-    """The heads and the columns of a layer, their losses too where there is a probe of each."""
-    family = replay.family
-    unit_size, groups, _ = head_unit(shape, settings)
-    parts = []
-    for probe, (name, inputs, size, num_groups) in zip(
-        probes,
-        (
-            (family.attention_out, replay.attention_inputs(), unit_size, groups),
-            (family.mlp_out, _column_inputs(replay), 1, 1),
-        ),
-        strict=True,
-    ):
-        pruner = SlimGPT(linear_map(replay.layer, name), f"layer {index} {name}")
+    def sensitivity(
+        name: str, inputs: Iterable[Tensor], unit_size: int, num_groups: int, probe: KLProbe | None
+    ) -> UnitSensitivity:
+        pruner = SlimGPT(linear_map(forward.layer, name), f"layer {index} {name}")
         for batch in inputs:
             pruner.add_batch(batch)
-        parts.append(_measured(pruner, probe, index, size, num_groups, settings))
-    return parts
+        return _unit_sensitivity(pruner, probe, index, unit_size, num_groups, settings)
+
+    unit_size, num_groups, _ = head_unit(shape, settings)
+    family = forward.family
+    heads = sensitivity(family.attention_out, forward.attention_inputs(), unit_size, num_groups, probes[0])
+    # The attention is dense again.
+    forward.finish_attention()
+    columns = sensitivity(family.mlp_out, forward.column_inputs(), 1, 1, probes[1])
+    return LayerSensitivity(heads, columns)
 
 
-def error_curve(
-    pruner: SlimGPT, unit_size: int, num_groups: int, settings: PruningSettings, at_least: int = 0
-) -> Tensor:
-    """:meth:`SlimGPT.error_curve` of all units of heads but one, or of ``MAX_CURVE_RATIO`` of the columns.
-
-    It goes as far as ``at_least`` units.
-    """
-    per_group = pruner.columns // unit_size // num_groups
-    most = per_group - 1 if unit_size > 1 else max(units_to_remove(per_group, MAX_CURVE_RATIO), at_least)
-    group = settings.selection.column_group or math.ceil(pruner.columns / CURVE_STEPS)
-    fine = replace(settings.selection, column_group=group)
-    return pruner.error_curve(most * num_groups, unit_size, settings.percdamp, num_groups, fine, settings.solve_dtype)
-
-
-def reference_count(errors: Tensor, per_group: int) -> int:
-    """``REFERENCE_RATIO`` of the units of a group, where ``errors`` has so many; all of them if they cost nothing."""
-    count = min(max(round(REFERENCE_RATIO * per_group), 1), len(errors) - 1)
-    # Columns that are never active go first, at no cost, and tell nothing of the others.
-    return max(count, int((errors <= REL_TOLERANCE * errors[-1]).sum()))
-
-
-def _column_inputs(replay: LayerForward) -> Iterator[Tensor]:
-    """Of the FFN's output map, after the attention as it was."""
-    replay.finish_attention()
-    yield from replay.column_inputs()
-
-
-def _measured(
+def _unit_sensitivity(
     pruner: SlimGPT, probe: KLProbe | None, index: int, unit_size: int, num_groups: int, settings: PruningSettings
 ) -> UnitSensitivity:
-    """Errors of 0, 1, … units of every group, and a loss; the weights stay as they are."""
+    """Return the errors with 0, 1, … units of every group removed and the loss; the weights are unchanged on return."""
     errors = error_curve(pruner, unit_size, num_groups, settings)
     per_group = pruner.columns // unit_size // num_groups
     count = reference_count(errors, per_group)
-    sublayer = UnitSensitivity(errors.tolist(), count)
+    sensitivity = UnitSensitivity(errors.tolist(), count)
     if probe and count < len(errors):
         dense = pruner.linear.weight.clone()
         try:
@@ -342,13 +301,71 @@ def _measured(
                 count * num_groups,
                 unit_size,
                 settings.percdamp,
-                True,
-                num_groups,
-                settings.selection,
-                settings.solve_dtype,
+                num_groups=num_groups,
+                selection=settings.selection,
+                solve_dtype=settings.solve_dtype,
             )
-            sublayer.loss = max(probe.divergence(index), LEAST_LOSS)
+            sensitivity.loss = max(probe.divergence(index), MIN_LOSS)
         finally:
-            # Also where memory was full, and all is tried once more.
+            # Also for the retry after an out-of-memory error.
             pruner.linear.weight.copy_(dense)
-    return sublayer
+    return sensitivity
+
+
+def error_curve(
+    pruner: SlimGPT, unit_size: int, num_groups: int, settings: PruningSettings, at_least: int = 0
+) -> Tensor:
+    """Return :meth:`SlimGPT.error_curve` up to all units of heads but one, or ``MAX_CURVE_RATIO`` of the columns.
+
+    The curve of columns reaches ``at_least`` columns.
+    """
+    per_group = pruner.columns // unit_size // num_groups
+    most = per_group - 1 if unit_size > 1 else max(units_to_remove(per_group, MAX_CURVE_RATIO), at_least)
+    column_group = settings.selection.column_group or math.ceil(pruner.columns / CURVE_STEPS)
+    selection = replace(settings.selection, column_group=column_group)
+    return pruner.error_curve(
+        most * num_groups, unit_size, settings.percdamp, num_groups, selection, settings.solve_dtype
+    )
+
+
+def reference_count(errors: Tensor, per_group: int) -> int:
+    """Return ``REFERENCE_RATIO`` of the units of a group, or all units of the curve if their errors are zero."""
+    count = min(max(round(REFERENCE_RATIO * per_group), 1), len(errors) - 1)
+    # Dead columns are removed first, at zero error, and tell nothing of the others.
+    return max(count, int((errors <= REL_TOLERANCE * errors[-1]).sum()))
+
+
+def loss_curves(sensitivities: dict[int, LayerSensitivity], units: list[LayerUnits]) -> list[LayerCurves]:
+    """Return the loss curves of the measured layers in order.
+
+    Args:
+        sensitivities: sensitivity by layer index.
+        units: units of all layers.
+    """
+    layers = sorted(sensitivities)
+    head_losses = _interpolated([sensitivities[index].heads.loss for index in layers])
+    column_losses = _interpolated([sensitivities[index].columns.loss for index in layers])
+    curves = []
+    for index, head_loss, column_loss in zip(layers, head_losses, column_losses, strict=True):
+        layer, unit = sensitivities[index], units[index]
+        heads = LossCurve(layer.heads.loss_curve(head_loss), unit.head_weights, column=False)
+        columns = LossCurve(layer.columns.loss_curve(column_loss), unit.column_weights, column=True)
+        curves.append(LayerCurves(heads, columns))
+    return curves
+
+
+def max_removable_weights(units: list[LayerUnits], layers: range) -> int:
+    """Return the block weights of ``layers`` that their loss curves cover."""
+    return sum(
+        (layer.heads - 1) * layer.head_weights + layer.removed_by(MAX_CURVE_RATIO)[1] * layer.column_weights
+        for layer in units[layers.start : layers.stop]
+    )
+
+
+def _interpolated(losses: list[float | None]) -> np.ndarray:
+    """Return the losses by layer, with missing ones interpolated in the logarithm."""
+    known = {index: loss for index, loss in enumerate(losses) if loss is not None}
+    if not known:
+        # No layer has units to remove.
+        return np.full(len(losses), MIN_LOSS)
+    return np.exp(np.interp(range(len(losses)), list(known), np.log(list(known.values()))))

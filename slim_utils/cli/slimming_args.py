@@ -5,6 +5,9 @@ from pathlib import Path
 
 from slim_utils.allocation.schedules import STRATEGIES
 from slim_utils.common.bos import BOS_HELP, BOS_POLICIES
+from slim_utils.common.loading import DTYPES
+from slim_utils.layerwise.settings import GQA_UNITS
+from slim_utils.output.hub import add_hub_flags
 from slim_utils.pruning_config import BEST_COLUMN_GROUP, BEST_SINK_WINDOWS, SENSITIVITY
 
 ALLOCATIONS = ("uniform", *STRATEGIES, SENSITIVITY)
@@ -24,6 +27,60 @@ def add_calibration_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seqlen", type=int, help="tokens of a sample (default %(default)s)")
     group.add_argument("--seed", type=int, help="of the choice of samples (default %(default)s)")
     group.add_argument("--bos", choices=BOS_POLICIES, help=BOS_HELP)
+
+
+def add_ratio_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of the original that set the pruning ratios."""
+    group.add_argument("--sparsity", type=float, help="one pruning ratio for all layers (default %(default)s)")
+    group.add_argument("--non_uniform", action="store_true", help="a ratio per layer, from min to max")
+    group.add_argument(
+        "--non_uniform_strategy", choices=STRATEGIES, help="schedule of --non_uniform (default %(default)s)"
+    )
+    group.add_argument("--min_sparsity", type=float, help="lowest ratio of a schedule (default %(default)s)")
+    group.add_argument("--max_sparsity", type=float, help="highest ratio of --non_uniform (default %(default)s)")
+
+
+def add_unit_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that set the unit of removal, alignment, range of layers and compensation."""
+    group.add_argument(
+        "--gqa_unit",
+        choices=GQA_UNITS,
+        help="unit of removal in grouped-query attention: the same number of query heads from every kv group, or whole "
+        "groups (default %(default)s)",
+    )
+    group.add_argument("--multiple_of", type=int, help="every layer keeps a multiple of N FFN columns")
+    group.add_argument("--even_heads", action="store_true", help="every layer keeps an even number of heads")
+    group.add_argument("--tp_size", type=int, help="tensor-parallel GPUs that heads and FFN columns divide by")
+    group.add_argument("--minlayer", type=int, help="first layer to prune")
+    group.add_argument("--maxlayer", type=int, help="prune the layers before this one")
+    group.add_argument(
+        "--no_compensate", action="store_true", help="zero the pruned weights without updating the remaining ones"
+    )
+    group.add_argument("--percdamp", type=float, help="damping of the Hessian (default %(default)s)")
+
+
+def add_machine_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of device, memory and dtype."""
+    group.add_argument("--device", help="auto, cuda, cuda:N or cpu (default %(default)s)")
+    group.add_argument("--cache_dev", help="cuda or cpu: device of the activations between layers (default: --device)")
+    group.add_argument(
+        "--batch_samples", type=int, help="samples moved from --cache_dev to --device at once (default %(default)s)"
+    )
+    group.add_argument("--stream", action="store_true", help="for models larger than memory: one layer at a time")
+    group.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (auto: the checkpoint's)")
+    group.add_argument("--trust_remote_code", action="store_true", help="run model code found in the checkpoint")
+
+
+def add_output_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of the output folder and of publishing it."""
+    group.add_argument("--save_dir", help="output folder (default: nothing is saved)")
+    group.add_argument("--save_pruned_weights", action="store_true", help="also save the pruned model")
+    group.add_argument(
+        "--uniform_shapes", action="store_true", help="the pruned model is a stock checkpoint, without custom code"
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace the --save_dir of an earlier run")
+    group.add_argument("--resume", action="store_true", help="continue an interrupted run of the same --save_dir")
+    add_hub_flags(group)
 
 
 def add_budget_flags(group: argparse._ArgumentGroup) -> None:

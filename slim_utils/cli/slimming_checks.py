@@ -2,11 +2,17 @@
 
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from slim_utils.allocation.schedules import STRATEGIES
 from slim_utils.common.errors import UserError
+from slim_utils.common.input_paths import check_inputs_outside, eval_files
+from slim_utils.common.loading import check_output, choose_device
+from slim_utils.layerwise.resume import LayerStore
 from slim_utils.pruning_config import BEST_COLUMN_GROUP, BEST_SINK_WINDOWS, SENSITIVITY, PruningConfig
 from slim_utils.text_source import CALIBRATION_DATASETS
 
@@ -14,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # What a sensitivity analysis cannot do without, by the flag that takes it away.
 SENSITIVITY_NEEDS = {"stream": "the whole model in memory", "no_compensate": "compensation"}
+# Allocation of --preset best without a sensitivity analysis.
+FALLBACK_ALLOCATION = "log_increase"
 
 
 def calibration_texts(config: PruningConfig) -> list[str]:
@@ -38,48 +46,52 @@ def num_sink_windows(config: PruningConfig, bos: bool) -> int:
     return BEST_SINK_WINDOWS if config.preset == "best" and not bos else 0
 
 
-def with_preset(config: PruningConfig) -> PruningConfig:
-    """The flags that ``--preset best`` stands for, where they are not given."""
+def with_preset(config: PruningConfig, experts: bool = False) -> PruningConfig:
+    """Return ``config`` with the flags that ``--preset best`` stands for; explicit flags take precedence.
+
+    Args:
+        config: flags as given.
+        experts: whether the model is an MoE model, which is known once its configuration is loaded.
+    """
     if config.preset == "paper":
         return config
     group = BEST_COLUMN_GROUP if config.column_group is None else config.column_group
     config = replace(config, exact_heads=True, column_group=group)
     if config.allocation or config.uniform_shapes or not config.has_target:
         return config
+    return replace(config, allocation=FALLBACK_ALLOCATION if _preset_obstacles(config, experts) else SENSITIVITY)
+
+
+def resolve_preset(config: PruningConfig, experts: bool) -> PruningConfig:
+    """Return :func:`with_preset`, and log where it falls back to a schedule.
+
+    Raises:
+        UserError: if a flag limits a sensitivity analysis that the model does not allow.
+    """
+    resolved = with_preset(config, experts)
+    if config.allocation is None and resolved.allocation == FALLBACK_ALLOCATION:
+        if experts and config.search_minutes is not None:
+            raise UserError("--search_minutes limits the sensitivity analysis, which is not supported for MoE models")
+        obstacles = " and ".join(_preset_obstacles(config, experts))
+        message = "--preset best: no sensitivity analysis with %s; using --allocation %s"
+        logger.warning(message, obstacles, FALLBACK_ALLOCATION)
+    return resolved
+
+
+def _preset_obstacles(config: PruningConfig, experts: bool) -> list[str]:
+    """Return what rules out the sensitivity analysis of ``--preset best``."""
     obstacles = [f"--{name}" for name in SENSITIVITY_NEEDS if getattr(config, name)]
     if in_several_processes():
         obstacles.append("several processes")
-    if obstacles:
-        return without_sensitivity(config, " and ".join(obstacles))
-    return replace(config, allocation=SENSITIVITY)
+    # --refine needs measurements too; the planner refuses it for MoE models.
+    if experts and not config.refine:
+        obstacles.append("experts")
+    return obstacles
 
 
 def in_several_processes() -> bool:
     """Whether torchrun started more than this process."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def with_preset_for_experts(config: PruningConfig, allocation: str | None) -> PruningConfig:
-    """``config`` with a schedule in place of the sensitivity analysis of ``--preset best``, for an MoE model.
-
-    Args:
-        config: with the preset applied.
-        allocation: the one that was given; it stays.
-
-    Raises:
-        UserError: if there is a flag for the analysis.
-    """
-    if allocation or config.allocation != SENSITIVITY or config.refine:
-        return config
-    if config.search_minutes is not None:
-        raise UserError("--search_minutes limits the sensitivity analysis, which is not supported for MoE models")
-    return without_sensitivity(config, "experts")
-
-
-def without_sensitivity(config: PruningConfig, obstacle: str) -> PruningConfig:
-    """What ``--preset best`` stands for where losses cannot be measured."""
-    logger.warning("--preset best: no sensitivity analysis with %s; using --allocation log_increase", obstacle)
-    return replace(config, allocation="log_increase")
 
 
 def check_budget(config: PruningConfig) -> None:
@@ -181,3 +193,48 @@ def check_output_flags(config: PruningConfig) -> None:
         raise UserError("--push_to_hub publishes the small model: add --save_pruned_weights")
     if config.hub_public and not config.push_to_hub:
         raise UserError("--hub_public is about what is published: add --push_to_hub NAME, or leave it out")
+
+
+def check_flags(config: PruningConfig) -> None:
+    """Check the flags, each by itself and against the others.
+
+    Raises:
+        UserError: naming the flag to change.
+    """
+    calibration_texts(config)
+    check_ranges(config)
+    check_budget(config)
+    check_original_flags(config)
+    check_output_flags(config)
+
+
+def check_save_dir(config: PruningConfig) -> None:
+    """Check that the output folder can be written and holds none of the inputs.
+
+    Raises:
+        UserError: if not, or if it has an interrupted run and neither ``--resume`` nor ``--overwrite`` is given.
+    """
+    folder = Path(config.save_dir)
+    interrupted = LayerStore(folder).exists()
+    if interrupted and not (config.resume or config.overwrite):
+        raise UserError(f"--save_dir {folder}: a run was interrupted; --resume continues it, --overwrite starts anew")
+    # A run interrupted before its evaluation has its output already.
+    check_output(folder, config.overwrite or (config.resume and interrupted))
+    texts = [] if config.skip_evaluate else eval_files(config.eval_datasets)
+    inputs: dict[str, Iterable[str | Path | None]] = {"MODEL": [config.model_path], "--profile": [config.profile]}
+    inputs |= {"--data_file": config.data_file or [], "--eval_datasets": texts}
+    check_inputs_outside(folder, "--save_dir", inputs)
+
+
+def with_devices(config: PruningConfig) -> PruningConfig:
+    """Return ``config`` with the names of available devices.
+
+    Raises:
+        UserError: if a device is not available.
+    """
+    name = config.device
+    if name == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = choose_device(name)
+    cache_dev = choose_device(config.cache_dev, "--cache_dev") if config.cache_dev else device
+    return replace(config, device=str(device), cache_dev=str(cache_dev))

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from slim_utils.output.provenance import (
     with_step,
     write_provenance,
 )
+from slim_utils.output.run_record import RunRecord
 from slim_utils.params_remove import shrink, shrink_layer, small_on_meta, zero_layer, zero_removed
 from slim_utils.profiling.model_stats import count_parameters
 from slim_utils.text_source import hub_datasets
@@ -205,7 +206,7 @@ def write_output(
     output: CheckpointWriter,
     tokenizer: PreTrainedTokenizerBase,
     masks: list[LayerMask],
-    record: dict[str, Any],
+    record: RunRecord,
 ) -> None:
     """Write ``save_dir``, whole or not at all.
 
@@ -214,19 +215,19 @@ def write_output(
         output: what writes the checkpoints.
         tokenizer: the model's.
         masks: a mask a layer.
-        record: content of ``run.json``.
+        record: content of ``run.json``; completed by the sizes and the provenance of the output.
     """
     with atomic_folder(save_dir) as folder:
         small = output.write(folder, masks, tokenizer)
         if small is not None:
-            record["sizes"]["parameters_pruned"] = count_parameters(small)
+            record.sizes.parameters_pruned = count_parameters(small)
         remaining = remaining_weights(output.family.decoder_layers(output.model), output.family, masks)
-        texts = hub_datasets(source["name"] for source in record["calibration"]["sources"])
-        step = pruning_step(pruning_settings(record), remaining, texts)
-        record["provenance"] = with_step(record["provenance"], step)
-        record["sizes"]["block_share_removed_in_total"] = total_share_removed(record["provenance"])
-        write_provenance(folder, record["provenance"])
-        copy_license_files(record["arguments"]["model_path"], folder)
+        texts = hub_datasets(source["name"] for source in record.calibration["sources"])
+        step = pruning_step(pruning_settings(record.to_json()), remaining, texts)
+        record.provenance = with_step(record.provenance, step)
+        record.sizes.block_share_removed_in_total = total_share_removed(record.provenance)
+        write_provenance(folder, record.provenance)
+        copy_license_files(record.arguments["model_path"], folder)
         write_pruning(folder / PRUNING_FILE, masks, output.model.config.model_type)
         write_record(folder, masks, record)
 
@@ -239,16 +240,16 @@ def saved_before(save_dir: str) -> Iterator[None]:
         yield
 
 
-def write_record(folder: Path, masks: list[LayerMask], record: dict[str, Any]) -> None:
+def write_record(folder: Path, masks: list[LayerMask], record: RunRecord) -> None:
     """Write ``run.json``, and the model card that is made from it where there is a small model."""
-    write_json_atomic(folder / RUN_FILE, record)
-    arguments = record["arguments"]
+    write_json_atomic(folder / RUN_FILE, record.to_json())
+    arguments = record.arguments
     if arguments["save_pruned_weights"]:
         write_card(
             folder / SMALL_MODEL_FOLDER,
-            record["provenance"],
+            record.provenance,
             arguments["model_path"],
             masks=masks,
-            perplexity=record.get("perplexity"),
+            perplexity=record.perplexity,
             address=arguments["push_to_hub"] or "DIR",
         )

@@ -39,7 +39,7 @@ def test_pruning_into_a_mount_point(checkpoint, text_file, more, mount_point, mo
         patched.setattr(model_slimming, "write_output", stop)
         prune(checkpoint, text_file, mount_point, *more)
     assert [path.name for path in mount_point.iterdir()] == [".unfinished"]
-    with pytest.raises(UserError, match="a run was cut off; --resume goes on"):
+    with pytest.raises(UserError, match="a run was interrupted; --resume continues it"):
         prune(checkpoint, text_file, mount_point, *more)
     prune(checkpoint, text_file, mount_point, *more, "--resume")
     check_loads(mount_point)

@@ -155,7 +155,7 @@ def test_a_cut_off_run_is_not_begun_anew_silently(words, tmp_path, monkeypatch):
         main(*words, "--save_dir", out)
     store = LayerStore(out)
     assert len(list(store.folder.glob("layer_*.safetensors"))) == 4
-    with pytest.raises(UserError, match="a run was cut off; --resume goes on, --overwrite starts anew"):
+    with pytest.raises(UserError, match="a run was interrupted; --resume continues it, --overwrite starts anew"):
         main(*words, "--save_dir", out)
     with pytest.raises(UserError, match=r"not the same run: --percdamp was 0\.01, is 0\.1; to start"):
         main(*words, "--percdamp", 0.1, "--resume", "--save_dir", out)
@@ -213,7 +213,7 @@ def test_cut_off_while_it_is_evaluated(words, text_file, tmp_path, monkeypatch):
         main(*words)
     assert (out / "run.json").is_file()
     before = contents(out)
-    with pytest.raises(UserError, match="a run was cut off; --resume goes on"):
+    with pytest.raises(UserError, match="a run was interrupted; --resume continues it"):
         main(*words)
     main(*words, "--resume")
     assert json.loads((out / "run.json").read_text())["perplexity"]
@@ -265,7 +265,7 @@ def test_a_full_disk_leaves_a_run_that_goes_on(words, more, small_disk, tmp_path
     process = run_python(*command)
     assert process.returncode == 1, process.stderr
     error = process.stderr.splitlines()[-1]
-    assert "the disk is full, nothing was saved" in error and "--resume with the same --save_dir goes on" in error
+    assert "the disk is full, nothing was saved" in error and "--resume with the same --save_dir continues" in error
     assert "Traceback" not in process.stderr
     assert [path.name for path in disk.iterdir()] == [".out.unfinished"]
     assert not list(disk.rglob("*.partial"))

@@ -1,4 +1,4 @@
-"""Where a budget of weights goes: schedules, profiles and the measured search."""
+"""Allocation of a budget of block weights: schedules, loss curves, profiles and the sensitivity analysis."""
 
 import itertools
 import json
@@ -10,10 +10,11 @@ import torch
 
 import model_slimming
 from slim_utils.allocation.budget import (
+    LayerCurves,
     LayerUnits,
     LossCurve,
     allocate,
-    allocate_in_depth,
+    allocate_with_depth_decay,
     block_weights,
     layer_units,
     scaled_counts,
@@ -119,15 +120,15 @@ def test_late_layers_lose_more_the_more_goes():
     """Of layers alike the later ones, and evenly where losses are nothing."""
     curve = np.arange(101) ** 2
     for scale, even in ((1e-9, True), (1e-4, False)):
-        layers = [(LossCurve(np.zeros(1), 1, False), LossCurve(scale * curve, 1, True))] * 4
-        columns = [count for _, count in allocate_in_depth(layers, 200)]
+        layers = [LayerCurves(LossCurve(np.zeros(1), 1, False), LossCurve(scale * curve, 1, True))] * 4
+        columns = [count for _, count in allocate_with_depth_decay(layers, 200)]
         assert sum(columns) == 200
         assert (columns == [50] * 4) == even
         assert columns == sorted(columns)
 
 
 def test_more_than_there_is_cannot_go():
-    with pytest.raises(UserError, match="no more than 12 block weights can go, of 13; lower the target"):
+    with pytest.raises(UserError, match="removes 13 block weights, at most 12 can be removed; lower --target_ratio"):
         allocate([LossCurve(np.arange(5.0), 3, True)], 13)
 
 
@@ -152,7 +153,7 @@ def test_schedules_meet_a_budget_to_one_column(name, unit, strategy):
         removed = removed_share(layers, family, masks) * total
         assert share * total - 1e-6 <= removed < share * total + max(own.column_weights for own in units)
         assert masks[0].kept_heads == list(range(6))
-    with pytest.raises(UserError, match="cannot lose"):
+    with pytest.raises(UserError, match="can be removed"):
         scaled_counts(schedule, units, 0.99 * total)
 
 
@@ -233,8 +234,8 @@ def test_only_what_is_pruned_is_searched(words, tmp_path):
 
 
 def test_a_target_out_of_reach_is_seen_before_the_search(words, tmp_path, monkeypatch):
-    monkeypatch.setattr(Planner, "measured", lambda *args: pytest.fail("measured"))
-    with pytest.raises(UserError, match="block weights can go"):
+    monkeypatch.setattr(Planner, "measured_plans", lambda *args: pytest.fail("measured"))
+    with pytest.raises(UserError, match="can be removed; lower --target_ratio"):
         main(*words, "--target_ratio", 0.99, "--preset", "best", "--save_dir", tmp_path / "out")
 
 
@@ -320,7 +321,7 @@ def test_a_search_that_was_cut_off_measures_nothing_twice(words, tmp_path, monke
         (["--target_ratio", 0.2, "--target_params", 9], "--target_ratio and --target_params ask for different things"),
         (["--allocation", "search", "--sparsity", 0.2], "--allocation spreads a target: add --target_ratio"),
         (["--target_ratio", 1.5], r"--target_ratio 1\.5: more than 0 and less than 1"),
-        (["--target_ratio", 0.99], "cannot lose .* weights; lower the target"),
+        (["--target_ratio", 0.99], "at most .* can be removed; lower --target_ratio"),
         (["--target_params", 1e9], r"--target_params 1e\+09: the model has"),
         (["--target_ratio", 0.2, "--allocation", "search", "--no_compensate"], "search needs compensation"),
         (["--target_ratio", 0.2, "--search_minutes", 1], "--search_minutes is the time of a search"),

@@ -1,4 +1,4 @@
-"""Units that move between layers by what they are worth to the pruned model."""
+"""Refinement: units that move between layers by the loss of the pruned model."""
 
 import json
 from dataclasses import asdict, replace
@@ -12,7 +12,7 @@ import model_slimming
 from slim_utils.allocation import refinement
 from slim_utils.allocation.budget import LayerUnits, layer_units
 from slim_utils.allocation.refinement import REFINEMENT_SAMPLES, measure_around, refined_plans
-from slim_utils.allocation.sensitivity import LEAST_LOSS, KLProbe, UnitSensitivity
+from slim_utils.allocation.sensitivity import MIN_LOSS, KLProbe, LayerSensitivity, UnitSensitivity
 from slim_utils.common.errors import UserError
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layerwise.offload import ResidentModel
@@ -41,8 +41,8 @@ def test_prices_are_those_of_the_whole_pruned_model(kind, name, samples):
     """The rise from a few units fewer gone to a few more, with every other layer as planned."""
     model, dense = make_tiny(name, torch.float64), make_tiny(name, torch.float64)
     family = find_family(model.config)
-    found = measure_around(ResidentModel(model, family), samples, None, PLAN, SETTINGS)
-    assert sorted(found) == [0, 1, 3]
+    sensitivities = measure_around(ResidentModel(model, family), samples, None, PLAN, SETTINGS)
+    assert sorted(sensitivities) == [0, 1, 3]
     for parameter, before in zip(model.parameters(), dense.parameters(), strict=True):
         assert torch.equal(parameter, before)
     planned, probe, losses = pruned(name, samples, PLAN), samples[:REFINEMENT_SAMPLES], []
@@ -58,8 +58,8 @@ def test_prices_are_those_of_the_whole_pruned_model(kind, name, samples):
             family.decoder_layers(planned)[1].get_submodule(target).weight.copy_(weight)
             got = planned(probe).logits.log_softmax(-1)
             losses.append(functional.kl_div(got, expected, reduction="sum", log_target=True).item() / probe.numel())
-    sublayer = found[1][kind == "columns"]
-    curve = sublayer.losses(sublayer.loss)
+    sensitivity = getattr(sensitivities[1], kind)
+    curve = sensitivity.loss_curve(sensitivity.loss)
     assert curve[count + step] - curve[count - step] == pytest.approx(losses[1] - losses[0], rel=1e-3, abs=3e-8)
 
 
@@ -98,12 +98,12 @@ def test_every_family_keeps_its_budget(name, samples):
 def test_heads_that_are_normed_together_are_only_tried_without(samples):
     """What feeds a head that went is gone as well."""
     model = make_tiny("olmo2")
-    seen, family = [], find_family(model.config)
+    outcomes, family = [], find_family(model.config)
     hook = refinement._ProbeHook(family, SETTINGS)
     prune_layers(model, family, samples, PLAN, SETTINGS, hook=hook)
-    for (_, name), place in hook.places.items():
-        seen.append((name == family.attention_out, min(place.candidate_weights) > place.count))
-    assert set(seen) == {(True, True), (False, False)}
+    for (_, name), probed in hook.maps.items():
+        outcomes.append((name == family.attention_out, min(probed.candidate_weights) > probed.count))
+    assert set(outcomes) == {(True, True), (False, False)}
 
 
 def test_a_layer_that_does_nothing_costs_nothing(samples):
@@ -113,18 +113,22 @@ def test_a_layer_that_does_nothing_costs_nothing(samples):
     units = layer_units(host.layers, family, layer_shapes(model.config), SETTINGS)
     plan = [own.plan(2, 8) for own in units]
     measured = measure_around(host, samples, None, plan, SETTINGS)
-    assert measured[0][0].loss is None
+    assert measured[0].heads.loss is None
     plans = refined_plans(measured, units, plan, sum(2 * own.head_weights + 8 * own.column_weights for own in units))
     assert plans[0].heads == 3
 
 
-def curve(price: float, units: int) -> UnitSensitivity:
-    return UnitSensitivity((np.arange(units + 1.0) ** 1.5).tolist(), units // 2, price * (units // 2) ** 1.5)
+def curve(slope: float, units: int) -> UnitSensitivity:
+    return UnitSensitivity((np.arange(units + 1.0) ** 1.5).tolist(), units // 2, slope * (units // 2) ** 1.5)
+
+
+def layer(slope: float) -> LayerSensitivity:
+    return LayerSensitivity(heads=curve(slope, 8), columns=curve(slope / 100, 57))
 
 
 def test_few_units_move_and_the_budget_stays():
     units = [LayerUnits(9, 64, 100, 3)] * 2
-    measured = {0: [curve(4, 8), curve(4e-2, 57)], 1: [curve(1, 8), curve(1e-2, 57)]}
+    measured = {0: layer(4), 1: layer(1)}
     plan = [LayerPlan(4, 32)] * 2
     budget = 2 * (4 * 100 + 32 * 3)
     counts = [[plan.heads, plan.columns] for plan in refined_plans(measured, units, plan, budget)]
@@ -136,7 +140,7 @@ def test_few_units_move_and_the_budget_stays():
 def test_what_is_not_measured_stays_dense():
     units = [LayerUnits(9, 64, 100, 3)] * 2
     plans = [LayerPlan(), LayerPlan(0, 32)]
-    assert refined_plans({1: [curve(1, 8), curve(1e-2, 57)]}, units, plans, 96) == plans
+    assert refined_plans({1: layer(1)}, units, plans, 96) == plans
 
 
 @pytest.fixture
@@ -165,7 +169,7 @@ def test_a_schedule_is_refined(words, tmp_path):
     card = (tmp_path / "refined" / "pruned_weights" / "README.md").read_text(encoding="utf-8")
     assert "| pruning ratio | 0.3 of the block weights (uniform, refined 2 ×) |" in card
     assert "search" not in records[1] and len(records[1]["refinement"]) == 4
-    assert any(layer["mlp"]["loss"] > LEAST_LOSS for layer in records[1]["refinement"])
+    assert any(layer["mlp"]["loss"] > MIN_LOSS for layer in records[1]["refinement"])
 
 
 def test_a_refinement_that_was_cut_off_measures_nothing_twice(words, tmp_path, monkeypatch):
@@ -204,7 +208,7 @@ def test_without_time_only_the_first_and_the_last_layer_are_measured(words, tmp_
     [
         (["--refine", -1], "--refine -1: at least 0"),
         (["--refine", 1, "--stream", "--save_dir", "out"], "--refine needs the whole model in memory"),
-        (["--refine", 1, "--allocation", "log_increase", "--target_ratio", 0.9], "cannot lose"),
+        (["--refine", 1, "--allocation", "log_increase", "--target_ratio", 0.9], "can be removed"),
         (["--refine", 1, "--preset", "best", "--stream", "--save_dir", "out"], "--refine needs the whole model"),
         (["--refine", 1, "--no_compensate"], "--refine needs compensation; leave --no_compensate out"),
         (["--refine", 1, "--uniform_shapes", "--save_pruned_weights", "--save_dir", "out"], "leave --refine out"),

@@ -1,4 +1,4 @@
-"""The sensitivity analysis of the dense model, and the curves that are made of it."""
+"""Sensitivity analysis of the dense model, and its loss curves."""
 
 import json
 
@@ -7,8 +7,15 @@ import pytest
 import torch
 from torch.nn import functional
 
+from slim_utils.allocation import sensitivity
 from slim_utils.allocation.budget import LayerUnits, layer_units
-from slim_utils.allocation.sensitivity import PROBE_SAMPLES, UnitSensitivity, loss_curves, measure
+from slim_utils.allocation.sensitivity import (
+    COLUMN_PROBE_SAMPLES,
+    LayerSensitivity,
+    UnitSensitivity,
+    loss_curves,
+    measure,
+)
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layerwise.offload import ResidentModel
 from slim_utils.layerwise.settings import PruningSettings
@@ -31,7 +38,7 @@ def test_curves_are_measured_on_the_whole_model(name, samples):
     assert len(curves) == 4
     for parameter, before in zip(model.parameters(), dense.parameters(), strict=True):
         assert torch.equal(parameter, before)
-    inputs, probed = [], PROBE_SAMPLES[1]
+    inputs, probed = [], COLUMN_PROBE_SAMPLES
     linear = family.decoder_layers(model)[2].get_submodule(family.mlp_out)
     handle = linear.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     with torch.no_grad():
@@ -42,20 +49,42 @@ def test_curves_are_measured_on_the_whole_model(name, samples):
         pruner.struct_prune(12, selection=settings.selection)
         got = model(samples[:probed]).logits.log_softmax(-1)
     divergence = functional.kl_div(got, expected, reduction="sum", log_target=True).item() / expected[..., 0].numel()
-    curve = curves[2][1]
+    curve = curves[2].columns
     assert curve.column and curve.losses[12] == pytest.approx(divergence, rel=1e-3, abs=3e-8)
-    assert all((np.diff(of.losses) >= 0).all() and of.losses[0] == 0 for pair in curves for of in pair)
-    assert [len(of.losses) for of in curves[0]] == [units[0].heads, 37]
+    for losses in (curve.losses for layer in curves for curve in (layer.heads, layer.columns)):
+        assert (np.diff(losses) >= 0).all() and losses[0] == 0
+    assert (len(curves[0].heads.losses), len(curves[0].columns.losses)) == (units[0].heads, 37)
 
 
-@pytest.mark.parametrize("content", [{"0": [[0.0, 1.0], [0.0, 2.0]]}, {"protocol": [], "layers": {"0": []}}])
-def test_what_another_search_measured_is_not_used(content, samples, tmp_path):
+PROTOCOL = [0.3, 0.9, 4, 2, 512]
+HEADS = {"errors": [0.0, 1.0], "count": 1, "loss": 0.5}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"0": [[0.0, 1.0], [0.0, 2.0]]},
+        {"format": 2, "protocol": [], "layers": {"0": {"heads": HEADS, "columns": HEADS}}},
+        # Version 1, which had no number.
+        {"protocol": PROTOCOL, "layers": {"0": [HEADS, HEADS], "1": [HEADS, HEADS]}},
+    ],
+)
+def test_measure_cache_of_other_protocol_or_version_is_ignored(content, samples, tmp_path):
     model = make_tiny("mha")
     host, settings = ResidentModel(model, find_family(model.config)), PruningSettings(CPU, CPU)
-    (tmp_path / "measured.json").write_text(json.dumps(content))
-    found = measure(host, samples, range(2), settings, tmp_path / "measured.json")
-    assert found == measure(host, samples, range(2), settings)
-    assert found == measure(host, samples, range(2), settings, tmp_path / "measured.json")
+    path = tmp_path / "measured.json"
+    path.write_text(json.dumps(content))
+    measured = measure(host, samples, range(2), settings, path)
+    assert measured == measure(host, samples, range(2), settings)
+    assert json.loads(path.read_text())["protocol"] == PROTOCOL
+
+
+def test_measure_complete_cache_is_returned(samples, tmp_path, monkeypatch):
+    model = make_tiny("mha")
+    host, settings = ResidentModel(model, find_family(model.config)), PruningSettings(CPU, CPU)
+    measured = measure(host, samples, range(2), settings, tmp_path / "measured.json")
+    monkeypatch.setattr(sensitivity, "_measure_layers", lambda *args: pytest.fail("measured again"))
+    assert measure(host, samples, range(2), settings, tmp_path / "measured.json") == measured
 
 
 def test_dead_columns_do_not_hide_what_the_others_cost(samples):
@@ -65,7 +94,7 @@ def test_dead_columns_do_not_hide_what_the_others_cost(samples):
     family, shapes, settings = find_family(model.config), layer_shapes(model.config), PruningSettings(CPU, CPU)
     host = ResidentModel(model, family)
     units = layer_units(host.layers, family, shapes, settings)
-    losses = loss_curves(measure(host, samples, range(4), settings), units)[1][1].losses
+    losses = loss_curves(measure(host, samples, range(4), settings), units)[1].columns.losses
     assert losses[20] <= 1e-4 * losses[-1] and 1e-4 < losses[-1] < 1
 
 
@@ -73,8 +102,11 @@ def test_layers_that_are_not_measured_take_their_losses_from_their_neighbours():
     units = [LayerUnits(3, 3, 10, 1)] * 3
     losses = enumerate((0.01, None, 0.04))
     layers = {
-        i: [UnitSensitivity([0, 1, 4], 1, loss), UnitSensitivity([0, 2, 2], 2, loss and 1.0)] for i, loss in losses
+        index: LayerSensitivity(
+            heads=UnitSensitivity([0, 1, 4], 1, loss), columns=UnitSensitivity([0, 2, 2], 2, loss and 1.0)
+        )
+        for index, loss in losses
     }
-    heads = [of_heads.losses for of_heads, _ in loss_curves(layers, units)]
+    heads = [layer.heads.losses for layer in loss_curves(layers, units)]
     assert heads[1].tolist() == pytest.approx([0, 0.02, 0.08])
     assert heads[2].tolist() == pytest.approx([0, 0.04, 0.16])

@@ -1,0 +1,133 @@
+"""Stages of a pruning run: open the model, plan, prune."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from slim_utils.allocation.planner import Planner, Sensitivities, no_cache, pruning_settings
+from slim_utils.common.loading import load_model, model_on_meta, scratch_folder
+from slim_utils.families import find_family
+from slim_utils.layerwise.distributed import ProcessGroup
+from slim_utils.layerwise.layer_report import LayerReport
+from slim_utils.layerwise.offload import OffloadedModel, ResidentModel
+from slim_utils.layerwise.pruner import prune_layers
+from slim_utils.layerwise.resume import LayerStore
+from slim_utils.masks import LayerMask, LayerPlan
+from slim_utils.output.writers import CheckpointWriter, StreamedOutput, WholeOutput
+from slim_utils.pruning_config import PruningConfig
+from slim_utils.slim_dataset import CalibrationData, sink_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """Plan of every layer.
+
+    Attributes:
+        layers: the plans.
+        size_masks: masks of the planned sizes; which units they keep is arbitrary.
+        sensitivities: sensitivities that the plans were allocated by.
+    """
+
+    layers: list[LayerPlan]
+    size_masks: list[LayerMask]
+    sensitivities: Sensitivities = field(default_factory=Sensitivities)
+
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """Result of the pruning, whose weights are in the model.
+
+    Attributes:
+        masks: kept units of every layer.
+        reports: reports of the pruned layers.
+        sensitivities: sensitivities that the plans were allocated by.
+        output: writer of the checkpoints.
+        seconds: seconds of measurements and pruning, over all processes of a resumed run.
+    """
+
+    masks: list[LayerMask]
+    reports: list[LayerReport]
+    sensitivities: Sensitivities
+    output: CheckpointWriter
+    seconds: float
+
+
+def open_host(config: PruningConfig, model_path: str) -> ResidentModel:
+    """Return the model of ``model_path``, resident in memory or, with ``--stream``, offloaded to disk."""
+    if config.stream:
+        return OffloadedModel(model_path, config.dtype, config.trust_remote_code, scratch_folder(Path(config.save_dir)))
+    model = load_model(model_path, config.dtype, config.trust_remote_code)
+    return ResidentModel(model, find_family(model.config))
+
+
+def open_output(
+    config: PruningConfig, host: ResidentModel, store: LayerStore | None, size_masks: list[LayerMask]
+) -> CheckpointWriter:
+    """Return the checkpoint writer: at the end or, with ``--stream`` in the main process, layer by layer."""
+    if isinstance(host, OffloadedModel) and store:
+        return StreamedOutput(store.output, host, size_masks, config.save_pruned_weights, config.uniform_shapes)
+    return WholeOutput(host.model, host.family, config.save_pruned_weights, config.uniform_shapes)
+
+
+def plan_without_weights(config: PruningConfig, model_config: PreTrainedConfig) -> ModelPlan | None:
+    """Return the plan made on the meta device, or ``None``, with the target checked, if it is measured on the weights.
+
+    Raises:
+        UserError: if the plan is impossible for the model, naming the flag to change.
+    """
+    model = model_on_meta(model_config, trust_remote_code=config.trust_remote_code)
+    planner = Planner(config, ResidentModel(model, find_family(model_config)))
+    if config.measures:
+        planner.check_measurable()
+        return None
+    plans = planner.plans()
+    return ModelPlan(plans, planner.size_masks(plans))
+
+
+def measured_plan(
+    config: PruningConfig, host: ResidentModel, samples: Tensor, windows: Tensor | None, store: LayerStore | None
+) -> ModelPlan:
+    """Return the plan measured on the weights of the dense model, which are unchanged on return."""
+    planner = Planner(config, host)
+    plans, sensitivities = planner.measured_plans(samples, windows, store.measured if store else no_cache)
+    return ModelPlan(plans, planner.size_masks(plans), sensitivities)
+
+
+def prune(
+    config: PruningConfig,
+    data: CalibrationData,
+    plan: ModelPlan | None,
+    host: ResidentModel,
+    store: LayerStore | None,
+    processes: ProcessGroup,
+) -> PrunedModel:
+    """Prune the model in place, each process on its shard of the calibration samples.
+
+    Args:
+        config: flags, with the preset resolved.
+        data: calibration samples of all processes.
+        plan: plan of every layer; ``None`` to measure it.
+        host: the dense model.
+        store: store of finished layers, if any.
+        processes: processes that prune the same model.
+    """
+    start = time.perf_counter()
+    samples, windows = processes.shard(data.samples), None
+    if config.sink_windows:
+        windows = processes.shard(sink_windows(data.samples[:, data.bos :], config.sink_windows), "--sink_windows")
+    plan = plan or measured_plan(config, host, samples, windows, store)
+    output = open_output(config, host, store, plan.size_masks)
+    settings = pruning_settings(config)
+    masks, reports = prune_layers(
+        host.model, host.family, samples, plan.layers, settings, store, processes, host, windows
+    )
+    seconds = time.perf_counter() - start + (store.seconds_before if store else 0)
+    return PrunedModel(masks, reports, plan.sensitivities, output, seconds)
