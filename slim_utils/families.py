@@ -1,4 +1,4 @@
-"""The table of model families: what pruning needs to know of each. A new family is one row here."""
+"""Table of model families: the module and configuration names that pruning needs. A new family is one row."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from slim_utils.common.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# What the rows of a linear map are made of, in the order they are stacked.
+# Kinds of rows of a linear map.
 HEADS, KV_HEADS, COLUMNS = "heads", "kv_heads", "columns"
-# Written as GGUF files for llama.cpp.
+# Families exported to GGUF for llama.cpp.
 EXPORTED_FAMILIES = ("llama", "mistral")
-# Served by vLLM with layers of unlike shapes, and tested with it.
+# Families tested with vLLM with per-layer shapes.
 SERVED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family keeps what is pruned. Module names are relative to a decoder layer.
+    """Names of the prunable modules and configuration keys of a family. Module names are relative to a decoder layer.
 
     Attributes:
-        base_type: the library's model type before pruning.
-        slim_type: that of the small model.
+        base_type: model type of transformers, before pruning.
+        slim_type: model type of the pruned model.
         layers: name of the list of decoder layers in the causal language model.
         attention_out: linear map whose input columns are the query heads side by side.
-        attention_rows: linear maps that feed it, and what their output rows are.
+        attention_rows: linear maps that feed ``attention_out``, and the kinds of their output rows as stacked.
         mlp_out: linear map whose input columns are the FFN's intermediate columns.
-        mlp_rows: linear maps that feed it, and what their output rows are.
-        head_norms: RMS norms that run over all heads at once, and what their weights stand for.
-        columns_key: name of the FFN's width in the configuration.
-        experts: module whose 3-D parameters ``gate_up_proj`` and ``down_proj`` are a mixture of experts, if any.
-        expert_columns_key: name of an expert's width in the configuration; empty in families without experts.
-        heads_fill_hidden: whether the library's own class knows no other heads than those that fill the hidden size.
+        mlp_rows: linear maps that feed ``mlp_out``, and the kinds of their output rows as stacked.
+        head_norms: RMS norms over all heads at once, and the kind of their weights.
+        columns_key: configuration key of the FFN width.
+        experts: module with the 3-D parameters ``gate_up_proj`` and ``down_proj`` of a mixture of experts, if any.
+        expert_columns_key: configuration key of the width of an expert; empty for families without experts.
+        heads_fill_hidden: whether the stock class requires heads that fill the hidden size.
     """
 
     base_type: str
@@ -62,42 +62,42 @@ class Family:
 
     @property
     def slim_config(self) -> type[PreTrainedConfig]:
-        """Configuration class of the small model."""
+        """Configuration class of the pruned model."""
         return self._slim_classes()[0]
 
     @property
     def slim_model(self) -> type[PreTrainedModel]:
-        """Its causal language model, shipped inside the checkpoint."""
+        """Causal language model class of the pruned model, shipped inside the checkpoint."""
         return self._slim_classes()[1]
 
     def _slim_classes(self) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
-        # Takes seconds to import.
+        # The import takes seconds.
         from models import SLIM_CLASSES
 
         return SLIM_CLASSES[self.base_type]
 
     def decoder_layers(self, model: PreTrainedModel) -> nn.ModuleList:
-        """The decoder layers of ``model``."""
+        """Return the decoder layers of ``model``."""
         return model.get_submodule(self.layers)
 
     def num_experts(self, config: PreTrainedConfig, index: int) -> int:
-        """Experts of layer ``index``; 0 where its FFN is an ordinary one."""
+        """Return the number of experts of layer ``index``; 0 for a dense FFN."""
         if not self.expert_columns_key:
             return 0
-        ordinary = getattr(config, "mlp_only_layers", None) or ()
-        sparse = index not in ordinary and (index + 1) % getattr(config, "decoder_sparse_step", 1) == 0
+        dense_layers = getattr(config, "mlp_only_layers", None) or ()
+        sparse = index not in dense_layers and (index + 1) % getattr(config, "decoder_sparse_step", 1) == 0
         return config.num_experts if sparse else 0
 
     def width_key(self, num_experts: int) -> str:
-        """Name of the FFN's width in the configuration of a layer of so many experts."""
+        """Return the configuration key of the FFN width of a layer with ``num_experts`` experts."""
         return self.expert_columns_key if num_experts else self.columns_key
 
 
 def linear_map(layer: nn.Module, name: str) -> nn.Linear:
-    """The linear map ``name`` of a layer.
+    """Return the linear map ``name`` of a layer.
 
     Raises:
-        TypeError: if it is a module of another class.
+        TypeError: if the module is not an ``nn.Linear``.
     """
     module = layer.get_submodule(name)
     if not isinstance(module, nn.Linear):
@@ -105,7 +105,7 @@ def linear_map(layer: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-# Every family, by model type: what differs from LLaMA. Their classes are in ``models.SLIM_CLASSES``.
+# Differences of every family from LLaMA, by model type; the classes are in ``models.SLIM_CLASSES``.
 _DIFFERENCES: dict[str, dict[str, Any]] = {
     "llama": {},
     "smollm3": {},
@@ -134,7 +134,7 @@ _DIFFERENCES: dict[str, dict[str, Any]] = {
 
 
 def _table() -> dict[str, Family]:
-    """A row for every model type, before pruning and after it."""
+    """Return the row of every model type, before and after pruning."""
     table: dict[str, Family] = {}
     for model_type, differences in _DIFFERENCES.items():
         row = Family(**{"base_type": model_type, "slim_type": f"slim_{model_type}", **differences})
@@ -152,9 +152,9 @@ class LayerShape:
     Attributes:
         num_heads: query heads.
         num_kv_heads: key/value heads.
-        head_dim: of each of them.
-        num_columns: intermediate columns of the FFN, those of all its experts side by side.
-        num_experts: 0 for an ordinary FFN.
+        head_dim: size of a head.
+        num_columns: intermediate columns of the FFN, or of all experts side by side.
+        num_experts: number of experts; 0 for a dense FFN.
     """
 
     num_heads: int
@@ -170,20 +170,20 @@ class LayerShape:
 
     @property
     def num_ffns(self) -> int:
-        """FFNs that lose equally many columns: the experts, or one."""
+        """Number of FFNs of the layer, which lose the same number of columns: the experts, or 1."""
         return self.num_experts or 1
 
     @property
     def ffn_width(self) -> int:
-        """Columns of one of them."""
+        """Intermediate columns of the FFN, or of one expert."""
         return self.num_columns // self.num_ffns
 
 
 def find_family(config: PreTrainedConfig) -> Family:
-    """The row of the table for ``config``.
+    """Return the row of the table for ``config``.
 
     Raises:
-        UserError: for a family that is not in the table, or weights that are quantised.
+        UserError: if the family is not supported, or the weights are quantised.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -193,7 +193,7 @@ def find_family(config: PreTrainedConfig) -> Family:
 
 
 def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
-    """Sizes of every decoder layer, whether all alike or per layer."""
+    """Return the sizes of every decoder layer, uniform or per layer."""
     family = FAMILIES[config.model_type]
     shapes = []
     for index, layer in enumerate(config.per_layer_config):

@@ -1,4 +1,4 @@
-"""Which units of each layer were kept and removed: data that is saved, never guessed from zeros."""
+"""Masks: the kept and removed units of every layer, saved as data and never inferred from zeros."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -13,18 +13,18 @@ PRUNING_FILE = "pruning.json"
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What is removed of one decoder layer, in whole counts.
+    """Number of units to remove from one decoder layer.
 
     Attributes:
-        heads: query heads: equally many of every kv group, or all those of some kv groups.
-        columns: columns of the FFN, or of each of its experts.
+        heads: query heads: the same number from every kv group, or all heads of some kv groups.
+        columns: columns of the FFN, or of each expert.
     """
 
     heads: int = 0
     columns: int = 0
 
     def __bool__(self) -> bool:
-        """Whether anything is removed."""
+        """Return whether anything is removed."""
         return bool(self.heads or self.columns)
 
 
@@ -37,7 +37,7 @@ class LayerMask:
     """Kept units of one decoder layer, as ascending indices into its original heads, kv heads and FFN columns.
 
     Raises:
-        ValueError: if experts would be left with unequally many columns.
+        ValueError: if the experts keep different numbers of columns.
     """
 
     shape: LayerShape
@@ -47,35 +47,35 @@ class LayerMask:
 
     def __post_init__(self) -> None:
         if len(set(map(len, self.columns_by_ffn()))) > 1:
-            raise ValueError("experts with unequally many columns")
+            raise ValueError("experts with different numbers of columns")
 
     @classmethod
     def dense(cls, shape: LayerShape) -> "LayerMask":
-        """The mask that keeps everything."""
+        """Return the mask that keeps everything."""
         return cls.from_groups(shape, list(range(shape.num_kv_heads)), list(range(shape.num_columns)))
 
     @classmethod
     def from_groups(cls, shape: LayerShape, kept_groups: list[int], kept_columns: list[int]) -> "LayerMask":
-        """Keep whole kv groups: a key/value head and all the query heads that share it."""
+        """Return the mask that keeps whole kv groups: a key/value head and all query heads that share it."""
         size = shape.heads_per_group
         heads = [group * size + i for group in kept_groups for i in range(size)]
         return cls(shape, heads, kept_groups, kept_columns)
 
     @classmethod
     def from_heads(cls, shape: LayerShape, kept_heads: list[int], kept_columns: list[int]) -> "LayerMask":
-        """Keep these query heads, and the key/value heads that any of them needs.
+        """Return the mask that keeps query heads and the key/value heads that they use.
 
         Raises:
-            ValueError: if kv heads would be left with unequally many query heads.
+            ValueError: if the kv heads keep different numbers of query heads.
         """
         kept_groups = [head // shape.heads_per_group for head in kept_heads]
         groups = sorted(set(kept_groups))
         if len({kept_groups.count(group) for group in groups}) > 1:
-            raise ValueError("kv heads with unequally many query heads")
+            raise ValueError("kv heads with different numbers of query heads")
         return cls(shape, kept_heads, groups, kept_columns)
 
     def removed(self) -> "LayerMask":
-        """The mask that keeps what this one removes."""
+        """Return the mask that keeps the units that this one removes."""
         shape = self.shape
         return LayerMask(
             shape,
@@ -85,7 +85,7 @@ class LayerMask:
         )
 
     def columns_by_ffn(self) -> list[list[int]]:
-        """Kept columns of every expert, counted in each from 0; of an ordinary FFN, one list."""
+        """Return the kept columns of every expert, relative to the expert; one list for a dense FFN."""
         width = self.shape.ffn_width
         kept: list[list[int]] = [[] for _ in range(self.shape.num_ffns)]
         for column in self.kept_columns:
@@ -94,22 +94,22 @@ class LayerMask:
 
     @property
     def kept_width(self) -> int:
-        """Columns that the FFN, or each of its experts, keeps."""
+        """Kept columns of the FFN, or of each expert."""
         return len(self.kept_columns) // self.shape.num_ffns
 
     @property
     def plan(self) -> LayerPlan:
-        """How much is removed."""
+        """Number of removed units."""
         return LayerPlan(self.shape.num_heads - len(self.kept_heads), self.shape.ffn_width - self.kept_width)
 
     def removed_share(self) -> tuple[float, float]:
-        """Removed share of the query heads and of the FFN columns."""
+        """Return the removed fraction of the query heads and of the FFN columns."""
         heads = 1 - len(self.kept_heads) / self.shape.num_heads
         return heads, 1 - len(self.kept_columns) / self.shape.num_columns
 
 
 def pruning_to_json(masks: list[LayerMask], model_type: str) -> dict:
-    """The content of ``pruning.json``: per layer, its shape and the kept and removed indices of each kind of unit."""
+    """Return the content of ``pruning.json``: shape, kept and removed indices of each kind of unit, per layer."""
     layers = []
     for index, mask in enumerate(masks):
         removed = mask.removed()
@@ -121,7 +121,7 @@ def pruning_to_json(masks: list[LayerMask], model_type: str) -> dict:
 
 
 def write_pruning(path: Path, masks: list[LayerMask], model_type: str) -> None:
-    """Write ``pruning.json``, a line a layer."""
+    """Write ``pruning.json``, one line per layer."""
     content = pruning_to_json(masks, model_type)
     layers = ",\n".join(json.dumps(layer) for layer in content.pop("layers"))
     head = json.dumps(content)[:-1]
@@ -129,10 +129,10 @@ def write_pruning(path: Path, masks: list[LayerMask], model_type: str) -> None:
 
 
 def read_pruning(path: Path) -> list[LayerMask]:
-    """Masks of every layer from a ``pruning.json``.
+    """Return the masks of all layers in a ``pruning.json``.
 
     Raises:
-        UserError: if the file is missing or not of this format.
+        UserError: if the file is missing or has another format.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -154,12 +154,17 @@ def read_pruning(path: Path) -> list[LayerMask]:
 
 
 def read_masks(path: Path, family: Family, shapes: list[LayerShape]) -> list[LayerMask]:
-    """Masks of a model of ``shapes``, from a ``pruning.json``, its folder, or a mask file of the original.
+    """Return the masks in a ``pruning.json``, the folder of one, or a mask file of the original.
 
-    The original's json maps the name of each o_proj and down_proj weight to the removed heads and columns.
+    A mask file of the original maps the name of each o_proj and down_proj weight to the removed heads and columns.
+
+    Args:
+        path: file or folder.
+        family: row of the table of families.
+        shapes: layer shapes of the masked model.
 
     Raises:
-        UserError: if there is no such file, or it is of a model of other shapes.
+        UserError: if the file cannot be read, or the layer shapes differ.
     """
     path = path / PRUNING_FILE if path.is_dir() else path
     try:
@@ -172,13 +177,13 @@ def read_masks(path: Path, family: Family, shapes: list[LayerShape]) -> list[Lay
         masks = [_original_mask(content, family, index, shape, path) for index, shape in enumerate(shapes)]
     if [mask.shape for mask in masks] != shapes:
         raise UserError(
-            f"{path}: the masks are of a model of other shapes; give the zeroed model (save_dir/), not a small one"
+            f"{path}: layer shapes differ from the model's; give the masked model (save_dir/), not the pruned model"
         )
     return masks
 
 
 def _original_mask(content: dict, family: Family, index: int, shape: LayerShape, path: Path) -> LayerMask:
-    """One layer of the original's mask file."""
+    """Return the mask of one layer in a mask file of the original."""
     removed: dict[str, list[int]] = {}
     for name, total in ((family.attention_out, shape.num_heads), (family.mlp_out, shape.num_columns)):
         key = f"{family.layers}.{index}.{name}.weight"

@@ -1,4 +1,4 @@
-"""Removing what was pruned: zeros in the original shapes, or a small model whose layers differ in shape."""
+"""Removal of pruned units: a masked model in the original shapes, or a pruned model with per-layer shapes."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from slim_utils.masks import LayerMask
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Written anew for the small model, or meaningless in it.
+# Keys of the dense configuration that do not apply to the pruned model.
 _DENSE_ONLY_KEYS = ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version")
 
 
 def expand(units: list[int], size: int) -> Tensor:
-    """Indices of the rows or columns of ``units`` that are ``size`` wide."""
+    """Return the indices of the rows or columns of ``units``, each ``size`` wide."""
     return (torch.tensor(units, dtype=torch.long)[:, None] * size + torch.arange(size)).flatten()
 
 
 def kept_indices(family: Family, mask: LayerMask) -> dict[str, tuple[int, Tensor]]:
-    """For every parameter of a layer that may lose something: its name, the dimension, and the indices that stay.
+    """Return the dimension and kept indices of every prunable parameter of a layer, by name.
 
-    Linear maps lose rows (dimension 0), with their biases if there are any, or columns (1); the 3-D parameters of
-    experts either of each expert (1 and 2), whose indices are then (experts, kept).
+    Linear maps lose rows (dimension 0), together with the entries of their biases, or columns (1). The 3-D parameters
+    of experts lose rows (1) or columns (2) of each expert; their indices are (experts, kept).
     """
     kept = _kept_by_kind(mask)
     parameters = {f"{family.attention_out}.weight": (1, kept[HEADS][0])}
@@ -58,25 +58,25 @@ def kept_indices(family: Family, mask: LayerMask) -> dict[str, tuple[int, Tensor
 
 
 def select_indices(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
-    """The slices ``indices`` of a ``tensor`` along ``dim``; (experts, n) indices are of each expert's own slices."""
+    """Return the slices ``indices`` of ``tensor`` along ``dim``; (experts, n) indices select slices per expert."""
     indices = indices.to(tensor.device)
     if indices.dim() == 1:
         return tensor.index_select(dim, indices)
-    return torch.stack([part.index_select(dim - 1, own) for part, own in zip(tensor, indices, strict=True)])
+    return torch.stack([expert.index_select(dim - 1, row) for expert, row in zip(tensor, indices, strict=True)])
 
 
 def zero_indices(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
-    """Zero, in place, what :func:`select_indices` selects."""
+    """Zero in place the slices that :func:`select_indices` selects."""
     indices = indices.to(tensor.device)
     if indices.dim() == 1:
         return tensor.index_fill_(dim, indices, 0)
-    for part, own in zip(tensor, indices, strict=True):
-        part.index_fill_(dim - 1, own, 0)
+    for expert, row in zip(tensor, indices, strict=True):
+        expert.index_fill_(dim - 1, row, 0)
     return tensor
 
 
 def _kept_by_kind(mask: LayerMask) -> dict[str, tuple[Tensor, int]]:
-    """Indices that stay, and how many there were, of rows that are heads, kv heads or columns."""
+    """Return the kept indices and the number of rows of each kind: heads, kv heads and columns."""
     shape = mask.shape
     return {
         HEADS: (expand(mask.kept_heads, shape.head_dim), shape.num_heads * shape.head_dim),
@@ -86,20 +86,20 @@ def _kept_by_kind(mask: LayerMask) -> dict[str, tuple[Tensor, int]]:
 
 
 def removed_indices(family: Family, mask: LayerMask) -> dict[str, tuple[int, Tensor]]:
-    """``kept_indices`` of what goes."""
+    """Return the dimension and removed indices of every prunable parameter, as :func:`kept_indices`."""
     return kept_indices(family, mask.removed())
 
 
 @torch.no_grad()
 def zero_removed(model: PreTrainedModel, family: Family, masks: list[LayerMask]) -> None:
-    """Zero the removed columns and the rows (and their biases) that fed them, in place; the logits do not change."""
+    """Zero the removed columns, and the rows and biases that feed them, in place; the logits do not change."""
     for layer, mask in zip(family.decoder_layers(model), masks, strict=True):
         zero_layer(layer, family, mask)
 
 
 @torch.no_grad()
 def zero_layer(layer: nn.Module, family: Family, mask: LayerMask) -> None:
-    """:func:`zero_removed` of one layer."""
+    """Zero the removed units of one layer in place, see :func:`zero_removed`."""
     parameters = dict(layer.named_parameters())
     for name, (dim, indices) in removed_indices(family, mask).items():
         if name in parameters:
@@ -108,10 +108,10 @@ def zero_layer(layer: nn.Module, family: Family, mask: LayerMask) -> None:
 
 @torch.no_grad()
 def zero_heads(layer: nn.Module, family: Family, mask: LayerMask) -> None:
-    """Zero what fed the heads that ``mask`` removes, once, where queries and keys are normed over all heads.
+    """Zero the removed heads and rescale the q/k norms, in families whose q/k norms run over all heads; call it once.
 
-    There the zeros count in the mean square of the heads that stay, which is made good in the norm's weight. Elsewhere
-    there is nothing to do: what feeds a removed head reaches no other.
+    The mean square of these norms includes the zeros; their weights are rescaled to the mean square of the kept heads
+    alone, which the pruned model computes. In other families the rows of a removed head reach no kept head.
     """
     if not family.head_norms:
         return
@@ -123,43 +123,46 @@ def zero_heads(layer: nn.Module, family: Family, mask: LayerMask) -> None:
 
 
 def slim_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask]) -> PreTrainedConfig:
-    """Configuration of the small model: per-layer shapes, and the lists ``layer_head_num``, ``layer_inter_size``."""
+    """Return the configuration of the pruned model, with per-layer shapes.
+
+    ``layer_head_num`` and ``layer_inter_size`` list the heads and the FFN width of every layer.
+    """
     per_layer = {index: _layer_sizes(config, family, mask) for index, mask in enumerate(masks)}
-    # At the top level are the sizes of the model before any pruning, also where it was pruned once already.
+    # The top level keeps the sizes of the dense base, also for a model that was pruned before.
     slim = family.slim_config(**_shared_fields(config, masks), per_layer_config=per_layer)
     slim.architectures = [family.slim_model.__name__]
-    # save_pretrained adds the other two classes; AutoModel is what vLLM asks for.
+    # save_pretrained adds the other two classes; vLLM loads AutoModel.
     slim.auto_map = {"AutoModel": _auto_model_reference(family)}
     return slim
 
 
 def stock_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask]) -> PreTrainedConfig:
-    """Configuration of the small model in the library's own class, for layers that are all alike.
+    """Return the configuration of the pruned model in the stock class of transformers, for uniform layers.
 
-    A LLaMA whose heads do not divide its hidden size takes the form of a Mistral, which has the same weights.
+    A LLaMA whose number of heads does not divide its hidden size becomes a Mistral, which has the same weights.
 
     Raises:
-        UserError: if layers differ, or the library's class refuses their shape.
+        UserError: if the layer shapes differ, or the stock class does not allow them.
     """
     sizes: dict[str, int] = {}
     for mask in masks:
-        own = _layer_sizes(config, family, mask)
-        # Ordinary layers and those of experts have widths of their own.
-        if any(sizes.setdefault(key, size) != size for key, size in own.items()):
-            raise UserError("--uniform_shapes: layers end in different shapes; use --sparsity on all layers")
+        layer_sizes = _layer_sizes(config, family, mask)
+        # Dense and MoE layers have separate keys for their widths.
+        if any(sizes.setdefault(key, size) != size for key, size in layer_sizes.items()):
+            raise UserError("--uniform_shapes: the pruned layers differ in shape; use --sparsity on all layers")
     fields = _shared_fields(config, masks) | sizes
     heads, hidden = sizes["num_attention_heads"], config.hidden_size
     try:
         if family.heads_fill_hidden and heads * fields["head_dim"] != hidden:
-            raise ValueError("heads have to fill the hidden size")
+            raise ValueError("the heads do not fill the hidden size")
         return AutoConfig.for_model(family.base_type, **fields)
     except (ValueError, StrictDataclassError) as error:
         has_biases = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
         if family.base_type == "llama" and not has_biases:
             return AutoConfig.for_model("mistral", **fields, sliding_window=None)
         raise UserError(
-            f"--uniform_shapes: a {family.base_type} cannot have {heads} heads on a hidden size of {hidden}; choose "
-            "another --sparsity, or leave --uniform_shapes out"
+            f"--uniform_shapes: a stock {family.base_type} cannot have {heads} heads with a hidden size of {hidden}; "
+            "change --sparsity or remove --uniform_shapes"
         ) from error
 
 
@@ -186,7 +189,7 @@ def _auto_model_reference(family: Family) -> str:
 
 @torch.no_grad()
 def shrink_layer(layer: nn.Module, family: Family, mask: LayerMask) -> dict[str, Tensor]:
-    """What ``mask`` keeps of the parameters of ``layer``, by their names in it; those that lose nothing are shared."""
+    """Return the kept part of the parameters of ``layer`` by name; unpruned parameters are shared, not copied."""
     state = layer.state_dict()
     for name, (dim, kept) in kept_indices(family, mask).items():
         if name in state:
@@ -194,67 +197,67 @@ def shrink_layer(layer: nn.Module, family: Family, mask: LayerMask) -> dict[str,
     for norm, kind in family.head_norms:
         indices, total = _kept_by_kind(mask)[kind]
         name = f"{norm}.weight"
-        # The mean square is over fewer heads from here on.
+        # The mean square of the pruned model is over fewer heads.
         state[name] = select_indices(state[name], 0, indices) * math.sqrt(total / len(indices))
     return state
 
 
-def small_on_meta(
+def pruned_on_meta(
     model: PreTrainedModel, family: Family, masks: list[LayerMask], uniform_shapes: bool = False
 ) -> PreTrainedModel:
-    """The small model without weights, on the meta device; which units ``masks`` keep does not matter to it.
+    """Return the pruned model without weights, on the meta device; only the sizes of ``masks`` matter.
 
     Raises:
-        UserError: if ``uniform_shapes`` cannot be.
+        UserError: if ``uniform_shapes`` is set and a stock class does not allow the shapes.
     """
     config = (stock_config if uniform_shapes else slim_config)(model.config, family, masks)
-    small = model_on_meta(
+    pruned = model_on_meta(
         config,
         dtype=model.dtype,
         attn_implementation=model.config._attn_implementation,
         experts_implementation=model.config._experts_implementation,
     )
-    small.generation_config = model.generation_config
-    return small
+    pruned.generation_config = model.generation_config
+    return pruned
 
 
 @torch.no_grad()
 def shrink(
     model: PreTrainedModel, family: Family, masks: list[LayerMask], uniform_shapes: bool = False
 ) -> PreTrainedModel:
-    """The small model: only what ``masks`` keep of ``model``, in its dtype.
+    """Return the pruned model: the units of ``model`` that ``masks`` keep, in its dtype.
 
-    The parameters that lose nothing (embeddings, norms) are shared with ``model``, not copied.
+    Unpruned parameters (embeddings, norms) are shared with ``model``, not copied.
 
     Args:
-        model: zeroed or not.
-        family: its row of the table.
-        masks: a mask a layer.
-        uniform_shapes: make it of the library's own class, of layers all alike.
+        model: masked model, or the model before its removed units are zeroed.
+        family: row of the table of families.
+        masks: mask of every layer.
+        uniform_shapes: use the stock class of transformers; the layers are uniform.
 
     Raises:
-        ValueError: if ``masks`` are not of this model's shape.
-        UserError: if ``uniform_shapes`` cannot be.
+        ValueError: if the shapes of ``masks`` are not the model's.
+        UserError: if ``uniform_shapes`` is set and a stock class does not allow the shapes.
     """
     if [mask.shape for mask in masks] != layer_shapes(model.config):
-        raise ValueError("the masks are of a model of other shapes")
+        raise ValueError("the layer shapes of the masks differ from the model's")
     state = model.state_dict()
     for index, (layer, mask) in enumerate(zip(family.decoder_layers(model), masks, strict=True)):
         for name, tensor in shrink_layer(layer, family, mask).items():
             state[f"{family.layers}.{index}.{name}"] = tensor
-    small = small_on_meta(model, family, masks, uniform_shapes)
-    small.load_state_dict(state, assign=True)
-    _adopt_buffers(small, model)
-    small.tie_weights()
-    return small
+    pruned = pruned_on_meta(model, family, masks, uniform_shapes)
+    pruned.load_state_dict(state, assign=True)
+    _share_buffers(pruned, model)
+    pruned.tie_weights()
+    return pruned
 
 
-def _adopt_buffers(small: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Take the modules that hold only buffers (rotary embeddings) from ``model``: a state dict does not carry them."""
+def _share_buffers(pruned: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Share the modules of ``model`` with buffers (rotary embeddings), which are not in its state dict."""
     names = [
         name
-        for name, module in small.named_modules()
+        for name, module in pruned.named_modules()
         if any(buffer.is_meta for buffer in module.buffers(recurse=False))
     ]
     for name in names:
-        small.set_submodule(name, model.get_submodule(name))
+        pruned.set_submodule(name, model.get_submodule(name))

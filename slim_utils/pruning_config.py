@@ -1,4 +1,4 @@
-"""What a pruning run is told: one field for every flag of ``model_slimming.py``."""
+"""Configuration of a pruning run: one field per flag of ``model_slimming.py``."""
 
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
@@ -8,17 +8,17 @@ from typing import Any
 import torch
 
 SENSITIVITY = "search"
-# First tokens enough for nearly all others to be attention sinks as before.
+# Enough first tokens that nearly every token still forms an attention sink at position 0.
 BEST_SINK_WINDOWS = 512
-# Finer ones leave no smaller error (benchmarks/layer_choices.py) and take longer on wide layers.
+# Smaller groups do not reduce the error (benchmarks/layer_choices.py) and take longer on wide layers.
 BEST_COLUMN_GROUP = 32
 
 
 class Effect(Enum):
-    """How the weights of a pruned model depend on a flag, which is what a resumed run may change of it.
+    """Effect of a flag on the weights, and with it what ``--resume`` allows to change.
 
-    ``VALUE``: nothing. ``CONTENT``: where it lies, but not what it holds. ``ROUNDING``: the value, with a warning.
-    ``NONE``: the value.
+    ``VALUE``: the value matters; it may not change. ``CONTENT``: the content matters, not its location; a file may
+    move. ``ROUNDING``: rounding errors; the value may change, with a warning. ``NONE``: the value may change.
     """
 
     VALUE, CONTENT, ROUNDING, NONE = "value", "content", "rounding", "none"
@@ -29,9 +29,9 @@ _VALUE, _CONTENT, _ROUNDING, _NONE = ({"effect": effect} for effect in Effect)
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """The flags of a pruning run under their names, with their defaults; ``--help`` describes them.
+    """Flags of a pruning run by name, with their defaults; ``--help`` describes them.
 
-    ``device`` and ``cache_dev`` are names; ``auto`` is resolved before work starts.
+    ``device`` and ``cache_dev`` are names; ``auto`` is resolved when the flags are checked.
     """
 
     model_path: str = field(default="", metadata=_CONTENT)
@@ -50,7 +50,7 @@ class PruningConfig:
     target_params: float | None = field(default=None, metadata=_VALUE)
     allocation: str | None = field(default=None, metadata=_VALUE)
     refine: int = field(default=0, metadata=_VALUE)
-    # What was measured in the time there was stays.
+    # A resumed run keeps the losses measured so far.
     search_minutes: float | None = field(default=None, metadata=_NONE)
     profile: Path | None = field(default=None, metadata=_CONTENT)
     gqa_unit: str = field(default="query_head", metadata=_VALUE)
@@ -64,9 +64,9 @@ class PruningConfig:
     exact_heads: bool = field(default=False, metadata=_VALUE)
     column_group: int | None = field(default=None, metadata=_VALUE)
     sink_windows: int | None = field(default=None, metadata=_VALUE)
-    # It stands for values of the others.
+    # Sets other flags, whose values are compared.
     preset: str = field(default="paper", metadata=_NONE)
-    # Its kind is compared, which GPU it is is noted.
+    # The type of device is compared; another GPU is a warning.
     device: str = field(default="auto", metadata=_CONTENT)
     cache_dev: str | None = field(default=None, metadata=_NONE)
     batch_samples: int = field(default=128, metadata=_ROUNDING)
@@ -85,11 +85,13 @@ class PruningConfig:
     eval_seqlens: list[int] | None = field(default=None, metadata=_NONE)
 
     def flags(self, effect: Effect) -> dict[str, Any]:
-        """Values of the flags of an effect, by their spelling."""
-        return {f"--{own.name}": getattr(self, own.name) for own in fields(self) if own.metadata["effect"] == effect}
+        """Return the values of the flags of one effect, by flag."""
+        return {
+            f"--{flag.name}": getattr(self, flag.name) for flag in fields(self) if flag.metadata["effect"] == effect
+        }
 
     def to_json(self) -> dict[str, Any]:
-        """Values by name, paths and devices as text."""
+        """Return the values by name, paths and devices as text."""
         return {
             name: value if isinstance(value, (int, float, list, type(None))) else str(value)
             for name, value in asdict(self).items()
@@ -97,25 +99,25 @@ class PruningConfig:
 
     @property
     def torch_device(self) -> torch.device:
-        """Where the work is done, once ``auto`` is resolved."""
+        """Device that layers run on, once ``auto`` is resolved."""
         return torch.device(self.device)
 
     @property
     def torch_cache_dev(self) -> torch.device:
-        """Where activations are kept."""
+        """Device of the activations between layers."""
         return torch.device(self.cache_dev or self.device)
 
     @property
     def has_target(self) -> bool:
-        """Whether an overall target says how much is removed."""
+        """Whether an overall target is set."""
         return self.target_ratio is not None or self.target_params is not None
 
     @property
     def measures(self) -> bool:
-        """Whether the allocation is measured on the loaded model."""
+        """Whether the allocation is measured on the weights."""
         return self.allocation == SENSITIVITY or bool(self.refine)
 
     @property
     def measuring_flag(self) -> str:
-        """The flag that asks for measurements."""
+        """Flag that requires the measurements."""
         return "--refine" if self.refine else f"--allocation {SENSITIVITY}"

@@ -1,4 +1,4 @@
-"""Calibration samples: random windows of tokens, the same on every machine for the same seed."""
+"""Calibration samples: random token windows, the same on every machine for a seed."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ from slim_utils.text_source import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# English has about four characters a token: four times the text asked for leaves the windows room to differ.
-CHARS_PER_TOKEN_ASKED = 16
-# Tokens of a window that stands for the beginning of a text.
-START_TOKENS = 8
-# A corpus up to this size is used whole.
+# Characters read per token of a sample. English has about four per token, so the windows come from four times their
+# length of text.
+CHARS_PER_TOKEN = 16
+# Tokens of an attention-sink window.
+SINK_WINDOW_TOKENS = 8
+# Local files up to this size are read whole.
 WHOLE_CORPUS_CHARS = 1 << 24
 
 
 @dataclass(frozen=True)
 class CalibrationSource:
-    """A text that calibration samples are drawn from.
+    """Text that calibration samples are drawn from.
 
     Attributes:
-        name: of the data set, or path of the file.
+        name: name of the data set or path of the file.
         num_tokens: tokens of the text.
-        num_samples: windows drawn from it.
+        num_samples: samples drawn from the text.
     """
 
     name: str
@@ -50,13 +51,13 @@ class CalibrationSource:
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Calibration samples and what identifies them.
+    """Calibration samples and their fingerprint.
 
     Attributes:
         samples: (num_samples, seqlen) int64 token ids.
-        sources: the texts they were drawn from.
-        bos: whether every sample begins with the tokenizer's BOS.
-        sha256: of the samples as little-endian int64.
+        sources: texts that the samples are drawn from.
+        bos: whether every sample starts with a BOS.
+        sha256: hash of the samples as little-endian int64.
     """
 
     samples: Tensor
@@ -75,10 +76,10 @@ class CalibrationData:
         return sum(source.num_tokens for source in self.sources)
 
     def log_line(self) -> str:
-        """One line: samples, texts, and how windows begin."""
+        """Return a log line: number of samples, texts, and first token of the windows."""
         count, seqlen = self.samples.shape
         first = "a BOS" if self.bos else "text"
-        return f"calibration: {count} × {seqlen} tokens of {self.source}, windows begin with {first} (--bos)"
+        return f"calibration: {count} × {seqlen} tokens of {self.source}, windows start with {first} (--bos)"
 
 
 def load_calibration(
@@ -89,20 +90,19 @@ def load_calibration(
     seed: int,
     bos: str = "auto",
 ) -> CalibrationData:
-    """Read as much text as the windows need, tokenise it without special tokens and draw random windows.
+    """Return random windows of the texts, which are read as far as needed and tokenised without special tokens.
 
     Args:
-        texts: local files (see ``file_documents``) and names of ``CALIBRATION_DATASETS``. Several give equally many
-            windows each, the first ones one more where the number does not divide, in turns.
-        tokenizer: the model's.
-        num_samples: windows to draw.
-        seqlen: tokens of a window, its BOS included.
-        seed: of the draw.
-        bos: whether every window begins with a BOS, one of ``BOS_POLICIES``.
+        texts: local files (see ``file_documents``) and names of ``CALIBRATION_DATASETS``. Each text contributes the
+            same number of samples, the first ones one more if the number does not divide; the samples alternate.
+        tokenizer: the model's tokenizer.
+        num_samples: samples to draw.
+        seqlen: tokens of a sample, including its BOS.
+        seed: seed of the draw.
+        bos: whether every sample starts with a BOS, one of ``BOS_POLICIES``.
 
     Raises:
-        UserError: if a text cannot be read or has fewer tokens than its windows ask for, or there are fewer windows
-            than texts.
+        UserError: if a text cannot be read or has too few tokens, or there are fewer samples than texts.
     """
     if num_samples < len(texts):
         raise UserError(f"--num_samples {num_samples}: fewer than the {len(texts)} calibration texts")
@@ -113,7 +113,7 @@ def load_calibration(
         tokens = tokenize(tokenizer, calibration_text(text, count * seqlen), add_special_tokens=False)
         sources.append(CalibrationSource(str(text), len(tokens), count))
         draws.append(random_windows(tokens, count, seqlen, seed, str(text)))
-    # In turns, so that the first few samples are of all texts too.
+    # Alternating, so that the first few samples cover all texts.
     turns = [window for turn in zip_longest(*draws) for window in turn if window is not None]
     samples = with_bos(torch.stack(turns), bos_id)
     digest = hashlib.sha256(samples.numpy().astype("<i8").tobytes()).hexdigest()
@@ -121,29 +121,29 @@ def load_calibration(
 
 
 def calibration_text(text: str | Path, num_tokens: int) -> str:
-    """Text of a local file or, where there is no such file, of a data set, enough to draw ``num_tokens`` from.
+    """Return text of a local file or, if there is no such file, of a data set, enough to draw ``num_tokens`` from.
 
     Raises:
-        UserError: if it cannot be read.
+        UserError: if the text cannot be read.
     """
-    asked_chars = CHARS_PER_TOKEN_ASKED * num_tokens
+    max_chars = CHARS_PER_TOKEN * num_tokens
     if Path(text).is_file() or text not in CALIBRATION_DATASETS:
-        return join_documents(file_documents(Path(text)), max(asked_chars, WHOLE_CORPUS_CHARS))
-    # wikitext2 is small, and the original draws from all of it; the others are streamed as far as needed.
-    return join_documents(hub_documents(text, "train"), None if text == "wikitext2" else asked_chars)
+        return join_documents(file_documents(Path(text)), max(max_chars, WHOLE_CORPUS_CHARS))
+    # wikitext2 is small, and the original draws from all of it; the other data sets are streamed as far as needed.
+    return join_documents(hub_documents(text, "train"), None if text == "wikitext2" else max_chars)
 
 
 def random_windows(tokens: Tensor, num_samples: int, seqlen: int, seed: int, source: str) -> Tensor:
-    """``num_samples`` windows (num_samples, seqlen) of ``tokens`` (n,) at random starts.
+    """Return windows (num_samples, seqlen) of ``tokens`` (n,) at random positions.
 
     Raises:
-        UserError: if ``tokens`` are fewer than the windows ask for.
+        UserError: if there are fewer tokens than the windows have in total.
     """
     needed = max(num_samples * seqlen, seqlen + 1)
     if len(tokens) < needed:
         raise UserError(
-            f"{source}: {len(tokens)} tokens, but --num_samples {num_samples} × --seqlen {seqlen} ask for {needed}; "
-            "lower one of them or give more text"
+            f"{source}: {len(tokens)} tokens, but --num_samples {num_samples} × --seqlen {seqlen} need {needed}; "
+            "lower one of the flags or give more text"
         )
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, len(tokens) - seqlen, (num_samples,), generator=generator)
@@ -151,16 +151,16 @@ def random_windows(tokens: Tensor, num_samples: int, seqlen: int, seed: int, sou
 
 
 def sink_windows(samples: Tensor, count: int) -> Tensor:
-    """Attention-sink windows (count, 8): short windows cut from the calibration samples, evenly spread.
+    """Return attention-sink windows (count, 8): short windows cut from the calibration samples, evenly spread.
 
-    Of a window a model sees one first token, and what it does with that is not what it does with others: attention
-    comes back to it from everywhere (an attention sink, Xiao et al. 2023). A few dozen windows are too few examples.
+    A model treats the first token of a window unlike all others: every position attends to it (an attention sink, Xiao
+    et al. 2023). A few dozen samples have too few first tokens to calibrate on.
 
     Args:
         samples: (num_samples, seqlen) token ids.
-        count: of windows; as many as the samples have, where those are fewer.
+        count: number of windows, at most as many as the samples contain.
     """
-    length = min(START_TOKENS, samples.shape[1])
+    length = min(SINK_WINDOW_TOKENS, samples.shape[1])
     windows = samples[:, : samples.shape[1] // length * length].reshape(-1, length)
     count = min(count, len(windows))
     return windows[torch.arange(count) * len(windows) // max(count, 1)]

@@ -1,7 +1,7 @@
-"""Text of the known data sets, from the hub or from a local file, read only as far as it is needed.
+"""Text of data sets on the hub and of local files, streamed as far as needed.
 
-Local files are read without guesses about their values: a reader that infers column types turns dates into timestamps,
-``NA`` into null, and all texts of a column with one number in it into something else.
+Local files are read without type inference, which turns dates into timestamps, ``NA`` into null, and texts of a column
+with a number in it into other types.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 CALIBRATION_DATASETS = ("wikitext2", "c4", "alpaca", "gpt4_alpaca")
 DOCUMENT_SEPARATOR = "\n\n"
 
-# Where each data set lives; all of them are plain files, no loading script. PTB is the hub's own parquet conversion.
+# Hub locations of the data sets; all are plain files without loading script. PTB is the parquet conversion by the hub.
 HUB_SOURCES: dict[str, dict[str, str]] = {
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
     "ptb": {
@@ -44,25 +44,25 @@ _GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
 def hub_datasets(names: Iterable[str]) -> list[str]:
-    """The hub's own names of those of ``names`` that are data sets of it, not files, nor read as single files of it."""
+    """Return the hub names of the data sets in ``names``; local files and data sets read as single files have none."""
     paths = [HUB_SOURCES.get(name, {}).get("path", "") for name in names]
     return [path for path in paths if "/" in path]
 
 
 def hub_documents(name: str, split: str) -> Iterator[str]:
-    """Stream the documents of a data set from the hub (see ``hub_rows``)."""
+    """Stream the documents of a data set on the hub (see ``hub_rows``)."""
     return _documents(hub_rows(name, split), f"data set '{name}'")
 
 
 def hub_rows(name: str, split: str) -> Iterator[Row]:
-    """Stream the rows of a data set from the hub.
+    """Stream the rows of a data set on the hub.
 
     Args:
-        name: a key of ``HUB_SOURCES``, or the hub's own name of a data set.
-        split: its split; a source given as files has only ``"train"``.
+        name: a key of ``HUB_SOURCES``, or the hub name of a data set.
+        split: split of the data set; sources given as files have only ``"train"``.
 
     Raises:
-        UserError: if the hub cannot be reached, at the first row.
+        UserError: at the first row, if the hub cannot be reached.
     """
     import datasets
 
@@ -70,7 +70,7 @@ def hub_rows(name: str, split: str) -> Iterator[Row]:
     try:
         yield from datasets.load_dataset(**source, split=split, streaming=True)
     except Exception as error:
-        # The hub's clients raise a dozen unrelated classes; to the user they all mean the same.
+        # The hub clients raise a dozen unrelated classes for the same failure.
         if (advice := cache_advice(error)) is not None:
             raise UserError(f"data set '{name}': {advice}") from error
         raise UserError(
@@ -82,7 +82,7 @@ def hub_rows(name: str, split: str) -> Iterator[Row]:
 
 
 def cache_advice(error: BaseException) -> str | None:
-    """What to do where ``error`` says that the libraries' cache cannot be written; ``None`` for any other error."""
+    """Return the advice for an unwritable cache of the libraries; ``None`` for any other error."""
     if not isinstance(error, PermissionError):
         return None
     return f"the cache of downloads cannot be written ({error_reason(error)}); set HF_HOME to a folder that can"
@@ -91,19 +91,19 @@ def cache_advice(error: BaseException) -> str | None:
 def file_documents(path: Path) -> Iterator[str]:
     """Stream the documents of a local file.
 
-    csv, tsv, json, jsonl (also compressed) and parquet give a document a row: a column ``text`` or ``sentence``, or the
-    columns ``instruction``, ``input``, ``output``. Any other file is one document of UTF-8 text.
+    csv, tsv, json, jsonl (also compressed) and parquet have one document per row, in a column ``text`` or ``sentence``,
+    or in the columns ``instruction``, ``input``, ``output``. Any other file is one document of UTF-8 text.
 
     Raises:
-        UserError: if the file is missing, unreadable, has none of these columns, or a value of theirs is not text.
+        UserError: if the file is missing or unreadable, has none of these columns, or a value in them is not text.
     """
     return _documents(file_rows(path), str(path))
 
 
 def file_rows(path: Path) -> Iterator[Row]:
-    """Stream the rows of a local csv, tsv, json, jsonl or parquet file; any other is one row with a ``text``.
+    """Stream the rows of a local csv, tsv, json, jsonl or parquet file; any other file is one row with a ``text``.
 
-    All but parquet may be compressed by gzip or zstd. UTF-8, with or without a byte-order mark.
+    Text files are UTF-8, with or without a byte-order mark, and may be compressed by gzip or zstd.
 
     Raises:
         UserError: if the file is missing or unreadable.
@@ -113,15 +113,15 @@ def file_rows(path: Path) -> Iterator[Row]:
     read, newline = _reader(path)
     try:
         with _decompressed(path) as file:
-            # Only pyarrow reads bytes.
+            # pyarrow reads bytes, the other readers text.
             yield from read(file if read is _parquet_rows else io.TextIOWrapper(file, "utf-8-sig", newline=newline))
     except Exception as error:
-        # The parsers and decompressors each have errors of their own.
+        # Every parser and decompressor raises its class of errors.
         raise UserError(f"{path}: cannot be read as {FILE_KINDS} ({error_reason(error)})") from error
 
 
 def _reader(path: Path) -> tuple[Callable[[Any], Iterator[Row]], str | None]:
-    """What reads the rows of a file of this name, and how it wants line ends."""
+    """Return the row reader for the suffix of ``path``, and the ``newline`` argument that it needs."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     while suffixes and suffixes[-1] in (".gz", ".zst"):
         suffixes.pop()
@@ -137,7 +137,7 @@ def _reader(path: Path) -> tuple[Callable[[Any], Iterator[Row]], str | None]:
 
 
 def _decompressed(path: Path) -> io.BufferedIOBase:
-    """The bytes of ``path``, by what it begins with: a download may have been decompressed on its way."""
+    """Open ``path`` decompressed, by its magic number: downloads may be decompressed in spite of their suffix."""
     with path.open("rb") as file:
         magic = file.read(4)
     if magic.startswith(_GZIP_MAGIC):
@@ -154,7 +154,7 @@ def _text_rows(file: IO[str]) -> Iterator[Row]:
 
 
 def _table_rows(file: IO[str], delimiter: str) -> Iterator[Row]:
-    """Rows of a table with a header; all values are text."""
+    """Yield the rows of a table with a header; all values are text."""
     csv.field_size_limit(sys.maxsize)
     for index, row in enumerate(csv.DictReader(file, delimiter=delimiter, strict=True)):
         if None in row:
@@ -163,7 +163,7 @@ def _table_rows(file: IO[str], delimiter: str) -> Iterator[Row]:
 
 
 def _json_rows(file: IO[str]) -> Iterator[Row]:
-    """Rows of an object a line, of one list of objects, or of one object."""
+    """Yield the rows of a file with an object per line, one list of objects, or one object."""
     lines = (line for line in file if line.strip())
     head = next(lines, "[]")
     try:
@@ -193,7 +193,7 @@ def _parquet_rows(file: BinaryIO) -> Iterator[Row]:
 
 
 def _documents(rows: Iterable[Row], source: str) -> Iterator[str]:
-    """Texts of ``rows``, whose errors name the ``source`` and the row."""
+    """Yield the texts of ``rows``; errors name the ``source`` and the row."""
     for index, row in enumerate(rows):
         try:
             text = row_text(row)
@@ -203,37 +203,37 @@ def _documents(rows: Iterable[Row], source: str) -> Iterator[str]:
 
 
 def row_text(row: Row) -> str:
-    """Text of a row: its instruction, input and output, newline-joined, or else its ``text`` or ``sentence``.
+    """Return the text of a row: instruction, input and output, newline-joined, or else ``text`` or ``sentence``.
 
-    Instruction data sets often carry a ``text`` too, with a prompt template around the three; that one is not meant.
+    The ``text`` of an instruction data set, which repeats the three in a prompt template, is ignored.
 
     Raises:
-        UserError: naming the column, if there is none of these or its value is not text.
+        UserError: if there is none of these columns, or a value is not text, naming the column.
     """
     if "instruction" in row and "output" in row:
         return "\n".join(instruction_columns(row).values())
     columns = [column for column in ("text", "sentence") if column in row]
     if not columns:
         raise UserError(f"no column text, sentence or instruction/output among: {', '.join(row)}")
-    # Of rows in unlike columns, readers fill what is missing with null.
+    # Readers fill columns that a row lacks with null.
     return text_value(row, next((column for column in columns if row[column] is not None), columns[0]))
 
 
 def instruction_columns(row: Row) -> dict[str, str]:
-    """The columns ``instruction``, ``input`` and ``output`` of ``row``; an ``input`` that is missing or null is empty.
+    """Return the columns ``instruction``, ``input`` and ``output``; a missing or null ``input`` is empty.
 
     Raises:
-        UserError: naming the column whose value is not text.
+        UserError: if a value is not text, naming the column.
     """
     filled = row | {"input": "" if row.get("input") is None else row["input"]}
     return {column: text_value(filled, column) for column in ("instruction", "input", "output")}
 
 
 def text_value(row: Row, column: str) -> str:
-    """The value of ``column``.
+    """Return the text in ``column``.
 
     Raises:
-        UserError: if it is not text, or holds half a surrogate pair, which no tokenizer reads.
+        UserError: if the value is not text, or has a lone surrogate, which no tokenizer reads.
     """
     value = row[column]
     if not isinstance(value, str):
@@ -246,22 +246,18 @@ def text_value(row: Row, column: str) -> str:
 
 
 def join_documents(documents: Iterable[str], max_chars: int | None = None) -> str:
-    """Documents joined by blank lines; stops after the one that reaches ``max_chars`` characters."""
-    taken, size = [], 0
+    """Join documents by blank lines, up to ``max_chars`` characters, without reading further documents."""
+    texts, size = [], 0
     for document in documents:
-        taken.append(document)
+        texts.append(document)
         size += len(document) + len(DOCUMENT_SEPARATOR)
         if max_chars is not None and size >= max_chars:
             break
-    text = DOCUMENT_SEPARATOR.join(taken)
+    text = DOCUMENT_SEPARATOR.join(texts)
     return text if max_chars is None else text[:max_chars]
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> Tensor:
-    """Token ids (n,) of ``text``, in one call over the whole of it.
-
-    Returns:
-        A 1-D int64 tensor on the CPU.
-    """
+    """Return the (n,) int64 token ids of ``text`` on the CPU, tokenised in one call."""
     encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_tensors="pt", verbose=False)
     return encoded.input_ids[0]

@@ -36,7 +36,7 @@ from slim_utils.output.provenance import (
     write_provenance,
 )
 from slim_utils.output.run_record import RunRecord
-from slim_utils.params_remove import shrink, shrink_layer, small_on_meta, zero_layer, zero_removed
+from slim_utils.params_remove import pruned_on_meta, shrink, shrink_layer, zero_layer, zero_removed
 from slim_utils.profiling.model_stats import count_parameters
 from slim_utils.text_source import hub_datasets
 
@@ -167,7 +167,7 @@ class StreamedOutput(CheckpointWriter):
         if not small_model:
             shutil.rmtree(folder / SMALL_MODEL_FOLDER, ignore_errors=True)
         else:
-            skeleton = small_on_meta(host.model, host.family, planned, uniform_shapes)
+            skeleton = pruned_on_meta(host.model, host.family, planned, uniform_shapes)
             self.small = CheckpointShards(folder / SMALL_MODEL_FOLDER, skeleton, host.family)
         host.on_settled = self._write_layer
 

@@ -50,7 +50,7 @@ def test_bos_by_default_where_the_tokenizer_adds_one(bos_checkpoint, text_file, 
     # Sink windows stand in for the BOS that is not there.
     assert [records[bos]["arguments"]["sink_windows"] for bos in records] == [0, 512]
     assert [source["num_samples"] for source in records["auto"]["calibration"]["sources"]] == [8, 8]
-    assert "windows begin with a BOS (--bos)" in caplog.text
+    assert "windows start with a BOS (--bos)" in caplog.text
     card = (tmp_path / "auto" / "pruned_weights" / "README.md").read_text()
     assert "| first token of a sample | BOS |" in card
     assert "| mine | 32 | BOS |" in card

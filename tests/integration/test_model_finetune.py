@@ -130,7 +130,7 @@ def test_masks_in_the_originals_format(slim, words, tmp_path):
 
     original["model.layers.1.self_attn.o_proj.weight"] = [0]
     file.write_text(json.dumps(original))
-    with pytest.raises(UserError, match=r"layer 1: removing heads \[0\] leaves kv heads with unequally"):
+    with pytest.raises(UserError, match=r"layer 1: removing heads \[0\] leaves kv heads with different numbers"):
         main(words(slim, "--is_mask_training", "true", "--mask_config_dir", file, "--overwrite", "true"))
     original["model.layers.1.self_attn.o_proj.weight"] = [6]
     file.write_text(json.dumps(original))
@@ -215,7 +215,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(slim, words, tmp_path, flags, 
 
 def test_masks_of_another_model(slim, words):
     small = slim / "pruned_weights"
-    with pytest.raises(UserError, match="the masks are of a model of other shapes; give the zeroed model"):
+    with pytest.raises(UserError, match="layer shapes differ from the model's; give the masked model"):
         main(words(small, "--is_mask_training", "true", "--mask_config_dir", slim))
 
 

@@ -211,7 +211,7 @@ WRONG = {
     "no layers": (["{model}", "--data_file", "{text}", "--seqlen", "32", "--minlayer", "9"], "--minlayer 9"),
     "too little text": (
         ["{model}", "--data_file", "{text}", "--seqlen", "32", "--skip_evaluate"],
-        "4000 tokens, but --num_samples 1024 × --seqlen 32 ask for 32768",
+        "4000 tokens, but --num_samples 1024 × --seqlen 32 need 32768",
     ),
     "unit": (["{model}", "c4", "--multiple_of", "0"], "--multiple_of 0: at least 1"),
     "uniform and not": (
@@ -225,7 +225,7 @@ WRONG = {
             *["{model}", "--data_file", "{text}", "--seqlen", "32", "--minlayer", "1", "--sparsity", ".5"],
             *["--uniform_shapes", "--save_pruned_weights"],
         ],
-        "--uniform_shapes: layers end in different shapes",
+        "--uniform_shapes: the pruned layers differ in shape",
     ),
     "eval data": (["{model}", "--data_file", "{text}", "--eval_datasets", "c5"], "--eval_datasets c5"),
     "eval length": (

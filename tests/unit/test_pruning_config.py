@@ -6,17 +6,17 @@ import model_slimming
 from slim_utils.pruning_config import Effect, PruningConfig
 
 
-def test_every_flag_of_the_script_is_a_field_that_says_what_depends_on_it():
+def test_pruning_config_has_a_field_with_an_effect_for_every_flag():
     parser = model_slimming.build_parser()
     flags = {action.dest for action in parser._actions} - {"help"}
-    assert flags == {own.name for own in fields(PruningConfig)}
-    assert all(isinstance(own.metadata["effect"], Effect) for own in fields(PruningConfig))
+    assert flags == {field.name for field in fields(PruningConfig)}
+    assert all(isinstance(field.metadata["effect"], Effect) for field in fields(PruningConfig))
 
 
-def test_defaults_of_the_script_are_those_of_the_configuration():
+def test_build_parser_defaults_are_those_of_the_config():
     args = vars(model_slimming.build_parser().parse_args(["MODEL"]))
     assert args == asdict(PruningConfig(model_path="MODEL"))
-    # No flag gives its default apart from the configuration.
+    # No flag sets another default.
     assert all(
         action.default == getattr(PruningConfig(), action.dest)
         for action in model_slimming.build_parser()._actions
@@ -24,7 +24,7 @@ def test_defaults_of_the_script_are_those_of_the_configuration():
     )
 
 
-def test_flags_of_an_effect_are_spelled_as_on_the_command_line():
+def test_flags_of_one_effect_are_named_as_on_the_command_line():
     config = PruningConfig(batch_samples=7)
     assert config.flags(Effect.ROUNDING) == {"--batch_samples": 7}
     assert "--sparsity" in config.flags(Effect.VALUE) and "--save_dir" not in config.flags(Effect.VALUE)

@@ -39,7 +39,7 @@ def test_four_draws_of_eight_are_one_draw_of_thirty_two():
 def test_too_little_text_says_both_numbers(tokenizer, tmp_path):
     path = tmp_path / "short.txt"
     path.write_text(random_text(100))
-    with pytest.raises(UserError, match=r"100 tokens.*--num_samples 8 × --seqlen 16 ask for 128"):
+    with pytest.raises(UserError, match=r"100 tokens.*--num_samples 8 × --seqlen 16 need 128"):
         load_calibration([path], tokenizer, 8, 16, 0)
 
 
@@ -202,8 +202,8 @@ def test_calibration_with_bos_puts_it_first_in_every_window(tokenizer, bos_token
     assert torch.equal(never.samples, plain.samples)
     assert (plain.bos, auto.bos, never.bos) == (False, True, False)
     assert torch.equal(load_calibration([text_file], tokenizer, 4, 32, 0, "always").samples, auto.samples)
-    assert "windows begin with a BOS" in auto.log_line()
-    assert "windows begin with text" in never.log_line()
+    assert "windows start with a BOS" in auto.log_line()
+    assert "windows start with text" in never.log_line()
 
 
 def test_calibration_on_several_texts_draws_equally_many_of_each_in_turns(tokenizer, tmp_path):

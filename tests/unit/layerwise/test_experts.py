@@ -135,7 +135,7 @@ def test_a_model_most_of_whose_experts_starve_stays_finite(name, dtype, samples)
 def test_experts_keep_equally_many_columns():
     shape = layer_shapes(make_tiny("mixtral").config)[0]
     assert (shape.num_columns, shape.num_experts, shape.ffn_width) == (160, 4, 40)
-    with pytest.raises(ValueError, match="experts with unequally many columns"):
+    with pytest.raises(ValueError, match="experts with different numbers of columns"):
         LayerMask.from_groups(shape, [0], [1, 41, 81])
 
 
