@@ -29,6 +29,9 @@ README_FLAGS = (
 )
 WEIGHT_FILES = {"model.safetensors", "config.json", "generation_config.json"}
 RECORD = {"slimgpt.json"}
+RUN_KEYS = ["command", "arguments", "seed", "versions", "commit", "hardware", "calibration", "provenance", "sizes"]
+RUN_KEYS += ["layers", "pruning_seconds", "perplexity", "peak_memory_mib"]
+SIZE_KEYS = ["parameters_dense", "block_share_removed", "parameters_pruned", "block_share_removed_in_total"]
 CARD = RECORD | {"README.md"}
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
@@ -82,6 +85,8 @@ def test_log_is_a_line_a_layer_and_no_progress_bar(pruned):
 
 def test_run_json_tells_the_run(pruned):
     record = json.loads((pruned[0] / "run.json").read_text())
+    assert list(record) == RUN_KEYS
+    assert list(record["sizes"]) == SIZE_KEYS
     assert record["seed"] == 0
     assert record["arguments"]["sparsity"] == 0.4
     assert record["command"].startswith("model_slimming.py ")

@@ -1,12 +1,12 @@
-"""Imports go one way: no room of the suite knows what stands above it."""
+"""Imports have one direction: a package imports only packages below it."""
 
 import ast
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# From the bottom up; rooms of one line do not know each other.
-FLOORS = (
+# From the bottom up; packages of one level do not import each other.
+LEVELS = (
     ("models",),
     ("slim_utils.common", "slim_utils.pruning_config"),
     ("slim_utils.families", "slim_utils.text_source"),
@@ -21,17 +21,17 @@ FLOORS = (
     ("model_slimming", "model_finetune", "model_evaluate", "test_flops", "scripts"),
     ("benchmarks",),
 )
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 
 
-def room_of(module: str) -> str | None:
-    """The room that a module belongs to; ``None`` outside of the suite."""
+def package_of(module: str) -> str | None:
+    """Return the package in ``LEVELS`` that a module belongs to; ``None`` outside the suite."""
     parts = module.split(".")
-    return next((room for room in (".".join(parts[:2]), parts[0]) if room in FLOOR), None)
+    return next((package for package in (".".join(parts[:2]), parts[0]) if package in LEVEL), None)
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Modules, or names in packages, that a file imports anywhere in it."""
+    """Yield the modules, or names in packages, that a file imports."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -39,22 +39,22 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_imports_of_every_module_go_down():
-    upward, seen = [], set()
+def test_imports_of_every_module_are_of_lower_levels():
+    upward, packages = [], set()
     for path in ROOT.rglob("*.py"):
         relative = path.relative_to(ROOT)
-        room = room_of(".".join(relative.with_suffix("").parts))
-        if room is None or relative.parts[0].startswith("."):
+        package = package_of(".".join(relative.with_suffix("").parts))
+        if package is None or relative.parts[0].startswith("."):
             continue
-        seen.add(room)
+        packages.add(package)
         for module in imports(path):
-            other = room_of(module)
-            if other and other != room and FLOOR[other] >= FLOOR[room]:
+            other = package_of(module)
+            if other and other != package and LEVEL[other] >= LEVEL[package]:
                 upward.append(f"{relative} imports {module}")
     assert not upward
-    assert seen == set(FLOOR)
+    assert packages == set(LEVEL)
 
 
-def test_imports_of_tests_are_in_tests_alone():
+def test_imports_of_tests_are_only_in_tests():
     files = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in ("tests", ".venv")]
     assert not [path for path in files if any(module.split(".")[0] == "tests" for module in imports(path))]

@@ -1,4 +1,4 @@
-"""Zeroed and small models against each other."""
+"""Masked and pruned models: equal logits, sizes, saving and fine-tuning."""
 
 import subprocess
 import sys
@@ -16,54 +16,54 @@ from slim_utils.params_remove import kept_indices, shrink, zero_removed
 from slim_utils.profiling.model_stats import model_stats, removed_share
 from tests.conftest import ALL_TINY, TINY_VARIANTS, make_tiny, set_attention
 
-# Norms over all heads, and routers, compute in fp32 whatever the weights are, on sums of more or fewer zeros.
+# Families whose q/k norms or routers compute in fp32 for any dtype; sums with and without zeros differ by rounding.
 FP32_INSIDE = ("olmo2", "mixtral", "qwen3_moe")
 
 
 def some_masks(model) -> list[LayerMask]:
-    """Masks that keep something else in every layer, also head counts that do not divide the hidden size."""
+    """Masks that keep other units in every layer, including head counts that do not divide the hidden size."""
     masks = []
     for index, shape in enumerate(layer_shapes(model.config)):
         groups = [group for group in range(shape.num_kv_heads) if index == 0 or group != index % shape.num_kv_heads]
         columns = []
         for column in range(shape.num_columns):
-            ffn, own = divmod(column, shape.ffn_width)
-            # Equally many of every expert, but not the same ones.
-            if index == 0 or (own if ffn % 2 else shape.ffn_width - 1 - own) % (index + 1):
+            ffn, position = divmod(column, shape.ffn_width)
+            # The same number of every expert, but not the same columns.
+            if index == 0 or (position if ffn % 2 else shape.ffn_width - 1 - position) % (index + 1):
                 columns.append(column)
         masks.append(LayerMask.from_groups(shape, groups, columns))
     return masks
 
 
-def pruned_pair(variant: str, dtype: torch.dtype):
-    """A model zeroed by ``some_masks`` and the small one made of it."""
+def masked_and_pruned(variant: str, dtype: torch.dtype):
+    """The masked and the pruned model of ``some_masks``, and the masks."""
     model = make_tiny(variant, dtype)
     family, masks = find_family(model.config), some_masks(model)
-    small = shrink(model, family, masks)
+    pruned = shrink(model, family, masks)
     zero_removed(model, family, masks)
-    return model, small, masks
+    return model, pruned, masks
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("variant", ALL_TINY)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_small_model_gives_the_logits_of_the_zeroed(variant, dtype, tolerance, implementation, samples):
-    zeroed, small, _ = pruned_pair(variant, dtype)
-    set_attention(zeroed, implementation)
-    set_attention(small, implementation)
+def test_shrink_logits_equal_the_masked_models(variant, dtype, tolerance, implementation, samples):
+    masked, pruned, _ = masked_and_pruned(variant, dtype)
+    set_attention(masked, implementation)
+    set_attention(pruned, implementation)
     with torch.no_grad():
-        expected, got = zeroed(samples).logits, small(samples).logits
-    assert got.dtype == dtype
+        expected, actual = masked(samples).logits, pruned(samples).logits
+    assert actual.dtype == dtype
     if variant in FP32_INSIDE:
         tolerance = max(tolerance, 1e-6)
-    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def test_zeroing_only_columns_would_give_the_same_logits(samples):
+def test_zero_removed_columns_alone_give_the_same_logits(samples):
     model = make_tiny("biases", torch.float64)
     family, masks = find_family(model.config), some_masks(model)
-    zeroed = make_tiny("biases", torch.float64)
-    zero_removed(zeroed, family, masks)
+    masked = make_tiny("biases", torch.float64)
+    zero_removed(masked, family, masks)
     with torch.no_grad():
         for layer, mask in zip(family.decoder_layers(model), masks, strict=True):
             for name, (dim, kept) in kept_indices(family, mask).items():
@@ -71,38 +71,38 @@ def test_zeroing_only_columns_would_give_the_same_logits(samples):
                     weight = layer.get_parameter(name)
                     removed = [i for i in range(weight.shape[1]) if i not in kept.tolist()]
                     weight[:, removed] = 0
-        assert torch.allclose(model(samples).logits, zeroed(samples).logits, rtol=1e-9, atol=1e-9)
+        assert torch.allclose(model(samples).logits, masked(samples).logits, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("variant", ALL_TINY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_save_and_reload(variant, dtype, samples, tmp_path):
-    _, small, masks = pruned_pair(variant, dtype)
-    small.save_pretrained(tmp_path)
-    # The library's faster ways with experts want widths that are multiples of 8.
+def test_shrink_saved_and_reloaded_is_the_same_model(variant, dtype, samples, tmp_path):
+    _, pruned, masks = masked_and_pruned(variant, dtype)
+    pruned.save_pretrained(tmp_path)
+    # The grouped matrix products of transformers need expert widths that are multiples of 8.
     again = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
     assert again.dtype == dtype
     with torch.no_grad():
-        assert torch.equal(again(samples).logits, small(samples).logits)
+        assert torch.equal(again(samples).logits, pruned(samples).logits)
     assert again.config.layer_head_num == [len(mask.kept_heads) for mask in masks]
     assert again.config.layer_inter_size == [len(mask.kept_columns) // mask.shape.num_ffns for mask in masks]
     assert set(again.config.auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
-    assert (again.lm_head.weight is again.get_input_embeddings().weight) == small.config.tie_word_embeddings
+    assert (again.lm_head.weight is again.get_input_embeddings().weight) == pruned.config.tie_word_embeddings
     assert not list(tmp_path.glob("*.bin"))
 
 
 @pytest.mark.parametrize("variant", ALL_TINY)
-def test_generate_with_cache_equals_without(samples, variant):
-    _, small, _ = pruned_pair(variant, torch.float32)
+def test_shrink_generates_the_same_with_and_without_cache(samples, variant):
+    _, pruned, _ = masked_and_pruned(variant, torch.float32)
     prompt = samples[:2, :5]
     options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
-    assert torch.equal(small.generate(prompt, **options), small.generate(prompt, use_cache=False, **options))
+    assert torch.equal(pruned.generate(prompt, **options), pruned.generate(prompt, use_cache=False, **options))
 
 
 @pytest.mark.parametrize("variant", ALL_TINY)
-def test_lora_trains_and_fuses(samples, variant):
-    _, small, _ = pruned_pair(variant, torch.float32)
-    adapted = get_peft_model(small, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).eval()
+def test_shrink_with_lora_trains_and_fuses(samples, variant):
+    _, pruned, _ = masked_and_pruned(variant, torch.float32)
+    adapted = get_peft_model(pruned, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).eval()
     adapted(input_ids=samples, labels=samples).loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in adapted.parameters() if p.requires_grad)
     with torch.no_grad():
@@ -111,42 +111,42 @@ def test_lora_trains_and_fuses(samples, variant):
         assert (fused(samples).logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def test_a_small_model_can_be_pruned_again(samples):
-    _, small, masks = pruned_pair("gqa", torch.float64)
-    family, shapes = find_family(small.config), layer_shapes(small.config)
+def test_shrink_of_a_pruned_model(samples):
+    _, pruned, masks = masked_and_pruned("gqa", torch.float64)
+    family, shapes = find_family(pruned.config), layer_shapes(pruned.config)
     assert [shape.num_heads for shape in shapes] == [len(mask.kept_heads) for mask in masks]
     again = [LayerMask.from_groups(shape, [0], list(range(0, shape.num_columns, 2))) for shape in shapes]
-    smaller = shrink(small, family, again)
-    zero_removed(small, family, again)
-    assert smaller.config.layer_inter_size == [len(mask.kept_columns) for mask in again]
+    pruned_again = shrink(pruned, family, again)
+    zero_removed(pruned, family, again)
+    assert pruned_again.config.layer_inter_size == [len(mask.kept_columns) for mask in again]
     with torch.no_grad():
-        assert torch.allclose(smaller(samples).logits, small(samples).logits, rtol=1e-9, atol=1e-9)
+        assert torch.allclose(pruned_again(samples).logits, pruned(samples).logits, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("variant", ["gqa", "biases", "qwen3", "gemma2", "phi3", "olmo2", "mixtral"])
-def test_query_heads_go_and_their_key_value_head_stays(variant, samples, tmp_path):
+def test_shrink_query_heads_keep_their_key_value_head(variant, samples, tmp_path):
     model = make_tiny(variant, torch.float64)
     family = find_family(model.config)
     masks = []
     for index, shape in enumerate(layer_shapes(model.config)):
         size = shape.heads_per_group
-        gone = [group * size + (group + index) % size for group in range(shape.num_kv_heads)] if index else []
-        heads = [head for head in range(shape.num_heads) if head not in gone]
+        removed = [group * size + (group + index) % size for group in range(shape.num_kv_heads)] if index else []
+        heads = [head for head in range(shape.num_heads) if head not in removed]
         masks.append(LayerMask.from_heads(shape, heads, list(range(shape.num_columns))))
         assert masks[-1].kept_kv_heads == list(range(shape.num_kv_heads))
-    small = shrink(model, family, masks)
+    pruned = shrink(model, family, masks)
     zero_removed(model, family, masks)
-    small.save_pretrained(tmp_path)
+    pruned.save_pretrained(tmp_path)
     with torch.no_grad():
         expected = model(samples).logits
-        for got in (small, AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")):
-            assert (got(samples).logits - expected).abs().max() <= 1e-6 * expected.abs().max()
-    assert small.config.layer_head_num == [6, *[6 - model.config.num_key_value_heads] * 3]
+        for actual in (pruned, AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")):
+            assert (actual(samples).logits - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert pruned.config.layer_head_num == [6, *[6 - model.config.num_key_value_heads] * 3]
 
 
 @pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe"])
-def test_how_experts_are_computed_is_the_users_choice(variant):
-    """Also where the small model's class is asked before the library's own, in a process of its own."""
+def test_experts_implementation_can_be_set(variant):
+    """The class of the pruned model is queried before the stock class, in a new process."""
     script = (
         "import sys; from models import SLIM_CLASSES; name = sys.argv[1]\n"
         "slim = SLIM_CLASSES[name][1]; assert slim._can_set_experts_implementation()\n"
@@ -156,7 +156,7 @@ def test_how_experts_are_computed_is_the_users_choice(variant):
     subprocess.run([sys.executable, "-c", script, variant], cwd=root, check=True)
 
 
-def test_kv_heads_keep_equally_many_query_heads():
+def test_from_heads_different_numbers_per_kv_head_are_refused():
     shape = layer_shapes(make_tiny("gqa").config)[0]
     assert LayerMask.from_heads(shape, [3, 4, 5], [0]) == LayerMask.from_groups(shape, [1], [0])
     assert LayerMask.from_heads(shape, [1, 2, 3, 5], [0]).kept_kv_heads == [0, 1]
@@ -166,11 +166,11 @@ def test_kv_heads_keep_equally_many_query_heads():
 
 @pytest.mark.parametrize("variant", ALL_TINY)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_layers_all_alike_make_a_stock_model(variant, dtype, samples, tmp_path):
+def test_shrink_uniform_shapes_makes_a_stock_model(variant, dtype, samples, tmp_path):
     model = make_tiny(variant, dtype)
     family, masks = find_family(model.config), []
     for index, shape in enumerate(layer_shapes(model.config)):
-        # Of two, three or six groups one goes, another one in each layer.
+        # One of two, three or six groups is removed, another one in each layer.
         groups = [group for group in range(shape.num_kv_heads) if group != index % shape.num_kv_heads]
         masks.append(LayerMask.from_groups(shape, groups, [c for c in range(shape.num_columns) if c % 4 != index]))
     heads = len(masks[0].kept_heads)
@@ -179,33 +179,33 @@ def test_layers_all_alike_make_a_stock_model(variant, dtype, samples, tmp_path):
         with pytest.raises(UserError, match=f"--uniform_shapes: .* cannot have {heads} heads with a hidden size of 24"):
             shrink(model, family, masks, uniform_shapes=True)
         return
-    small = shrink(model, family, masks, uniform_shapes=True)
+    pruned = shrink(model, family, masks, uniform_shapes=True)
     zero_removed(model, family, masks)
-    small.save_pretrained(tmp_path)
+    pruned.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.py"))
-    # Experts of these widths do not suit the library's grouped products.
+    # The grouped matrix products of transformers do not support these expert widths.
     again = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
     stock = "mistral" if variant in TINY_VARIANTS and not divides else model.config.model_type
     assert again.config.model_type == stock
     assert type(again).__module__.startswith(f"transformers.models.{stock.removesuffix('_text')}.")
     with torch.no_grad():
         expected = model(samples).logits
-        # OLMo's norms over all heads have another epsilon in a stock model.
+        # The q/k norms of OLMo have another epsilon in a stock model.
         tolerance = 1e-4 if dtype == torch.float32 or variant in FP32_INSIDE else 1e-9
-        assert (small(samples).logits - expected).abs().max() <= tolerance * expected.abs().max()
+        assert (pruned(samples).logits - expected).abs().max() <= tolerance * expected.abs().max()
         assert (again(samples).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
     prompt = samples[:2, :5]
     options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
     assert torch.equal(again.generate(prompt, **options), again.generate(prompt, use_cache=False, **options))
 
 
-def test_layers_that_differ_make_no_stock_model():
+def test_shrink_uniform_shapes_of_different_layers_is_refused():
     model = make_tiny("gqa")
     with pytest.raises(UserError, match="--uniform_shapes: the pruned layers differ in shape"):
         shrink(model, find_family(model.config), some_masks(model), uniform_shapes=True)
 
 
-def test_masks_of_another_model_are_refused():
+def test_shrink_masks_of_other_shapes_are_refused():
     model = make_tiny("gqa")
     with pytest.raises(ValueError, match="layer shapes of the masks differ"):
         shrink(model, find_family(model.config), some_masks(make_tiny("mha")))
@@ -221,12 +221,12 @@ def test_pruning_json_round_trip(tmp_path):
 def test_sizes_agree_with_closed_formulas(variant):
     model = make_tiny(variant)
     family, masks = find_family(model.config), some_masks(model)
-    small = shrink(model, family, masks)
+    pruned = shrink(model, family, masks)
     config, seq_len = model.config, 10
     block_total = block_kept = attention = used = 0
     for mask in masks:
         shape = mask.shape
-        # A token goes to two of four experts, and through a router.
+        # A token is routed to two of four experts.
         active = 0.5 if shape.num_experts else 1
         router = 4 * config.hidden_size if shape.num_experts else 0
         per_head = per_kv = 2 * config.hidden_size * config.head_dim
@@ -238,13 +238,13 @@ def test_sizes_agree_with_closed_formulas(variant):
         attention += 2 * len(mask.kept_heads) * config.head_dim * seq_len**2
     assert removed_share(family.decoder_layers(model), family, masks) == pytest.approx(1 - block_kept / block_total)
     logits = config.hidden_size * config.vocab_size
-    stats = model_stats(small.config, seq_len)
+    stats = model_stats(pruned.config, seq_len)
     assert stats.macs == (used + logits) * seq_len + attention
-    state = sum(parameter.numel() for parameter in {id(p): p for p in small.parameters()}.values())
+    state = sum(parameter.numel() for parameter in {id(p): p for p in pruned.parameters()}.values())
     assert stats.parameters == state
     assert stats.weight_bytes == 4 * state
     assert stats.kv_cache_bytes == 4 * 2 * config.head_dim * sum(len(mask.kept_kv_heads) for mask in masks)
-    for layer, mask, module in zip(stats.layers, masks, family.decoder_layers(small), strict=True):
+    for layer, mask, module in zip(stats.layers, masks, family.decoder_layers(pruned), strict=True):
         heads, kv_heads, columns = len(mask.kept_heads), len(mask.kept_kv_heads), len(mask.kept_columns)
         active, router = (0.5, 4 * config.hidden_size) if mask.shape.num_experts else (1, 0)
         matrices = heads * per_head + kv_heads * per_kv + columns * per_column + router

@@ -1,4 +1,4 @@
-"""Calibration windows: seeded, streamed, and refused when the text is too short."""
+"""Calibration samples: seeded, streamed, and refused if the text is too short."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ ALPACA_TEXTS = ["w3 w4\n\nw5", "w6\nw7\nw8"]
 TEXT_ROWS = [{"text": "w3 w4"}, {"text": "w5"}]
 
 
-def test_windows_are_the_same_everywhere():
+def test_random_windows_follow_the_seed():
     tokens = torch.arange(10_000)
     windows = random_windows(tokens, 4, 8, seed=0, source="x")
     assert windows[:, 0].tolist() == [3260, 6863, 4269, 6952]
@@ -30,25 +30,25 @@ def test_windows_are_the_same_everywhere():
     assert not torch.equal(windows, random_windows(tokens, 4, 8, seed=1, source="x"))
 
 
-def test_four_draws_of_eight_are_one_draw_of_thirty_two():
+def test_random_windows_of_four_draws_equal_one_draw():
     generator = torch.Generator().manual_seed(0)
     starts = torch.cat([torch.randint(0, 5000 - 16, (8,), generator=generator) for _ in range(4)])
     assert random_windows(torch.arange(5000), 32, 16, 0, "x")[:, 0].tolist() == starts.tolist()
 
 
-def test_too_little_text_says_both_numbers(tokenizer, tmp_path):
+def test_load_calibration_too_little_text_names_both_numbers(tokenizer, tmp_path):
     path = tmp_path / "short.txt"
     path.write_text(random_text(100))
     with pytest.raises(UserError, match=r"100 tokens.*--num_samples 8 × --seqlen 16 need 128"):
         load_calibration([path], tokenizer, 8, 16, 0)
 
 
-def test_one_window_of_the_whole_text_is_refused():
+def test_random_windows_of_the_whole_text_is_refused():
     with pytest.raises(UserError, match="16 tokens"):
         random_windows(torch.arange(16), 1, 16, 0, "x")
 
 
-def test_no_special_tokens_in_calibration(tokenizer, tmp_path):
+def test_load_calibration_has_no_special_tokens(tokenizer, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(random_text(500))
     data = load_calibration([path], tokenizer, 4, 32, 0)
@@ -58,7 +58,7 @@ def test_no_special_tokens_in_calibration(tokenizer, tmp_path):
 
 
 def write_rows(path, rows):
-    """Rows in the format of the file's ending."""
+    """Write rows in the format of the suffix."""
     if path.name.endswith(".parquet"):
         pandas.DataFrame(rows).to_parquet(path)
     elif path.name.endswith(".json"):
@@ -79,13 +79,13 @@ def write_rows(path, rows):
     ],
     ids=["text", "alpaca", "alpaca with text", "sentence"],
 )
-def test_every_kind_of_file(tmp_path, ending, rows, texts):
+def test_file_documents_of_every_format(tmp_path, ending, rows, texts):
     path = tmp_path / f"data.{ending}"
     write_rows(path, rows)
     assert list(file_documents(path)) == texts
 
 
-def test_text_file_is_one_document(tmp_path):
+def test_file_documents_of_a_text_file_is_one_document(tmp_path):
     path = tmp_path / "wiki.test.raw"
     path.write_text("a\n\nb\n")
     assert list(file_documents(path)) == ["a\n\nb\n"]
@@ -101,7 +101,7 @@ def test_text_file_is_one_document(tmp_path):
         ("data.txt", b"\xff\xfe\x00\x81", "cannot be read as"),
     ],
 )
-def test_bad_files(tmp_path, name, content, message):
+def test_file_documents_unreadable_file_is_named(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
@@ -110,14 +110,14 @@ def test_bad_files(tmp_path, name, content, message):
     assert "\n" not in str(error.value)
 
 
-def test_missing_file(tmp_path):
+def test_file_documents_missing_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         list(file_documents(tmp_path / "none.txt"))
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub whose every data set is 200,000 documents of 100 words; counts what is read and how it is asked for."""
+    """A hub whose data sets have 200,000 documents of 100 words; counts the rows read and keeps the calls."""
     state = {"read": 0, "calls": []}
 
     def load_dataset(**kwargs):
@@ -135,19 +135,19 @@ def hub(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["c4", "alpaca", "gpt4_alpaca"])
-def test_the_hub_is_streamed_only_as_far_as_needed(hub, tokenizer, name):
+def test_load_calibration_streams_the_hub_as_far_as_needed(hub, tokenizer, name):
     data = load_calibration([name], tokenizer, 8, 64, 0)
     assert data.samples.shape == (8, 64)
     assert hub["calls"][0]["streaming"] is True
     assert hub["read"] < 50
 
 
-def test_hub_windows_follow_the_seed(hub, tokenizer):
+def test_load_calibration_from_the_hub_follows_the_seed(hub, tokenizer):
     first, again, other = (load_calibration(["c4"], tokenizer, 8, 64, seed) for seed in (0, 0, 1))
     assert first.sha256 == again.sha256 != other.sha256
 
 
-def test_no_loading_script_is_asked_for(hub):
+def test_hub_documents_need_no_loading_script(hub):
     for name, split in (("wikitext2", "test"), ("ptb", "train"), ("c4", "train")):
         next(hub_documents(name, split))
     wikitext, ptb, c4 = hub["calls"]
@@ -160,7 +160,7 @@ def test_no_loading_script_is_asked_for(hub):
     assert c4["data_files"].endswith("allenai/c4/en/c4-train.00000-of-01024.json.gz")
 
 
-def test_unreachable_hub_names_the_way_out(monkeypatch):
+def test_hub_documents_unreachable_hub_names_the_flag(monkeypatch):
     def load_dataset(**kwargs):
         raise ConnectionError("no route\nto host")
 
@@ -170,23 +170,23 @@ def test_unreachable_hub_names_the_way_out(monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_join_stops_at_the_budget():
-    taken = []
+def test_join_documents_stops_at_max_chars():
+    read = []
 
     def documents():
         for index in range(100):
-            taken.append(index)
+            read.append(index)
             yield "x" * 10
 
     assert len(join_documents(documents(), 25)) == 25
-    assert len(taken) == 3
+    assert len(read) == 3
     assert join_documents(["a", "b"]) == "a\n\nb"
 
 
-def test_beginnings_of_text_are_the_samples_own_tokens():
+def test_sink_windows_are_cut_from_the_samples():
     samples = torch.arange(3 * 37).view(3, 37)
     starts = sink_windows(samples, 5)
-    # Four whole windows of eight tokens a sample, of which there are twelve.
+    # Three samples with four whole windows of eight tokens each.
     assert starts[:, 0].tolist() == [0, 16, 37, 37 + 24, 2 * 37 + 8]
     assert (starts == starts[:, :1] + torch.arange(8)).all()
     assert sink_windows(samples, 99)[:, 0].tolist() == [37 * row + 8 * at for row in range(3) for at in range(4)]
@@ -194,7 +194,7 @@ def test_beginnings_of_text_are_the_samples_own_tokens():
     assert len(sink_windows(samples, 0)) == 0
 
 
-def test_calibration_with_bos_puts_it_first_in_every_window(tokenizer, bos_tokenizer, text_file):
+def test_load_calibration_with_bos_starts_every_window_with_it(tokenizer, bos_tokenizer, text_file):
     plain = load_calibration([text_file], tokenizer, 4, 32, 0)
     auto, never = (load_calibration([text_file], bos_tokenizer, 4, 32, 0, bos) for bos in ("auto", "never"))
     assert auto.samples[:, 0].tolist() == [bos_tokenizer.bos_token_id] * 4
@@ -206,7 +206,7 @@ def test_calibration_with_bos_puts_it_first_in_every_window(tokenizer, bos_token
     assert "windows start with text" in never.log_line()
 
 
-def test_calibration_on_several_texts_draws_equally_many_of_each_in_turns(tokenizer, tmp_path):
+def test_load_calibration_of_several_texts_alternates_them(tokenizer, tmp_path):
     for name, word in (("a", "w5"), ("b", "w6")):
         (tmp_path / f"{name}.txt").write_text(f"{word} " * 500)
     data = load_calibration([tmp_path / "a.txt", tmp_path / "b.txt"], tokenizer, 5, 16, 0)
@@ -217,7 +217,7 @@ def test_calibration_on_several_texts_draws_equally_many_of_each_in_turns(tokeni
         load_calibration([tmp_path / "a.txt", tmp_path / "b.txt"], tokenizer, 1, 16, 0)
 
 
-def test_calibration_on_a_file_and_a_data_set(tokenizer, text_file, monkeypatch):
+def test_load_calibration_of_a_file_and_a_data_set(tokenizer, text_file, monkeypatch):
     monkeypatch.setattr(slim_dataset, "hub_documents", lambda name, split: iter([random_text(300, 3)]))
     data = load_calibration([str(text_file), "wikitext2"], tokenizer, 4, 16, 0)
     assert [source.name for source in data.sources] == [str(text_file), "wikitext2"]

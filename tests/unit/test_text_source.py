@@ -1,4 +1,4 @@
-"""Local files as users have them: tables, compression, byte-order marks, odd paths and rows that are no text."""
+"""Local files: tables, compression, byte-order marks, unusual paths, and values that are not text."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ JSONL = b'{"text": "a"}\n{"text": "b"}\n'
 
 
 def compress_zstd(content: bytes) -> bytes:
-    """A zstd frame of ``content``."""
+    """Return a zstd frame of ``content``."""
     sink = pyarrow.BufferOutputStream()
     with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
         stream.write(content)

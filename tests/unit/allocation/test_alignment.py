@@ -1,4 +1,4 @@
-"""Multiples of units that layers keep."""
+"""Alignment of plans to multiples of units."""
 
 import random
 
@@ -11,7 +11,7 @@ from slim_utils.masks import LayerPlan
 
 @pytest.mark.parametrize("multiple", [1, 2, 8, 16])
 @pytest.mark.parametrize("seed", range(5))
-def test_aligned_counts_of_all_layers_keep_the_sum(multiple, seed):
+def test_aligned_counts_of_all_layers_keeps_the_sum(multiple, seed):
     generator = random.Random(seed)
     totals = [160] * 9
     removed = [0 if generator.random() < 0.2 else generator.randint(8, 96) for _ in totals]
@@ -22,29 +22,29 @@ def test_aligned_counts_of_all_layers_keep_the_sum(multiple, seed):
     assert 0 <= sum(aligned) - sum(removed) < multiple
 
 
-def test_aligned_counts_never_empty_a_layer_and_leave_small_ones():
+def test_aligned_counts_small_layers_are_kept():
     assert aligned_counts([14, 14], [16, 16], [8, 8], [True, True]) == [8, 8]
     assert aligned_counts([1, 0], [3, 3], [4, 4], [True, False]) == [1, 0]
 
 
-def test_aligned_counts_of_a_pruned_layer_without_a_unit_to_remove_are_aligned():
+def test_aligned_counts_pruned_layer_with_zero_units_is_aligned():
     assert aligned_counts([0, 0], [9, 9], [2, 2], [True, False]) == [1, 0]
 
 
-def test_aligned_counts_uniform_share_no_leftovers():
+def test_aligned_counts_uniform_drops_left_over_multiples():
     assert len(set(aligned_counts([9] * 4, [36] * 4, [8] * 4, [True] * 4))) == 2
     assert aligned_counts([9] * 4, [36] * 4, [8] * 4, [True] * 4, uniform=True) == [12] * 4
 
 
-def test_aligned_experts_do_not_make_up_for_an_ordinary_ffn():
+def test_aligned_experts_do_not_compensate_for_a_dense_ffn():
     units = [LayerUnits(4, 40, 1, 1, num_experts=experts) for experts in (0, 8, 8)]
     plans = Alignment(columns_multiple=16).aligned([LayerPlan(0, 12)] * 3, units, [(False, True)] * 3)
-    # 28 columns are kept of each: alone down to 16, of the two with experts one is given 32.
+    # Each layer keeps 28 columns: the dense FFN is rounded down to 16, the two MoE layers to 32 and 16.
     assert [plan.columns for plan in plans] == [24, 8, 24]
 
 
 @pytest.mark.parametrize(("groups", "kept"), [(1, 2), (3, 2), (2, 3)])
-def test_aligned_heads_divide_with_their_groups(groups, kept):
+def test_aligned_heads_multiple_includes_the_groups_of_a_unit(groups, kept):
     """A unit of three groups is three heads: an even number of heads needs an even number of units."""
     units = [LayerUnits(4, 40, 1, 1, heads_per_unit=groups, head_groups=groups)]
     plan = LayerPlan(groups, 0)

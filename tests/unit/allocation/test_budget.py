@@ -22,7 +22,7 @@ from slim_utils.allocation.budget import (
 )
 from slim_utils.allocation.planner import Planner
 from slim_utils.allocation.schedules import layer_ratios, non_uniform_ratios
-from slim_utils.cli.slimming_checks import num_sink_windows, with_preset
+from slim_utils.cli.slimming_checks import num_sink_windows, resolve_preset, with_preset
 from slim_utils.common.errors import UserError
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layerwise.resume import LayerStore
@@ -38,10 +38,10 @@ MODEL_KINDS = ["mha", "gqa", "phi3", "olmo2", "opt", "mixtral", "qwen3_moe"]
 
 @pytest.fixture
 def deadline():
-    """Fails a test that is not done after ten seconds of its own time."""
+    """Fail the test after ten seconds of CPU time."""
 
     def expired(signum, frame):
-        pytest.fail("does not end", pytrace=False)
+        pytest.fail("does not terminate", pytrace=False)
 
     previous = signal.signal(signal.SIGVTALRM, expired)
     signal.setitimer(signal.ITIMER_VIRTUAL, 10)
@@ -55,7 +55,7 @@ def convex(generator: np.random.Generator, units: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_columns_alone_are_dealt_out_best(seed):
+def test_allocate_columns_alone_is_optimal(seed):
     generator = np.random.default_rng(seed)
     curves = [LossCurve(convex(generator, 4), 3, True) for _ in range(4)]
     for units in range(17):
@@ -70,7 +70,7 @@ def test_columns_alone_are_dealt_out_best(seed):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_heads_and_columns_are_traded_near_the_best(seed):
+def test_allocate_heads_and_columns_is_near_the_optimum(seed):
     generator = np.random.default_rng(seed)
     curves = [LossCurve(convex(generator, 3) * 4, 7, False) for _ in range(2)]
     curves += [LossCurve(convex(generator, 12), 2, True) for _ in range(2)]
@@ -87,15 +87,15 @@ def test_heads_and_columns_are_traded_near_the_best(seed):
 
 
 def reachable(units: list[LayerUnits]) -> set[int]:
-    """Block weights that any choice of units removes."""
-    counts = [itertools.product(range(own.heads), range(own.columns)) for own in units]
+    """Totals of block weights that some choice of units removes."""
+    counts = [itertools.product(range(layer.heads), range(layer.columns)) for layer in units]
     return {weights_removed(choice, units) for choice in itertools.product(*counts)}
 
 
 @pytest.mark.usefixtures("deadline")
 @pytest.mark.parametrize("units", [[LayerUnits(8, 4, 100, 3)], [LayerUnits(4, 3, 100, 7)] * 3])
-def test_scaled_counts_without_columns_enough_end_near_the_budget(units):
-    """A step of heads is larger than all the columns: no choice meets most budgets to a column."""
+def test_scaled_counts_with_too_few_columns_is_near_the_budget(units):
+    """A step of heads has more weights than all columns, so few budgets can be met to one column."""
     choices = sorted(reachable(units))
     for budget in range(1, choices[-1] + 1, 7):
         removed = weights_removed(scaled_counts(lambda highest: [highest] * len(units), units, budget), units)
@@ -107,7 +107,7 @@ def test_scaled_counts_without_columns_enough_end_near_the_budget(units):
 
 @pytest.mark.usefixtures("deadline")
 @pytest.mark.parametrize("budget", range(1, 709, 37))
-def test_allocate_without_columns_enough_ends_near_the_budget(budget):
+def test_allocate_with_too_few_columns_is_near_the_budget(budget):
     curves = [LossCurve(np.arange(8.0) ** 2, 100, False), LossCurve(np.arange(4.0) ** 2, 3, True)]
     heads, columns = allocate(curves, budget)
     reached = {100 * i + 3 * j for i in range(8) for j in range(4)}
@@ -116,8 +116,8 @@ def test_allocate_without_columns_enough_ends_near_the_budget(budget):
     assert 0 <= removed - budget < 3 if met else abs(removed - budget) == min(abs(r - budget) for r in reached)
 
 
-def test_late_layers_lose_more_the_more_goes():
-    """Of layers alike the later ones, and evenly where losses are nothing."""
+def test_allocate_with_depth_decay_large_losses_move_units_to_late_layers():
+    """Equal layers get equal counts while the losses are negligible."""
     curve = np.arange(101) ** 2
     for scale, even in ((1e-9, True), (1e-4, False)):
         layers = [LayerCurves(LossCurve(np.zeros(1), 1, False), LossCurve(scale * curve, 1, True))] * 4
@@ -127,7 +127,7 @@ def test_late_layers_lose_more_the_more_goes():
         assert columns == sorted(columns)
 
 
-def test_more_than_there_is_cannot_go():
+def test_allocate_unreachable_budget_is_refused():
     with pytest.raises(UserError, match="removes 13 block weights, at most 12 can be removed; lower --target_ratio"):
         allocate([LossCurve(np.arange(5.0), 3, True)], 13)
 
@@ -135,7 +135,7 @@ def test_more_than_there_is_cannot_go():
 @pytest.mark.parametrize("name", MODEL_KINDS)
 @pytest.mark.parametrize("unit", ["query_head", "kv_group"])
 @pytest.mark.parametrize("strategy", ["uniform", "log_increase", "linear_decrease"])
-def test_schedules_meet_a_budget_to_one_column(name, unit, strategy):
+def test_scaled_counts_of_schedules_meet_the_budget_to_one_column(name, unit, strategy):
     model = make_tiny(name)
     family, shapes = find_family(model.config), layer_shapes(model.config)
     layers, settings = family.decoder_layers(model), PruningSettings(CPU, CPU, gqa_unit=unit)
@@ -147,11 +147,11 @@ def test_schedules_meet_a_budget_to_one_column(name, unit, strategy):
 
     for share in (0.05, 0.15, 0.25):
         counts = scaled_counts(schedule, units, share * total)
-        plans = [own.plan(*count) for own, count in zip(units, counts, strict=True)]
+        plans = [layer.plan(*pair) for layer, pair in zip(units, counts, strict=True)]
         masks = [settings.size_mask(shape, plan) for shape, plan in zip(shapes, plans, strict=True)]
         assert [mask.plan for mask in masks] == plans
         removed = removed_share(layers, family, masks) * total
-        assert share * total - 1e-6 <= removed < share * total + max(own.column_weights for own in units)
+        assert share * total - 1e-6 <= removed < share * total + max(layer.column_weights for layer in units)
         assert masks[0].kept_heads == list(range(6))
     with pytest.raises(UserError, match="can be removed"):
         scaled_counts(schedule, units, 0.99 * total)
@@ -172,13 +172,13 @@ COLUMN, TOTAL = 72, 17664
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "log_increase", "search"])
-def test_target_ratio(allocation, words, tmp_path):
+def test_target_ratio_is_met_and_reused_as_profile(allocation, words, tmp_path):
     lowest = ["--min_sparsity", 0.0625] if allocation == "log_increase" else []
     main(*words, "--target_ratio", 0.3, "--allocation", allocation, *lowest, "--save_dir", tmp_path / "out")
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     removed = record["sizes"]["block_share_removed"] * TOTAL
     assert 0.3 * TOTAL - 1e-6 <= removed < 0.3 * TOTAL + COLUMN
-    # Another run can keep as much of every layer, by other heads and columns.
+    # A profile keeps the sizes of every layer, with other heads and columns.
     main(*words, "--seed", 3, "--profile", tmp_path / "out" / "pruning.json", "--save_dir", tmp_path / "again")
     kept = []
     for name in ("out", "again"):
@@ -187,7 +187,7 @@ def test_target_ratio(allocation, words, tmp_path):
     assert kept[0] == kept[1]
 
 
-def test_the_best_preset_is_its_flags(words, tmp_path):
+def test_preset_best_equals_its_flags(words, tmp_path):
     target = ["--target_ratio", 0.3]
     main(*words, *target, "--preset", "best", "--save_dir", tmp_path / "preset")
     flags = ["--exact_heads", "--column_group", 32, "--sink_windows", 512, "--allocation", "search"]
@@ -206,7 +206,7 @@ def test_the_best_preset_is_its_flags(words, tmp_path):
         (["--preset", "best", "--sink_windows", 0], None, 32, 0),
     ],
 )
-def test_the_best_preset_leaves_what_was_asked_for(flags, allocation, column_group, sink_windows, words):
+def test_with_preset_best_keeps_explicit_flags(flags, allocation, column_group, sink_windows, words):
     args = model_slimming.build_parser().parse_args(list(map(str, [*words, *flags])))
     config = with_preset(PruningConfig(**vars(args)))
     windows = num_sink_windows(config, bos=False)
@@ -214,7 +214,23 @@ def test_the_best_preset_leaves_what_was_asked_for(flags, allocation, column_gro
     assert config.exact_heads == ("best" in flags)
 
 
-def test_a_stock_checkpoint_of_a_target(words, tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "allocation"),
+    [
+        ({}, "log_increase"),
+        ({"allocation": "uniform"}, "uniform"),
+        ({"allocation": "search"}, "search"),
+        # Refused by the planner, which names --refine.
+        ({"refine": 1}, "search"),
+    ],
+)
+def test_resolve_preset_best_of_moe_model_replaces_its_search_alone(flags, allocation, caplog):
+    config = resolve_preset(PruningConfig(preset="best", target_ratio=0.3, **flags), experts=True)
+    assert config.allocation == allocation
+    assert ("no sensitivity analysis with experts" in caplog.text) == (not flags)
+
+
+def test_target_ratio_with_uniform_shapes_is_met(words, tmp_path):
     flags = ["--target_ratio", 0.3, "--uniform_shapes", "--save_pruned_weights", "--save_dir", tmp_path / "out"]
     main(*words, *flags)
     share = json.loads((tmp_path / "out" / "run.json").read_text())["sizes"]["block_share_removed"]
@@ -224,7 +240,7 @@ def test_a_stock_checkpoint_of_a_target(words, tmp_path):
     ).read_text(encoding="utf-8")
 
 
-def test_only_what_is_pruned_is_searched(words, tmp_path):
+def test_search_of_a_range_measures_its_layers_alone(words, tmp_path):
     flags = ["--target_ratio", 0.2, "--allocation", "search", "--minlayer", 1, "--maxlayer", 3]
     main(*words, *flags, "--save_dir", tmp_path / "out")
     record = json.loads((tmp_path / "out" / "run.json").read_text())
@@ -233,14 +249,14 @@ def test_only_what_is_pruned_is_searched(words, tmp_path):
     assert {layer["layer"] for layer in record["layers"]} == {1, 2}
 
 
-def test_a_target_out_of_reach_is_seen_before_the_search(words, tmp_path, monkeypatch):
+def test_search_unreachable_target_is_refused_before_measuring(words, tmp_path, monkeypatch):
     monkeypatch.setattr(Planner, "measured_plans", lambda *args: pytest.fail("measured"))
     with pytest.raises(UserError, match="can be removed; lower --target_ratio"):
         main(*words, "--target_ratio", 0.99, "--preset", "best", "--save_dir", tmp_path / "out")
 
 
-def test_a_single_unit_of_heads_stays(tokenizer, text_file, tmp_path):
-    """Layers with one kv group have nothing to lose but columns."""
+def test_search_single_kv_group_is_kept(tokenizer, text_file, tmp_path):
+    """A layer with a single kv group loses columns alone."""
     config = make_tiny("gqa").config
     config.num_key_value_heads = 1
     type(make_tiny("gqa"))(config).save_pretrained(tmp_path / "model")
@@ -253,11 +269,11 @@ def test_a_single_unit_of_heads_stays(tokenizer, text_file, tmp_path):
     assert all(layer["attention"]["loss"] is None for layer in record["search"])
 
 
-def test_mixtures_of_experts_are_not_searched(tokenizer, text_file, tmp_path):
+def test_search_of_moe_model_is_refused_or_replaced_by_the_preset(tokenizer, text_file, tmp_path):
     make_tiny("mixtral").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     flags = ["--data_file", text_file, "--target_ratio", 0.3, "--seqlen", 32, "--save_dir", tmp_path / "out"]
-    # What was asked for is refused; only the preset's own choice is replaced.
+    # Explicit flags are refused; only the allocation of the preset is replaced.
     for preset in ([], ["--preset", "best"]):
         with pytest.raises(UserError, match="--allocation search is not supported for MoE models"):
             main(tmp_path / "model", *flags, *preset, "--allocation", "search")
@@ -272,7 +288,7 @@ def test_mixtures_of_experts_are_not_searched(tokenizer, text_file, tmp_path):
     assert record["arguments"]["allocation"] == "log_increase" and "search" not in record
 
 
-def test_without_time_only_the_first_and_the_last_layer_are_measured(words, tmp_path):
+def test_search_without_time_measures_first_and_last_layer(words, tmp_path):
     flags = [*words, "--target_ratio", 0.3, "--allocation", "search"]
     main(*flags, "--search_minutes", 0, "--save_dir", tmp_path / "short")
     main(*flags, "--search_minutes", 60, "--save_dir", tmp_path / "long")
@@ -284,7 +300,7 @@ def test_without_time_only_the_first_and_the_last_layer_are_measured(words, tmp_
     assert all(losses["long"]) and losses["long"][::3] == losses["short"][::3]
 
 
-def test_target_params(words, checkpoint, tmp_path):
+def test_target_params_is_met(words, checkpoint, tmp_path):
     dense = make_tiny("gqa").num_parameters()
     target = dense - 4000
     main(*words, "--target_params", target, "--save_pruned_weights", "--save_dir", tmp_path / "out")
@@ -293,7 +309,7 @@ def test_target_params(words, checkpoint, tmp_path):
     assert target - COLUMN < sizes["parameters_pruned"] <= target
 
 
-def test_a_search_that_was_cut_off_measures_nothing_twice(words, tmp_path, monkeypatch):
+def test_search_resumed_measures_no_layer_twice(words, tmp_path, monkeypatch):
     flags = [*words, "--target_ratio", 0.3, "--allocation", "search"]
     main(*flags, "--save_dir", tmp_path / "whole")
     measured = []
@@ -332,6 +348,6 @@ def test_a_search_that_was_cut_off_measures_nothing_twice(words, tmp_path, monke
         (["--profile", "missing.json"], "--profile missing.json: no such file"),
     ],
 )
-def test_wrong_budgets(flags, message, words):
+def test_contradictory_budget_flags_are_refused(flags, message, words):
     with pytest.raises(UserError, match=message):
         main(*words, *flags)

@@ -19,12 +19,12 @@ def planner(name: str, **flags) -> Planner:
 
 
 @pytest.mark.parametrize(("name", "refused"), [("mixtral", True), ("gqa", False)])
-def test_check_measurable_refuses_experts_alone(name, refused):
+def test_check_measurable_of_moe_model_is_refused(name, refused):
     with pytest.raises(UserError, match="MoE") if refused else nullcontext():
         planner(name, target_ratio=0.3, allocation="search").check_measurable()
 
 
-def test_plans_of_ratios_are_whole_counts_of_query_heads_and_columns():
+def test_plans_of_ratios_are_counts_of_query_heads_and_columns():
     # Six query heads on two kv heads, 40 columns: one of the three heads of each kv head.
     assert planner("gqa", sparsity=0.3).plans() == [LayerPlan(2, 12)] * 4
     assert planner("gqa", sparsity=0.3, gqa_unit="kv_group").plans() == [LayerPlan(3, 12)] * 4
@@ -36,9 +36,9 @@ def test_plans_of_ratios_are_whole_counts_of_query_heads_and_columns():
     ]
 
 
-def test_plans_never_remove_the_last_unit():
+def test_plans_at_a_high_ratio_keep_the_last_unit():
     assert planner("gqa", sparsity=0.99).plans() == [LayerPlan(4, 39)] * 4
 
 
-def test_plans_aligned_keep_multiples_where_a_ratio_rounds_to_nothing():
+def test_plans_aligned_at_a_ratio_of_zero_units_keep_multiples():
     assert planner("mha", sparsity=0.01, multiple_of=16).plans()[0].columns == 8

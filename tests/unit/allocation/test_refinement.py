@@ -25,7 +25,7 @@ from tests.conftest import make_tiny
 
 CPU = torch.device("cpu")
 SETTINGS = PruningSettings(CPU, CPU, selection=SelectionOptions(exact_heads=True, column_group=4))
-# Heads and columns of four layers, of which the tiny models have 6 (2 of each of the kv groups there may be) and 40.
+# The tiny models have 6 heads and 40 columns per layer.
 PLAN = [LayerPlan(2, 4), LayerPlan(2, 12), LayerPlan(), LayerPlan(2, 20)]
 
 
@@ -37,8 +37,8 @@ def pruned(name: str, samples: torch.Tensor, plan: list[LayerPlan]) -> torch.nn.
 
 @pytest.mark.parametrize("name", ["mha", "gqa", "opt"])
 @pytest.mark.parametrize("kind", ["heads", "columns"])
-def test_prices_are_those_of_the_whole_pruned_model(kind, name, samples):
-    """The rise from a few units fewer gone to a few more, with every other layer as planned."""
+def test_measure_around_losses_are_those_of_the_pruned_model(kind, name, samples):
+    """The losses are those with a few units fewer and a few more removed from one layer of the pruned model."""
     model, dense = make_tiny(name, torch.float64), make_tiny(name, torch.float64)
     family = find_family(model.config)
     sensitivities = measure_around(ResidentModel(model, family), samples, None, PLAN, SETTINGS)
@@ -56,8 +56,8 @@ def test_prices_are_those_of_the_whole_pruned_model(kind, name, samples):
             plan = [PLAN[0], replace(PLAN[1], **{kind: other * per_unit}), *PLAN[2:]]
             weight = family.decoder_layers(pruned(name, samples, plan))[1].get_submodule(target).weight
             family.decoder_layers(planned)[1].get_submodule(target).weight.copy_(weight)
-            got = planned(probe).logits.log_softmax(-1)
-            losses.append(functional.kl_div(got, expected, reduction="sum", log_target=True).item() / probe.numel())
+            changed = planned(probe).logits.log_softmax(-1)
+            losses.append(functional.kl_div(changed, expected, reduction="sum", log_target=True).item() / probe.numel())
     sensitivity = getattr(sensitivities[1], kind)
     curve = sensitivity.loss_curve(sensitivity.loss)
     assert curve[count + step] - curve[count - step] == pytest.approx(losses[1] - losses[0], rel=1e-3, abs=3e-8)
@@ -67,7 +67,7 @@ def units_of_heads(model: torch.nn.Module) -> int:
     return SETTINGS.head_units(layer_shapes(model.config)[1])
 
 
-def test_the_model_is_dense_again_when_it_is_cut_off(samples, monkeypatch):
+def test_measure_around_interrupted_restores_the_dense_model(samples, monkeypatch):
     model, dense = make_tiny("mha"), make_tiny("mha")
     monkeypatch.setattr(KLProbe, "advance", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -77,26 +77,26 @@ def test_the_model_is_dense_again_when_it_is_cut_off(samples, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["olmo2", "phi3", "gemma2"])
-def test_every_family_keeps_its_budget(name, samples):
+def test_refined_plans_of_every_family_keep_the_budget(name, samples):
     model, dense = make_tiny(name), make_tiny(name)
     host, family = ResidentModel(model, find_family(model.config)), find_family(model.config)
     units = layer_units(host.layers, family, layer_shapes(model.config), SETTINGS)
-    plan = [own.plan(1, 8) for own in units]
+    plan = [layer.plan(1, 8) for layer in units]
     measured = measure_around(host, samples, None, plan, SETTINGS)
-    plans = refined_plans(measured, units, plan, sum(own.head_weights + 8 * own.column_weights for own in units))
-    assert sum(own.column_weights * 8 + own.head_weights for own in units) == pytest.approx(
+    plans = refined_plans(measured, units, plan, sum(layer.head_weights + 8 * layer.column_weights for layer in units))
+    assert sum(layer.column_weights * 8 + layer.head_weights for layer in units) == pytest.approx(
         sum(
-            own.head_weights * own.counts(plan)[0] + own.column_weights * plan.columns
-            for own, plan in zip(units, plans, strict=True)
+            layer.head_weights * layer.counts(plan)[0] + layer.column_weights * plan.columns
+            for layer, plan in zip(units, plans, strict=True)
         ),
-        abs=max(own.column_weights for own in units),
+        abs=max(layer.column_weights for layer in units),
     )
     for parameter, before in zip(model.parameters(), dense.parameters(), strict=True):
         assert torch.equal(parameter, before)
 
 
-def test_heads_that_are_normed_together_are_only_tried_without(samples):
-    """What feeds a head that went is gone as well."""
+def test_probe_hook_heads_under_joint_norms_have_no_smaller_candidate(samples):
+    """The rows that feed removed heads are zeroed, so these heads cannot be restored."""
     model = make_tiny("olmo2")
     outcomes, family = [], find_family(model.config)
     hook = refinement._ProbeHook(family, SETTINGS)
@@ -106,15 +106,16 @@ def test_heads_that_are_normed_together_are_only_tried_without(samples):
     assert set(outcomes) == {(True, True), (False, False)}
 
 
-def test_a_layer_that_does_nothing_costs_nothing(samples):
+def test_measure_around_dead_layer_has_no_loss(samples):
     model = make_tiny("mha")
     model.model.layers[0].self_attn.o_proj.weight.data.zero_()
     host, family = ResidentModel(model, find_family(model.config)), find_family(model.config)
     units = layer_units(host.layers, family, layer_shapes(model.config), SETTINGS)
-    plan = [own.plan(2, 8) for own in units]
+    plan = [layer.plan(2, 8) for layer in units]
     measured = measure_around(host, samples, None, plan, SETTINGS)
     assert measured[0].heads.loss is None
-    plans = refined_plans(measured, units, plan, sum(2 * own.head_weights + 8 * own.column_weights for own in units))
+    budget = sum(2 * layer.head_weights + 8 * layer.column_weights for layer in units)
+    plans = refined_plans(measured, units, plan, budget)
     assert plans[0].heads == 3
 
 
@@ -122,25 +123,25 @@ def curve(slope: float, units: int) -> UnitSensitivity:
     return UnitSensitivity((np.arange(units + 1.0) ** 1.5).tolist(), units // 2, slope * (units // 2) ** 1.5)
 
 
-def layer(slope: float) -> LayerSensitivity:
+def layer_sensitivity(slope: float) -> LayerSensitivity:
     return LayerSensitivity(heads=curve(slope, 8), columns=curve(slope / 100, 57))
 
 
-def test_few_units_move_and_the_budget_stays():
+def test_refined_plans_move_few_units_and_keep_the_budget():
     units = [LayerUnits(9, 64, 100, 3)] * 2
-    measured = {0: layer(4), 1: layer(1)}
+    measured = {0: layer_sensitivity(4), 1: layer_sensitivity(1)}
     plan = [LayerPlan(4, 32)] * 2
     budget = 2 * (4 * 100 + 32 * 3)
     counts = [[plan.heads, plan.columns] for plan in refined_plans(measured, units, plan, budget)]
     assert budget <= sum(100 * heads + 3 * columns for heads, columns in counts) < budget + 3
-    # The first layer is the dearer one; a ninth of the heads, an eighth of the columns may move.
+    # The first layer is more sensitive; one of 9 heads and 8 of 64 columns may move.
     assert counts == [[3, 24], [5, 40]]
 
 
-def test_what_is_not_measured_stays_dense():
+def test_refined_plans_unmeasured_layers_stay_dense():
     units = [LayerUnits(9, 64, 100, 3)] * 2
     plans = [LayerPlan(), LayerPlan(0, 32)]
-    assert refined_plans({1: layer(1)}, units, plans, 96) == plans
+    assert refined_plans({1: layer_sensitivity(1)}, units, plans, 96) == plans
 
 
 @pytest.fixture
@@ -158,7 +159,7 @@ def kept(folder) -> list[list[int]]:
     return [[len(layer[kind]["kept"]) for kind in ("heads", "columns")] for layer in layers]
 
 
-def test_a_schedule_is_refined(words, tmp_path):
+def test_refine_after_a_schedule_changes_the_plan(words, tmp_path):
     for name, flags in (("plain", []), ("refined", ["--refine", 2])):
         main(*words, *flags, "--sink_windows", 20, "--save_pruned_weights", "--save_dir", tmp_path / name)
     before, after = kept(tmp_path / "plain"), kept(tmp_path / "refined")
@@ -172,7 +173,7 @@ def test_a_schedule_is_refined(words, tmp_path):
     assert any(layer["mlp"]["loss"] > MIN_LOSS for layer in records[1]["refinement"])
 
 
-def test_a_refinement_that_was_cut_off_measures_nothing_twice(words, tmp_path, monkeypatch):
+def test_refine_resumed_measures_no_layer_twice(words, tmp_path, monkeypatch):
     flags = [*words, "--refine", 1]
     main(*flags, "--save_dir", tmp_path / "whole")
     divergence, measured = KLProbe.divergence, []
@@ -180,7 +181,7 @@ def test_a_refinement_that_was_cut_off_measures_nothing_twice(words, tmp_path, m
     def counted(self: KLProbe, index: int) -> float:
         measured.append(index)
         if len(measured) == 9:
-            # In the second layer.
+            # Interrupt the second layer.
             raise KeyboardInterrupt
         return divergence(self, index)
 
@@ -190,13 +191,13 @@ def test_a_refinement_that_was_cut_off_measures_nothing_twice(words, tmp_path, m
     assert LayerStore(tmp_path / "out").exists()
     first = measured.copy()
     main(*flags, "--resume", "--save_dir", tmp_path / "out")
-    # The planned model, then two candidate_weights of each place; a finished layer is not measured again.
+    # The current plan, then two candidates for each map; a finished layer is not measured again.
     assert first == [0, 0, 0, 0, 0, 1, 1, 1, 1]
     assert measured[9:] == [0] + [index for index in (1, 2, 3) for _ in range(4)]
     assert (tmp_path / "out" / "pruning.json").read_text() == (tmp_path / "whole" / "pruning.json").read_text()
 
 
-def test_without_time_only_the_first_and_the_last_layer_are_measured(words, tmp_path, monkeypatch):
+def test_refine_without_time_measures_first_and_last_layer(words, tmp_path, monkeypatch):
     divergence, measured = KLProbe.divergence, []
     monkeypatch.setattr(KLProbe, "divergence", lambda self, index: measured.append(index) or divergence(self, index))
     main(*words, "--refine", 1, "--search_minutes", 0, "--save_dir", tmp_path / "out")
@@ -214,13 +215,13 @@ def test_without_time_only_the_first_and_the_last_layer_are_measured(words, tmp_
         (["--refine", 1, "--uniform_shapes", "--save_pruned_weights", "--save_dir", "out"], "leave --refine out"),
     ],
 )
-def test_wrong_refinements(flags, message, words):
+def test_refine_with_contradictory_flags_is_refused(flags, message, words):
     with pytest.raises(UserError, match=message):
         main(*words, *flags)
 
 
 @pytest.mark.parametrize("preset", ["paper", "best"])
-def test_mixtures_of_experts_are_not_refined(preset, tokenizer, text_file, tmp_path):
+def test_refine_of_moe_model_is_refused(preset, tokenizer, text_file, tmp_path):
     make_tiny("mixtral").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     flags = ["--data_file", text_file, "--target_ratio", 0.3, "--refine", 1, "--seqlen", 32, "--preset", preset]
@@ -228,7 +229,7 @@ def test_mixtures_of_experts_are_not_refined(preset, tokenizer, text_file, tmp_p
         main(tmp_path / "model", *flags)
 
 
-def test_refinement_wants_a_target(checkpoint, text_file):
+def test_refine_without_target_is_refused(checkpoint, text_file):
     flags = ["--seqlen", 32, "--sparsity", 0.3, "--refine", 1]
     with pytest.raises(UserError, match="--refine moves units of a target: add --target_ratio or --target_params"):
         main(checkpoint, "--data_file", text_file, *flags)

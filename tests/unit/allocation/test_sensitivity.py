@@ -27,8 +27,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", ["mha", "gqa", "opt"])
-def test_curves_are_measured_on_the_whole_model(name, samples):
-    """At the reference count a curve is the divergence of the model with that one map pruned."""
+def test_loss_curves_at_the_reference_count_are_the_divergence(name, samples):
+    """The loss at the reference count is the divergence of the model with that map alone pruned."""
     model, dense = make_tiny(name, torch.float64), make_tiny(name, torch.float64)
     family, shapes = find_family(model.config), layer_shapes(model.config)
     settings = PruningSettings(CPU, CPU, selection=SelectionOptions(exact_heads=True, column_group=4))
@@ -47,8 +47,9 @@ def test_curves_are_measured_on_the_whole_model(name, samples):
         pruner = SlimGPT(linear)
         pruner.add_batch(inputs[0].view(len(samples), 16, -1))
         pruner.struct_prune(12, selection=settings.selection)
-        got = model(samples[:probed]).logits.log_softmax(-1)
-    divergence = functional.kl_div(got, expected, reduction="sum", log_target=True).item() / expected[..., 0].numel()
+        changed = model(samples[:probed]).logits.log_softmax(-1)
+    total = functional.kl_div(changed, expected, reduction="sum", log_target=True).item()
+    divergence = total / expected[..., 0].numel()
     curve = curves[2].columns
     assert curve.column and curve.losses[12] == pytest.approx(divergence, rel=1e-3, abs=3e-8)
     for losses in (curve.losses for layer in curves for curve in (layer.heads, layer.columns)):
@@ -87,7 +88,7 @@ def test_measure_complete_cache_is_returned(samples, tmp_path, monkeypatch):
     assert measure(host, samples, range(2), settings, tmp_path / "measured.json") == measured
 
 
-def test_dead_columns_do_not_hide_what_the_others_cost(samples):
+def test_loss_curves_with_dead_columns_measure_the_others(samples):
     model = make_tiny("mha")
     for name in ("gate_proj", "up_proj"):
         getattr(model.model.layers[1].mlp, name).weight.data[:20] = 0
@@ -98,7 +99,7 @@ def test_dead_columns_do_not_hide_what_the_others_cost(samples):
     assert losses[20] <= 1e-4 * losses[-1] and 1e-4 < losses[-1] < 1
 
 
-def test_layers_that_are_not_measured_take_their_losses_from_their_neighbours():
+def test_loss_curves_of_unmeasured_layers_are_interpolated():
     units = [LayerUnits(3, 3, 10, 1)] * 3
     losses = enumerate((0.01, None, 0.04))
     layers = {
