@@ -253,7 +253,7 @@ def shrink(
 
 
 def _share_buffers(pruned: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Share the modules of ``model`` with buffers (rotary embeddings), which are not in its state dict."""
+    """Share the modules of ``model`` with buffers alone (rotary embeddings), which its state dict does not carry."""
     names = [
         name
         for name, module in pruned.named_modules()

@@ -116,7 +116,7 @@ def file_rows(path: Path) -> Iterator[Row]:
             # pyarrow reads bytes, the other readers text.
             yield from read(file if read is _parquet_rows else io.TextIOWrapper(file, "utf-8-sig", newline=newline))
     except Exception as error:
-        # Every parser and decompressor raises its class of errors.
+        # The parsers and decompressors raise unrelated classes of errors.
         raise UserError(f"{path}: cannot be read as {FILE_KINDS} ({error_reason(error)})") from error
 
 

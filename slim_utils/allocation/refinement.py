@@ -1,4 +1,4 @@
-"""Refinement of an allocation: a few units of every layer move to where the pruned model loses least.
+"""Refinement of an allocation: a few units move between layers to reduce the loss of the pruned model.
 
 What a head or an FFN column is worth depends on everything else that is removed, which neither a schedule nor losses of
 the dense model take into account.

@@ -329,9 +329,12 @@ def error_curve(
 
 
 def reference_count(errors: Tensor, per_group: int) -> int:
-    """Return ``REFERENCE_RATIO`` of the units of a group, or all units of the curve if their errors are zero."""
+    """Return ``REFERENCE_RATIO`` of the units of a group, or the first count of nonzero error if that is larger.
+
+    The count is ``len(errors)`` if all errors are zero.
+    """
     count = min(max(round(REFERENCE_RATIO * per_group), 1), len(errors) - 1)
-    # Dead columns are removed first, at zero error, and tell nothing of the others.
+    # Dead columns are removed first, at zero error; a loss of zero could not be scaled.
     return max(count, int((errors <= REL_TOLERANCE * errors[-1]).sum()))
 
 
