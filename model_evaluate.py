@@ -1,11 +1,11 @@
-"""Zero-shot accuracy of a model by the lm-eval package: dense, zeroed, small or fused, all alike.
+"""Zero-shot accuracy of a dense, masked, pruned or fused model, measured with lm-eval.
 
     python model_evaluate.py --model SFT/lora_fused_model --tasks openbookqa,arc_easy,winogrande,piqa \
         --device cuda:0 --batch_size 32 --output_path SFT.json --no_cache
     python model_evaluate.py --model OUT/pruned_weights --data_dir tasks --batch_size auto
 
-Prints the results as JSON, then as a table with acc, acc_norm and their averages. Prompts and metrics are lm-eval's
-own, also on the local files of --data_dir (DIR/TASK/{validation,test}.jsonl in the columns of the hub's data set).
+Prints the results as JSON, then as a table with acc, acc_norm and their averages. Prompts and metrics are those of
+lm-eval, also with local files (--data_dir: DIR/TASK/{validation,test}.jsonl in the columns of the hub's data set).
 
 Limits: one process; tasks that run generated code are refused.
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ppl_eval.task_warnings import package_log, warn_of_measured_examples
+from ppl_eval.task_warnings import package_log, warn_if_examples_overlap
 from ppl_eval.zero_shot import (
     README_TASKS,
     averages,
@@ -37,7 +37,7 @@ from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.bos import BOS_CHOICES, BOS_POLICIES, set_bos
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import UserError
-from slim_utils.common.input_checks import guard_token_ids, use_padding
+from slim_utils.common.input_checks import guard_token_ids, set_padding_token
 from slim_utils.common.input_paths import check_inputs_outside
 from slim_utils.common.loading import (
     DTYPES,
@@ -52,27 +52,33 @@ from slim_utils.common.loading import (
 
 logger = logging.getLogger("model_evaluate")
 
-# A CPU gains nothing from larger ones, and has no out-of-memory error that a search could stop at.
+# A CPU gains nothing from larger batches, and raises no out-of-memory error to end a batch size search.
 CPU_AUTO_BATCH = 16
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every flag of the original, and those added since."""
-    parser = ArgumentParser(prog="model_evaluate.py", description="Zero-shot accuracy of a model by lm-eval.")
+    """Parser with all flags of the original script and the later ones."""
+    parser = ArgumentParser(prog="model_evaluate.py", description="Zero-shot accuracy of a model, with lm-eval.")
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
-    parser.add_argument("--tasks", default=",".join(README_TASKS), help="names or patterns (default: %(default)s)")
-    parser.add_argument("--data_dir", type=Path, help="read the tasks' rows from DIR/TASK/{train,validation,test}.*")
-    parser.add_argument("--num_fewshot", type=int, default=0, help="solved examples in a prompt (default %(default)s)")
-    parser.add_argument("--bos", choices=BOS_POLICIES, default="auto", help="prompts begin with a BOS: " + BOS_CHOICES)
-    parser.add_argument("--batch_size", default="1", help="requests at once, or auto (default %(default)s)")
-    parser.add_argument("--max_batch_size", type=int, default=64, help="where auto begins (default %(default)s)")
-    parser.add_argument("--limit", type=float, help="only so many rows of a task, or such a share where below 1")
-    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")
+    parser.add_argument("--tasks", default=",".join(README_TASKS), help="task names or patterns (default: %(default)s)")
+    parser.add_argument("--data_dir", type=Path, help="read task data from DIR/TASK/{train,validation,test}.*")
+    parser.add_argument(
+        "--num_fewshot", type=int, default=0, help="few-shot examples per prompt (default: %(default)s)"
+    )
+    parser.add_argument("--bos", choices=BOS_POLICIES, default="auto", help="start prompts with a BOS: " + BOS_CHOICES)
+    parser.add_argument("--batch_size", default="1", help="requests per forward, or auto (default: %(default)s)")
+    parser.add_argument("--max_batch_size", type=int, default=64, help="upper bound of auto (default: %(default)s)")
+    parser.add_argument("--limit", type=float, help="evaluate N rows per task, or a fraction if below 1")
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="dtype of the weights (default: the checkpoint's)"
+    )
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code found in the checkpoint")
-    parser.add_argument("--write_out", action="store_true", help="show the first prompts of every task")
-    parser.add_argument("--no_cache", action="store_true", help="of the original; answers are never cached today")
-    parser.add_argument("--output_path", type=Path, help="json to write the results to")
+    parser.add_argument("--write_out", action="store_true", help="print the first prompts of every task")
+    parser.add_argument(
+        "--no_cache", action="store_true", help="accepted for compatibility; responses are never cached"
+    )
+    parser.add_argument("--output_path", type=Path, help="json file for the results")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output_path")
     return parser
 
@@ -101,33 +107,33 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
     args.device = choose_device(args.device)
     args.batch_size = choose_batch_size(args.batch_size, args.device)
     if args.no_cache:
-        logger.info("--no_cache has nothing to turn off: answers are never cached")
+        logger.info("--no_cache has no effect: responses are never cached")
     return args
 
 
-def choose_batch_size(asked: str, device: torch.device) -> int | str:
-    """A number, or ``auto`` for the package's search on a GPU.
+def choose_batch_size(text: str, device: torch.device) -> int | str:
+    """The batch size of ``--batch_size text``: a number, or ``auto`` for lm-eval's search on a GPU.
 
     Raises:
-        UserError: if it is neither.
+        UserError: if ``text`` is neither.
     """
-    if asked.partition(":")[0] == "auto":
+    if text.partition(":")[0] == "auto":
         if device.type != "cpu":
-            return asked
+            return text
         logger.info("--batch_size auto: %d on a CPU", CPU_AUTO_BATCH)
         return CPU_AUTO_BATCH
-    if not asked.isdecimal() or int(asked) < 1:
-        raise UserError(f"--batch_size {asked}: a number from 1, or auto")
-    return int(asked)
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--batch_size {text}: must be auto or a number, at least 1")
+    return int(text)
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """What ``simple_evaluate`` returns, with ``splits``, ``bos`` and ``truncated``; the weights are loaded last."""
-    # Not before the flags are checked: it takes seconds.
+    """Results of ``simple_evaluate``, plus ``splits``, ``bos`` and ``truncated``; the weights are loaded last."""
+    # Imported after the flags are checked: it takes seconds.
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from ppl_eval.truncation import TruncationCountingLM, warn_of_truncated
+    from ppl_eval.truncation import TruncationCountingLM, warn_about_truncation
 
     load_config(args.model, args.trust_remote_code)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
@@ -140,17 +146,17 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     logger.info("tasks: %s", ", ".join(f"{name} ({split})" for name, split in splits.items()))
     if args.num_fewshot:
         for name, task in loaded["tasks"].items():
-            warn_of_measured_examples(name, task)
+            warn_if_examples_overlap(name, task)
     check_specials(tokenizer, loaded["tasks"].values(), args.model)
     add_bos = set_bos(tokenizer, args.bos)
-    logger.info("prompts begin with %s (--bos)", "a BOS" if add_bos else "text")
+    logger.info("prompts start %s a BOS (--bos)", "with" if add_bos else "without")
     model = load_model(args.model, args.dtype, args.trust_remote_code).to(args.device)
     guard_token_ids(model)
-    use_padding(tokenizer, model.config)
+    set_padding_token(tokenizer, model.config)
     lm = TruncationCountingLM(
         pretrained=model,
         tokenizer=tokenizer,
-        # With None the tokenizer decides, of its EOS too.
+        # With None, the tokenizer's own BOS and EOS settings apply.
         add_bos_token=None if args.bos == "auto" else add_bos,
         batch_size=args.batch_size,
         max_batch_size=args.max_batch_size,
@@ -166,17 +172,17 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         task_manager=manager,
     )
     rows = {name: samples["effective"] for name, samples in results["n-samples"].items()}
-    return results | {"splits": splits, "bos": add_bos, "truncated": warn_of_truncated(lm, rows, args.num_fewshot)}
+    return results | {"splits": splits, "bos": add_bos, "truncated": warn_about_truncation(lm, rows, args.num_fewshot)}
 
 
 def ungrouped(loaded: dict[str, Any]) -> list[Any]:
-    """Tasks that were asked for by name, not as members of a group."""
-    grouped = {task.task_name for group in loaded["groups"].values() for task in group.get_all_tasks()}
-    return [task for name, task in loaded["tasks"].items() if name not in grouped]
+    """Tasks requested by name, not as members of a group."""
+    group_members = {task.task_name for group in loaded["groups"].values() for task in group.get_all_tasks()}
+    return [task for name, task in loaded["tasks"].items() if name not in group_members]
 
 
 def main(args: argparse.Namespace) -> None:
-    """Evaluate, print, write."""
+    """Evaluate, print the results and write ``--output_path``."""
     args = process_args(args)
     quieten_progress()
     start = time.perf_counter()

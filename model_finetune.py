@@ -1,16 +1,15 @@
-"""Recover a pruned model on instruction data: LoRA, all weights, or with the pruned weights kept at zero.
+"""Recover a pruned model on instruction data, with LoRA or in full, optionally keeping pruned weights at zero.
 
     python model_finetune.py --model_name_or_path OUT/pruned_weights --data_path alpaca.json --use_lora true \
         --bf16 true --learning_rate 1e-4 --num_train_epochs 1 --max_length 256 --output_dir SFT 2>&1 | tee -i SFT.log
     torchrun --nproc_per_node=2 model_finetune.py --deepspeed configs/deepspeed.json …
 
-With LoRA it writes SFT/ (the adapters) and SFT/lora_fused_model/ (a checkpoint in the format of its base); without,
-SFT/ is the trained checkpoint. --is_mask_training true trains a zeroed model (OUT/) whose pruned weights stay exactly
-zero, and adds pruning.json and pruned_weights/. --distill_from DENSE lets the dense model teach it. SFT/run.json holds
-arguments, data, losses and perplexities.
+With LoRA, writes SFT/ (the adapters) and SFT/lora_fused_model/ (a checkpoint in the format of its base); without, SFT/
+is the trained checkpoint. --is_mask_training true trains the masked model (OUT/), keeps its pruned weights at exactly
+zero, and adds pruning.json and pruned_weights/. --distill_from DENSE uses the dense model as teacher. SFT/run.json
+holds arguments, data, losses and perplexities.
 
-Limits: every process holds the whole model and the whole teacher (ZeRO up to stage 2); one process measures the
-perplexities.
+Limits: every process holds the whole model and the whole teacher (up to ZeRO-2); rank 0 alone measures perplexity.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalKey, EvalSets, load_e
 from ppl_eval.ppl_eval import evaluate
 from slim_utils.cli.app import run_cli
 from slim_utils.common.environment import command_line, environment
-from slim_utils.common.errors import noted
+from slim_utils.common.errors import annotate_errors
 from slim_utils.common.input_checks import check_length, check_token_ids
 from slim_utils.common.loading import (
     RUN_FILE,
@@ -63,11 +62,11 @@ logger = logging.getLogger("model_finetune")
 def load_data(
     args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase, max_positions: int
 ) -> tuple[FinetuneData, EvalSets, EvalSets]:
-    """Instruction data, the windows watched while training, and those measured before and after it."""
+    """Instruction data, the evaluation windows used during training, and those used before and after it."""
     data = args.data
     settings = SampleSettings(data.prompt_template_name, data.max_length, args.training.train_full_prompt)
     cache_dir = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
-    # The first process reads and fills the cache; the others find it.
+    # Rank 0 tokenises and fills the cache; the other ranks read the cache.
     with args.training.main_process_first(desc="data"):
         samples = load_finetune_data(
             data.train_data,
@@ -77,18 +76,18 @@ def load_data(
             data.val_dataset_size,
             cache_dir if data.cache_dataset else None,
         )
-        longest = [seqlen for seqlen in DEFAULT_EVAL_SEQLENS[1:] if seqlen <= max_positions]
-        seqlens = data.eval_seqlens or [data.extra_val_seqlen, *longest]
-        both = sorted({*seqlens, data.extra_val_seqlen})
+        default_seqlens = [seqlen for seqlen in DEFAULT_EVAL_SEQLENS[1:] if seqlen <= max_positions]
+        seqlens = data.eval_seqlens or [data.extra_val_seqlen, *default_seqlens]
+        all_seqlens = sorted({*seqlens, data.extra_val_seqlen})
         flags = {data.extra_val_seqlen: "--extra_val_seqlen"}
         specs = split_eval_specs(data.extra_val_set)
-        windows = load_eval_sets(specs, tokenizer, both, max_positions, data.bos, flags)
-    watched: EvalSets = {}
+        windows = load_eval_sets(specs, tokenizer, all_seqlens, max_positions, data.bos, flags)
+    training_windows: EvalSets = {}
     for key, value in windows.items():
-        # Where a text is measured with a BOS and without, the one to quote comes first.
-        if key.seqlen == data.extra_val_seqlen and key.name not in {other.name for other in watched}:
-            watched[key] = value
-    return samples, watched, {key: value for key, value in windows.items() if key.seqlen in seqlens}
+        # For a text with and without a BOS, the variant to quote comes first.
+        if key.seqlen == data.extra_val_seqlen and key.name not in {other.name for other in training_windows}:
+            training_windows[key] = value
+    return samples, training_windows, {key: value for key, value in windows.items() if key.seqlen in seqlens}
 
 
 def start_record(args: FinetuneArguments, data: FinetuneData, model: PreTrainedModel | PeftModel) -> dict[str, Any]:
@@ -112,7 +111,7 @@ def start_record(args: FinetuneArguments, data: FinetuneData, model: PreTrainedM
     }
 
 
-def report(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+def print_perplexities(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
     """Print the perplexities before and after training side by side."""
     rows = [
         (
@@ -127,10 +126,18 @@ def report(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
 
 
 def run(args: FinetuneArguments) -> None:
-    """Load, measure, train, fuse, save, measure."""
-    # Not before the flags are checked: peft and the Trainer take seconds.
+    """Run one fine-tuning.
+
+    1. Check tokenizer, lengths, LoRA targets and teacher against the model's configuration.
+    2. Load the data, the model and the teacher.
+    3. Measure perplexity (rank 0).
+    4. Train.
+    5. Save the adapters and the fused model, or the trained model (rank 0).
+    6. Measure perplexity of the saved model and complete ``run.json`` and the model card (rank 0).
+    """
+    # Imported after the flags are checked: peft and the Trainer take seconds.
     from train_utils.distillation import check_teacher, load_teacher
-    from train_utils.finetune_result import load_pruned, mask_record, save_result, warn_if_not_masked, write_cards
+    from train_utils.finetune_result import load_masks, mask_record, save_result, warn_if_not_masked, write_cards
     from train_utils.lora import check_lora_targets, prepare_model
     from train_utils.resumption import check_resumed, run_settings
     from train_utils.sparse_trainer import MaskCallback, masked_slices
@@ -141,7 +148,7 @@ def run(args: FinetuneArguments) -> None:
     if not is_main:
         logging.getLogger().setLevel(logging.ERROR)
     transformers.set_seed(training.seed)
-    pruned = load_pruned(args)
+    pruned = load_masks(args)
     path, trusted = args.model.model_name_or_path, args.model.trust_remote_code
     tokenizer = load_tokenizer(path, trusted)
     check_tokenizer(tokenizer, args.data.prompt_template_name, path)
@@ -150,10 +157,10 @@ def run(args: FinetuneArguments) -> None:
     check_lora_targets(args.model, config)
     if args.model.distill_from is not None:
         check_teacher(args, config, tokenizer)
-    data, watched, measured = load_data(args, tokenizer, config.max_position_embeddings)
+    data, training_windows, windows = load_data(args, tokenizer, config.max_position_embeddings)
     splits = [split["input_ids"] for split in (data.train, data.validation) if split is not None]
-    check_token_ids(config, tokenizer, *splits, *watched.values(), *measured.values())
-    eval_sets = evaluation_sets(data, watched)
+    check_token_ids(config, tokenizer, *splits, *training_windows.values(), *windows.values())
+    eval_sets = evaluation_sets(data, training_windows)
     training.metric_for_best_model = best_metric(training.metric_for_best_model, list(eval_sets))
     provenance = read_provenance(path, config, trusted)
     model = load_model(path, "auto", trusted)
@@ -164,7 +171,7 @@ def run(args: FinetuneArguments) -> None:
     dtype = model.dtype
     if pruned:
         warn_if_not_masked(model, pruned, path)
-    before = evaluate(model.to(training.device), measured) if is_main else []
+    before = evaluate(model.to(training.device), windows) if is_main else []
 
     model = prepare_model(model, args)
     trainer = build_trainer(args, model, tokenizer, data, eval_sets, teacher, settings)
@@ -180,8 +187,8 @@ def run(args: FinetuneArguments) -> None:
     if distributed.is_initialized():
         distributed.destroy_process_group()
     if not is_main:
-        # Nothing is left to clean up, and threads that outlive the interpreter have been seen to abort the process,
-        # which torchrun takes for the failure of all.
+        # Exit without interpreter shutdown: lingering threads can abort the process there, and torchrun would then
+        # report the whole run as failed.
         logging.shutdown()
         os._exit(0)
 
@@ -198,17 +205,17 @@ def run(args: FinetuneArguments) -> None:
     logger.info("saved %s", output_dir)
     del trainer, model, teacher
     gc.collect()
-    with noted(f"{output_dir} is saved; only its perplexities are missing in {RUN_FILE}"):
-        after = evaluate(result.to(training.device), measured)
+    with annotate_errors(f"{output_dir} is saved; only its perplexities are missing in {RUN_FILE}"):
+        after = evaluate(result.to(training.device), windows)
         record |= {"perplexity": {"before": before, "after": after}}
         record |= {"peak_memory_mib": peak_memory_mib(training.device)}
         write_cards(args, output_dir, record, provenance, pruned, result)
         write_json_atomic(output_dir / RUN_FILE, record)
-    report(before, after)
+    print_perplexities(before, after)
 
 
 def main(args: FinetuneArguments) -> None:
-    """Run as the only one that writes the output folder."""
+    """Run while holding the lock of the output folder."""
     with output_lock(args.training.output_dir, "--output_dir"):
         run(args)
 

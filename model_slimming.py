@@ -46,7 +46,7 @@ from slim_utils.cli.slimming_checks import (
 from slim_utils.cli.slimming_stages import ModelPlan, PrunedModel, open_host, plan_without_weights, prune
 from slim_utils.common.input_checks import check_length, check_token_ids
 from slim_utils.common.loading import (
-    SMALL_MODEL_FOLDER,
+    PRUNED_MODEL_FOLDER,
     load_config,
     load_tokenizer,
     peak_memory_mib,
@@ -220,7 +220,7 @@ def run(config: PruningConfig) -> None:
             return
         save_and_evaluate(inputs, host, pruned)
     if config.push_to_hub:
-        address = publish(Path(config.save_dir) / SMALL_MODEL_FOLDER, config.push_to_hub, config.hub_public)
+        address = publish(Path(config.save_dir) / PRUNED_MODEL_FOLDER, config.push_to_hub, config.hub_public)
         logger.info("published %s", address)
     if store:
         store.discard()

@@ -1,13 +1,13 @@
-"""Sizes of a model, or of two side by side with their measured speed.
+"""Parameters, MACs and memory of a model, or of two models side by side with their latency.
 
     python test_flops.py --base_model OUT/pruned_weights
     python test_flops.py --base_model DENSE --compare OUT/pruned_weights --batch_sizes 1 8 --lengths 128 1024
 
-One model: parameters, multiply-accumulates of a (1, seqlen) forward by torch's own counter, bytes of the weights and of
-the KV cache, and a table of its layers; only its configuration is read. Two models: the same figures beside each other,
-then prefill and decode timed in turns on the device at hand.
+One model: parameters, multiply-accumulates of a (1, seqlen) forward by torch's FLOP counter, bytes of the weights and
+of the KV cache, and a table of the layers; only the configuration is read. Two models: the same figures side by side,
+and prefill and decode latency, measured alternately on the chosen device.
 
-Limits: families of the table; the two models have to fit on the device together, unless --skip_latency.
+Limits: supported families only; unless --skip_latency, both models have to fit on the device together.
 """
 
 from __future__ import annotations
@@ -43,21 +43,25 @@ HEADERS = ("base", "other")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The original's flag, and those added since."""
-    parser = ArgumentParser(prog="test_flops.py", description="MACs, parameters, memory and speed of a model.")
+    """Parser with the flag of the original script and the later ones."""
+    parser = ArgumentParser(prog="test_flops.py", description="MACs, parameters, memory and latency of a model.")
     parser.add_argument("--base_model", required=True, help="checkpoint folder or hub name")
-    parser.add_argument("--compare", metavar="OTHER", help="a second model, to stand beside the first")
-    parser.add_argument("--seqlen", type=int, default=64, help="tokens of the counted forward (default %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")
+    parser.add_argument("--compare", metavar="OTHER", help="second model, compared with the first")
+    parser.add_argument("--seqlen", type=int, default=64, help="tokens of the counted forward (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="dtype of the weights (default: the checkpoint's)"
+    )
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code found in the checkpoint")
-    speed = parser.add_argument_group("speed, with --compare")
+    speed = parser.add_argument_group("latency, with --compare")
     speed.add_argument("--skip_latency", action="store_true", help="count only; no weights are loaded")
-    speed.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 8], help="sequences at once (default 1 8)")
-    speed.add_argument("--lengths", nargs="+", type=int, default=[128], help="prompt lengths (default 128)")
-    speed.add_argument("--new_tokens", type=int, default=32, help="decoding steps (default %(default)s)")
-    speed.add_argument("--repeats", type=int, default=5, help="the median of so many runs (default %(default)s)")
-    speed.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default %(default)s)")
-    parser.add_argument("--out", type=Path, help="json to write the figures to")
+    speed.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 8], help="sequences per batch (default: 1 8)")
+    speed.add_argument("--lengths", nargs="+", type=int, default=[128], help="prompt lengths (default: 128)")
+    speed.add_argument("--new_tokens", type=int, default=32, help="decoding steps (default: %(default)s)")
+    speed.add_argument(
+        "--repeats", type=int, default=5, help="runs that the median is taken over (default: %(default)s)"
+    )
+    speed.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="json file for the figures")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     return parser
 
@@ -81,7 +85,7 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def size_figures(stats: ModelStats, seqlen: int) -> dict[str, float]:
-    """The figures of a whole model, by the name and unit they are printed under."""
+    """Figures of the whole model, keyed by printed name and unit."""
     return {
         "parameters (M)": stats.parameters / 1e6,
         f"MACs, {seqlen} tokens (G)": stats.macs / 1e9,
@@ -91,7 +95,7 @@ def size_figures(stats: ModelStats, seqlen: int) -> dict[str, float]:
 
 
 def layer_table(stats: ModelStats) -> str:
-    """A line a layer."""
+    """Text table of heads, FFN columns, parameters, MACs and KV cache bytes, one row per layer."""
     rows = []
     for index, layer in enumerate(stats.layers):
         counts = (index, layer.shape.num_heads, layer.shape.num_kv_heads, layer.shape.num_columns)
@@ -101,7 +105,7 @@ def layer_table(stats: ModelStats) -> str:
 
 
 def latency_rows(latencies: list[Latency], batch_size: int, length: int) -> list[Row]:
-    """Rows of one batch size and prompt length; ``latencies`` are the two models'."""
+    """Table rows of one batch size and prompt length for the ``latencies`` of the two models."""
     setting = f"batch {batch_size}, {length} tokens"
     prefill = [latency.prefill_seconds for latency in latencies]
     decode = [latency.decode_seconds for latency in latencies]
@@ -115,17 +119,17 @@ def latency_rows(latencies: list[Latency], batch_size: int, length: int) -> list
 
 
 def latency_record(latency: Latency) -> dict[str, Any]:
-    """Medians and single runs, for ``--out``."""
+    """Medians and individual runs, for ``--out``."""
     medians = {"prefill_seconds": latency.prefill_seconds, "decode_seconds": latency.decode_seconds}
     return {**medians, **asdict(latency)}
 
 
 def measure(args: argparse.Namespace, configs: list[PreTrainedConfig]) -> list[dict[str, Any]]:
     """Latencies of both models at every batch size and prompt length."""
-    longest = max(args.lengths) + args.new_tokens
+    max_tokens = max(args.lengths) + args.new_tokens
     positions = min(config.max_position_embeddings for config in configs)
-    if longest > positions:
-        raise UserError(f"--lengths and --new_tokens: {longest} tokens, but the models have {positions} positions")
+    if max_tokens > positions:
+        raise UserError(f"--lengths and --new_tokens: {max_tokens} tokens, but the models have {positions} positions")
     models = [
         load_model(path, args.dtype, args.trust_remote_code).to(args.device) for path in (args.base_model, args.compare)
     ]
@@ -138,13 +142,13 @@ def measure(args: argparse.Namespace, configs: list[PreTrainedConfig]) -> list[d
 
 
 def main(args: argparse.Namespace) -> None:
-    """Count, measure, print, write."""
+    """Count, measure latency, print the tables and write ``--out``."""
     args = process_args(args)
     paths = [args.base_model, *([args.compare] if args.compare else [])]
     configs = [load_config(path, args.trust_remote_code) for path in paths]
     dtype = None if args.dtype == "auto" else DTYPES[args.dtype]
     stats = [model_stats(config, args.seqlen, dtype) for config in configs]
-    figures = [size_figures(one, args.seqlen) for one in stats]
+    figures = [size_figures(model, args.seqlen) for model in stats]
     timings = measure(args, configs) if args.compare and not args.skip_latency else []
     if args.compare:
         rows = [(name, value, figures[1][name]) for name, value in figures[0].items()]
@@ -161,10 +165,8 @@ def main(args: argparse.Namespace) -> None:
             "seqlen": args.seqlen,
             "new_tokens": args.new_tokens,
             "repeats": args.repeats,
-            "models": {path: asdict(one) for path, one in zip(paths, stats, strict=True)},
-            "timings": [
-                {**timing, "latencies": [latency_record(one) for one in timing["latencies"]]} for timing in timings
-            ],
+            "models": {path: asdict(model) for path, model in zip(paths, stats, strict=True)},
+            "timings": [{**timing, "latencies": list(map(latency_record, timing["latencies"]))} for timing in timings],
         }
         write_json_atomic(args.out, record)
 

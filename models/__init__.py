@@ -1,4 +1,4 @@
-"""Thin model classes of pruned checkpoints, registered so that the suite loads them without remote code."""
+"""Model classes of pruned checkpoints, registered so that the suite loads them without remote code."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 

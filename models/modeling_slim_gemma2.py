@@ -1,6 +1,6 @@
-"""Gemma 2 whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
+"""Gemma 2 with per-layer heads and FFN widths; ships inside a pruned checkpoint."""
 
-# First: it names the library's version that the rest needs.
+# Imported first: it checks the version of transformers.
 from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
 # isort: split
@@ -15,7 +15,7 @@ class SlimGemma2Config(SlimConfigMixin, Gemma2Config):
 
 
 class SlimGemma2Model(SlimModelMixin, Gemma2Model):
-    """``Gemma2Model`` of unlike layers."""
+    """``Gemma2Model`` with per-layer shapes."""
 
     config: SlimGemma2Config
     layer_class = Gemma2DecoderLayer

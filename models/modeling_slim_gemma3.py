@@ -1,6 +1,6 @@
-"""Gemma 3 (text) whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
+"""Gemma 3 (text) with per-layer heads and FFN widths; ships inside a pruned checkpoint."""
 
-# First: it names the library's version that the rest needs.
+# Imported first: it checks the version of transformers.
 from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
 # isort: split
@@ -15,7 +15,7 @@ class SlimGemma3Config(SlimConfigMixin, Gemma3TextConfig):
 
 
 class SlimGemma3Model(SlimModelMixin, Gemma3TextModel):
-    """``Gemma3TextModel`` of unlike layers."""
+    """``Gemma3TextModel`` with per-layer shapes."""
 
     config: SlimGemma3Config
     layer_class = Gemma3DecoderLayer

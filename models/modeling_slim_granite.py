@@ -1,6 +1,6 @@
-"""Granite whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
+"""Granite with per-layer heads and FFN widths; ships inside a pruned checkpoint."""
 
-# First: it names the library's version that the rest needs.
+# Imported first: it checks the version of transformers.
 from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
 # isort: split
@@ -15,7 +15,7 @@ class SlimGraniteConfig(SlimConfigMixin, GraniteConfig):
 
 
 class SlimGraniteModel(SlimModelMixin, GraniteModel):
-    """``GraniteModel`` of unlike layers."""
+    """``GraniteModel`` with per-layer shapes."""
 
     config: SlimGraniteConfig
     layer_class = GraniteDecoderLayer

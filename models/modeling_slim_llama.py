@@ -1,6 +1,6 @@
-"""LLaMA whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
+"""LLaMA with per-layer heads and FFN widths; ships inside a pruned checkpoint."""
 
-# First: it names the library's version that the rest needs.
+# Imported first: it checks the version of transformers.
 from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
 # isort: split
@@ -15,7 +15,7 @@ class SlimLlamaConfig(SlimConfigMixin, LlamaConfig):
 
 
 class SlimLlamaModel(SlimModelMixin, LlamaModel):
-    """``LlamaModel`` of unlike layers."""
+    """``LlamaModel`` with per-layer shapes."""
 
     config: SlimLlamaConfig
     layer_class = LlamaDecoderLayer

@@ -1,6 +1,6 @@
-"""Mistral whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
+"""Mistral with per-layer heads and FFN widths; ships inside a pruned checkpoint."""
 
-# First: it names the library's version that the rest needs.
+# Imported first: it checks the version of transformers.
 from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
 # isort: split
@@ -15,7 +15,7 @@ class SlimMistralConfig(SlimConfigMixin, MistralConfig):
 
 
 class SlimMistralModel(SlimModelMixin, MistralModel):
-    """``MistralModel`` of unlike layers."""
+    """``MistralModel`` with per-layer shapes."""
 
     config: SlimMistralConfig
     layer_class = MistralDecoderLayer

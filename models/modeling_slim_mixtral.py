@@ -1,14 +1,14 @@
-"""Mixtral whose decoder layers differ in heads and experts' width; travels with a pruned checkpoint."""
+"""Mixtral with per-layer heads and expert widths; ships inside a pruned checkpoint."""
 
-# First: it names the library's version that the rest needs.
+# Imported first: it checks the version of transformers.
 from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
 # isort: split
 from transformers import MixtralConfig, MixtralForCausalLM, MixtralModel
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
-# The library looks for the words @use_experts_implementation in this file before it lets a user choose, as for its own
-# class, how experts are computed; without them the choice would hang on which of the two classes is asked first.
+# transformers lets a user choose the experts implementation only if this file contains the text
+# @use_experts_implementation; without it the choice depends on which of the two classes is used first.
 
 
 class SlimMixtralConfig(SlimConfigMixin, MixtralConfig):
@@ -18,7 +18,7 @@ class SlimMixtralConfig(SlimConfigMixin, MixtralConfig):
 
 
 class SlimMixtralModel(SlimModelMixin, MixtralModel):
-    """``MixtralModel`` of unlike layers."""
+    """``MixtralModel`` with per-layer shapes."""
 
     config: SlimMixtralConfig
     layer_class = MixtralDecoderLayer

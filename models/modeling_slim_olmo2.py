@@ -1,8 +1,8 @@
-"""OLMo 2 whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
+"""OLMo 2 with per-layer heads and FFN widths; ships inside a pruned checkpoint."""
 
 from typing import Any
 
-# First: it names the library's version that the rest needs.
+# Imported first: it checks the version of transformers.
 from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
 # isort: split
@@ -17,10 +17,11 @@ class SlimOlmo2Config(SlimConfigMixin, Olmo2Config):
 
 
 class SlimOlmo2Model(SlimModelMixin, Olmo2Model):
-    """``Olmo2Model`` of unlike layers, whose query and key norms run over the heads that are left.
+    """``Olmo2Model`` with per-layer shapes, whose query and key norms run over the remaining heads.
 
-    The mean square over those, times their share, is that over all heads with the others at zero. So that both models
-    add the same epsilon, this one's is divided by that share; the norms' weights are scaled when a model is shrunk.
+    With r the fraction of heads kept, the mean square over all heads (removed ones zero) is r times that over the
+    remaining heads. To match the masked model, epsilon is divided by r; the norm weights are scaled when a model is
+    shrunk.
     """
 
     config: SlimOlmo2Config

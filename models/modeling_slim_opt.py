@@ -1,6 +1,6 @@
-"""OPT whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
+"""OPT with per-layer heads and FFN widths; ships inside a pruned checkpoint."""
 
-# First: it names the library's version that the rest needs.
+# Imported first: it checks the version of transformers.
 from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin, init_dense
 
 # isort: split
@@ -16,7 +16,7 @@ class SlimOPTConfig(SlimConfigMixin, OPTConfig):
 
 
 class SlimOPTDecoderLayer(OPTDecoderLayer):
-    """``OPTDecoderLayer`` whose heads need not fill the hidden size: the library's own would make them wider."""
+    """``OPTDecoderLayer`` whose heads need not fill the hidden size; the library's class would widen them."""
 
     def __init__(self, config: SlimOPTConfig, layer_idx: int) -> None:
         num_heads, config.num_attention_heads = config.num_attention_heads, config.hidden_size // config.head_dim
@@ -31,7 +31,7 @@ class SlimOPTDecoderLayer(OPTDecoderLayer):
 
 
 class SlimOPTDecoder(SlimModelMixin, OPTDecoder):
-    """``OPTDecoder`` of unlike layers."""
+    """``OPTDecoder`` with per-layer shapes."""
 
     config: SlimOPTConfig
     layer_class = SlimOPTDecoderLayer

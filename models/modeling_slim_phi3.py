@@ -1,6 +1,6 @@
-"""Phi-3 and Phi-4 whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
+"""Phi-3 and Phi-4 with per-layer heads and FFN widths; ships inside a pruned checkpoint."""
 
-# First: it names the library's version that the rest needs.
+# Imported first: it checks the version of transformers.
 from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
 # isort: split
@@ -15,7 +15,7 @@ class SlimPhi3Config(SlimConfigMixin, Phi3Config):
 
 
 class SlimPhi3Model(SlimModelMixin, Phi3Model):
-    """``Phi3Model`` of unlike layers."""
+    """``Phi3Model`` with per-layer shapes."""
 
     config: SlimPhi3Config
     layer_class = Phi3DecoderLayer

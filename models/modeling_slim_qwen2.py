@@ -1,6 +1,6 @@
-"""Qwen2 and Qwen2.5 whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
+"""Qwen2 and Qwen2.5 with per-layer heads and FFN widths; ships inside a pruned checkpoint."""
 
-# First: it names the library's version that the rest needs.
+# Imported first: it checks the version of transformers.
 from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
 # isort: split
@@ -15,7 +15,7 @@ class SlimQwen2Config(SlimConfigMixin, Qwen2Config):
 
 
 class SlimQwen2Model(SlimModelMixin, Qwen2Model):
-    """``Qwen2Model`` of unlike layers."""
+    """``Qwen2Model`` with per-layer shapes."""
 
     config: SlimQwen2Config
     layer_class = Qwen2DecoderLayer

@@ -1,6 +1,6 @@
-"""Qwen3 whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
+"""Qwen3 with per-layer heads and FFN widths; ships inside a pruned checkpoint."""
 
-# First: it names the library's version that the rest needs.
+# Imported first: it checks the version of transformers.
 from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
 # isort: split
@@ -15,7 +15,7 @@ class SlimQwen3Config(SlimConfigMixin, Qwen3Config):
 
 
 class SlimQwen3Model(SlimModelMixin, Qwen3Model):
-    """``Qwen3Model`` of unlike layers."""
+    """``Qwen3Model`` with per-layer shapes."""
 
     config: SlimQwen3Config
     layer_class = Qwen3DecoderLayer

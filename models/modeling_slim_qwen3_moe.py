@@ -1,14 +1,14 @@
-"""Qwen3-MoE whose decoder layers differ in heads and experts' width; travels with a pruned checkpoint."""
+"""Qwen3-MoE with per-layer heads and expert widths; ships inside a pruned checkpoint."""
 
-# First: it names the library's version that the rest needs.
+# Imported first: it checks the version of transformers.
 from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
 # isort: split
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Qwen3MoeModel
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
-# The library looks for the words @use_experts_implementation in this file before it lets a user choose, as for its own
-# class, how experts are computed; without them the choice would hang on which of the two classes is asked first.
+# transformers lets a user choose the experts implementation only if this file contains the text
+# @use_experts_implementation; without it the choice depends on which of the two classes is used first.
 
 
 class SlimQwen3MoeConfig(SlimConfigMixin, Qwen3MoeConfig):
@@ -18,7 +18,7 @@ class SlimQwen3MoeConfig(SlimConfigMixin, Qwen3MoeConfig):
 
 
 class SlimQwen3MoeModel(SlimModelMixin, Qwen3MoeModel):
-    """``Qwen3MoeModel`` of unlike layers."""
+    """``Qwen3MoeModel`` with per-layer shapes."""
 
     config: SlimQwen3MoeConfig
     layer_class = Qwen3MoeDecoderLayer

@@ -1,6 +1,6 @@
-"""SmolLM3 whose decoder layers differ in heads and FFN width; travels with a pruned checkpoint."""
+"""SmolLM3 with per-layer heads and FFN widths; ships inside a pruned checkpoint."""
 
-# First: it names the library's version that the rest needs.
+# Imported first: it checks the version of transformers.
 from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
 
 # isort: split
@@ -15,7 +15,7 @@ class SlimSmolLM3Config(SlimConfigMixin, SmolLM3Config):
 
 
 class SlimSmolLM3Model(SlimModelMixin, SmolLM3Model):
-    """``SmolLM3Model`` of unlike layers."""
+    """``SmolLM3Model`` with per-layer shapes."""
 
     config: SlimSmolLM3Config
     layer_class = SmolLM3DecoderLayer

@@ -1,7 +1,7 @@
-"""What the classes of all families share: decoder layers that differ in heads and FFN width.
+"""Base classes of all pruned model families: decoder layers with per-layer heads and FFN widths.
 
-This file travels with a pruned checkpoint, beside the family's own. It depends on ``transformers`` (>= 5.15, for
-``per_layer_config``) alone, and adds no modeling code: every layer is the library's own, built from that layer's entry.
+This file ships inside a pruned checkpoint, beside that of the family. It only depends on ``transformers`` (>= 5.15, for
+``per_layer_config``) and adds no modeling code: every layer is the library's class, built from its own entry.
 """
 
 import logging
@@ -13,14 +13,14 @@ import transformers
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 15):
     raise ImportError(
-        f"a model pruned by SlimGPT needs transformers >= 5.15, for layers that differ in shape; this is transformers "
+        f"a model pruned by SlimGPT needs transformers >= 5.15, for per-layer shapes; this is transformers "
         f"{transformers.__version__}: pip install --upgrade transformers"
     )
 
 from torch import nn
 from transformers import PreTrainedConfig
 
-# The library reads the top-level values itself when it validates or saves a config, and then warns about its own reads.
+# transformers reads the top-level values when it validates or saves a config, and warns about its own reads.
 logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(
     lambda record: not record.getMessage().startswith("Reading global config value for per-layer attribute")
 )
@@ -35,9 +35,9 @@ PER_LAYER_SIZES = (
 
 
 class SlimConfigMixin:
-    """A family's configuration with heads, kv heads and FFN width per layer.
+    """Mixin of a family's configuration: heads, kv heads and FFN width per layer.
 
-    The values at the top level are those of the model before pruning; each layer's own are in ``per_layer_config``.
+    Top-level values are those of the dense model; the sizes of each layer are in ``per_layer_config``.
     """
 
     allow_global_per_layer_attribute_access = True
@@ -45,29 +45,29 @@ class SlimConfigMixin:
 
 
 class LayerConfigView:
-    """The shared configuration with one layer's own sizes.
+    """View of the shared configuration with the sizes of one layer.
 
-    ``per_layer_config[i]`` is a copy, where a later ``set_attn_implementation`` would not show.
+    ``per_layer_config[i]`` is a copy, which would not follow a later ``set_attn_implementation``.
     """
 
     def __init__(self, shared: PreTrainedConfig, index: int) -> None:
         self.shared = shared
-        own = shared.per_layer_config[index]
+        layer_config = shared.per_layer_config[index]
         for name in PER_LAYER_SIZES:
-            if hasattr(own, name):
-                setattr(self, name, getattr(own, name))
+            if hasattr(layer_config, name):
+                setattr(self, name, getattr(layer_config, name))
 
     def __getattr__(self, name: str) -> Any:
         if name == "shared":
-            # Only while a copy is being made.
+            # Not set yet while the view is being copied.
             raise AttributeError(name)
         return getattr(self.shared, name)
 
 
 def init_dense(init: Callable[..., None], config: PreTrainedConfig) -> None:
-    """Run a class's own ``init``, whose modules are then built anew.
+    """Run the dense ``init`` of the library's class, whose modules are rebuilt afterwards.
 
-    On its way the library obeys ``gradient_checkpointing`` and deletes it from ``config``; the new modules want it too.
+    The library consumes ``gradient_checkpointing`` and deletes it from ``config``; it is restored for the new modules.
     """
     checkpointing = getattr(config, "gradient_checkpointing", False)
     init(config)
@@ -76,10 +76,10 @@ def init_dense(init: Callable[..., None], config: PreTrainedConfig) -> None:
 
 
 class SlimModelMixin:
-    """A family's model that builds layer ``i`` from ``config.per_layer_config[i]``.
+    """Mixin of a family's model: builds layer ``i`` from ``config.per_layer_config[i]``.
 
     Attributes:
-        layer_class: the library's decoder layer of the family.
+        layer_class: decoder layer class of the family.
     """
 
     layer_class: type[nn.Module]
@@ -99,10 +99,10 @@ class SlimModelMixin:
 
 
 class SlimForCausalLMMixin:
-    """A family's causal language model around its slim model.
+    """Mixin of a family's causal language model around its slim model.
 
     Attributes:
-        model_class: the slim model.
+        model_class: class of the slim model.
     """
 
     model_class: type[nn.Module]
@@ -116,7 +116,7 @@ class SlimForCausalLMMixin:
 
 
 def share_lora_defaults(config_class: type[PreTrainedConfig]) -> None:
-    """Let peft, where it is imported, adapt by default the same maps of a slim model as of its family's own."""
+    """Register the family's default LoRA targets for its slim model type, if peft is imported."""
     constants = sys.modules.get("peft.utils.constants")
     if constants is None:
         return

@@ -1,1 +1,1 @@
-"""Perplexity on wikitext2, ptb and local text; zero-shot tasks."""
+"""Evaluation: perplexity on wikitext2, ptb and local text, and zero-shot tasks."""

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_EVAL_SEQLENS = (128, 2048)
-# ptb is read from a file of its validation split, which a file reader calls "train".
+# ptb is a file of its validation split; the file reader calls the only split "train".
 EVAL_SPLITS = {"wikitext2": "test", "ptb": "train"}
 
 
 class EvalKey(NamedTuple):
-    """Name of an evaluation text, tokens of a window, and whether windows begin with a BOS."""
+    """Name of an evaluation text, window length in tokens, and whether windows start with a BOS."""
 
     name: str
     seqlen: int
@@ -35,7 +35,7 @@ class EvalKey(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What tables and log lines call it."""
+        """Label in tables and log lines."""
         return f"{self.name}, seqlen {self.seqlen}{', BOS' if self.bos else ''}"
 
 
@@ -43,12 +43,12 @@ EvalSets = dict[EvalKey, Tensor]
 
 
 def parse_eval_dataset(spec: str, flag: str = "--eval_datasets") -> tuple[str, Path | None]:
-    """Name and local file of ``NAME``, ``FILE`` or ``NAME=FILE``, given to ``flag``.
+    """Name and local file of ``spec``, which is ``NAME``, ``FILE`` or ``NAME=FILE``, given as ``flag``.
 
-    A file of just that name, with whatever it holds of ``=``, comes before ``NAME=FILE``.
+    An existing file whose path contains ``=`` takes precedence over ``NAME=FILE``.
 
     Raises:
-        UserError: if it is neither a known name nor an existing file.
+        UserError: if ``spec`` is neither a known name nor an existing file.
     """
     if spec in EVAL_SPLITS:
         return spec, None
@@ -61,30 +61,30 @@ def parse_eval_dataset(spec: str, flag: str = "--eval_datasets") -> tuple[str, P
 
 
 def split_eval_specs(text: str) -> list[str]:
-    """The specs in a comma-separated list; none where it is empty or ``none``. A file may have commas in its path."""
+    """Specs of a comma-separated list; an empty list for ``none``. Paths may contain commas."""
     pieces, specs = text.split(","), []
     while pieces:
-        # The longest run of pieces that is a file; a piece by itself otherwise.
-        joined = [",".join(pieces[:count]).strip() for count in range(len(pieces), 1, -1)]
-        spec = next(filter(_is_file_spec, joined), pieces[0].strip())
+        # The longest run of pieces that names a file, else a single piece.
+        candidates = [",".join(pieces[:count]).strip() for count in range(len(pieces), 1, -1)]
+        spec = next(filter(_is_file_spec, candidates), pieces[0].strip())
         specs += [spec] if spec and spec != "none" else []
         pieces = pieces[spec.count(",") + 1 :]
     return specs
 
 
 def _is_file_spec(spec: str) -> bool:
-    """Whether ``spec`` is ``FILE`` or ``NAME=FILE`` with a file that exists, and a name without commas."""
+    """Whether ``spec`` is ``FILE`` or ``NAME=FILE`` with an existing file and a name without commas."""
     name, _, file = spec.partition("=")
     return os.path.isfile(spec) or ("," not in name and os.path.isfile(file))
 
 
 def name_eval_sets(specs: Iterable[str], flag: str = "--eval_datasets") -> dict[str, str]:
-    """The specs (``NAME``, ``FILE`` or ``NAME=FILE``, given to ``flag``) by the names that they are reported under.
+    """Specs (``NAME``, ``FILE`` or ``NAME=FILE``, given as ``flag``) by the names that they are reported under.
 
-    Files without a ``NAME=`` that share their name, or have that of a known data set, are named with their folders.
+    Files without ``NAME=`` that share a file name, or have the name of a known data set, are named with their folders.
 
     Raises:
-        UserError: if one is neither a known name nor an existing file, or a name is given twice.
+        UserError: if a spec is neither a known name nor an existing file, or a name is given twice.
     """
     parsed = [(spec, *parse_eval_dataset(spec, flag)) for spec in specs]
     unnamed = {spec: Path(os.path.abspath(spec)).parts for spec, _, path in parsed if path == Path(spec)}
@@ -94,13 +94,13 @@ def name_eval_sets(specs: Iterable[str], flag: str = "--eval_datasets") -> dict[
         if spec in unnamed:
             name = _unshared_tail(unnamed[spec], unnamed.values(), taken)
         if name in named:
-            raise UserError(f"{flag}: {name} is given twice; leave one out, or name files apart by NAME=FILE")
+            raise UserError(f"{flag}: {name} is given twice; leave one out, or rename a file with NAME=FILE")
         named[name] = spec
     return named
 
 
 def _unshared_tail(parts: tuple[str, ...], paths: Iterable[tuple[str, ...]], taken: Collection[str]) -> str:
-    """The shortest end of the path ``parts`` that none of the other ``paths`` has and that is not ``taken``."""
+    """The shortest suffix of the path ``parts`` that is not a suffix of another path in ``paths`` and not ``taken``."""
     others = [other for other in paths if other != parts]
     ends = [parts[-depth:] for depth in range(1, len(parts) + 1)]
     tails = (str(Path(*end)) for end in ends if all(other[-len(end) :] != end for other in others))
@@ -112,8 +112,8 @@ def load_eval_tokens(spec: str, tokenizer: PreTrainedTokenizerBase, add_special_
 
     Args:
         spec: ``NAME``, ``FILE`` or ``NAME=FILE``.
-        tokenizer: the model's.
-        add_special_tokens: let the tokenizer add its own, once around the whole text, as in the published tables.
+        tokenizer: tokenizer of the model.
+        add_special_tokens: add the special tokens of the tokenizer once around the whole text, as in published tables.
 
     Raises:
         UserError: if the text cannot be read.
@@ -129,19 +129,19 @@ def eval_windows(
     """Non-overlapping windows (count, seq_len) of ``tokens`` (n,); the tail is dropped.
 
     Args:
-        tokens: of the text.
-        seq_len: tokens of a window; all but the first are targets.
-        source: what messages call the text.
-        bos: the first token of every window, before ``seq_len`` − 1 of the text.
-        flag: what ``seq_len`` was given as.
+        tokens: token ids of the text.
+        seq_len: tokens per window; all but the first are targets.
+        source: name of the text in messages.
+        bos: first token of every window, followed by ``seq_len`` − 1 tokens of the text.
+        flag: flag that ``seq_len`` was given with.
 
     Raises:
-        UserError: if there is not one whole window.
+        UserError: if the text is shorter than one window.
     """
     length = seq_len - (bos is not None)
     count = len(tokens) // length
     if count == 0:
-        raise UserError(f"{source}: {len(tokens)} tokens are less than one window of {seq_len} ({flag})")
+        raise UserError(f"{source}: {len(tokens)} tokens are fewer than one window of {seq_len} ({flag})")
     windows = tokens[: count * length].view(count, length)
     return windows if bos is None else torch.cat([torch.full_like(windows[:, :1], bos), windows], dim=1)
 
@@ -154,18 +154,18 @@ def load_eval_sets(
     bos: str = "auto",
     seqlen_flags: Mapping[int, str] = MappingProxyType({}),
 ) -> EvalSets:
-    """Windows (count, seqlen) by text, window length and BOS, to be read before long work.
+    """Windows (count, seqlen) by text, window length and BOS; called before any long work.
 
     Args:
-        specs: ``NAME``, ``FILE`` or ``NAME=FILE`` each.
-        tokenizer: the model's.
-        seqlens: window lengths; ``None`` for those of ``DEFAULT_EVAL_SEQLENS`` that the model has positions for.
-        max_positions: of the model.
-        bos: whether windows begin with a BOS, one of ``BOS_POLICIES`` (see ``evaluation_bos``).
-        seqlen_flags: what gave a window length, where it was not ``--eval_seqlens``.
+        specs: evaluation texts, each ``NAME``, ``FILE`` or ``NAME=FILE``.
+        tokenizer: tokenizer of the model.
+        seqlens: window lengths; ``None`` for those of ``DEFAULT_EVAL_SEQLENS`` that fit the model's positions.
+        max_positions: number of positions of the model.
+        bos: whether windows start with a BOS, one of ``BOS_POLICIES`` (see ``evaluation_bos``).
+        seqlen_flags: flag of a window length, if other than ``--eval_seqlens``.
 
     Raises:
-        UserError: if a text cannot be read, or is shorter than one window, or a window is longer than the model's.
+        UserError: if a text cannot be read or is shorter than one window, or a window exceeds the model's positions.
     """
     windows = {}
     for name, spec in name_eval_sets(specs).items():

@@ -35,15 +35,15 @@ def ppl_metric(
     """Perplexity of ``model`` on each data set.
 
     Args:
-        model: on the device to evaluate on.
-        tokenizer: the model's.
+        model: model on the evaluation device.
+        tokenizer: tokenizer of the model.
         datasets: ``wikitext2``, ``ptb``, a file, or ``NAME=FILE``.
-        seq_len: tokens of a window; each has ``seq_len − 1`` targets.
-        batch_size: windows a forward.
-        bos: whether windows begin with a BOS, one of ``BOS_POLICIES``; where ``auto`` gives both, the one without.
+        seq_len: tokens per window; each window has ``seq_len − 1`` targets.
+        batch_size: windows per forward.
+        bos: whether windows start with a BOS, one of ``BOS_POLICIES``; without, if ``auto`` gives both variants.
 
     Returns:
-        Perplexity by name of the data set.
+        Perplexity by the name of the data set.
     """
     results = {}
     first = evaluation_bos(tokenizer, bos)[0]
@@ -54,19 +54,22 @@ def ppl_metric(
 
 
 def evaluate(
-    model: PreTrainedModel, eval_sets: EvalSets, prepared: Callable[[Tensor, int], AbstractContextManager] | None = None
+    model: PreTrainedModel, eval_sets: EvalSets, context: Callable[[Tensor, int], AbstractContextManager] | None = None
 ) -> list[dict[str, Any]]:
-    """Perplexity of ``model`` on every set of windows: a log line and an entry of ``run.json`` each.
+    """Perplexity of ``model`` on every evaluation set, as entries of ``run.json``; logs each.
 
-    ``prepared`` is given windows and batch size, and in its context the model is ready for them.
+    Args:
+        model: model to evaluate.
+        eval_sets: windows (count, seqlen) by text, window length and BOS.
+        context: makes, of windows and batch size, the context manager that each evaluation runs in.
     """
     results = []
     for key, windows in eval_sets.items():
         batch_size = max(1, TOKENS_PER_FORWARD // key.seqlen)
-        with prepared(windows, batch_size) if prepared else nullcontext():
+        with context(windows, batch_size) if context else nullcontext():
             value = perplexity(model, windows, batch_size)
-        first = "BOS first" if key.bos else "no BOS"
-        logger.info("perplexity %s seqlen %d: %.4f (%d windows, %s)", key.name, key.seqlen, value, len(windows), first)
+        bos = "with BOS" if key.bos else "no BOS"
+        logger.info("perplexity %s seqlen %d: %.4f (%d windows, %s)", key.name, key.seqlen, value, len(windows), bos)
         results.append(
             {"dataset": key.name, "seqlen": key.seqlen, "bos": key.bos, "windows": len(windows), "perplexity": value}
         )
@@ -75,14 +78,14 @@ def evaluate(
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, windows: Tensor, batch_size: int = 4) -> float:
-    """Perplexity of ``model`` on ``windows`` (count, seq_len) of token ids; infinite where the model overflows."""
+    """Perplexity of ``model`` on ``windows`` (count, seq_len) of token ids; infinity if it overflows."""
     model.eval()
     total = 0.0
     for batch in tqdm(windows.split(batch_size), desc="perplexity", unit="batch", disable=None, leave=False):
         batch = batch.to(model.device)
         logits = model(input_ids=batch, use_cache=False).logits
         for window_logits, window in zip(logits, batch, strict=True):
-            # One window at a time: an fp32 copy of a batch's logits would outweigh the model.
+            # One window at a time: the fp32 logits of a whole batch could exceed the size of the model.
             loss = functional.cross_entropy(window_logits[:-1].float(), window[1:], reduction="sum")
             total += loss.item()
     targets = windows.shape[0] * (windows.shape[1] - 1)

@@ -1,4 +1,4 @@
-"""Perplexity of a model that is larger than memory: every layer is brought once, and runs all windows."""
+"""Perplexity of a model that does not fit in memory: every layer is onloaded once and runs all windows."""
 
 import logging
 from collections.abc import Iterator
@@ -22,36 +22,38 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_on(host: ResidentModel, device: torch.device, eval_sets: EvalSets) -> list[dict[str, Any]]:
-    """Perplexities of a model in host memory: on ``device`` as a whole where it fits, layer by layer otherwise."""
+    """Perplexities of a model in host memory: on ``device`` as a whole if it fits, else layer by layer."""
     needed = sum(tensor.nbytes for tensor in (*host.model.parameters(), *host.model.buffers()))
     if device.type == "cpu" or needed < free_memory(device):
         with suppress(torch.OutOfMemoryError):
             return evaluate(host.model.to(device), eval_sets)
-    # Out of the handler, which holds on to what was in memory.
+    # Outside the handler, whose traceback keeps tensors alive.
     host.model.to(CPU)
     empty_cache(device)
-    logger.warning("evaluation: the model does not fit into the device's memory; it is evaluated layer by layer")
+    logger.warning("evaluation: the model does not fit in device memory; evaluating layer by layer")
     return evaluate_layers(host, device, eval_sets)
 
 
 def evaluate_layers(host: ResidentModel, device: torch.device, eval_sets: EvalSets) -> list[dict[str, Any]]:
-    """Perplexities of a model whose layers are brought to ``device`` one by one."""
-    return evaluate(host.model, eval_sets, partial(layers_run_once, host, device))
+    """Perplexities of a model whose layers are onloaded to ``device`` one at a time."""
+    return evaluate(host.model, eval_sets, partial(precomputed_layer_outputs, host, device))
 
 
 @contextmanager
 @torch.no_grad()
-def layers_run_once(host: ResidentModel, device: torch.device, windows: Tensor, batch_size: int) -> Iterator[None]:
-    """While a forward of the model takes the next ``batch_size`` of ``windows`` and finds its layers' outputs ready.
+def precomputed_layer_outputs(
+    host: ResidentModel, device: torch.device, windows: Tensor, batch_size: int
+) -> Iterator[None]:
+    """Run all layers on ``windows``; forwards in the context reuse the outputs, ``batch_size`` windows each, in order.
 
     Args:
-        host: brings the layers.
-        device: where they are run.
-        windows: (count, seq_len) token ids; the activations of all are kept on the CPU.
-        batch_size: windows of each forward to come, in their order.
+        host: model whose layers are onloaded and offloaded.
+        device: device that the layers run on.
+        windows: (count, seq_len) token ids; the activations of all windows are kept on the CPU.
+        batch_size: windows per forward in the context.
     """
 
-    def outputs_of_layers(settings: PruningSettings) -> Tensor:
+    def layer_outputs(settings: PruningSettings) -> Tensor:
         with host.non_layer_modules():
             hidden, calls = capture_layer_kwargs(host.model, host.layers, windows, settings)
         for index in tqdm(range(len(host.layers)), desc="layers", unit="layer", disable=None, leave=False):
@@ -61,7 +63,7 @@ def layers_run_once(host: ResidentModel, device: torch.device, windows: Tensor, 
         return hidden
 
     settings = PruningSettings(device, cache_dev=CPU)
-    hidden = retry_with_less_memory(outputs_of_layers, settings, windows, host, "evaluation")
+    hidden = retry_with_less_memory(layer_outputs, settings, windows, host, "evaluation")
     outputs = (batch.to(device) for batch in hidden.split(batch_size))
     with host.non_layer_modules(device), layer_outputs_given(host.layers, outputs):
         yield

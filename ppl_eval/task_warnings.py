@@ -1,4 +1,4 @@
-"""What the ``lm-eval`` package warns of, told once rather than a prompt at a time."""
+"""Warnings of lm-eval, logged once per kind instead of once per prompt."""
 
 import logging
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# Told by task instead, what --num_fewshot asks for, and what is meant by handing a model over.
+# Logged per task instead (truncation), or expected: --num_fewshot, and a model object as argument.
 _HIDDEN = (
     "Combined length of context",
     "Left truncation applied",
@@ -16,20 +16,20 @@ _HIDDEN = (
     "`pretrained` model kwarg is not of type",
     "Passed an already-initialized model",
 )
-_LONGEST = 300
+_MAX_LENGTH = 300
 
 
-def warn_of_measured_examples(name: str, task: Any) -> None:
-    """Warn if the few-shot examples of ``task``, called ``name``, are rows of the split that is measured."""
+def warn_if_examples_overlap(name: str, task: Any) -> None:
+    """Warn if the few-shot examples of the task ``name`` come from its evaluated split."""
     split = examples_split(task)
-    measured = task.config.test_split if task.has_test_docs() else task.config.validation_split
-    if split is not None and split == measured:
-        message = "%s: the fewshot examples come from the split that is measured (%s); put %s/train.jsonl in --data_dir"
+    eval_split = task.config.test_split if task.has_test_docs() else task.config.validation_split
+    if split is not None and split == eval_split:
+        message = "%s: the few-shot examples come from the evaluated split (%s); put %s/train.jsonl in --data_dir"
         logger.warning(message, name, split, name)
 
 
 def examples_split(task: Any) -> str | None:
-    """Split that the few-shot examples of ``task`` are drawn from; ``None`` where its definition has them."""
+    """Split that the few-shot examples of ``task`` are drawn from; ``None`` if its definition lists them."""
     settings = getattr(task, "fewshot_cfg", None)
     if settings is not None and (settings.split is not None or settings.samples is not None):
         return settings.split
@@ -43,26 +43,26 @@ def examples_split(task: Any) -> str | None:
 
 
 class _OnceHandler(logging.Handler):
-    """Hands the package's records on to the root logger's handlers; of warnings one of each kind, on one line."""
+    """Forward the records of lm-eval to the root logger; each kind of warning once, on one line."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: set[str] = set()
+        self._logged_kinds: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING:
             text = record.getMessage()
             kind = re.sub(r"\d+", "#", text.partition("\n")[0])
-            if kind in self._seen or text.startswith(_HIDDEN):
+            if kind in self._logged_kinds or text.startswith(_HIDDEN):
                 return
-            self._seen.add(kind)
-            record.msg, record.args = f"lm-eval: {' '.join(text.split())[:_LONGEST]}", None
+            self._logged_kinds.add(kind)
+            record.msg, record.args = f"lm-eval: {' '.join(text.split())[:_MAX_LENGTH]}", None
         logging.getLogger().handle(record)
 
 
 @contextmanager
 def package_log(show_prompts: bool) -> Iterator[None]:
-    """The package's log within: its warnings, each kind once and, if ``show_prompts``, what it says besides."""
+    """Log each kind of lm-eval warning once within the context and, if ``show_prompts``, its info lines too."""
     package, handler = logging.getLogger("lm_eval"), _OnceHandler()
     before = package.level, package.propagate
     package.setLevel(logging.INFO if show_prompts else logging.WARNING)

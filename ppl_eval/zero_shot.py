@@ -1,4 +1,4 @@
-"""Zero-shot tasks of the ``lm-eval`` package: their names, local data for them, and their results as a table."""
+"""Zero-shot tasks of lm-eval: task names, local data, and the table of results."""
 
 from __future__ import annotations
 
@@ -24,55 +24,55 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 README_TASKS = ("openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "boolq")
-# Papers on pruned LLaMAs (LLM-Pruner and after it) average acc_norm of these and acc of the others.
+# Papers on pruned LLaMAs (LLM-Pruner and later) average acc_norm of these tasks and acc of the others.
 ACC_NORM_IN_PAPERS = ("openbookqa", "hellaswag", "arc_challenge")
 SPLIT_KEYS = {"train": "training_split", "validation": "validation_split", "test": "test_split"}
 _BUILDERS = {".jsonl": "json", ".json": "json", ".json.gz": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
 
 
-class _WatchedTqdm(tqdm):
-    """A progress bar that is quiet where no one watches it, whatever the package asks for."""
+class _TerminalTqdm(tqdm):
+    """Progress bar that is disabled if stderr is not a terminal, even if lm-eval enables it."""
 
     def __init__(self, *args: Any, disable: bool | None = None, **kwargs: Any) -> None:
         super().__init__(*args, disable=disable or None, **kwargs)
 
 
 def quieten_progress() -> None:
-    """Make the package's progress bars those of this suite."""
+    """Disable the progress bars of lm-eval if stderr is not a terminal."""
     import lm_eval.api.model
     import lm_eval.api.task
     import lm_eval.models.huggingface
 
     for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
-        module.tqdm = _WatchedTqdm
+        module.tqdm = _TerminalTqdm
 
 
 def match_task_names(manager: TaskManager, names: list[str]) -> list[str]:
-    """The tasks, groups and tags that ``names`` (or patterns with ``*``) mean.
+    """Tasks, groups and tags that match ``names``, which may contain ``*``.
 
     Raises:
-        UserError: with the nearest names, for one that means nothing.
+        UserError: for a name without a match, with the nearest names.
     """
     matched = []
     for name in names:
-        found = manager.match_tasks([name])
-        if not found:
+        matches = manager.match_tasks([name])
+        if not matches:
             near = difflib.get_close_matches(name, manager.all_tasks, n=5, cutoff=0.5)
             hint = f"; nearest: {', '.join(near)}" if near else ""
             raise UserError(f"--tasks {name}: no such task{hint}")
-        matched += found
+        matched += matches
     return list(dict.fromkeys(matched))
 
 
 @contextmanager
 def task_specs(manager: TaskManager, names: list[str], data_dir: Path | None) -> Iterator[list[str]]:
-    """What to give the package as tasks: ``names``, or files of tasks that read their data from ``data_dir``.
+    """Task arguments for lm-eval: ``names``, or definition files whose data are in ``data_dir``.
 
-    Such a file includes the package's own definition of the task and changes nothing but where its rows come from, so
-    prompts and metrics stay the package's.
+    A definition file includes lm-eval's own definition of the task and only overrides the source of its rows, so
+    prompts and metrics are those of lm-eval.
 
     Raises:
-        UserError: if ``data_dir`` lacks a task's files.
+        UserError: if files of a task are missing in ``data_dir``.
     """
     if data_dir is None:
         yield names
@@ -88,17 +88,17 @@ def task_specs(manager: TaskManager, names: list[str], data_dir: Path | None) ->
 
 
 def local_definition(manager: TaskManager, name: str, data_dir: Path, scratch: Path) -> dict[str, Any]:
-    """The definition of task ``name`` on the files ``data_dir/name/{train,validation,test}.*``.
+    """Definition of the task ``name`` with the data files ``data_dir/name/{train,validation,test}.*``.
 
-    They are linked from ``scratch``, and their cache is there: the reader of files takes some characters of a path for
-    patterns, and the user's cache may not be writable. What is loaded is kept in memory and outlives that folder.
+    The files are linked from ``scratch``, which also holds their cache: the file reader interprets some characters of a
+    path as patterns, and the user's cache may not be writable. Loaded data are kept in memory and outlive ``scratch``.
 
     Raises:
-        UserError: if there is none of these, or they are of different kinds, or ``name`` is a group of tasks.
+        UserError: if the files are missing or of different formats, or ``name`` is a group of tasks.
     """
     source = manager.task_index[name].yaml_path
     if name not in manager.all_subtasks or source is None:
-        raise UserError(f"--tasks {name}: a group; with --data_dir, name its tasks")
+        raise UserError(f"--tasks {name}: is a group; with --data_dir, give the names of its tasks")
     files = {
         split: path
         for split in SPLIT_KEYS
@@ -112,7 +112,7 @@ def local_definition(manager: TaskManager, name: str, data_dir: Path, scratch: P
         )
     builders = {_BUILDERS["".join(path.suffixes)] for path in files.values()}
     if len(builders) > 1:
-        raise UserError(f"--data_dir {data_dir}: the files of {name} are of different kinds; give one kind")
+        raise UserError(f"--data_dir {data_dir}: the files of {name} have different formats; use a single format")
     links = {split: scratch / f"{name}-{split}{''.join(path.suffixes)}" for split, path in files.items()}
     for split, link in links.items():
         link.symlink_to(files[split].absolute())
@@ -127,13 +127,13 @@ def local_definition(manager: TaskManager, name: str, data_dir: Path, scratch: P
             "keep_in_memory": True,
         },
     }
-    # A split that is not there must not be asked for; one that the task never had stays out.
+    # Splits without a file are unset, so that lm-eval does not request them.
     missing = {key: None for split, key in SPLIT_KEYS.items() if split not in files}
     return definition | missing
 
 
 def load_tasks(manager: TaskManager, specs: list[str], data_dir: Path | None) -> dict[str, Any]:
-    """The package's task objects.
+    """lm-eval's task objects for ``specs``.
 
     Raises:
         UserError: if the data of a task cannot be read.
@@ -141,17 +141,17 @@ def load_tasks(manager: TaskManager, specs: list[str], data_dir: Path | None) ->
     try:
         return manager.load(specs)
     except Exception as error:
-        # Hub clients, file readers and templates each raise classes of their own; to the user it is the data.
-        way_out = "look at the columns of its files" if data_dir else "give local files by --data_dir DIR"
-        problem = (None if data_dir else cache_advice(error)) or f"{error_reason(error)}; {way_out}"
+        # Hub clients, file readers and templates all raise their own exception classes.
+        advice = "check the columns of its files" if data_dir else "pass local files with --data_dir DIR"
+        problem = (None if data_dir else cache_advice(error)) or f"{error_reason(error)}; {advice}"
         raise UserError(f"the data of {', '.join(Path(spec).stem for spec in specs)}: {problem}") from error
 
 
 def check_specials(tokenizer: PreTrainedTokenizerBase, tasks: Iterable[Any], model_path: str) -> None:
-    """Make sure that the tokenizer of ``model_path`` has the special tokens that the package needs for ``tasks``.
+    """Check that the tokenizer of ``model_path`` has the special tokens that lm-eval needs for ``tasks``.
 
     Raises:
-        UserError: if it lacks what ends an answer, stands before an empty context, or pads.
+        UserError: if no token is available to end an answer, to prefix an empty context, or to pad.
     """
     if tokenizer.eos_token is not None:
         return
@@ -165,12 +165,12 @@ def check_specials(tokenizer: PreTrainedTokenizerBase, tasks: Iterable[Any], mod
 
 
 def evaluated_split(task: Any) -> str:
-    """Name of the split that ``task`` is measured on."""
+    """Name of the split that ``task`` is evaluated on."""
     return "test" if task.has_test_docs() else "validation"
 
 
 def plain_metrics(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Metrics by task under their plain names (``acc``, ``acc_stderr``, …), without the package's filter names."""
+    """Metrics by task and plain name (``acc``, ``acc_stderr``, …), without lm-eval's filter names."""
     return {
         name: {
             metric.partition(",")[0]: value
@@ -185,7 +185,7 @@ def averages(metrics: dict[str, dict[str, float]]) -> dict[str, float]:
     """Means over the tasks that have an ``acc``.
 
     Returns:
-        ``acc``; ``acc_norm``, with acc where a task has no other; ``papers``, the choice of ``ACC_NORM_IN_PAPERS``.
+        ``acc``; ``acc_norm``, or acc for tasks without it; ``papers``: acc_norm for ``ACC_NORM_IN_PAPERS``, else acc.
     """
     scored = {name: values for name, values in metrics.items() if "acc" in values}
     if not scored:
@@ -200,9 +200,9 @@ def averages(metrics: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def results_table(metrics: dict[str, dict[str, float]], counts: dict[str, int], means: dict[str, float]) -> str:
-    """A line a task with ``acc`` and ``acc_norm`` and their standard errors, in percent, and their ``means``.
+    """Text table of ``acc`` and ``acc_norm`` with standard errors, in percent, one row per task, and their ``means``.
 
-    A star marks the figure that papers average.
+    A star marks the metric that papers average.
     """
     rows = []
     for name, values in metrics.items():

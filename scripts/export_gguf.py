@@ -16,7 +16,7 @@ from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_paths import check_inputs_outside
 from slim_utils.common.loading import (
-    SMALL_MODEL_FOLDER,
+    PRUNED_MODEL_FOLDER,
     atomic_file,
     check_output_file,
     load_config,
@@ -32,7 +32,7 @@ GGUF_MAGIC = b"GGUF"
 logger = logging.getLogger("export_gguf")
 
 # Where runs put a checkpoint inside their own folder: the pruned model, and the base with its adapters merged.
-INNER_FOLDERS = (SMALL_MODEL_FOLDER, "lora_fused_model")
+INNER_FOLDERS = (PRUNED_MODEL_FOLDER, "lora_fused_model")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""The dense model as the teacher of its pruned self: checks, the loss on their logits, and the Trainer with it.
+"""Distillation of the dense model into the pruned model: checks of the teacher, KL loss and Trainer.
 
 Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015).
 """
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.modeling_outputs import CausalLMOutput
 
-# In fp32 a chunk's logits take 150 MB with a vocabulary of 150,000.
+# The fp32 logits of one chunk take 150 MB at a vocabulary of 150,000.
 CHUNK_TOKENS = 256
 
 
 def check_teacher(args: FinetuneArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make sure, before its weights are loaded, that the model of ``--distill_from`` can teach.
+    """Check vocabulary and positions of the teacher (``--distill_from``) before its weights are loaded.
 
     Args:
-        args: of the run.
-        config: the student's.
-        tokenizer: the student's, which makes the tokens of both.
+        args: flags of the run.
+        config: configuration of the student.
+        tokenizer: tokenizer of the student, used for both models.
 
     Raises:
-        UserError: if it cannot be read, its logits are not of the student's tokens, or samples are too long for it.
+        UserError: if the teacher cannot be read, has another vocabulary, or too few positions for ``--max_length``.
     """
     path, trusted = args.model.distill_from, args.model.trust_remote_code
     assert path is not None
@@ -48,18 +48,18 @@ def check_teacher(args: FinetuneArguments, config: PreTrainedConfig, tokenizer: 
     except UserError as error:
         raise UserError(f"--distill_from: {error}") from error
     check_length(args.data.max_length, teacher, f"--distill_from {path}: --max_length")
-    sizes = [of.get_text_config().vocab_size for of in (teacher, config)]
-    if sizes[0] != sizes[1]:
-        raise UserError(f"--distill_from {path}: a vocabulary of {sizes[0]}, the trained model's is {sizes[1]}")
+    teacher_size, student_size = (model_config.get_text_config().vocab_size for model_config in (teacher, config))
+    if teacher_size != student_size:
+        raise UserError(f"--distill_from {path}: vocabulary size {teacher_size}, that of the student is {student_size}")
     if vocabulary != tokenizer.get_vocab():
-        raise UserError(f"--distill_from {path}: its tokenizer has other tokens than the trained model's")
+        raise UserError(f"--distill_from {path}: the tokens of its tokenizer differ from those of the student")
 
 
 def load_teacher(args: FinetuneArguments) -> PreTrainedModel:
-    """The model of ``--distill_from``, frozen, in the precision of the student's frozen weights, on its device.
+    """The frozen model of ``--distill_from`` on the training device, in the dtype of frozen weights.
 
     Raises:
-        UserError: if its weights cannot be loaded.
+        UserError: if the teacher cannot be loaded.
     """
     assert args.model.distill_from is not None
     try:
@@ -71,11 +71,11 @@ def load_teacher(args: FinetuneArguments) -> PreTrainedModel:
 
 
 def target_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """The logits (targets, vocabulary) that predict a target, of ``logits`` (batch, seqlen, vocabulary).
+    """The rows (targets, vocabulary) of ``logits`` (batch, seqlen, vocabulary) that predict a target.
 
     Args:
-        logits: of a causal language model; those at position ``t`` predict token ``t + 1``.
-        labels: (batch, seqlen) token ids, ``IGNORED_LABEL`` where there is no target.
+        logits: logits of a causal language model; position ``t`` predicts token ``t + 1``.
+        labels: (batch, seqlen) token ids, ``IGNORED_LABEL`` for non-targets.
     """
     return logits[:, :-1][labels[:, 1:] != IGNORED_LABEL]
 
@@ -83,28 +83,28 @@ def target_logits(logits: Tensor, labels: Tensor) -> Tensor:
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher ‖ student) of the softmaxes of logits, summed over tokens, in nats, computed in fp32.
 
-    It is the cross-entropy with soft targets of Hinton et al. (2015, section 2) at temperature 1, less the teacher's
-    entropy. Its fp32 tensors exist for ``CHUNK_TOKENS`` tokens at a time, in the backward pass too.
+    Equals the cross-entropy with soft targets of Hinton et al. (2015, section 2) at temperature 1, minus the entropy of
+    the teacher. fp32 tensors exist for ``CHUNK_TOKENS`` tokens at a time, in the backward pass too.
 
     Args:
-        student: logits (tokens, vocabulary), which get a gradient.
+        student: logits (tokens, vocabulary); gradients flow to them.
         teacher: logits of the same shape.
     """
-    # Nothing is drawn at random that a second forward would have to repeat.
+    # The forward is deterministic: no RNG state to restore.
     chunk_divergence = partial(checkpoint, _chunk_divergence, use_reentrant=False, preserve_rng_state=False)
     chunks = zip(student.split(CHUNK_TOKENS), teacher.split(CHUNK_TOKENS), strict=True)
     return reduce(torch.add, (chunk_divergence(*chunk) for chunk in chunks))
 
 
 def _chunk_divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    ours, theirs = (functional.log_softmax(logits, -1, dtype=torch.float32) for logits in (student, teacher))
-    return functional.kl_div(ours, theirs, reduction="sum", log_target=True)
+    student, teacher = (functional.log_softmax(logits, -1, dtype=torch.float32) for logits in (student, teacher))
+    return functional.kl_div(student, teacher, reduction="sum", log_target=True)
 
 
 class DistillationTrainer(SlimTrainer):
-    """A Trainer whose student imitates a teacher on the target tokens; evaluation keeps to the cross-entropy.
+    """Trainer with the KL divergence from a teacher as training loss; the evaluation loss is the cross-entropy.
 
-    The teacher is no part of the model: it is not wrapped, trained or saved.
+    The teacher is not part of the model: it is not wrapped, trained or saved.
     """
 
     def __init__(self, *args: Any, teacher: PreTrainedModel, **kwargs: Any) -> None:
@@ -114,14 +114,14 @@ class DistillationTrainer(SlimTrainer):
         self.compute_loss_func = self.loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Ask the teacher, where training goes on, and leave the rest to the library."""
-        # First the teacher: its activations are gone when the student's come.
-        self.teacher_logits = self.teach(inputs) if model.training else None
+        """The Trainer's loss; in training, runs the teacher first."""
+        # The teacher's activations are freed before those of the student are allocated.
+        self.teacher_logits = self.compute_teacher_logits(inputs) if model.training else None
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     @torch.no_grad()
-    def teach(self, inputs: dict[str, Any]) -> Tensor:
-        """The teacher's logits (targets, vocabulary) of a batch."""
+    def compute_teacher_logits(self, inputs: dict[str, Any]) -> Tensor:
+        """Logits (targets, vocabulary) of the teacher for a batch."""
         with self.accelerator.autocast():
             outputs = self.teacher(
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
@@ -129,18 +129,18 @@ class DistillationTrainer(SlimTrainer):
         return target_logits(outputs.logits, inputs["labels"])
 
     def loss(self, outputs: CausalLMOutput, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Of training the divergence, of evaluation, by which runs compare, the cross-entropy; mean per target.
+        """Mean loss per target: the KL divergence in training, the cross-entropy in evaluation.
 
         Args:
-            outputs: the student's, with logits (batch, seqlen, vocabulary).
-            labels: (batch, seqlen) token ids, ``IGNORED_LABEL`` where there is no target.
-            num_items_in_batch: to divide the sum by, the targets of a whole accumulated batch; ``None`` for those of
-                ``labels``.
+            outputs: outputs of the student, with logits (batch, seqlen, vocabulary).
+            labels: (batch, seqlen) token ids, ``IGNORED_LABEL`` for non-targets.
+            num_items_in_batch: divisor of the sum, the number of targets of a whole accumulated batch; ``None`` for the
+                targets in ``labels``.
         """
         logits, labels = outputs.logits, labels.to(outputs.logits.device)
         if self.teacher_logits is None:
             return ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch)
-        # Not kept beyond the step: the next one's would come on top.
+        # Dropped within the step, so that the logits of two steps are never held at once.
         teacher_logits, self.teacher_logits = self.teacher_logits, None
         total = divergence(target_logits(logits, labels), teacher_logits)
         return total / (len(teacher_logits) if num_items_in_batch is None else num_items_in_batch)

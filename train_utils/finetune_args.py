@@ -1,4 +1,4 @@
-"""The flags of ``model_finetune.py``: the original's, the Trainer's, and those added since."""
+"""Flags of ``model_finetune.py``: those of the original script, of the Trainer, and later ones."""
 
 import dataclasses
 import logging
@@ -25,7 +25,7 @@ from train_utils.run_folder import choose_run_folder
 
 logger = logging.getLogger(__name__)
 
-# Spellings of the original's recipe that the Trainer no longer knows.
+# Spellings in the original's recipe that the Trainer has renamed.
 RENAMED_FLAGS = {
     "--evaluation_strategy": "--eval_strategy",
     "--overwrite_output_dir": "--overwrite",
@@ -38,25 +38,25 @@ LORA_BIASES = ("none", "all", "lora_only")
 
 @dataclass
 class ModelArguments:
-    """The model and its LoRA adapters."""
+    """Flags of the model, its LoRA adapters and the loss."""
 
     model_name_or_path: str = field(default="", metadata={"help": "checkpoint folder or hub name"})
     use_lora: bool = field(default=False, metadata={"help": "train LoRA adapters instead of all weights"})
     peft_lora_r: int = field(default=8, metadata={"help": "rank of the adapters"})
-    peft_lora_alpha: int = field(default=16, metadata={"help": "the adapters' product is scaled by alpha / r"})
+    peft_lora_alpha: int = field(default=16, metadata={"help": "scale of the adapters, as alpha / r"})
     peft_lora_dropout: float = field(default=0.05, metadata={"help": "dropout before the adapters"})
     peft_target_modules: str | None = field(
         default=None,
         metadata={
-            "help": "linear maps that get an adapter, comma-separated, or all-linear (default: those of the decoder "
-            "layers, by the model's family)"
+            "help": "linear modules to adapt, comma-separated, or all-linear (default: the linear modules of the "
+            "family's decoder layers)"
         },
     )
     peft_lora_bias: str = field(default="none", metadata={"help": f"biases to train: {', '.join(LORA_BIASES)}"})
-    use_focal_loss: bool = field(default=False, metadata={"help": "weigh a token's loss by (1 - p)^gamma"})
+    use_focal_loss: bool = field(default=False, metadata={"help": "weight the loss of a token by (1 - p)^gamma"})
     focal_loss_gamma: float = field(default=1.0, metadata={"help": "gamma of --use_focal_loss"})
     distill_from: str | None = field(
-        default=None, metadata={"help": "checkpoint folder or hub name of a teacher, mostly the dense model"}
+        default=None, metadata={"help": "checkpoint folder or hub name of the teacher, usually the dense model"}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "run model code found in the checkpoint"})
     quantization_bit: int | None = field(default=None, metadata={"help": "refused"})
@@ -65,24 +65,24 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """The instruction data, and the texts whose perplexity is watched."""
+    """Flags of the instruction data and of the perplexity texts."""
 
     train_data: str = field(default="alpaca", metadata={"help": "alpaca or gpt4_alpaca, from the hub"})
     data_path: str | None = field(
-        default=None, metadata={"help": "json, jsonl, csv, tsv or parquet file, or hub name, instead"}
+        default=None, metadata={"help": "json, jsonl, csv, tsv or parquet file, or hub name; replaces --train_data"}
     )
-    max_length: int = field(default=512, metadata={"help": "tokens of a sample; longer ones are cut"})
-    cache_dataset: bool = field(default=True, metadata={"help": "keep the tokenised samples for the next run"})
+    max_length: int = field(default=512, metadata={"help": "tokens per sample; longer samples are truncated"})
+    cache_dataset: bool = field(default=True, metadata={"help": "cache the tokenised samples"})
     cache_dir: str | None = field(
-        default=None, metadata={"help": "where (default: $SLIMGPT_CACHE or ~/.cache/slimgpt)"}
+        default=None, metadata={"help": "cache folder (default: $SLIMGPT_CACHE or ~/.cache/slimgpt)"}
     )
-    prompt_template_name: str = field(default="alpaca", metadata={"help": ", ".join(TEMPLATES)})
+    prompt_template_name: str = field(default="alpaca", metadata={"help": f"one of {', '.join(TEMPLATES)}"})
     val_dataset_size: int = field(default=2000, metadata={"help": "rows held out for evaluation"})
     extra_val_set: str = field(
         default="wikitext2",
-        metadata={"help": "texts for perplexity: wikitext2, ptb, FILE or NAME=FILE, comma-separated"},
+        metadata={"help": "perplexity texts: wikitext2, ptb, FILE or NAME=FILE, comma-separated"},
     )
-    extra_val_seqlen: int = field(default=128, metadata={"help": "window length while training"})
+    extra_val_seqlen: int = field(default=128, metadata={"help": "window length during training"})
     eval_seqlens: list[int] | None = field(
         default=None,
         metadata={"help": "window lengths before and after training (default: --extra_val_seqlen and 2048)"},
@@ -93,62 +93,67 @@ class DataArguments:
 
 @dataclass
 class TrainingArguments(Seq2SeqTrainingArguments):
-    """The Trainer's own, with three defaults of this suite."""
+    """Flags of the Seq2SeqTrainer, with changed defaults, plus ``--overwrite`` and ``--train_full_prompt``."""
 
     output_dir: str = field(default="", metadata={"help": "folder to write"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier run's --output_dir"})
-    # A loss that is not finite has to be seen.
+    # A non-finite loss must stay visible.
     logging_nan_inf_filter: bool = field(default=False)
-    train_full_prompt: bool = field(default=False, metadata={"help": "train on the tokens of the prompt too"})
+    train_full_prompt: bool = field(default=False, metadata={"help": "also train on the prompt tokens"})
 
     def __post_init__(self) -> None:
-        """Refuse to guess an output folder, then set up the devices as the Trainer does."""
+        """Require ``output_dir``, set the defaults, then set up the devices as the Trainer does.
+
+        Raises:
+            ValueError: if ``output_dir`` is empty.
+        """
         if not self.output_dir:
             raise ValueError("give the folder to write: --output_dir DIR")
-        # The Trainer takes bf16 on a CPU only where it is told that there is nothing else.
+        # The Trainer accepts bf16 on a CPU only with use_cpu.
         if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.disable_tqdm is None:  # type: ignore[has-type]
             self.disable_tqdm = not sys.stderr.isatty()
         if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
-            # Every trained parameter takes part in every forward.
+            # Every trained parameter is used in every forward.
             self.ddp_find_unused_parameters = False
         super().__post_init__()
 
 
 @dataclass
 class SparseArguments:
-    """Training that keeps pruned weights at zero."""
+    """Flags of training that keeps pruned weights at zero."""
 
-    is_mask_training: bool = field(default=False, metadata={"help": "keep the pruned weights of a zeroed model zero"})
+    is_mask_training: bool = field(default=False, metadata={"help": "keep the pruned weights of a masked model at 0"})
     mask_config_dir: str | None = field(
-        default=None, metadata={"help": "pruning.json, its folder, or a mask json (default: the model's pruning.json)"}
+        default=None, metadata={"help": "pruning.json, its folder, or a mask json (default: pruning.json of the model)"}
     )
     save_pruned_weights: bool = field(
-        default=True, metadata={"help": "save the small model too after --is_mask_training"}
+        default=True, metadata={"help": "with --is_mask_training, also save the pruned model"}
     )
     is_sparse_training: bool = field(default=False, metadata={"help": "refused"})
     coef: float = field(default=0.0, metadata={"help": "refused"})
     lr_multi: float = field(default=100.0, metadata={"help": "refused"})
 
 
-# Flags that the original read and then ignored, and whose meaning cannot be given them today.
+# Flags that the original parsed but ignored, and that have no equivalent here.
 REFUSED_FLAGS = {
-    "quantization_bit": "quantised weights cannot be trained here; leave it out, and quantise afterwards",
-    "auto_load": "use --resume_from_checkpoint true to go on from the last checkpoint",
-    "extra_trainset": "put all rows into one file and give it as --data_path",
-    "is_sparse_training": "there is no sparsity penalty; prune first, then use --is_mask_training true",
-    "coef": "there is no sparsity penalty; leave it out",
-    "lr_multi": "there is no sparsity penalty; leave it out",
+    "quantization_bit": "training quantised weights is not supported; leave it out and quantise afterwards",
+    "auto_load": "use --resume_from_checkpoint true to continue from the last checkpoint",
+    "extra_trainset": "put all rows into one file and pass it as --data_path",
+    "is_sparse_training": "sparsity penalties are not supported; prune first, then use --is_mask_training true",
+    "coef": "sparsity penalties are not supported; leave it out",
+    "lr_multi": "sparsity penalties are not supported; leave it out",
 }
 
 
 @dataclass
 class FinetuneArguments:
-    """All four groups.
+    """All flags of a fine-tuning run, in four groups.
 
     Attributes:
-        run_folder: where the run trains: its output folder, or one inside it while that holds an earlier result.
+        run_folder: folder that the run trains in: ``output_dir``, or a folder inside it while ``output_dir`` still
+            holds an earlier result.
     """
 
     model: ModelArguments
@@ -170,29 +175,29 @@ class FinetuneArguments:
 
 
 class FinetuneParser(ArgumentParser, HfArgumentParser):
-    """``HfArgumentParser`` whose errors are one line."""
+    """``HfArgumentParser`` with one-line errors."""
 
 
 def build_parser() -> FinetuneParser:
-    """The parser of all four groups."""
+    """Parser of all four groups."""
     groups = (ModelArguments, DataArguments, TrainingArguments, SparseArguments)
-    # The library's initialiser comes first in the order of classes, and mypy does not know it.
+    # HfArgumentParser.__init__ comes first in the MRO at runtime; mypy does not see that.
     options = {"prog": "model_finetune.py", "description": "Fine-tune a pruned model."}
     return FinetuneParser(groups, **options)  # type: ignore[arg-type]
 
 
-def parse_args(words: list[str] | None = None) -> FinetuneArguments:
-    """Read the command line (default: this process's) and check it before anything is loaded.
+def parse_args(argv: list[str] | None = None) -> FinetuneArguments:
+    """Parse ``argv`` (default: ``sys.argv[1:]``) and check the flags before anything is loaded.
 
     Raises:
         UserError: naming the flag to change.
     """
-    words = translate_legacy_flags(sys.argv[1:] if words is None else words)
-    provide_single_process_group(words)
+    argv = translate_legacy_flags(sys.argv[1:] if argv is None else argv)
+    provide_single_process_group(argv)
     parser = build_parser()
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
-            words, return_remaining_strings=True, look_for_args_file=False
+            argv, return_remaining_strings=True, look_for_args_file=False
         )
     except (ValueError, OSError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from error
@@ -203,32 +208,32 @@ def parse_args(words: list[str] | None = None) -> FinetuneArguments:
     return args
 
 
-def translate_legacy_flags(words: list[str]) -> list[str]:
-    """``words`` with the flags and values that the Trainer renamed since; each is said once."""
+def translate_legacy_flags(argv: list[str]) -> list[str]:
+    """``argv`` with legacy flags and values replaced by the Trainer's current ones; logs each replacement."""
     result: list[str] = []
-    for word in words:
-        flag, equals, value = word.partition("=")
+    for argument in argv:
+        flag, equals, value = argument.partition("=")
         if flag in RENAMED_FLAGS:
-            logger.info("%s is called %s today", flag, RENAMED_FLAGS[flag])
-            word = RENAMED_FLAGS[flag] + equals + value
-        flag, given = (flag, value) if equals else (result[-1] if result else "", word)
-        if (flag, given) in RENAMED_VALUES:
-            new = RENAMED_VALUES[flag, given]
-            logger.info("%s %s is called %s today", flag, given, new)
-            word = f"{flag}={new}" if equals else new
-        result.append(word)
+            logger.info("%s has been renamed to %s", flag, RENAMED_FLAGS[flag])
+            argument = RENAMED_FLAGS[flag] + equals + value
+        flag, value = (flag, value) if equals else (result[-1] if result else "", argument)
+        if (flag, value) in RENAMED_VALUES:
+            new_value = RENAMED_VALUES[flag, value]
+            logger.info("%s %s has been renamed to %s", flag, value, new_value)
+            argument = f"{flag}={new_value}" if equals else new_value
+        result.append(argument)
     return result
 
 
-def provide_single_process_group(words: list[str]) -> None:
-    """Let DeepSpeed start without a launcher, as a group of one process."""
-    if any(word.partition("=")[0] == "--deepspeed" for word in words) and "RANK" not in os.environ:
+def provide_single_process_group(argv: list[str]) -> None:
+    """Set the environment of a single-process group, so that DeepSpeed starts without a launcher."""
+    if any(argument.partition("=")[0] == "--deepspeed" for argument in argv) and "RANK" not in os.environ:
         group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         os.environ.update({name: value for name, value in group.items() if name not in os.environ})
 
 
 def check_args(args: FinetuneArguments) -> None:
-    """Refuse what cannot work.
+    """Check all groups of flags, the installed packages and the output folder.
 
     Raises:
         UserError: naming the flag to change.
@@ -241,7 +246,7 @@ def check_args(args: FinetuneArguments) -> None:
     check_data_args(args.data)
     check_distribution(args.training)
     check_packages(args.training)
-    # A live run is named first; what it has written so far is nobody else's to replace.
+    # Takes the lock first, so that a live run is reported before the state of its unfinished output.
     with output_lock(args.training.output_dir, "--output_dir"):
         check_output_dir(args)
 
@@ -281,19 +286,23 @@ def check_data_args(data: DataArguments) -> None:
 
 
 def check_distribution(training: TrainingArguments) -> None:
-    """Every process has to hold whole weights: they are masked, fused and saved."""
+    """Refuse sharded weights: masking, fusing and saving need whole weights in every process.
+
+    Raises:
+        UserError: for ZeRO stage 3 or FSDP.
+    """
     plugin = training.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3:
-        raise UserError("--deepspeed: ZeRO stage 3 splits the weights; use stage 2 (configs/deepspeed.json)")
+        raise UserError("--deepspeed: ZeRO stage 3 shards the weights; use stage 2 (configs/deepspeed.json)")
     if training.fsdp:
-        raise UserError("--fsdp splits the weights; use --deepspeed configs/deepspeed.json")
+        raise UserError("--fsdp shards the weights; use --deepspeed configs/deepspeed.json")
 
 
 def check_output_dir(args: FinetuneArguments) -> None:
-    """Check ``--output_dir``, and find the folder to train in and the checkpoint to go on from.
+    """Check ``--output_dir``, and set ``run_folder`` and the checkpoint to resume from.
 
     Raises:
-        UserError: if it may not be written, holds an input of the run, or there is no such checkpoint.
+        UserError: if the folder may not be written or holds an input of the run, or the checkpoint does not exist.
     """
     training = args.training
     args.run_folder, training.resume_from_checkpoint = choose_run_folder(

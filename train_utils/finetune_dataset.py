@@ -1,4 +1,4 @@
-"""Instruction data for fine-tuning: rows, prompts, masked labels, the split, and the cache of tokenised samples."""
+"""Instruction data for fine-tuning: rows, prompts, masked labels, validation split, cache of tokenised samples."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ logger = logging.getLogger(__name__)
 IGNORED_LABEL = -100
 SPLIT_SEED = 24
 CACHE_FORMAT = 1
-# What a folder answers that belongs to someone else, or lies on a read-only disk, or below a file.
+# Errors of a cache folder that is read-only, owned by another user, or below a file.
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
 Sample = dict[str, list[int]]
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """What decides, beside rows and tokenizer, how a row becomes a sample.
+    """Settings that, together with the tokenizer, determine how a row becomes a sample.
 
     Attributes:
         template: a name of ``TEMPLATES``.
-        max_length: tokens of a sample; longer ones are cut at their end.
-        train_full_prompt: whether the prompt's tokens are targets too.
+        max_length: tokens per sample; longer samples are truncated at their end.
+        train_full_prompt: whether the prompt tokens are targets too.
     """
 
     template: str
@@ -53,14 +53,14 @@ class SampleSettings:
 
 @dataclass(frozen=True)
 class FinetuneData:
-    """Tokenised samples, split, and what identifies them.
+    """Tokenised train and validation samples with their fingerprint.
 
     Attributes:
         train: rows of ``input_ids``, ``attention_mask``, ``labels``.
-        validation: the same of the held-out rows; ``None`` where none were asked for.
+        validation: the same for the held-out rows; ``None`` without held-out rows.
         source: file or hub name.
-        num_dropped: rows with an empty answer, or one that the cut left no token of.
-        sha256: of rows, tokenizer and settings.
+        num_dropped: number of rows with an empty answer, or with no answer token left after truncation.
+        sha256: fingerprint of rows, tokenizer and settings.
     """
 
     train: datasets.Dataset
@@ -81,39 +81,39 @@ def load_finetune_data(
     """Read, tokenise and split instruction data.
 
     Args:
-        train_data: a name of ``HUB_SOURCES``; not read where ``data_path`` is given.
+        train_data: a name of ``HUB_SOURCES``; ignored if ``data_path`` is given.
         data_path: a file (see ``file_rows``), or a hub name.
-        tokenizer: the model's.
+        tokenizer: tokenizer of the model.
         settings: prompts and lengths.
-        val_size: rows to hold out, drawn with ``SPLIT_SEED``.
-        cache_dir: where tokenised samples are kept and looked for; ``None`` for nowhere.
+        val_size: number of rows to hold out, drawn with ``SPLIT_SEED``.
+        cache_dir: cache of tokenised samples; ``None`` disables it.
 
     Raises:
-        UserError: if the data cannot be read, or leaves nothing to train on.
+        UserError: if the data cannot be read, or no training sample is left.
     """
     source = data_path or train_data
     rows = instruction_rows(source)
     answered = [row for row in rows if row["output"].strip()]
     key = fingerprint(answered, tokenizer, settings)
     samples = cached_samples(cache_dir and cache_dir / f"finetune-{key[:32]}", answered, tokenizer, settings)
-    unanswered, cut = len(rows) - len(answered), len(answered) - len(samples)
+    num_empty, num_truncated = len(rows) - len(answered), len(answered) - len(samples)
     if len(samples) == 0:
-        reasons = [f"{unanswered} {'has' if unanswered == 1 else 'have'} an empty answer"] if unanswered else []
-        whose = "has no token of its answer" if cut == 1 else "have no token of their answer"
-        reasons += [f"{cut} {whose} within --max_length {settings.max_length}"] if cut else []
+        reasons = [f"{num_empty} {'has' if num_empty == 1 else 'have'} an empty answer"] if num_empty else []
+        truncation = "has no token of its answer" if num_truncated == 1 else "have no token of their answer"
+        reasons += [f"{num_truncated} {truncation} within --max_length {settings.max_length}"] if num_truncated else []
         raise UserError(f"{source}: no sample is left of {len(rows)} rows{': ' if reasons else ''}{', '.join(reasons)}")
-    if unanswered:
-        logger.warning("%d of %d rows dropped: their answer is empty", unanswered, len(rows))
-    if cut:
+    if num_empty:
+        logger.warning("%d of %d rows dropped: empty answer", num_empty, len(rows))
+    if num_truncated:
         logger.warning(
-            "%d of %d rows dropped: --max_length %d leaves no token of their answer",
-            cut,
+            "%d of %d rows dropped: no answer token within --max_length %d",
+            num_truncated,
             len(rows),
             settings.max_length,
         )
     if len(samples) <= val_size:
         raise UserError(f"{source}: {len(samples)} samples, {val_size} of them held out; lower --val_dataset_size")
-    dropped = unanswered + cut
+    dropped = num_empty + num_truncated
     if val_size == 0:
         return FinetuneData(samples, None, source, dropped, key)
     split = samples.train_test_split(test_size=val_size, shuffle=True, seed=SPLIT_SEED, load_from_cache_file=False)
@@ -124,23 +124,23 @@ def instruction_rows(source: str) -> list[Row]:
     """Rows with ``instruction``, ``input`` and ``output`` of a file, a known data set, or a hub name.
 
     Raises:
-        UserError: if there is no such data, or rows lack these columns or are no text.
+        UserError: if the data cannot be read, or a row lacks one of the columns or has a value that is not text.
     """
     if source not in HUB_SOURCES and (Path(source).suffix or source.startswith((".", "/", "~"))):
-        found: Iterable[Row] = file_rows(Path(source).expanduser())
+        rows: Iterable[Row] = file_rows(Path(source).expanduser())
     else:
-        found = file_rows(Path(source)) if Path(source).is_file() else hub_rows(source, "train")
-    return [check_row(row, index, source) for index, row in enumerate(found)]
+        rows = file_rows(Path(source)) if Path(source).is_file() else hub_rows(source, "train")
+    return [check_row(row, index, source) for index, row in enumerate(rows)]
 
 
 def check_row(row: Row, index: int, source: str) -> Row:
-    """The three columns of ``row``, a missing ``input`` as empty text.
+    """The columns ``instruction``, ``input`` and ``output`` of ``row``; a missing ``input`` is an empty text.
 
     Raises:
         UserError: naming the row.
     """
     if not {"instruction", "output"} <= row.keys():
-        raise UserError(f"{source}: row {index} has no columns instruction and output, but: {', '.join(row)}")
+        raise UserError(f"{source}: row {index} needs the columns instruction and output, but has: {', '.join(row)}")
     try:
         return instruction_columns(row)
     except UserError as error:
@@ -148,14 +148,14 @@ def check_row(row: Row, index: int, source: str) -> Row:
 
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase, settings: SampleSettings) -> Sample | None:
-    """One sample: prompt and answer, the prompt's labels ``IGNORED_LABEL`` unless ``train_full_prompt``.
+    """One sample of prompt and answer; prompt labels are ``IGNORED_LABEL`` unless ``train_full_prompt``.
 
-    The tokenizer's own special tokens are added as it does, and its end-of-sequence token where the sample is shorter
-    than ``max_length``. The prompt ends where the tokens of prompt and answer together stop being those of the prompt
-    alone, so that no token of the answer is ever masked.
+    Special tokens are added as the tokenizer does, and its EOS token if the sample is shorter than ``max_length``. The
+    prompt is the longest common prefix of the tokens of the prompt alone and of prompt with answer, so that no answer
+    token is masked.
 
     Returns:
-        ``None`` if the cut leaves no token of the answer to predict.
+        ``None`` if truncation leaves no answer token to predict.
     """
     template = TEMPLATES[settings.template]
     if template is None:
@@ -163,24 +163,24 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, settings: SampleSetting
     else:
         prompt = template.prompt(row["instruction"], row["input"])
         text = prompt + row["output"]
-    # A chat template writes the special tokens itself.
+    # A chat template contains the special tokens.
     special = settings.template != CHAT
     prompt_ids = tokenizer(prompt, add_special_tokens=special, verbose=False).input_ids
     ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, ids, strict=False)))
+    prompt_length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, ids, strict=False)))
     ids = ids[: settings.max_length]
-    # The first token is nobody's target.
-    if not any(position > 0 for position in range(shared, len(ids))):
+    # The first token is never a target.
+    if not any(position > 0 for position in range(prompt_length, len(ids))):
         return None
     if special and len(ids) < settings.max_length and ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)
-    masked = 0 if settings.train_full_prompt else shared
-    labels = [IGNORED_LABEL] * masked + ids[masked:]
+    num_masked = 0 if settings.train_full_prompt else prompt_length
+    labels = [IGNORED_LABEL] * num_masked + ids[num_masked:]
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
 def fingerprint(rows: list[Row], tokenizer: PreTrainedTokenizerBase, settings: SampleSettings) -> str:
-    """sha256 of all that the samples depend on."""
+    """sha256 of everything that the tokenised samples depend on."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary: Any = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     special = {"eos": tokenizer.eos_token, "bos": tokenizer.bos_token, "chat_template": tokenizer.chat_template}
@@ -193,36 +193,34 @@ def fingerprint(rows: list[Row], tokenizer: PreTrainedTokenizerBase, settings: S
 def cached_samples(
     folder: Path | None, rows: list[Row], tokenizer: PreTrainedTokenizerBase, settings: SampleSettings
 ) -> datasets.Dataset:
-    """The samples of ``rows``: from ``folder`` where they are there, else made, and kept there (Arrow and json)."""
+    """The tokenised samples of ``rows``, read from the cache ``folder``, or made and written to it (Arrow and json)."""
     import datasets
 
     if folder is not None and folder.is_dir():
-        logger.info("tokenised samples of %s", folder)
+        logger.info("using the tokenised samples cached in %s", folder)
         return datasets.load_from_disk(str(folder))
     progress = tqdm(rows, desc="tokenise", unit="row", disable=None, leave=False)
     samples = [sample for row in progress if (sample := encode(row, tokenizer, settings)) is not None]
-    made = datasets.Dataset.from_list(samples)
+    dataset = datasets.Dataset.from_list(samples)
     if folder is not None:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with atomic_folder(folder) as partial:
-                made.save_to_disk(str(partial))
+                dataset.save_to_disk(str(partial))
         except OSError as error:
             if error.errno not in NOT_WRITABLE:
                 raise
-            logger.warning(
-                "the tokenised samples are not kept for the next run (%s); choose another --cache_dir", error
-            )
-    return made
+            logger.warning("the tokenised samples are not cached (%s); choose another --cache_dir", error)
+    return dataset
 
 
 def default_cache_dir() -> Path:
-    """``$SLIMGPT_CACHE``, or ``~/.cache/slimgpt``."""
+    """The cache folder: ``$SLIMGPT_CACHE``, or ``~/.cache/slimgpt``."""
     return Path(os.environ.get("SLIMGPT_CACHE") or Path.home() / ".cache" / "slimgpt")
 
 
 def window_dataset(windows: Tensor) -> datasets.Dataset:
-    """Windows (count, seqlen) of plain text as evaluation samples whose every token is a target."""
+    """Evaluation samples of text ``windows`` (count, seqlen); every token is a target."""
     import datasets
 
     ids = windows.tolist()

@@ -1,4 +1,4 @@
-"""What a fine-tuning run saves: adapters and fused model, or the trained model, masked where its masks say so."""
+"""Outputs of a fine-tuning run: adapters and fused model, or the trained model, with masks applied."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slim_utils.common.loading import SMALL_MODEL_FOLDER, load_config, load_model, save_checkpoint
+from slim_utils.common.loading import PRUNED_MODEL_FOLDER, load_config, load_model, save_checkpoint
 from slim_utils.families import Family, find_family, layer_shapes
 from slim_utils.masks import PRUNING_FILE, LayerMask, read_masks, write_pruning
 from slim_utils.output.model_card import version_list, write_card
@@ -37,35 +37,35 @@ FUSED_FOLDER = "lora_fused_model"
 
 
 @dataclass(frozen=True)
-class PrunedModel:
-    """What stays zero in a model that is trained with its masks."""
+class ModelMasks:
+    """The masks of a model that is trained with its pruned weights at zero."""
 
     family: Family
     masks: list[LayerMask]
 
     def count(self, model: PreTrainedModel) -> tuple[int, int]:
-        """Removed weights of ``model`` that are not zero, and all of them."""
+        """Number of nonzero removed weights of ``model``, and of all removed weights."""
         slices = list(masked_slices(model, self.family, self.masks))
         return int(sum(masked.nonzeros() for masked in slices)), sum(masked.size() for masked in slices)
 
 
-def load_pruned(args: FinetuneArguments) -> PrunedModel | None:
+def load_masks(args: FinetuneArguments) -> ModelMasks | None:
     """The masks of ``--is_mask_training``; ``None`` without it."""
     if not args.sparse.is_mask_training:
         return None
     config = load_config(args.model.model_name_or_path, args.model.trust_remote_code)
     family = find_family(config)
     path = Path(args.sparse.mask_config_dir or args.model.model_name_or_path)
-    return PrunedModel(family, read_masks(path, family, layer_shapes(config)))
+    return ModelMasks(family, read_masks(path, family, layer_shapes(config)))
 
 
-def warn_if_not_masked(model: PreTrainedModel, pruned: PrunedModel, path: str) -> None:
-    """Say that the base ``path`` has weights that its masks remove."""
+def warn_if_not_masked(model: PreTrainedModel, pruned: ModelMasks, path: str) -> None:
+    """Warn if the base model ``path`` has nonzero weights that the masks remove."""
     nonzeros, total = pruned.count(model)
     if nonzeros:
         logger.warning(
-            "%d of %d weights that the masks remove are not zero in %s; they are from here on, and in what is saved, "
-            "but adapters on %s alone do not remove them",
+            "%d of %d weights that the masks remove are not zero in %s; they are zero during training and in the saved "
+            "model, but the adapters alone, applied to %s, do not remove them",
             nonzeros,
             total,
             path,
@@ -78,18 +78,18 @@ def save_result(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
-    pruned: PrunedModel | None,
+    pruned: ModelMasks | None,
     folder: Path,
 ) -> PreTrainedModel:
-    """Write adapters and fused model, or the trained model, to ``folder``; returns what a user would load.
+    """Write adapters and fused model, or the trained model, to ``folder``; return the model that a user would load.
 
     Args:
-        args: of the run.
-        model: as trained.
-        tokenizer: the base's.
-        dtype: of the base checkpoint.
-        pruned: its masks.
-        folder: to write into.
+        args: flags of the run.
+        model: the trained model.
+        tokenizer: tokenizer of the base.
+        dtype: dtype of the base checkpoint.
+        pruned: masks of the model, if it is trained with masks.
+        folder: output folder.
     """
     trusted = args.model.trust_remote_code
     if args.model.use_lora:
@@ -100,14 +100,14 @@ def save_result(
         result = model.cpu()
         cast_parameters(result, dtype)
     if pruned:
-        # Adapters are masked, the base that they are fused into need not be.
+        # The adapters are masked, but the base that they are fused into may not be.
         zero_removed(result, pruned.family, pruned.masks)
     save_checkpoint(result, tokenizer, folder)
     if pruned:
         write_pruning(folder / PRUNING_FILE, pruned.masks, result.config.model_type)
         if args.sparse.save_pruned_weights:
-            save_checkpoint(shrink(result, pruned.family, pruned.masks), tokenizer, folder / SMALL_MODEL_FOLDER)
-        # What is counted and measured is in the file.
+            save_checkpoint(shrink(result, pruned.family, pruned.masks), tokenizer, folder / PRUNED_MODEL_FOLDER)
+        # Reload, so that masks and perplexity are measured on the saved weights.
         result = load_model(str(folder), "auto", trusted)
     return result
 
@@ -117,18 +117,20 @@ def write_cards(
     folder: Path,
     record: dict[str, Any],
     base_provenance: dict[str, Any],
-    pruned: PrunedModel | None,
+    pruned: ModelMasks | None,
     saved: PreTrainedModel,
 ) -> None:
-    """Write card, record of origin and licence files beside all the weights in ``folder``, again once it is measured.
+    """Write model card, ``slimgpt.json`` and licence files beside every checkpoint in ``folder``.
+
+    Called after saving, and again once the perplexities are measured.
 
     Args:
-        args: of the run.
-        folder: of :func:`save_result`.
-        record: content of ``run.json``; it gets the ``provenance`` of the result.
-        base_provenance: of the model before this run.
-        pruned: its masks.
-        saved: the result.
+        args: flags of the run.
+        folder: output folder of :func:`save_result`.
+        record: content of ``run.json``; its ``provenance`` is set to that of the result.
+        base_provenance: provenance of the base model.
+        pruned: masks of the model, if it is trained with masks.
+        saved: the saved model.
     """
     provenance = base_provenance
     if pruned and not prunings(provenance):
@@ -139,18 +141,18 @@ def write_cards(
     record["provenance"] = with_step(provenance, step)
     options = {"masks": pruned and pruned.masks, "perplexity": record.get("perplexity")}
     folder = folder / FUSED_FOLDER if args.model.use_lora else folder
-    for place in (folder, folder / SMALL_MODEL_FOLDER):
-        if place.is_dir():
-            write_card(place, record["provenance"], args.model.model_name_or_path, **options)
+    for checkpoint in (folder, folder / PRUNED_MODEL_FOLDER):
+        if checkpoint.is_dir():
+            write_card(checkpoint, record["provenance"], args.model.model_name_or_path, **options)
 
 
 def recovery_settings(args: FinetuneArguments, record: dict[str, Any], saved: PreTrainedModel) -> list[tuple[str, Any]]:
-    """What a card says of a fine-tuning run.
+    """Names and values of a fine-tuning run for the model card.
 
     Args:
-        args: of the run.
+        args: flags of the run.
         record: content of its ``run.json``.
-        saved: the result.
+        saved: the saved model.
     """
     model, training, data = args.model, args.training, record["data"]
     trained = "all weights"
@@ -175,8 +177,8 @@ def recovery_settings(args: FinetuneArguments, record: dict[str, Any], saved: Pr
     ]
 
 
-def mask_record(mask: MaskCallback, pruned: PrunedModel, saved: PreTrainedModel) -> dict[str, int]:
-    """Size of the mask, what is not zero of it in the saved model, and what the optimizer did to it."""
+def mask_record(mask: MaskCallback, pruned: ModelMasks, saved: PreTrainedModel) -> dict[str, int]:
+    """Number of masked weights, of those nonzero in the saved model, and of those that the optimizer moved."""
     nonzeros, total = pruned.count(saved)
     record = {
         "masked_weights": total,

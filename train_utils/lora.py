@@ -1,4 +1,4 @@
-"""LoRA adapters by peft: putting them on, and fusing them into a checkpoint."""
+"""LoRA with peft: choose target modules, add adapters, fuse them into a checkpoint."""
 
 from __future__ import annotations
 
@@ -27,39 +27,39 @@ logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"
 TARGETS_FLAG = "--peft_target_modules"
-# What peft has an adapter for.
+# Modules that peft can adapt.
 _ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)
 
 
 def check_lora_targets(args: ModelArguments, config: PreTrainedConfig) -> None:
-    """Find the maps that ``--peft_target_modules`` names, before anything is loaded.
+    """Check ``--peft_target_modules`` against the model, before its weights are loaded.
 
     Raises:
-        UserError: if the model has none of one of these names.
+        UserError: naming the targets that match no linear module.
     """
     if not args.use_lora:
         return
     try:
         model = model_on_meta(config, trust_remote_code=args.trust_remote_code)
     except Exception as error:
-        # Loading the model fails too, and says it for the user.
+        # Loading the model later fails with a message for the user.
         logger.debug("the model cannot be built: %s", error)
         return
     lora_targets(model, args.peft_target_modules)
 
 
 def lora_targets(model: PreTrainedModel, text: str | None) -> list[str] | str:
-    """Names of the maps that get an adapter, as peft takes them.
+    """Value of peft's ``target_modules`` for ``--peft_target_modules text``.
 
-    In mixtures of experts, only the attention is adapted: experts are 3-D parameters, and so are routers.
+    In MoE models, only the attention is adapted: experts and routers are not linear modules.
 
     Args:
-        model: to be adapted.
-        text: names, comma-separated, each the end of a module's full name; ``all-linear``, which is all linear maps but
-            the head; ``None`` for the linear maps of the decoder layers, by the family.
+        model: the model to adapt.
+        text: comma-separated suffixes of module names; ``all-linear`` for all linear modules except the head; ``None``
+            for the linear modules of the family's decoder layers.
 
     Raises:
-        UserError: if the model has none of one of these names.
+        UserError: naming the targets that match no linear module.
     """
     family = FAMILIES.get(model.config.model_type)
     mixture = family if family and family.expert_columns_key else None
@@ -74,36 +74,36 @@ def lora_targets(model: PreTrainedModel, text: str | None) -> list[str] | str:
         raise UserError(f"{TARGETS_FLAG} {text}: give at least one name, or {ALL_LINEAR}")
     if ALL_LINEAR in map(str.lower, names):
         if len(names) > 1:
-            raise UserError(f"{TARGETS_FLAG} {text}: {ALL_LINEAR} stands alone; leave out the other names")
-        # In mixtures peft's own takes routers and experts too.
+            raise UserError(f"{TARGETS_FLAG} {text}: {ALL_LINEAR} excludes other names; leave them out")
+        # In MoE models, peft's all-linear would include routers and experts.
         return _family_targets(mixture, adaptable) if mixture else ALL_LINEAR
     missing = [name for name in names if not _matches(name, adaptable)]
     if missing:
         present = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in adaptable))
         raise UserError(
-            f"{TARGETS_FLAG} {text}: no linear map of the model is called {', '.join(missing)}; "
-            f"it has: {present}, or {ALL_LINEAR}"
+            f"{TARGETS_FLAG} {text}: the model has no linear module {', '.join(missing)}; "
+            f"choose among {present}, or {ALL_LINEAR}"
         )
     return names
 
 
 def _family_targets(family: Family, adaptable: list[str]) -> list[str]:
-    """The linear maps of the decoder layers of a family, as far as they are ``adaptable``."""
+    """Names of the linear modules of the family's decoder layers that are in ``adaptable``."""
     rows = [name for name, _ in (*family.attention_rows, *family.mlp_rows)]
     names = [name.rpartition(".")[2] for name in (*rows, family.attention_out, family.mlp_out)]
     return [name for name in names if _matches(name, adaptable)]
 
 
 def _matches(name: str, modules: list[str]) -> bool:
-    """Whether ``name`` is, by peft's rule, one of ``modules`` or the end of one."""
+    """Whether ``name`` equals one of ``modules`` or is a suffix of one, as in peft."""
     return any(module == name or module.endswith(f".{name}") for module in modules)
 
 
 def add_lora(model: PreTrainedModel, args: ModelArguments) -> PeftModel:
-    """``model`` with an adapter on every linear map that ``--peft_target_modules`` names; all else is frozen.
+    """``model`` with an adapter on every target module; all other weights are frozen.
 
     Raises:
-        UserError: if the model has none of one of these names.
+        UserError: naming the targets that match no linear module.
     """
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -114,15 +114,15 @@ def add_lora(model: PreTrainedModel, args: ModelArguments) -> PeftModel:
         bias=args.peft_lora_bias,
     )
     try:
-        with _tied_embeddings_allowed():
+        with _ignore_tied_embeddings_warning():
             return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"{TARGETS_FLAG} {args.peft_target_modules}: {' '.join(str(error).split())}") from error
 
 
 @contextmanager
-def _tied_embeddings_allowed() -> Iterator[None]:
-    """Without peft's warning of adapters on tied embeddings: ``fuse_lora`` unties them."""
+def _ignore_tied_embeddings_warning() -> Iterator[None]:
+    """Suppress peft's warning about adapters on tied embeddings, which ``fuse_lora`` unties."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True.*part of the adapter")
         yield
@@ -130,21 +130,21 @@ def _tied_embeddings_allowed() -> Iterator[None]:
 
 @torch.no_grad()
 def fuse_lora(model_path: str, adapter_dir: str, trust_remote_code: bool) -> PreTrainedModel:
-    """The checkpoint ``model_path`` plus the adapters in ``adapter_dir``, in the checkpoint's dtype and format.
+    """The checkpoint ``model_path`` with the adapters in ``adapter_dir`` fused in, in its dtype and format.
 
-    ``W + (alpha/r)·B·A`` is computed in fp32 and rounded once. Where embedding and head are one matrix and one of them
-    has an adapter, the result has a head of its own (``tie_word_embeddings`` false).
+    ``W + (alpha/r)·B·A`` is computed in fp32 and rounded once. If embedding and head are tied and one of them is
+    adapted, the fused model is untied (``tie_word_embeddings`` false).
     """
     model = load_model(model_path, "auto", trust_remote_code)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    with _tied_embeddings_allowed():
+    with _ignore_tied_embeddings_warning():
         adapted = PeftModel.from_pretrained(model, adapter_dir)
     layers = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
     if head.weight is embedding.weight and any(layer.get_base_layer() in (embedding, head) for layer in layers):
         head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}
-        logger.info("embedding and head differ by their adapters: the fused model is saved with a head of its own")
+        logger.info("embedding and head have different adapters: the fused model is saved with an untied head")
     for layer in layers:
         weight = layer.get_base_layer().weight
         dtype = weight.dtype
@@ -155,9 +155,9 @@ def fuse_lora(model_path: str, adapter_dir: str, trust_remote_code: bool) -> Pre
 
 
 def prepare_model(model: PreTrainedModel, args: FinetuneArguments) -> PreTrainedModel | PeftModel:
-    """``model`` in the precision it is trained in, with its adapters.
+    """``model`` in its training dtype, with adapters if ``--use_lora``.
 
-    What is trained is fp32; what is frozen is in the precision of the products.
+    Trained weights are fp32; frozen weights have the dtype of :func:`frozen_dtype`.
     """
     training = args.training
     cast_parameters(model, frozen_dtype(training) if args.model.use_lora else torch.float32)
@@ -172,11 +172,11 @@ def prepare_model(model: PreTrainedModel, args: FinetuneArguments) -> PreTrained
 
 
 def frozen_dtype(training: TrainingArguments) -> torch.dtype:
-    """Of weights that are not trained: that of the products."""
+    """Dtype of frozen weights: bf16, fp16 or fp32, as used for computation."""
     return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Parameters to ``dtype``; buffers (rotary frequencies) stay as the library keeps them."""
+    """Cast all parameters to ``dtype``; buffers (rotary frequencies) keep theirs."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -1,4 +1,4 @@
-"""Packages that some of the Trainer's flags need, and that this suite does not install."""
+"""Optional packages that some flags of the Trainer need and that this suite does not install."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from slim_utils.common.errors import UserError
 if TYPE_CHECKING:
     from transformers.training_args import TrainingArguments
 
-# Of --optim, by how the name begins: the module, any one of several, and what to install.
+# --optim: prefixes of the optimizer's name, module to import, package to install.
 _OPTIMIZERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("adamw_torch_xla",), "torch_xla", "torch_xla"),
     (("adamw_torch_npu",), "torch_npu", "torch_npu"),
@@ -24,7 +24,7 @@ _OPTIMIZERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("schedule_free",), "schedulefree", "schedulefree"),
     (("stable_adamw",), "optimi", "torch-optimi"),
 )
-# Of --report_to, where it is not the name itself: modules of which one is enough, and what to install.
+# --report_to, if its name is not that of the package: modules of which one suffices, package to install.
 _REPORTERS: dict[str, tuple[tuple[str, ...], str]] = {
     "tensorboard": (("tensorboard", "tensorboardX"), "tensorboard"),
     "azure_ml": (("azureml",), "azureml-core"),
@@ -34,13 +34,13 @@ _REPORTERS: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 def optimizer_package(name: str) -> tuple[str, str] | None:
-    """Module and package that an optimizer of the Trainer needs; ``None`` where torch has it."""
+    """Module and package that an optimizer of the Trainer needs; ``None`` for optimizers of torch."""
     packages = ((module, package) for prefixes, module, package in _OPTIMIZERS if name.startswith(prefixes))
     return next(packages, None)
 
 
 def check_packages(training: TrainingArguments) -> None:
-    """Make sure that what ``--optim``, ``--report_to`` and ``--use_liger_kernel`` need is installed.
+    """Check that the packages of ``--optim``, ``--report_to`` and ``--use_liger_kernel`` are installed.
 
     Raises:
         UserError: naming the package to install.

@@ -1,4 +1,4 @@
-"""Prompt templates: how an instruction becomes the text before the answer."""
+"""Prompt templates for instruction data."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Template:
-    """Prompts of a row with and without an ``input``."""
+    """Prompt templates for rows with and without an ``input``."""
 
     with_input: str
     without_input: str
 
     def prompt(self, instruction: str, context: str) -> str:
         """The text before the answer."""
-        chosen = self.with_input if context else self.without_input
-        return chosen.format(instruction=instruction, input=context)
+        template = self.with_input if context else self.without_input
+        return template.format(instruction=instruction, input=context)
 
 
-# The prompts of Stanford Alpaca, and the same in Chinese.
+# The prompts of Stanford Alpaca and their Chinese translation.
 _ALPACA = Template(
     with_input=(
         "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -51,10 +51,10 @@ TEMPLATES: dict[str, Template | None] = {"alpaca": _ALPACA, "alpaca_zh": _ALPACA
 
 
 def chat_texts(tokenizer: PreTrainedTokenizerBase, instruction: str, context: str, answer: str) -> tuple[str, str]:
-    """Prompt, and prompt with answer, by the tokenizer's own chat template.
+    """Prompt, and prompt with answer, in the chat template of the tokenizer.
 
     Raises:
-        UserError: if the tokenizer has none, or it fails.
+        UserError: if the tokenizer has no chat template, or the template fails.
     """
     if not tokenizer.chat_template:
         raise UserError("--prompt_template_name chat: the tokenizer has no chat template; choose alpaca")
@@ -64,23 +64,23 @@ def chat_texts(tokenizer: PreTrainedTokenizerBase, instruction: str, context: st
         prompt = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
         return prompt, tokenizer.apply_chat_template([question, reply], tokenize=False)
     except Exception as error:
-        # A template is a program of the tokenizer's author: it may raise anything, and refuse on purpose.
+        # A template is third-party code: it may raise any exception, also on purpose.
         raise UserError(
             f"--prompt_template_name {CHAT}: the tokenizer's chat template fails ({error_reason(error)}); choose alpaca"
         ) from error
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, model_path: str) -> None:
-    """Make sure that the tokenizer of ``model_path`` can end, pad and, in a chat, write samples.
+    """Check that the tokenizer of ``model_path`` has the tokens to end and pad samples and a working chat template.
 
     Raises:
-        UserError: if it cannot, for want of a token or of a chat template that works.
+        UserError: if the EOS token is missing or, for ``chat``, the template is missing or fails.
     """
     padded = tokenizer.pad_token is not None
     if tokenizer.eos_token is None and not (template == CHAT and padded):
         raise UserError(
-            f"--model_name_or_path: the tokenizer of {model_path} has no end-of-sequence token to end a sample by; set "
-            "eos_token in its tokenizer_config.json"
+            f"--model_name_or_path: the tokenizer of {model_path} has no end-of-sequence token; set eos_token in its "
+            "tokenizer_config.json"
         )
     if template == CHAT:
         chat_texts(tokenizer, "question", "", "answer")

@@ -1,4 +1,4 @@
-"""What a run that goes on from a checkpoint may not change; it is kept in every checkpoint."""
+"""Settings that a resumed run may not change, stored in every checkpoint."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def run_settings(
     teacher: PreTrainedModel | None,
     masks: list[LayerMask] | None,
 ) -> dict[str, Any]:
-    """What the weights of a run depend on: model, teacher, masks and data by what they hold, the rest by its flags.
+    """Everything that the weights of a run depend on: fingerprints of model, teacher, masks and data, and flag values.
 
     Args:
-        args: of the run.
-        data: its samples.
-        model: as loaded, before anything is changed in it.
-        teacher: of ``--distill_from``.
-        masks: of ``--is_mask_training``.
+        args: flags of the run.
+        data: samples of the run.
+        model: the model as loaded, before adapters or casts.
+        teacher: model of ``--distill_from``.
+        masks: masks of ``--is_mask_training``.
     """
     training = args.training
     settings = {f"--{name}": getattr(args.model, name) for name in ("use_lora", *_LORA_FLAGS)}
@@ -63,17 +63,17 @@ def run_settings(
 
 
 def check_resumed(checkpoint: str, settings: dict[str, Any]) -> None:
-    """Make sure that ``checkpoint`` is of a run of the same settings.
+    """Check that ``checkpoint`` was written with the same ``settings``.
 
     Raises:
-        UserError: with what differs.
+        UserError: listing the settings that differ.
     """
     path = Path(checkpoint) / SETTINGS_FILE
     if not path.is_file():
-        logger.warning("--resume_from_checkpoint %s: no %s there; settings are not compared", checkpoint, path.name)
+        logger.warning("--resume_from_checkpoint %s: no %s; settings are not compared", checkpoint, path.name)
         return
     changes = setting_changes(json.loads(path.read_text(encoding="utf-8")), settings)
     if changes:
         raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: not the same run: {'; '.join(changes)}; to start anew leave it out"
+            f"--resume_from_checkpoint {checkpoint}: not the same run: {'; '.join(changes)}; leave it out to start over"
         )

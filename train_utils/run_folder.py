@@ -1,6 +1,6 @@
-"""Where a fine-tuning run works: its output folder or, while that holds an earlier result, a folder inside it.
+"""The folder that a fine-tuning run trains in: its output folder or, while that holds an earlier result, a subfolder.
 
-An earlier run's files stay until the new result is whole. Checkpoints of the two never share a folder.
+Files of an earlier run stay until the new result is complete. Checkpoints of two runs never share a folder.
 """
 
 import json
@@ -11,40 +11,40 @@ from typing import Any
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_paths import is_inside
 from slim_utils.common.loading import RUN_FILE, check_output, write_json_atomic
-from slim_utils.common.output_folder import clear_leftovers, output_entries, replace_entries, settle_entries
+from slim_utils.common.output_folder import clear_leftovers, finish_replacement, output_entries, replace_entries
 
 TRAINER_STATE = "trainer_state.json"
 UNFINISHED_FOLDER = ".unfinished"
 
 
 def choose_run_folder(output_dir: Path, overwrite: bool, resume: str | None) -> tuple[Path, str | None]:
-    """The folder to train in, and the checkpoint to go on from, if any.
+    """The folder to train in, and the checkpoint to resume from, if any.
 
-    Nothing is written, but a replacement of the output that was cut off is completed or undone.
+    Writes nothing, except that an interrupted replacement of the output is completed or rolled back.
 
     Args:
         output_dir: ``--output_dir``.
         overwrite: ``--overwrite``.
-        resume: ``--resume_from_checkpoint``: ``true``, ``false``, or a checkpoint, of this output or of another run.
+        resume: ``--resume_from_checkpoint``: ``true``, ``false``, or a checkpoint of this output or of another run.
 
     Raises:
-        UserError: if the output may not be written, or there is no whole checkpoint.
+        UserError: if the output may not be written, or there is no complete checkpoint.
     """
     unfinished = output_dir / UNFINISHED_FOLDER
-    settle_entries(unfinished, output_dir)
+    finish_replacement(unfinished, output_dir)
     resume = None if resume is None or resume.lower() == "false" else resume
     if resume is not None and resume.lower() == "true":
         folder = unfinished if unfinished.is_dir() and any(unfinished.iterdir()) else output_dir
         return folder, last_complete_checkpoint(folder)
     if resume is not None:
         if not (Path(resume) / TRAINER_STATE).is_file():
-            raise UserError(f"--resume_from_checkpoint {resume}: no {TRAINER_STATE} there")
+            raise UserError(f"--resume_from_checkpoint {resume}: not a checkpoint (no {TRAINER_STATE})")
         for folder in (unfinished, output_dir):
             if Path(resume).resolve().parent == folder.resolve() and (folder / RUN_FILE).is_file():
                 return folder, resume
         if is_inside(Path(resume), output_dir):
             raise UserError(
-                f"--resume_from_checkpoint {resume}: inside --output_dir {output_dir}, but no checkpoint of its run; "
+                f"--resume_from_checkpoint {resume}: inside --output_dir {output_dir}, but not of its run; "
                 "choose another --output_dir"
             )
     check_output(output_dir, overwrite, "--output_dir")
@@ -52,25 +52,25 @@ def choose_run_folder(output_dir: Path, overwrite: bool, resume: str | None) -> 
 
 
 def last_complete_checkpoint(output_dir: Path) -> str:
-    """The newest checkpoint that was written to its end: the Trainer writes ``trainer_state.json`` last.
+    """The newest complete checkpoint, i.e. with ``trainer_state.json``, which the Trainer writes last.
 
     Raises:
-        UserError: if there is none.
+        UserError: if no checkpoint is complete.
     """
     complete = [path.parent for path in output_dir.glob(f"checkpoint-*/{TRAINER_STATE}")]
     steps = {int(path.name.rpartition("-")[2]): path for path in complete if path.name.rpartition("-")[2].isdigit()}
     if not steps:
-        raise UserError(f"--resume_from_checkpoint true: no whole checkpoint in {output_dir}; leave it out")
+        raise UserError(f"--resume_from_checkpoint true: no complete checkpoint in {output_dir}; leave it out")
     return str(steps[max(steps)])
 
 
 def open_run_folder(folder: Path, record: dict[str, Any], resumes: bool) -> None:
-    """Make the folder to train in, and mark it as an unfinished run's.
+    """Create the folder to train in and write its unfinished ``run.json``.
 
     Args:
         folder: of :func:`choose_run_folder`.
         record: content of ``run.json``.
-        resumes: whether a run goes on; a finished run's record then stays until the new result is whole.
+        resumes: whether a run is resumed; the record of a finished run then stays until the new result is complete.
     """
     if folder.name == UNFINISHED_FOLDER and not resumes:
         shutil.rmtree(folder, ignore_errors=True)
@@ -88,7 +88,7 @@ def _is_finished(run_file: Path) -> bool:
 
 
 def install_result(folder: Path, output_dir: Path) -> None:
-    """Move the finished run in ``folder`` to ``output_dir``, in the place of an earlier one; ``run.json`` last."""
+    """Move the finished run in ``folder`` to ``output_dir``, replacing an earlier run; ``run.json`` comes last."""
     if folder == output_dir:
         shutil.rmtree(output_dir / UNFINISHED_FOLDER, ignore_errors=True)
         return
@@ -99,7 +99,7 @@ def install_result(folder: Path, output_dir: Path) -> None:
 
 
 def _move_best_checkpoint(state: Path, folder: Path, output_dir: Path) -> None:
-    """The Trainer's state names its best checkpoint by a path."""
+    """Rewrite the path of the best checkpoint in a ``trainer_state.json`` from ``folder`` to ``output_dir``."""
     content = json.loads(state.read_text(encoding="utf-8"))
     best = content.get("best_model_checkpoint")
     if best and Path(best).parent == folder:

@@ -1,4 +1,4 @@
-"""A Trainer that keeps pruned weights at exactly zero, and stops where a loss says nothing."""
+"""Trainer and callbacks: pruned weights stay exactly zero, logs are one line each, non-finite losses raise."""
 
 from __future__ import annotations
 
@@ -42,102 +42,101 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "run_settings.json"
-UNTOLD_FIGURES = ("_runtime", "_per_second", "total_flos")
+HIDDEN_METRICS = ("_runtime", "_per_second", "total_flos")
 
 
 @dataclass(frozen=True)
 class MaskedSlice:
-    """Rows or columns of one parameter, of an expert's slice or a whole one, that have to stay zero."""
+    """Rows or columns of one parameter (of each expert's slice for 3-D experts) that have to stay zero."""
 
     parameter: nn.Parameter
     dim: int
     indices: Tensor
 
     def zero(self, tensor: Tensor) -> Tensor:
-        """A copy of ``tensor``, shaped like the parameter, with the slice at zero."""
+        """A copy of ``tensor``, which is shaped like the parameter, with the slice set to zero."""
         return zero_indices(tensor.clone(), self.dim, self.indices)
 
     def nonzeros(self) -> Tensor:
-        """How many of the slice's weights are not zero, a scalar on the parameter's device."""
+        """Number of nonzero weights in the slice, as a scalar on the device of the parameter."""
         return select_indices(self.parameter.data, self.dim, self.indices).count_nonzero()
 
     def size(self) -> int:
-        """Weights of the slice."""
+        """Number of weights in the slice."""
         return self.parameter.numel() // self.parameter.shape[self.dim] * self.indices.shape[-1]
 
 
 def masked_slices(model: PreTrainedModel | PeftModel, family: Family, masks: list[LayerMask]) -> Iterator[MaskedSlice]:
-    """Every slice of ``model``'s parameters that pruning removed: columns, the rows that feed them, and their biases.
+    """Slices of the parameters of ``model`` that pruning removed: columns, the rows that feed them, and their biases.
 
-    Where a linear map carries LoRA adapters ``B·A``, a column of the product is a column of ``A`` and a row is one of
-    ``B``.
+    For a linear module with LoRA adapters ``B·A``, columns are sliced from ``A`` and rows from ``B``.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     for layer, mask in zip(family.decoder_layers(base), masks, strict=True):
         for name, (dim, indices) in removed_indices(family, mask).items():
             if not indices.numel():
                 continue
-            owner, _, own_name = name.rpartition(".")
-            module = layer.get_submodule(owner)
+            module_name, _, parameter_name = name.rpartition(".")
+            module = layer.get_submodule(module_name)
             if isinstance(module, LoraLayer):
-                if own_name == "weight":
+                if parameter_name == "weight":
                     for adapter in module.active_adapters:
                         factor = (module.lora_A if dim == 1 else module.lora_B)[adapter]
                         yield MaskedSlice(factor.weight, dim, indices)
                 module = module.get_base_layer()
-            parameter = getattr(module, own_name)
+            parameter = getattr(module, parameter_name)
             if parameter is not None:
                 yield MaskedSlice(parameter, dim, indices)
 
 
 class MaskCallback(TrainerCallback):
-    """Keeps slices at zero: no gradient reaches them, and what an optimizer moves all the same is put back.
+    """Keep slices at zero: their gradients are masked, and they are zeroed again after every optimizer step.
 
-    Without a gradient from the first step on, momentum stays zero and weight decay has nothing to act on; this holds
-    for the fp32 copies of a mixed-precision or ZeRO optimizer too. Putting back covers the optimizers that mix the
-    columns of a gradient.
+    With zero gradients from the first step on, momentum stays zero and weight decay has no effect, also on the fp32
+    copies of a mixed-precision or ZeRO optimizer. Zeroing after the step covers optimizers that mix the columns of a
+    gradient.
 
     Attributes:
-        steps: optimizer steps seen.
-        moved: weights that an optimizer step had moved away from zero, summed over the steps.
+        steps: number of optimizer steps.
+        moved: number of weights that an optimizer step moved away from zero, summed over the steps.
     """
 
     def __init__(self, slices: list[MaskedSlice]) -> None:
         self.slices = slices
         self.steps = 0
         self.moved: Tensor | int = 0
-        self.put_back()
+        self.zero_slices()
         for masked in slices:
             if masked.parameter.requires_grad:
                 masked.parameter.register_hook(masked.zero)
 
     @torch.no_grad()
-    def put_back(self) -> None:
-        """Zero every slice."""
+    def zero_slices(self) -> None:
+        """Set every slice to zero."""
         for masked in self.slices:
             zero_indices(masked.parameter, masked.dim, masked.indices)
 
     def nonzeros(self) -> int:
-        """Weights of the slices that are not zero now."""
+        """Number of nonzero weights in all slices."""
         return int(sum(masked.nonzeros() for masked in self.slices))
 
     def size(self) -> int:
-        """Weights of all slices."""
+        """Number of weights in all slices."""
         return sum(masked.size() for masked in self.slices)
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Also after the weights of a checkpoint came in."""
-        self.put_back()
+        """Zero the slices, also after the weights of a checkpoint were loaded."""
+        self.zero_slices()
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Count what moved, without waiting for the device, and put it back."""
+        """Count the weights that moved, without a device synchronisation, and zero the slices."""
         self.steps += 1
         self.moved = self.moved + sum(masked.nonzeros() for masked in self.slices if masked.parameter.requires_grad)
-        self.put_back()
+        self.zero_slices()
 
 
 class LogCallback(TrainerCallback):
-    """One line a log entry, through ``logging``."""
+    """Log every entry of the Trainer's log as one line."""
 
     def on_log(
         self,
@@ -147,30 +146,30 @@ class LogCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Log ``logs`` in the order that the Trainer gives them."""
+        """Log ``logs`` on rank 0, in the order of the Trainer."""
         if state.is_world_process_zero and logs:
-            figures = (f"{name} {value:.6g}" for name, value in logs.items() if not name.endswith(UNTOLD_FIGURES))
-            logger.info("step %d: %s", state.global_step, ", ".join(figures))
+            metrics = (f"{name} {value:.6g}" for name, value in logs.items() if not name.endswith(HIDDEN_METRICS))
+            logger.info("step %d: %s", state.global_step, ", ".join(metrics))
 
 
 class QuietProgress(ProgressCallback):
-    """The progress bar alone; :class:`LogCallback` logs."""
+    """Progress bar without log output, which is left to :class:`LogCallback`."""
 
     def on_log(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 def focal_loss(
     outputs: CausalLMOutput, labels: Tensor, num_items_in_batch: Tensor | int | None = None, *, gamma: float
 ) -> Tensor:
-    """Cross-entropy of every target weighed by ``(1 − p)^gamma`` (Lin et al. 2017, equation 4), over all targets.
+    """Mean over the targets of the cross-entropy weighted by ``(1 − p)^gamma`` (Lin et al. 2017, equation 4).
 
     Args:
-        outputs: of the model, with logits (batch, seqlen, vocabulary).
-        labels: (batch, seqlen) token ids, ``IGNORED_LABEL`` where there is no target.
-        num_items_in_batch: to divide the sum by, the targets of a whole accumulated batch; ``None`` for those of
-            ``labels``.
-        gamma: 0 gives the cross-entropy.
+        outputs: outputs of the model, with logits (batch, seqlen, vocabulary).
+        labels: (batch, seqlen) token ids, ``IGNORED_LABEL`` for non-targets.
+        num_items_in_batch: divisor of the sum, the number of targets of a whole accumulated batch; ``None`` for the
+            targets in ``labels``.
+        gamma: exponent; 0 gives the cross-entropy.
     """
     logits = outputs.logits
     targets = labels[:, 1:].flatten().to(logits.device)
@@ -182,15 +181,14 @@ def focal_loss(
 
 
 class SlimTrainer(Seq2SeqTrainer):
-    """The library's Trainer with one line a log entry, and a clear end where training says nothing.
+    """``Seq2SeqTrainer`` with one-line logs, and errors for losses and settings that cannot train.
 
     Args:
-        focal_gamma: of :func:`focal_loss`; ``None`` for the model's own loss.
-        run_settings: what a run that goes on from a checkpoint may not change.
+        focal_gamma: gamma of :func:`focal_loss`; ``None`` for the model's own loss.
+        run_settings: settings that a resumed run may not change, stored in every checkpoint.
 
     Raises, in ``train``:
-        UserError: at a loss that is not finite, a batch without a target, or an optimizer or a schedule that the
-            library refuses.
+        UserError: for a non-finite loss, a batch without targets, or invalid settings of the optimizer or the schedule.
     """
 
     def __init__(
@@ -210,18 +208,18 @@ class SlimTrainer(Seq2SeqTrainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The optimizer of ``--optim`` and ``--optim_args``."""
-        with _refusal(f"--optim {getattr(self.args.optim, 'value', self.args.optim)}"):
+        with _one_line_errors(f"--optim {getattr(self.args.optim, 'value', self.args.optim)}"):
             return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """The schedule of ``--lr_scheduler_type`` and ``--lr_scheduler_kwargs``."""
-        with _refusal(f"--lr_scheduler_type {getattr(self.args.lr_scheduler_type, 'value', '')}"):
+        with _one_line_errors(f"--lr_scheduler_type {getattr(self.args.lr_scheduler_type, 'value', '')}"):
             return super().create_scheduler(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """One forward and backward, checked."""
+        """Loss of one forward and backward pass; checks the targets and the loss."""
         if not (inputs["labels"][:, 1:] != IGNORED_LABEL).any():
-            raise UserError(f"step {self.state.global_step + 1}: a batch without any target; raise --max_length")
+            raise UserError(f"step {self.state.global_step + 1}: batch without targets; raise --max_length")
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not math.isfinite(loss.item()):
             raise UserError(
@@ -231,11 +229,11 @@ class SlimTrainer(Seq2SeqTrainer):
         return loss
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Write a checkpoint, or remove what was written of it (full disk, Ctrl-C, SIGTERM)."""
+        """Write a checkpoint; remove a partial one on failure (full disk, Ctrl-C, SIGTERM)."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             if self.args.process_index == 0 and self.run_settings is not None:
-                # Before the library's own files, the last of which says that the checkpoint is whole.
+                # Written before the Trainer's files, the last of which marks the checkpoint as complete.
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json_atomic(folder / SETTINGS_FILE, self.run_settings)
             super()._save_checkpoint(*args, **kwargs)
@@ -246,12 +244,8 @@ class SlimTrainer(Seq2SeqTrainer):
 
 
 @contextmanager
-def _refusal(flag: str) -> Iterator[None]:
-    """Turn what the library says against the value of ``flag`` into one line.
-
-    Raises:
-        UserError: in its place.
-    """
+def _one_line_errors(flag: str) -> Iterator[None]:
+    """Re-raise the library's errors about the value of ``flag`` as a one-line :class:`UserError`."""
     try:
         yield
     except (ImportError, ValueError, TypeError) as error:

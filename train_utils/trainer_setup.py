@@ -1,4 +1,4 @@
-"""The Trainer of a run: its evaluation sets, its metric, its loss and its data."""
+"""Build the Trainer of a run: evaluation sets, best-model metric, loss and data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import DataCollatorForSeq2Seq
 
 from ppl_eval.ppl_dataset import EvalSets
 from slim_utils.common.errors import UserError
-from slim_utils.common.input_checks import use_padding
+from slim_utils.common.input_checks import set_padding_token
 from train_utils.distillation import DistillationTrainer
 from train_utils.finetune_args import FinetuneArguments
 from train_utils.finetune_dataset import FinetuneData, window_dataset
@@ -23,35 +23,35 @@ if TYPE_CHECKING:
 VALIDATION = "validation"
 
 
-def evaluation_sets(data: FinetuneData, watched: EvalSets) -> dict[str, datasets.Dataset]:
-    """What is evaluated while training, by name: the held-out rows first, then the watched texts."""
+def evaluation_sets(data: FinetuneData, windows: EvalSets) -> dict[str, datasets.Dataset]:
+    """Evaluation sets during training, by name: the held-out rows first, then the texts in ``windows``."""
     sets = {VALIDATION: data.validation} if data.validation is not None else {}
-    return sets | {key.name: window_dataset(windows) for key, windows in watched.items()}
+    return sets | {key.name: window_dataset(tokens) for key, tokens in windows.items()}
 
 
-def best_metric(asked: str | None, names: list[str]) -> str | None:
-    """The metric that ``--metric_for_best_model`` means, where every evaluation set has a loss of its own.
+def best_metric(metric_name: str | None, set_names: list[str]) -> str | None:
+    """Full name of the metric ``--metric_for_best_model metric_name``; every evaluation set has its own loss.
 
     Args:
-        asked: the flag, or what the Trainer takes where it needs one: ``loss`` is that of the first set.
-        names: of the evaluation sets.
+        metric_name: the flag, or the Trainer's default for it; ``loss`` means the loss of the first set.
+        set_names: names of the evaluation sets.
 
     Raises:
-        UserError: if no set has such a metric.
+        UserError: if no evaluation set has this metric.
     """
-    if asked is None:
+    if metric_name is None:
         return None
-    if not names:
+    if not set_names:
         raise UserError(
-            f"no data to measure {asked} on, by which the best model or the learning rate is chosen; raise "
-            "--val_dataset_size, or give a text by --extra_val_set"
+            f"no data to measure {metric_name}, which selects the best model or the learning rate; raise "
+            "--val_dataset_size or pass a text with --extra_val_set"
         )
-    metrics = [f"eval_{name}_loss" for name in names]
-    metric = f"eval_{asked.removeprefix('eval_')}"
+    metrics = [f"eval_{name}_loss" for name in set_names]
+    metric = f"eval_{metric_name.removeprefix('eval_')}"
     if metric == "eval_loss":
         return metrics[0]
     if metric not in metrics:
-        raise UserError(f"--metric_for_best_model {asked}: choose one of eval_loss, {', '.join(metrics)}")
+        raise UserError(f"--metric_for_best_model {metric_name}: choose one of eval_loss, {', '.join(metrics)}")
     return metric
 
 
@@ -64,21 +64,21 @@ def build_trainer(
     teacher: PreTrainedModel | None,
     settings: dict[str, Any],
 ) -> SlimTrainer:
-    """The Trainer with its data, and with its teacher where there is one.
+    """The Trainer of a run: a :class:`DistillationTrainer` if there is a teacher, else a :class:`SlimTrainer`.
 
     Args:
-        args: of the run.
-        model: to train.
-        tokenizer: the model's.
-        data: to train on.
-        eval_sets: of :func:`evaluation_sets`.
-        teacher: to imitate.
-        settings: of :func:`~train_utils.resumption.run_settings`, kept in every checkpoint.
+        args: flags of the run.
+        model: the model to train.
+        tokenizer: tokenizer of the model.
+        data: training and validation samples.
+        eval_sets: result of :func:`evaluation_sets`.
+        teacher: model to distill from.
+        settings: result of :func:`~train_utils.resumption.run_settings`, stored in every checkpoint.
     """
-    # For the batches alone; the saved tokenizer stays as it is.
+    # A copy for collation; the saved tokenizer is not changed.
     padding = copy.deepcopy(tokenizer)
     padding.padding_side = "right"
-    use_padding(padding, model.config)
+    set_padding_token(padding, model.config)
     training = copy.copy(args.training)
     training.output_dir = str(args.run_folder)
     options = {

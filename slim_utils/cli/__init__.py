@@ -1,1 +1,1 @@
-"""Flags, errors and logging of the entry scripts."""
+"""Command line of the entry scripts: flags, errors, logging."""

@@ -1,4 +1,4 @@
-"""What every entry script shares: one-line errors, exit codes, signals and logging."""
+"""Shared by all entry scripts: one-line errors, exit codes, signals and logging."""
 
 import argparse
 import logging
@@ -16,27 +16,27 @@ from slim_utils.common.errors import ProcessLostError, UserError, is_disk_full
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """``argparse.ArgumentParser`` whose errors are one line on stderr (exit code 2)."""
+    """``argparse.ArgumentParser`` with one-line errors on stderr (exit code 2)."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
 def setup_logging() -> None:
-    """Send one line a message to stderr, fit for ``tee``, and silence progress bars where no one watches them."""
-    # Of several processes the first one speaks for all.
+    """Log one line per message to stderr, and disable progress bars if stderr is not a terminal."""
+    # Only rank 0 logs below ERROR.
     level = logging.ERROR if _rank() else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    # The libraries' warnings about each other's spellings are not the user's.
+    # FutureWarnings that the libraries raise about each other are not actionable for the user.
     warnings.filterwarnings("ignore", category=FutureWarning)
     for noisy in ("httpx", "httpx2", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     if not torch.accelerator.is_available():
-        # Where DeepSpeed is installed, it warns of this as soon as accelerate looks at it.
+        # An installed DeepSpeed warns about a missing accelerator when accelerate imports it.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-        # The package reads it when it is imported, which takes a second and is put off.
+        # Read when datasets is imported, which is deferred because it takes a second.
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         if "datasets" in sys.modules:
             sys.modules["datasets"].disable_progress_bars()
@@ -49,17 +49,17 @@ def run_cli(
     output_flag: str = "--out",
     resume_advice: str = "",
 ) -> NoReturn:
-    """Run ``main`` and leave the process with one clear line instead of a traceback.
+    """Run ``main`` and exit; expected errors print one line instead of a traceback.
 
     Args:
         main: the script.
         prog: its name.
-        memory_advice: what to do where the GPU's memory is full.
-        output_flag: what chooses where it writes.
-        resume_advice: what to do after an interruption, or a full disk with room made.
+        memory_advice: what to change when the GPU is out of memory.
+        output_flag: flag of the output path.
+        resume_advice: how to continue after an interruption, or after space on a full disk was freed.
 
-    Exit codes: 0 done, 1 the machine gave out (disk full, memory), 2 wrong input, 130 Ctrl-C, 143 terminated.
-    SIGTERM is raised as ``SystemExit`` so that temporary folders are removed on the way out.
+    Exit codes: 0 success, 1 out of disk or memory or a lost process, 2 wrong input, 130 Ctrl-C, 143 terminated.
+    SIGTERM is raised as ``SystemExit`` so that temporary folders are removed.
     """
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     setup_logging()
@@ -67,31 +67,31 @@ def run_cli(
         main()
     except UserError as error:
         if _rank():
-            # Raised in all processes alike.
+            # All ranks raise the same error; rank 0 prints it.
             sys.exit(2)
         _fail(prog, str(error) + _notes(error), 2)
     except ProcessLostError as error:
         _fail(prog, f"rank {_rank()}: {error}{resume_advice}", 1)
     except KeyboardInterrupt as error:
-        _fail(prog, f"interrupted; nothing half-written is left behind{_notes(error) or resume_advice}", 130)
+        _fail(prog, f"interrupted; no partially written file is left{_notes(error) or resume_advice}", 130)
     except torch.OutOfMemoryError as error:
-        _fail(prog, f"the GPU's memory is full{_notes(error) or f'; {memory_advice}{resume_advice}'}", 1)
+        _fail(prog, f"out of GPU memory{_notes(error) or f'; {memory_advice}{resume_advice}'}", 1)
     except Exception as error:
         if not is_disk_full(error):
             raise
-        saved = _notes(error)
-        message = f"the disk is full{'' if saved else ', nothing was saved'} ({error}); free space"
-        _fail(prog, message + (saved or f" or choose another {output_flag}{resume_advice}"), 1)
+        notes = _notes(error)
+        message = f"the disk is full{'' if notes else ', nothing was saved'} ({error}); free space"
+        _fail(prog, message + (notes or f" or choose another {output_flag}{resume_advice}"), 1)
     sys.exit(0)
 
 
 def _notes(error: BaseException) -> str:
-    """What holds in spite of ``error``, for the end of a message."""
+    """Notes of ``error`` as the end of a message, e.g. what is already saved."""
     return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
 
 
 def _rank() -> int:
-    """Of this process among those that torchrun started."""
+    """Rank of this process, as set by torchrun; 0 without it."""
     return int(os.environ.get("RANK", "0"))
 
 

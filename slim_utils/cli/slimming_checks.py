@@ -1,4 +1,4 @@
-"""Checks of a pruning run's flags against each other, before anything is loaded, and what ``--preset`` stands for."""
+"""Checks of the flags of ``model_slimming.py`` before anything is loaded, and the expansion of ``--preset``."""
 
 import logging
 import os
@@ -18,29 +18,29 @@ from slim_utils.text_source import CALIBRATION_DATASETS
 
 logger = logging.getLogger(__name__)
 
-# What a sensitivity analysis cannot do without, by the flag that takes it away.
+# Requirements of the sensitivity analysis, by the flag that rules each out.
 SENSITIVITY_NEEDS = {"stream": "the whole model in memory", "no_compensate": "compensation"}
 # Allocation of --preset best without a sensitivity analysis.
 FALLBACK_ALLOCATION = "log_increase"
 
 
 def calibration_texts(config: PruningConfig) -> list[str]:
-    """Files and data sets that calibration samples are drawn from.
+    """Files and data sets that the calibration samples are drawn from.
 
     Raises:
-        UserError: if there is none, or one is neither a file nor a data set.
+        UserError: if none is given, or one is neither a file nor a data set.
     """
     texts = config.data_file or ([config.dataset] if config.dataset else [])
     if not texts:
         raise UserError(f"give a data set ({', '.join(CALIBRATION_DATASETS)}) or --data_file FILE")
     for text in config.data_file or ():
         if not Path(text).is_file() and text not in CALIBRATION_DATASETS:
-            raise UserError(f"--data_file {text}: no such file, and none of {', '.join(CALIBRATION_DATASETS)}")
+            raise UserError(f"--data_file {text}: neither a file nor one of {', '.join(CALIBRATION_DATASETS)}")
     return texts
 
 
 def num_sink_windows(config: PruningConfig, bos: bool) -> int:
-    """Number of sink windows: ``--preset best`` has none where samples begin with a BOS, which is the sink there."""
+    """Number of sink windows; ``--preset best`` uses none if samples start with a BOS, which is then the sink."""
     if config.sink_windows is not None:
         return config.sink_windows
     return BEST_SINK_WINDOWS if config.preset == "best" and not bos else 0
@@ -90,44 +90,44 @@ def _preset_obstacles(config: PruningConfig, experts: bool) -> list[str]:
 
 
 def in_several_processes() -> bool:
-    """Whether torchrun started more than this process."""
+    """Whether torchrun started several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def check_budget(config: PruningConfig) -> None:
-    """Check the flags that say how much is removed against each other and the others.
+    """Check the flags of ratios, targets and their allocation against each other.
 
     Raises:
         UserError: naming the flag to change.
     """
     given = [name for name in ("target_ratio", "target_params", "profile") if getattr(config, name) is not None]
     if len(given) > 1:
-        raise UserError(f"--{given[0]} and --{given[1]} ask for different things; give one of them")
+        raise UserError(f"--{given[0]} and --{given[1]} exclude each other; give one of them")
     ratios = [name for name in ("sparsity", "non_uniform") if getattr(config, name)]
     if given and ratios:
-        raise UserError(f"--{given[0]} says how much goes; leave --{ratios[0]} out (--allocation has the strategies)")
+        raise UserError(f"--{given[0]} sets the ratios; leave --{ratios[0]} out (--allocation has the strategies)")
     if config.allocation and not (given and given[0] != "profile"):
-        raise UserError("--allocation spreads a target: add --target_ratio or --target_params")
+        raise UserError("--allocation needs a target: add --target_ratio or --target_params")
     if given and config.max_sparsity:
-        raise UserError(f"--{given[0]} says how much goes; leave --max_sparsity out")
+        raise UserError(f"--{given[0]} sets the ratios; leave --max_sparsity out")
     if given and config.min_sparsity and config.allocation not in STRATEGIES:
-        raise UserError("--min_sparsity is where a strategy begins; add --allocation log_increase, or leave it out")
+        raise UserError("--min_sparsity is the first ratio of a strategy; add --allocation log_increase or omit it")
     if config.profile and (config.minlayer > 0 or config.maxlayer < 1000):
-        raise UserError("--profile says which layers lose how much; leave --minlayer and --maxlayer out")
+        raise UserError("--profile sets the size of every layer; leave --minlayer and --maxlayer out")
     if config.target_ratio is not None and not 0 < config.target_ratio < 1:
-        raise UserError(f"--target_ratio {config.target_ratio}: more than 0 and less than 1")
+        raise UserError(f"--target_ratio {config.target_ratio}: must be between 0 and 1, exclusive")
     if config.uniform_shapes and (given and config.allocation not in (None, "uniform")):
-        raise UserError("--uniform_shapes wants one ratio for all layers: --sparsity, or --allocation uniform")
+        raise UserError("--uniform_shapes needs one ratio for all layers: --sparsity, or --allocation uniform")
     if config.refine < 0:
         raise UserError(f"--refine {config.refine}: at least 0")
     if config.refine and not (given and given[0] != "profile"):
         instead = " instead of --profile" if given else ""
         raise UserError(f"--refine moves units of a target: add --target_ratio or --target_params{instead}")
     if config.refine and config.uniform_shapes:
-        raise UserError("--uniform_shapes wants one ratio for all layers: leave --refine out")
+        raise UserError("--uniform_shapes needs one ratio for all layers: leave --refine out")
     if config.search_minutes is not None and not config.measures:
         raise UserError(
-            "--search_minutes is the time of a search: add --allocation search or --refine, or leave it out"
+            "--search_minutes limits a sensitivity analysis: add --allocation search or --refine, or leave it out"
         )
     if config.search_minutes is not None and not config.search_minutes >= 0:
         raise UserError(f"--search_minutes {config.search_minutes}: at least 0")
@@ -141,7 +141,7 @@ def check_budget(config: PruningConfig) -> None:
 
 
 def check_ranges(config: PruningConfig) -> None:
-    """Check numbers, each for itself.
+    """Check the range of every numeric flag.
 
     Raises:
         UserError: naming the flag to change.
@@ -160,7 +160,7 @@ def check_ranges(config: PruningConfig) -> None:
 
 
 def check_original_flags(config: PruningConfig) -> None:
-    """Check the original's flags against each other; logs those that have no effect.
+    """Check the flags of the original script against each other, and log those without effect.
 
     Raises:
         UserError: naming the flag to change.
@@ -174,25 +174,25 @@ def check_original_flags(config: PruningConfig) -> None:
 
 
 def check_output_flags(config: PruningConfig) -> None:
-    """Check the flags of the output against each other.
+    """Check the output flags against each other.
 
     Raises:
         UserError: naming the flag to change.
     """
     if config.uniform_shapes and config.non_uniform:
-        raise UserError("--uniform_shapes wants one ratio for all layers: --sparsity instead of --non_uniform")
+        raise UserError("--uniform_shapes needs one ratio for all layers: --sparsity instead of --non_uniform")
     if config.uniform_shapes and not config.save_pruned_weights:
-        raise UserError("--uniform_shapes is about the small model: add --save_pruned_weights")
+        raise UserError("--uniform_shapes applies to the pruned model: add --save_pruned_weights")
     if config.resume and not config.save_dir:
-        raise UserError("--resume needs the --save_dir of the run to go on with")
+        raise UserError("--resume needs the --save_dir of the run to continue")
     if config.stream and not config.save_dir:
-        raise UserError("--stream writes layer by layer as it goes: give --save_dir DIR")
+        raise UserError("--stream writes every layer as soon as it is pruned: give --save_dir DIR")
     if config.save_pruned_weights and not config.save_dir:
         raise UserError("--save_pruned_weights needs --save_dir DIR")
     if config.push_to_hub and not config.save_pruned_weights:
-        raise UserError("--push_to_hub publishes the small model: add --save_pruned_weights")
+        raise UserError("--push_to_hub publishes the pruned model: add --save_pruned_weights")
     if config.hub_public and not config.push_to_hub:
-        raise UserError("--hub_public is about what is published: add --push_to_hub NAME, or leave it out")
+        raise UserError("--hub_public applies to --push_to_hub: add --push_to_hub NAME, or leave it out")
 
 
 def check_flags(config: PruningConfig) -> None:

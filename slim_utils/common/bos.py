@@ -1,7 +1,7 @@
-"""Whether windows of plain text begin with the tokenizer's BOS token.
+"""Whether windows of plain text start with the tokenizer's BOS token.
 
-A model that was trained with a BOS in front of every text keeps its attention sink there. Calibrated or measured on
-windows without it, such a model is pruned, and judged, in a state that it never meets in use.
+A model trained with a BOS before every text has its attention sink there. Windows without a BOS calibrate and evaluate
+such a model in a state that never occurs in use.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BOS_POLICIES = ("auto", "always", "never")
-BOS_CHOICES = "auto (where the tokenizer adds one), always or never (default: auto)"
-BOS_HELP = "windows of text begin with a BOS: " + BOS_CHOICES
+BOS_CHOICES = "auto (if the tokenizer adds one), always or never (default: auto)"
+BOS_HELP = "start text windows with a BOS: " + BOS_CHOICES
 
-# The id of a lone space mark in the 32,000 tokens of LLaMA 1 and 2 (Vicuna, TinyLlama, Code Llama, …), and in no other.
+# Id of the single space mark in the 32,000 tokens of LLaMA 1 and 2 (Vicuna, TinyLlama, Code Llama, …) only.
 _LLAMA_2_SPACE = 29871
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether ``tokenizer`` puts its BOS in front of a text by itself."""
+    """Whether ``tokenizer`` prepends its BOS to a text by default."""
     if tokenizer.bos_token_id is None:
         return False
     ids = tokenizer("a").input_ids
@@ -33,14 +33,14 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def calibration_bos(tokenizer: PreTrainedTokenizerBase, policy: str) -> int | None:
-    """Id of the first token of every calibration window; ``None`` for windows of text alone.
+    """BOS id at the start of every calibration window; ``None`` for windows without a BOS.
 
     Args:
-        tokenizer: the model's.
-        policy: one of ``BOS_POLICIES``; ``auto`` means a BOS where the tokenizer adds one by itself.
+        tokenizer: tokenizer of the model.
+        policy: one of ``BOS_POLICIES``; ``auto`` uses a BOS if the tokenizer adds one by default.
 
     Raises:
-        UserError: if a BOS is demanded of a tokenizer that has none.
+        UserError: for ``always`` with a tokenizer that has no BOS.
     """
     if policy == "always" and tokenizer.bos_token_id is None:
         raise UserError("--bos always: the tokenizer has no BOS token; use --bos auto")
@@ -48,10 +48,10 @@ def calibration_bos(tokenizer: PreTrainedTokenizerBase, policy: str) -> int | No
 
 
 def evaluation_bos(tokenizer: PreTrainedTokenizerBase, policy: str) -> list[int | None]:
-    """Ids of the first tokens of the windows that perplexity is measured on, the one to quote first.
+    """BOS ids (or ``None``) of the variants that perplexity is measured with, the one to quote first.
 
-    The published tables of LLaMA 1 and 2 were measured without a BOS: for their tokenizer ``auto`` gives both, without
-    it first.
+    The published perplexities of LLaMA 1 and 2 were measured without a BOS: for their tokenizer, ``auto`` gives both
+    variants, first the one without.
 
     Raises:
         UserError: as :func:`calibration_bos`.
@@ -61,7 +61,7 @@ def evaluation_bos(tokenizer: PreTrainedTokenizerBase, policy: str) -> list[int 
 
 
 def set_bos(tokenizer: PreTrainedTokenizerBase, policy: str) -> bool:
-    """Let ``tokenizer`` put its BOS in front of texts, or not, by ``policy``; whether it does.
+    """Set whether ``tokenizer`` prepends its BOS, as ``policy`` says, and return the result.
 
     Raises:
         UserError: as :func:`calibration_bos`.
@@ -73,12 +73,12 @@ def set_bos(tokenizer: PreTrainedTokenizerBase, policy: str) -> bool:
 
 
 def has_llama_2_vocabulary(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether ``tokenizer`` is that of LLaMA 1 and 2."""
+    """Whether ``tokenizer`` has the vocabulary of LLaMA 1 and 2."""
     return len(tokenizer) > _LLAMA_2_SPACE and tokenizer.convert_ids_to_tokens(_LLAMA_2_SPACE) == "▁"
 
 
 def with_bos(windows: Tensor, bos: int | None) -> Tensor:
-    """Windows (count, seqlen) with the token ``bos`` in front of a token of text less; as they are for ``None``."""
+    """``windows`` (count, seqlen) with ``bos`` prepended and the last token dropped; unchanged for ``None``."""
     if bos is None:
         return windows
     return torch.cat([torch.full_like(windows[:, :1], bos), windows[:, :-1]], dim=1)

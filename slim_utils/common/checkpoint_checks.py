@@ -1,4 +1,4 @@
-"""What a checkpoint has to be before anything is done with it, and what is said where it is not."""
+"""Checks of a checkpoint before it is used, with one-line errors."""
 
 from __future__ import annotations
 
@@ -26,126 +26,125 @@ logger = logging.getLogger(__name__)
 
 FUSED_FOLDER = "lora_fused_model"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-# Of torch.compile, which may wrap parts of a model too, and of DistributedDataParallel.
+# Prefixes of torch.compile, which may also wrap submodules, and of DistributedDataParallel.
 _WRAPPER_PREFIXES = {r"^(?:_orig_mod\.|module\.)+": "", r"\._orig_mod\.": "."}
-# Beside a whole model, and no part of what it computes: prediction of further tokens, a value head, buffers that the
-# library makes anew. What else the library leaves out by itself, it does not report.
+# Unused tensors that may accompany a model: multi-token prediction, a value head, buffers that the library recomputes.
+# Other tensors that the library ignores are not reported.
 _HARMLESS = re.compile(r"(^|\.)(mtp|v_head)\.|\.(inv_freq|masked_bias|position_ids)$")
-_NAMED = 4
+_MAX_NAMES = 4
 
 
 @contextmanager
 def loading(model_path: str) -> Iterator[None]:
-    """Turn whatever is raised about the checkpoint ``model_path``, a folder or hub name, into one line.
+    """Turn errors of loading the checkpoint ``model_path``, a folder or hub name, into a one-line :class:`UserError`.
 
     Raises:
-        UserError: if it is missing, damaged, not a model, or needs code or packages that are not there.
+        UserError: if the checkpoint is missing, damaged, not a model, or needs missing code or packages.
     """
     folder = Path(model_path)
     if model_path.startswith((".", "/", "~")) and not folder.is_dir():
         raise UserError(f"model {model_path}: no such folder")
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         fused = folder / FUSED_FOLDER
-        advice = f"give {fused}" if fused.is_dir() else "fuse the adapters into their base first and give the result"
+        advice = f"use {fused}" if fused.is_dir() else "fuse the adapters into their base and use the result"
         raise UserError(f"model {model_path}: a folder of adapters ({ADAPTER_CONFIG_NAME}), not a model; {advice}")
-    with _one_line(f"model {model_path}: cannot be loaded", folder):
+    with _one_line_errors(f"model {model_path}: cannot be loaded", folder):
         yield
 
 
 @contextmanager
 def building(config: PreTrainedConfig) -> Iterator[None]:
-    """Turn whatever is raised while a model is made from ``config`` into one line.
+    """Turn errors of building a model from ``config`` into a one-line :class:`UserError`.
 
     Raises:
-        UserError: if the installed library cannot make it.
+        UserError: if the installed transformers cannot build the model.
     """
     name = config.name_or_path or f"of type '{config.model_type}'"
-    with _one_line(f"model {name}: cannot be built from its configuration"):
+    with _one_line_errors(f"model {name}: cannot be built from its configuration"):
         yield
 
 
 @contextmanager
-def _one_line(message: str, folder: Path | None = None) -> Iterator[None]:
+def _one_line_errors(message: str, folder: Path | None = None) -> Iterator[None]:
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        # Configurations, tokenizers, unpicklers, quantisers and remote code raise classes of all kinds.
+        # Configurations, tokenizers, unpicklers, quantisers and remote code raise many exception classes.
         if is_disk_full(error):
             raise
         pointers = _lfs_pointers(folder) if folder else []
         if pointers:
-            reason = f"{', '.join(pointers[:_NAMED])}: a Git LFS pointer, not the file itself; run git lfs pull there"
+            reason = f"{', '.join(pointers[:_MAX_NAMES])}: a Git LFS pointer, not the file; run git lfs pull there"
         else:
             reason = _first_sentence(error)
         raise UserError(f"{message}: {reason}") from error
 
 
 def _first_sentence(error: Exception) -> str:
-    """The first line of its message, with those after it that a colon promises; its class where that is all it says."""
+    """First line of the error message, plus the lines that a trailing colon announces; the class for a bare message."""
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     end = next((number for number, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
     text = " ".join(lines[:end])
     if isinstance(error, KeyError):
-        # Of a table of the library, most often: rotary embeddings, activations.
+        # Usually a lookup in a table of transformers: rotary embeddings, activations.
         return f"KeyError: {text} (unknown to transformers {transformers.__version__}, or missing)"
     return text if " " in text else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def _lfs_pointers(folder: Path) -> list[str]:
-    """Files of a checkpoint that were never downloaded; of weights, those in the format that would be used."""
+    """Files of a checkpoint folder that are Git LFS pointers; weight files only in the format that would be loaded."""
     if not folder.is_dir():
         return []
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    pointers = [path.name for path in files if _starts_as_pointer(path)]
+    pointers = [path.name for path in files if _is_lfs_pointer(path)]
     if any(path.suffix == ".safetensors" and path.name not in pointers for path in files):
         return [name for name in pointers if not name.endswith((".bin", ".pt", ".pth", ".h5", ".msgpack"))]
     return pointers
 
 
-def _starts_as_pointer(path: Path) -> bool:
+def _is_lfs_pointer(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def check_unquantised(config: PreTrainedConfig, model_path: str) -> None:
-    """Make sure that weights are what they are multiplied by.
+    """Check that the weights are not quantised.
 
     Raises:
-        UserError: if they are stored with scales, in the format of a quantiser.
+        UserError: if the configuration has the settings of a quantiser.
     """
     for part in (config, config.get_text_config()):
         settings = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None)
         if settings:
             settings = settings if isinstance(settings, dict) else settings.to_dict()
             method = settings.get("quant_method") or "unknown method"
-            advice = "give the unquantised checkpoint"
+            advice = "use the unquantised checkpoint"
             raise UserError(f"model {model_path}: its weights are quantised ({method}); {advice}")
 
 
-def untie_own_head(config: PreTrainedConfig, model_path: str) -> None:
-    """Correct ``tie_word_embeddings`` where the safetensors files in ``model_path`` hold a head of its own.
+def untie_stored_head(config: PreTrainedConfig, model_path: str) -> None:
+    """Clear ``tie_word_embeddings`` if the safetensors files in ``model_path`` store an untied head.
 
-    The library would keep the two apart as well, but leave the configuration as it is, and lose the head when it is
-    saved and read again.
+    transformers loads the untied head too, but keeps the flag, and so loses the head when the model is saved and
+    reloaded.
     """
-    if getattr(config, "tie_word_embeddings", False) and _has_own_head(Path(model_path)):
+    if getattr(config, "tie_word_embeddings", False) and _stores_untied_head(Path(model_path)):
         config.tie_word_embeddings = False
-        log_own_head(model_path)
+        log_untied_head(model_path)
 
 
 @cache
-def log_own_head(model_path: str) -> None:
-    """Say, once, that the head of ``model_path`` is kept apart from its embeddings."""
+def log_untied_head(model_path: str) -> None:
+    """Log, once per model, that ``tie_word_embeddings`` is cleared because the checkpoint stores an untied head."""
     logger.info(
-        "model %s: tie_word_embeddings is set, but a head of its own is stored; it is kept, and the flag is cleared",
-        model_path,
+        "model %s: tie_word_embeddings is set, but the checkpoint has an untied head; the flag is cleared", model_path
     )
 
 
-def _has_own_head(folder: Path) -> bool:
-    """Whether both matrices are stored, with different values; damaged files are for the loading to complain about."""
+def _stores_untied_head(folder: Path) -> bool:
+    """Whether embeddings and head are both stored, with different values; ``False`` for damaged files."""
     try:
         if (folder / SAFE_WEIGHTS_NAME).is_file():
             files = {SAFE_WEIGHTS_NAME}
@@ -169,41 +168,40 @@ def _has_own_head(folder: Path) -> bool:
 
 
 def check_weights(model_path: str, config: PreTrainedConfig, **options: Any) -> dict[str, str]:
-    """Hold the names and shapes of the stored weights against those of the model, before any weight is read.
+    """Compare names and shapes of the stored weights with those of the model, before any weight is read.
 
     Args:
         model_path: checkpoint folder or hub name.
-        config: its configuration.
-        options: of the library's ``from_pretrained``.
+        config: configuration of the checkpoint.
+        options: arguments of ``from_pretrained``.
 
     Returns:
-        Renamings for the library's ``key_mapping``: of the prefixes that wrappers of a model leave, where all fits
-        without them; else none.
+        ``key_mapping`` for ``from_pretrained``: strips wrapper prefixes if the weights match without them, else empty.
 
     Raises:
-        UserError: naming weights that are missing, of another shape, or no part of the model.
+        UserError: naming weights that are missing, have another shape, or are not part of the model.
     """
     difference, extra = _compare(model_path, config, **options)
     renamings = {}
-    # Only where something is missing: of a tensor stored under both names it would be chance which one counts.
+    # Only if weights are missing: for a tensor stored under both names, the choice would be arbitrary.
     if "missing" in difference:
-        stripped, extra_then = _compare(model_path, config, **options, key_mapping=_WRAPPER_PREFIXES)
+        stripped, stripped_extra = _compare(model_path, config, **options, key_mapping=_WRAPPER_PREFIXES)
         if not stripped:
-            difference, extra, renamings = {}, extra_then, _WRAPPER_PREFIXES
-            logger.info("model %s: its weights have the names of a wrapped model; the prefix is dropped", model_path)
+            difference, extra, renamings = {}, stripped_extra, _WRAPPER_PREFIXES
+            logger.info("model %s: its weights have the names of a wrapped model; the prefix is stripped", model_path)
     if difference:
         details = "; ".join(f"{kind}: {names}" for kind, names in difference.items())
-        raise UserError(f"model {model_path}: the weights are not those of config.json; {details}")
+        raise UserError(f"model {model_path}: the weights do not match config.json; {details}")
     if extra:
-        logger.info("model %s: left out, no part of the language model: %s", model_path, _names(extra))
+        logger.info("model %s: ignoring weights outside the language model: %s", model_path, _names(extra))
     return renamings
 
 
 def _compare(model_path: str, config: PreTrainedConfig, **options: Any) -> tuple[dict[str, str], list[str]]:
-    """How the stored weights differ from the model's, with names by kind, and names of those that are only too many."""
-    with load_report() as report, _no_progress():
+    """Names of stored weights that do not match the model, by kind of mismatch, and names of ignored extra weights."""
+    with capture_load_report() as report, _no_progress():
         try:
-            # On the meta device only headers are read, and experts are put together without their values.
+            # On the meta device, only headers are read, and experts are merged without their values.
             _, info = AutoModelForCausalLM.from_pretrained(
                 model_path,
                 config=config,
@@ -213,49 +211,49 @@ def _compare(model_path: str, config: PreTrainedConfig, **options: Any) -> tuple
                 **options,
             )
         except RuntimeError:
-            # Of experts that cannot be put together the library speaks in its report alone.
-            broken = report.names("CONVERSION")
-            if not broken:
+            # Experts that cannot be merged appear only in the library's report.
+            incomplete = report.names("CONVERSION")
+            if not incomplete:
                 raise
-            return {"incomplete": _names(broken)}, []
+            return {"incomplete": _names(incomplete)}, []
     extra = {name for name in info["unexpected_keys"] if _HARMLESS.search(name)}
-    shapes = {f"{name} ({list(stored)}, not {list(wanted)})" for name, stored, wanted in info["mismatched_keys"]}
+    shapes = {f"{name} ({list(stored)}, not {list(expected)})" for name, stored, expected in info["mismatched_keys"]}
     kinds = {
         "missing": info["missing_keys"],
-        "of another shape": shapes,
-        "no part of the model": info["unexpected_keys"] - extra,
+        "wrong shape": shapes,
+        "not part of the model": info["unexpected_keys"] - extra,
     }
     return {kind: _names(names) for kind, names in kinds.items() if names}, sorted(extra)
 
 
 def _names(names: set[str] | list[str]) -> str:
     names = sorted(names)
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more
 
 
 class _LoadReport(logging.Filter):
-    """Keeps the library's table of weights that do not fit from the log, for one line to take its place."""
+    """Logging filter that captures the library's load report, which a one-line error replaces."""
 
     def __init__(self) -> None:
         super().__init__()
         self._text = ""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Take the table, and let the rest through."""
+        """Capture the load report; pass all other records."""
         if "LOAD REPORT" not in str(record.msg):
             return True
         self._text += record.getMessage()
         return False
 
     def names(self, status: str) -> list[str]:
-        """Weights of that status."""
+        """Names of the weights with ``status`` in the report."""
         return re.findall(rf"^(\S+) +\| (?:\x1b\[\w+)?{status}", self._text, flags=re.MULTILINE)
 
 
 @contextmanager
-def load_report() -> Iterator[_LoadReport]:
-    """While the library's table of weights that do not fit is kept from the log."""
+def capture_load_report() -> Iterator[_LoadReport]:
+    """Capture the library's load report instead of logging it."""
     report, library = _LoadReport(), logging.getLogger("transformers.modeling_utils")
     library.addFilter(report)
     try:

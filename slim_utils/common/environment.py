@@ -1,4 +1,4 @@
-"""What a result was made with: the command line, versions, the commit and hardware."""
+"""Record of how a result was produced: command line, versions, commit and hardware."""
 
 import os
 import platform
@@ -19,14 +19,14 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def command_line() -> str:
-    """The command as the user typed it, without its path."""
+    """The command line of this process, with the script's file name instead of its path."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 @cache
 def commit() -> str:
-    """Short hash of the suite's commit, with ``-dirty`` where files differ from it; ``unknown`` outside a checkout."""
-    # An installed suite may lie inside the checkout of another project.
+    """Short hash of the suite's commit, with ``-dirty`` for local changes; ``unknown`` outside a checkout."""
+    # An installed suite may be inside the checkout of another project.
     if not (_ROOT / ".git").exists():
         return "unknown"
     describe = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
@@ -37,7 +37,7 @@ def commit() -> str:
 
 
 def environment(device: torch.device, *packages: str) -> dict[str, Any]:
-    """Versions, also of further ``packages``, the suite's commit, and hardware of this run."""
+    """Versions (including those of ``packages``), the suite's commit, and the hardware of this run."""
     return {
         "versions": {
             "slimgpt": __version__,

@@ -1,10 +1,10 @@
-"""The exceptions that end a run with one line, and notes that go with any exception."""
+"""Exceptions that end a run with a one-line message, and notes attached to exceptions."""
 
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# The second is all that torch.save says of a write that fell short.
+# The second is torch.save's only message about a truncated write.
 _DISK_FULL_MESSAGES = ("No space left", "inline_container.cc")
 
 
@@ -13,11 +13,11 @@ class UserError(ValueError):
 
 
 class ProcessLostError(Exception):
-    """Another process of the run has ended, or cannot be reached."""
+    """Another process of the run has exited or cannot be reached."""
 
 
 def error_reason(error: BaseException) -> str:
-    """Class and whole message of ``error`` on one line; of the error that a library wrapped, where it hides that."""
+    """Class and message of ``error`` on one line, unwrapping the cause of a datasets generation error."""
     while error.__cause__ is not None and "An error occurred while generating the dataset" in str(error):
         error = error.__cause__
     message = " ".join(str(error).split())
@@ -25,8 +25,8 @@ def error_reason(error: BaseException) -> str:
 
 
 @contextmanager
-def noted(note: str) -> Iterator[None]:
-    """Add ``note`` to whatever exception leaves the block: what holds in spite of it."""
+def annotate_errors(note: str) -> Iterator[None]:
+    """Add ``note`` to any exception that leaves the block, e.g. what is already saved."""
     try:
         yield
     except BaseException as error:
@@ -35,10 +35,10 @@ def noted(note: str) -> Iterator[None]:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether ``error``, or one it was raised in the handling of, says that no space (or quota) is left."""
+    """Whether ``error``, or an exception in its cause or context chain, reports a full disk or an exceeded quota."""
     current: BaseException | None = error
     while current is not None:
-        # Libraries wrap it in classes of their own.
+        # Libraries wrap the OSError in their own classes.
         if getattr(current, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return True
         if any(message in str(current) for message in _DISK_FULL_MESSAGES):

@@ -1,4 +1,4 @@
-"""Tokens, lengths and padding held against a model's configuration, before it would look up what it does not have."""
+"""Checks of token ids, lengths and padding against the model's configuration, before they cause index errors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NAMED = 4
+_MAX_NAMES = 4
 
 
 def check_length(length: int, config: PreTrainedConfig, flag: str) -> None:
-    """Make sure that the model has a position for each of ``length`` tokens, the value of ``flag``.
+    """Check that the model has at least ``length`` positions, the value of ``flag``.
 
     Raises:
-        UserError: if it does not.
+        UserError: if the model has fewer positions.
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and length > positions:
@@ -30,45 +30,45 @@ def check_length(length: int, config: PreTrainedConfig, flag: str) -> None:
 
 
 def check_padding_id(config: PreTrainedConfig, model_path: str) -> None:
-    """Make sure that the padding id of a configuration is a row of the embeddings; negative ones count from the end.
+    """Check that ``pad_token_id`` is a row of the embeddings; negative ids count from the end.
 
     Raises:
-        UserError: if it is not: the model could not be built.
+        UserError: if it is not a row, in which case the model could not be built.
     """
     text = config.get_text_config()
     padding, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
     if isinstance(padding, int) and isinstance(rows, int) and not -rows <= padding < rows:
         raise UserError(
-            f"model {model_path}: pad_token_id {padding} in config.json, but vocab_size is {rows}: the embeddings have "
-            "no such row; set it to null or to a token that the model has"
+            f"model {model_path}: pad_token_id {padding} in config.json, but vocab_size is {rows}; set pad_token_id to "
+            "null or to a token of the model"
         )
 
 
 def check_token_ids(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, *samples: Tensor | Iterable[list[int]]
 ) -> None:
-    """Make sure that the model has an embedding of every token of ``samples``.
+    """Check that the model has an embedding for every token of ``samples``.
 
-    Tokens that the tokenizer has beyond that and no sample uses, such as an added ``[PAD]``, are named in the log.
+    Tokens of the tokenizer without an embedding that no sample uses, such as an added ``[PAD]``, are logged.
 
     Args:
-        config: the model's.
-        tokenizer: what made the samples.
-        samples: token ids, each a tensor of any shape or a list a row.
+        config: configuration of the model.
+        tokenizer: tokenizer that produced the samples.
+        samples: token ids, each a tensor of any shape or a list of rows.
 
     Raises:
-        UserError: naming the first token without one.
+        UserError: naming the highest token id without an embedding.
     """
     rows = config.get_text_config().vocab_size
-    highest = max((_highest(ids) for ids in samples), default=-1)
-    if highest >= rows:
-        raise UserError(_no_embedding(highest, rows, f" ({tokenizer.convert_ids_to_tokens(highest)!r})"))
+    max_id = max((_max_id(ids) for ids in samples), default=-1)
+    if max_id >= rows:
+        raise UserError(_no_embedding(max_id, rows, f" ({tokenizer.convert_ids_to_tokens(max_id)!r})"))
     beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
     if beyond:
-        names = ", ".join(repr(token) for _, token in beyond[:_NAMED])
+        names = ", ".join(repr(token) for _, token in beyond[:_MAX_NAMES])
         logger.warning(
-            "%d tokens of the tokenizer (%s) have no embedding in the model, which has %d rows; the samples have none "
-            "of them, but a text that has one cannot be used",
+            "%d tokens of the tokenizer (%s) have no embedding in the model, which has %d rows; the samples do not use "
+            "them, but texts that do cannot be used",
             len(beyond),
             names,
             rows,
@@ -76,21 +76,21 @@ def check_token_ids(
 
 
 def guard_token_ids(model: PreTrainedModel) -> None:
-    """Make the embeddings of ``model`` refuse, by a :class:`UserError`, tokens that they have no row of.
+    """Add a hook to the embeddings of ``model`` that raises :class:`UserError` for token ids without a row.
 
-    For texts that are tokenised out of sight, by a package; without it a GPU stops at a device assertion.
+    Used where a package tokenises the texts; without the hook, a GPU fails with a device-side assertion.
     """
 
     def check(module: nn.Embedding, inputs: tuple[Any, ...]) -> None:
         rows = module.weight.shape[0]
-        if inputs[0].numel() and (highest := int(inputs[0].max())) >= rows:
-            raise UserError(_no_embedding(highest, rows))
+        if inputs[0].numel() and (max_id := int(inputs[0].max())) >= rows:
+            raise UserError(_no_embedding(max_id, rows))
 
     model.get_input_embeddings().register_forward_pre_hook(check)
 
 
-def use_padding(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Give ``tokenizer`` a padding token that the model has an embedding of; a mask hides it, whichever it is."""
+def set_padding_token(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Set a padding token of ``tokenizer`` that has an embedding in the model; any will do, since it is masked."""
     rows, token = config.get_text_config().vocab_size, tokenizer.pad_token
     if token is not None and tokenizer.pad_token_id < rows:
         return
@@ -100,14 +100,14 @@ def use_padding(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) ->
     )
     if token is not None:
         logger.info(
-            "the padding token %r has no embedding in the model, which has %d rows; batches are padded with %r instead",
+            "the padding token %r has no embedding in the model, which has %d rows; padding with %r instead",
             token,
             rows,
             tokenizer.pad_token,
         )
 
 
-def _highest(ids: Tensor | Iterable[list[int]]) -> int:
+def _max_id(ids: Tensor | Iterable[list[int]]) -> int:
     if isinstance(ids, Tensor):
         return int(ids.max()) if ids.numel() else -1
     return max((max(row, default=-1) for row in ids), default=-1)
@@ -115,7 +115,7 @@ def _highest(ids: Tensor | Iterable[list[int]]) -> int:
 
 def _no_embedding(token_id: int, rows: int, name: str = "") -> str:
     return (
-        f"the tokenizer gives token {token_id}{name}, but the model has embeddings of tokens 0 to {rows - 1}: it is "
-        "not the model's tokenizer, or was given tokens after training; take the model's own, or enlarge the model's "
+        f"the tokenizer produces token {token_id}{name}, but the model has embeddings of tokens 0 to {rows - 1}: the "
+        "tokenizer is not that of the model, or was extended after training; use the model's tokenizer, or resize the "
         "embeddings (resize_token_embeddings) first"
     )

@@ -1,4 +1,4 @@
-"""Inputs that an output would replace, found before any work."""
+"""Checks, before any work, that no input lies inside an output."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -8,12 +8,12 @@ from slim_utils.common.errors import UserError
 
 
 def check_inputs_outside(output: Path, flag: str, inputs: Mapping[str, Iterable[str | Path | None]]) -> None:
-    """Make sure that no input is the output itself or lies inside it, where the finished run would replace it.
+    """Check that no input is the output or lies inside it, where the finished run would replace it.
 
     Args:
-        output: folder or file to write, given as ``flag``.
-        flag: its flag.
-        inputs: paths by the flag they were given with; hub names and ``None`` are not looked at.
+        output: folder or file to write.
+        flag: flag of the output.
+        inputs: paths by the flag that they were given with; hub names and ``None`` are skipped.
 
     Raises:
         UserError: naming both flags.
@@ -27,7 +27,7 @@ def check_inputs_outside(output: Path, flag: str, inputs: Mapping[str, Iterable[
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether ``path`` is ``folder`` or in it, by the way it is written or where its symbolic links lead."""
+    """Whether ``path`` is ``folder`` or inside it, either as written or with symbolic links resolved."""
     target = folder.resolve()
     return any(
         parent.resolve() == target
@@ -37,6 +37,6 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 
 def eval_files(specs: Iterable[str]) -> list[str]:
-    """The files among evaluation texts given as ``NAME``, ``FILE`` or ``NAME=FILE``."""
+    """Existing files among evaluation texts given as ``NAME``, ``FILE`` or ``NAME=FILE``."""
     forms = [(spec, spec.partition("=")[2]) for spec in specs]
     return [form for pair in forms for form in pair if form and Path(form).is_file()]

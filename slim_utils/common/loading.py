@@ -1,4 +1,4 @@
-"""Loading models, choosing devices, and writing output folders that appear whole or not at all."""
+"""Loading models, choosing devices, and writing outputs atomically."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from transformers import (
 
 from slim_utils.common.checkpoint_checks import (
     building,
+    capture_load_report,
     check_unquantised,
     check_weights,
-    load_report,
     loading,
-    log_own_head,
-    untie_own_head,
+    log_untied_head,
+    untie_stored_head,
 )
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_checks import check_padding_id
 from slim_utils.common.output_folder import (
     RUN_FILE,
+    backup_paths,
     hidden_path,
     is_fixed,
     make_parent,
     output_entries,
-    put_aside,
     replace_entries,
 )
 
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 try:
     import resource
 except ImportError:
-    # On Windows.
+    # Not available on Windows.
     resource = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
@@ -65,15 +65,15 @@ DTYPES: dict[str, Any] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-SMALL_MODEL_FOLDER = "pruned_weights"
+PRUNED_MODEL_FOLDER = "pruned_weights"
 SENTENCEPIECE_FILE = "tokenizer.model"
 
 
 def choose_device(name: str, flag: str = "--device") -> torch.device:
-    """The device called ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    """The device ``name``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        UserError: if there is no such device here.
+        UserError: if the device does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,8 +89,8 @@ def choose_device(name: str, flag: str = "--device") -> torch.device:
 
 
 def _register_slim_classes() -> None:
-    """Let the library load pruned checkpoints without code of theirs."""
-    # Takes seconds, with the library's own modeling code.
+    """Register the classes of pruned checkpoints, which then load without remote code."""
+    # Imported lazily: it takes seconds.
     import models  # noqa: F401
 
 
@@ -98,12 +98,12 @@ def load_config(model_path: str, trust_remote_code: bool) -> PreTrainedConfig:
     """Configuration of a checkpoint (folder or hub name), without its weights.
 
     Raises:
-        UserError: if it cannot be read, says that the weights are quantised, or contradicts itself.
+        UserError: if the configuration cannot be read or is inconsistent, or the weights are quantised.
     """
     _register_slim_classes()
     with loading(model_path):
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-        untie_own_head(config, model_path)
+        untie_stored_head(config, model_path)
         check_unquantised(config, model_path)
         check_padding_id(config, model_path)
         return config
@@ -117,102 +117,107 @@ def load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedTokeni
 
 
 def load_model(model_path: str, dtype: str, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
-    """Causal language model of a checkpoint, in the given dtype (a key of ``DTYPES``); on the CPU unless ``options``,
-    those of the library's ``from_pretrained``, say otherwise.
+    """Causal language model of a checkpoint, on the CPU by default.
+
+    Args:
+        model_path: checkpoint folder or hub name.
+        dtype: key of ``DTYPES``.
+        trust_remote_code: run model code found in the checkpoint.
+        options: further arguments of ``from_pretrained``.
 
     Raises:
-        UserError: if it cannot be loaded, is quantised, or its weights are not those of its configuration.
+        UserError: if the checkpoint cannot be loaded or is quantised, or its weights do not match its configuration.
     """
     config = load_config(model_path, trust_remote_code)
     with loading(model_path):
         renamings = check_weights(model_path, config, trust_remote_code=trust_remote_code)
         if renamings:
             options["key_mapping"] = renamings
-        with load_report():
+        with capture_load_report():
             model = AutoModelForCausalLM.from_pretrained(
                 model_path, config=config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, **options
             )
     if renamings:
-        # Else the library would save them under their old names again.
+        # Otherwise the library would save the weights under their wrapped names.
         model._weight_conversions = None
     if getattr(model.config, "tie_word_embeddings", False) and not model.all_tied_weights_keys:
-        # The library has read both, and found them to differ.
+        # The library loaded both matrices and found that they differ.
         model.config.tie_word_embeddings = False
-        log_own_head(model_path)
+        log_untied_head(model_path)
     return model.eval()
 
 
 def model_on_meta(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
-    """The causal language model of a configuration, without weights; ``options`` are those of ``from_config``.
+    """Causal language model of ``config`` on the meta device; ``options`` are arguments of ``from_config``.
 
     Raises:
-        UserError: if the installed library cannot make it.
+        UserError: if the installed transformers cannot build the model.
     """
     with building(config), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, **options).eval()
 
 
 def check_output(
-    save_dir: Path, overwrite: bool, flag: str = "--save_dir", written: tuple[str, ...] = (RUN_FILE,)
+    save_dir: Path, overwrite: bool, flag: str = "--save_dir", markers: tuple[str, ...] = (RUN_FILE,)
 ) -> None:
-    """Make sure, before any long work, that ``save_dir``, given as ``flag``, can be written.
+    """Check, before any long work, that the folder ``save_dir``, given as ``flag``, can be written.
 
-    Only an earlier output, which has all the files of ``written``, may be overwritten.
+    Only an earlier output, i.e. a folder with all files of ``markers``, may be overwritten.
 
     Raises:
-        UserError: if it exists and ``overwrite`` is not set, or is not an earlier run's, or cannot be written.
+        UserError: if the folder exists without ``overwrite``, is not an earlier output, or is not writable.
     """
     make_parent(save_dir, flag)
     if save_dir.exists():
         occupied = not save_dir.is_dir() or any(output_entries(save_dir))
         if occupied and not overwrite:
             raise UserError(f"{flag} {save_dir}: exists; choose another or pass --overwrite")
-        for name in written:
+        for name in markers:
             if occupied and not (save_dir / name).is_file():
                 raise UserError(f"{flag} {save_dir}: not the output of an earlier run (no {name}); not overwritten")
-    place = hidden_path(save_dir, "partial-").parent
-    if not os.access(place, os.W_OK):
-        raise UserError(f"{flag} {save_dir}: {place} is not writable")
+    staging_parent = hidden_path(save_dir, "partial-").parent
+    if not os.access(staging_parent, os.W_OK):
+        raise UserError(f"{flag} {save_dir}: {staging_parent} is not writable")
 
 
 def check_output_file(path: Path, overwrite: bool, flag: str) -> None:
-    """Make sure, before any long work, that the file ``path``, given as ``flag``, can be written.
+    """Check, before any long work, that the file ``path``, given as ``flag``, can be written.
 
     Raises:
-        UserError: if it exists and ``overwrite`` is not set, or its folder does not.
+        UserError: if the file exists without ``overwrite``, or its folder does not exist.
     """
     if path.exists() and not overwrite:
         raise UserError(f"{flag} {path}: exists; choose another or pass --overwrite")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"{flag} {path}: no folder {path.absolute().parent}")
+        raise UserError(f"{flag} {path}: no such folder {path.absolute().parent}")
 
 
 def warn_if_short_of_space(save_dir: Path, model: PreTrainedModel, copies: int) -> None:
-    """Say, before any long work, that ``copies`` checkpoints of the size of ``model`` may not fit."""
+    """Warn, before any long work, if ``copies`` checkpoints of the size of ``model`` may not fit on the disk."""
     needed = copies * sum(parameter.nbytes for parameter in model.parameters())
     free = shutil.disk_usage(hidden_path(save_dir, "partial-").parent).free
     if free < needed:
         gib = 1 << 30
-        logger.warning("--save_dir %s: up to %.1f GiB to write, %.1f GiB free", save_dir, needed / gib, free / gib)
+        logger.warning("--save_dir %s: needs up to %.1f GiB, %.1f GiB are free", save_dir, needed / gib, free / gib)
 
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``target`` when the block ends well, and is removed otherwise.
+    """A temporary folder that becomes ``target`` if the block succeeds, and is removed otherwise.
 
-    A symbolic link stays, and its target is replaced; of a folder that cannot be renamed the entries are replaced.
+    A symbolic link is followed: its target is replaced. If the folder cannot be renamed, its entries are replaced.
     """
     target = target.resolve()
     if is_fixed(target):
-        with _staged(target) as partial:
+        with _staging_folder(target) as partial:
             yield partial
             replace_entries(partial, target, output_entries(target))
         return
-    with _staged(target) as partial:
+    with _staging_folder(target) as partial:
         old = partial.with_name(f"{partial.name}-old")
         try:
             yield partial
-            # mkdtemp makes private folders; this one becomes an ordinary one.
+            # mkdtemp creates private folders; the output gets ordinary permissions.
             partial.chmod(0o777 & ~_umask())
             if target.exists():
                 target.rename(old)
@@ -224,31 +229,31 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _staged(target: Path) -> Iterator[Path]:
-    """A temporary folder on the file system of ``target``, a resolved path; it is removed if it is still there."""
+def _staging_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder on the file system of ``target``, a resolved path; removed afterwards if it still exists."""
     prefix = hidden_path(target, "partial-")
     partial = Path(tempfile.mkdtemp(prefix=prefix.name, dir=prefix.parent))
     try:
         yield partial
     finally:
-        # What could not even be settled stays for clear_leftovers.
-        if not any(path.exists() for path in put_aside(partial)):
+        # An unfinished replacement is left to clear_leftovers.
+        if not any(path.exists() for path in backup_paths(partial)):
             shutil.rmtree(partial, ignore_errors=True)
 
 
 def scratch_folder(target: Path) -> Path:
-    """A folder on the file system of ``target`` for what a run needs while it lasts, of each of its processes."""
+    """Folder on the file system of ``target`` for temporary files of this process of a run."""
     return hidden_path(target, f"scratch-{os.environ.get('RANK', '0')}")
 
 
 @contextmanager
 def atomic_entries(target: Path) -> Iterator[Path]:
-    """A temporary folder whose entries move into the folder ``target`` when the block ends well.
+    """A temporary folder whose entries move into the folder ``target`` if the block succeeds.
 
-    Each entry is whole or absent, replaces its namesake, and ``RUN_FILE`` comes last: where it is, all are.
+    Every entry is moved atomically and replaces an entry of the same name; ``RUN_FILE`` is moved last.
     """
     target = target.resolve()
-    with _staged(target) as partial:
+    with _staging_folder(target) as partial:
         yield partial
         namesakes = [target / entry.name for entry in partial.iterdir() if (target / entry.name).exists()]
         replace_entries(partial, target, namesakes)
@@ -256,7 +261,7 @@ def atomic_entries(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` that takes its place when the block ends well, and is removed otherwise."""
+    """A temporary path beside ``path`` that replaces it if the block succeeds, and is removed otherwise."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
@@ -266,22 +271,22 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Replace ``path`` by a file with ``text``, whole or not at all."""
+    """Write ``text`` to ``path`` atomically."""
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json_atomic(path: Path, content: dict[str, Any]) -> None:
-    """Replace ``path`` by ``content`` as json, whole or not at all."""
+    """Write ``content`` as json to ``path`` atomically."""
     write_text_atomic(path, json.dumps(content, indent=2) + "\n")
 
 
 def save_tensors_atomic(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file, whole or not at all, also where the machine goes down."""
+    """Write a safetensors file atomically, synced to disk before it is renamed."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with atomic_file(path) as partial:
         save_file(tensors, partial, metadata=metadata)
-        # On disk before it has its name.
+        # Sync before the rename.
         with partial.open("rb") as file:
             os.fsync(file.fileno())
     folder = os.open(path.parent, os.O_RDONLY)
@@ -294,25 +299,25 @@ def save_tensors_atomic(tensors: Mapping[str, Tensor], path: Path, metadata: dic
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, **options: Any) -> None:
     """Write weights (safetensors), configuration, generation configuration, tokenizer and chat template.
 
-    A SentencePiece model that the tokenizer comes with stays beside it: the library needs ``tokenizer.json`` alone, but
-    other programs take scores and normalisation from there. ``options`` are those of the library's ``save_pretrained``.
+    The SentencePiece model of the tokenizer is copied if there is one: transformers only needs ``tokenizer.json``, but
+    other programs read scores and normalisation from it. ``options`` are arguments of ``save_pretrained``.
     """
     model.save_pretrained(folder, **options)
-    # The library's LLaMA tokenizer forgets whether text after a special token begins with a space.
+    # The LLaMA tokenizer does not save whether text after a special token starts with a space.
     if hasattr(tokenizer, "legacy"):
         tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     tokenizer.save_pretrained(folder)
-    vocab_file, kept = getattr(tokenizer, "vocab_file", None), folder / SENTENCEPIECE_FILE
-    if vocab_file and Path(vocab_file).name == SENTENCEPIECE_FILE and Path(vocab_file).is_file() and not kept.exists():
-        shutil.copyfile(vocab_file, kept)
+    vocab_file, copy = getattr(tokenizer, "vocab_file", None), folder / SENTENCEPIECE_FILE
+    if vocab_file and Path(vocab_file).name == SENTENCEPIECE_FILE and Path(vocab_file).is_file() and not copy.exists():
+        shutil.copyfile(vocab_file, copy)
 
 
 def peak_memory_mib(device: torch.device) -> dict[str, float]:
-    """Peak memory of this process so far, in MiB: of the host, and of the GPU where one is used."""
+    """Peak memory of this process so far, in MiB: of the host and, for a CUDA device, of the GPU."""
     if resource is None:
         host = psutil.Process().memory_info().peak_wset / (1 << 20)
     else:
-        # Linux counts in KiB, macOS in bytes.
+        # KiB on Linux, bytes on macOS.
         unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     peaks = {"host": round(host, 1)}

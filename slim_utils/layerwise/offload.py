@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from slim_utils.common.checkpoint_checks import log_own_head
+from slim_utils.common.checkpoint_checks import log_untied_head
 from slim_utils.common.loading import load_model
 from slim_utils.families import Family, find_family
 from slim_utils.masks import LayerMask
@@ -102,7 +102,7 @@ class OffloadedModel(ResidentModel):
         # Location of every parameter: file, name in the file, dtype.
         self._places = _offload_index(model)
         if _settle_ties(model, self._places):
-            log_own_head(model_path)
+            log_untied_head(model_path)
         # From here on this class alone loads and frees layers.
         from accelerate.hooks import remove_hook_from_module
 

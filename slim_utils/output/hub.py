@@ -1,4 +1,4 @@
-"""Publishing a checkpoint folder on the model hub."""
+"""Publish a checkpoint folder on the model hub."""
 
 import argparse
 from pathlib import Path
@@ -8,25 +8,24 @@ from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEn
 
 from slim_utils.common.errors import UserError
 
-# HTTPError is the base of whatever the transport of the installed huggingface_hub raises.
+# HTTPError is the base class of the transport errors of the installed huggingface_hub.
 HUB_ERRORS = (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError)
 
-
-# What an earlier checkpoint may have left, and would be loaded instead of, or beside, the new one.
+# Weights of an earlier checkpoint, which would otherwise be loaded instead of the new ones.
 _STALE_WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"]
 
 
 def add_hub_flags(group: argparse._ArgumentGroup) -> None:
-    """The flags that say where the small model is published."""
-    group.add_argument("--push_to_hub", metavar="NAME", help="publish the small model, with its card, under this name")
-    group.add_argument("--hub_public", action="store_true", help="for all to see (default: private)")
+    """Add the flags of publishing the pruned model."""
+    group.add_argument("--push_to_hub", metavar="NAME", help="publish the pruned model with its card as NAME")
+    group.add_argument("--hub_public", action="store_true", help="make a new model public (default: private)")
 
 
 def publishable_name(name: str, overwrite: bool) -> str:
-    """``name`` with its namespace; makes sure, before any long work, that it can be published.
+    """``name`` with its namespace, checked for publishing before any long work.
 
     Raises:
-        UserError: if the hub cannot be reached, knows no login, or has such a model and ``overwrite`` is not set.
+        UserError: if the hub cannot be reached, no user is logged in, or the model exists without ``overwrite``.
     """
     api = HfApi()
     try:
@@ -41,17 +40,17 @@ def publishable_name(name: str, overwrite: bool) -> str:
 
 
 def publish(folder: Path, name: str, public: bool) -> str:
-    """Upload all of ``folder`` to the model ``name``; its address.
+    """Upload ``folder`` to the model ``name`` and return its URL.
 
-    Files of the same names are replaced, and an earlier checkpoint's weights removed; all else there stays.
+    Files of the same name are replaced and the weights of an earlier checkpoint removed; all other files are kept.
 
     Args:
-        folder: of a checkpoint.
-        name: with its namespace.
-        public: whether a new model can be seen by all; one that exists stays as visible as it is.
+        folder: checkpoint folder.
+        name: model name with its namespace.
+        public: whether a new model is public; the visibility of an existing model does not change.
 
     Raises:
-        UserError: if the hub refuses.
+        UserError: if the upload fails.
     """
     api = HfApi()
     try:
@@ -61,7 +60,7 @@ def publish(folder: Path, name: str, public: bool) -> str:
         )
         return str(commit.repo_url)
     except HUB_ERRORS as error:
-        raise UserError(f"--push_to_hub {name}: {_first_line(error)}; {folder} is whole and can be uploaded") from error
+        raise UserError(f"--push_to_hub {name}: {_first_line(error)}; {folder} is complete, upload it later") from error
 
 
 def _first_line(error: Exception) -> str:

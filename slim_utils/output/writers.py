@@ -14,10 +14,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from slim_utils.common.errors import noted
+from slim_utils.common.errors import annotate_errors
 from slim_utils.common.loading import (
+    PRUNED_MODEL_FOLDER,
     RUN_FILE,
-    SMALL_MODEL_FOLDER,
     atomic_folder,
     save_checkpoint,
     save_tensors_atomic,
@@ -84,7 +84,7 @@ class WholeOutput(CheckpointWriter):
         if not self.small_model:
             return None
         small = shrink(self.model, self.family, masks, self.uniform_shapes)
-        save_checkpoint(small, tokenizer, folder / SMALL_MODEL_FOLDER)
+        save_checkpoint(small, tokenizer, folder / PRUNED_MODEL_FOLDER)
         return small
 
 
@@ -103,7 +103,7 @@ class CheckpointShards:
         folder.mkdir(parents=True, exist_ok=True)
         # What a run that was cut off had begun to write beside whole shards.
         for entry in folder.iterdir():
-            if entry.is_dir() and entry.name != SMALL_MODEL_FOLDER:
+            if entry.is_dir() and entry.name != PRUNED_MODEL_FOLDER:
                 shutil.rmtree(entry)
             elif entry.is_file() and entry not in map(self._path, range(self._total)):
                 entry.unlink()
@@ -165,10 +165,10 @@ class StreamedOutput(CheckpointWriter):
         self.zeroed = CheckpointShards(folder, host.model, host.family)
         self.small: CheckpointShards | None = None
         if not small_model:
-            shutil.rmtree(folder / SMALL_MODEL_FOLDER, ignore_errors=True)
+            shutil.rmtree(folder / PRUNED_MODEL_FOLDER, ignore_errors=True)
         else:
             skeleton = pruned_on_meta(host.model, host.family, planned, uniform_shapes)
-            self.small = CheckpointShards(folder / SMALL_MODEL_FOLDER, skeleton, host.family)
+            self.small = CheckpointShards(folder / PRUNED_MODEL_FOLDER, skeleton, host.family)
         host.on_settled = self._write_layer
 
     def write(self, folder: Path, masks: list[LayerMask], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
@@ -236,7 +236,7 @@ def write_output(
 def saved_before(save_dir: str) -> Iterator[None]:
     """While the output, if there is a ``save_dir``, is evaluated: whatever fails, the message says that it is saved."""
     note = f"{save_dir} is saved, but not evaluated; --resume evaluates it, --resume --skip_evaluate ends without"
-    with noted(note) if save_dir else nullcontext():
+    with annotate_errors(note) if save_dir else nullcontext():
         yield
 
 
@@ -246,7 +246,7 @@ def write_record(folder: Path, masks: list[LayerMask], record: RunRecord) -> Non
     arguments = record.arguments
     if arguments["save_pruned_weights"]:
         write_card(
-            folder / SMALL_MODEL_FOLDER,
+            folder / PRUNED_MODEL_FOLDER,
             record.provenance,
             arguments["model_path"],
             masks=masks,

@@ -57,7 +57,7 @@ def test_bos_by_default_where_the_tokenizer_adds_one(bos_checkpoint, text_file, 
 
 
 def test_a_calibration_text_that_is_neither_file_nor_data_set(checkpoint):
-    with pytest.raises(UserError, match=r"--data_file nowhere\.txt: no such file, and none of wikitext2, c4"):
+    with pytest.raises(UserError, match=r"--data_file nowhere\.txt: neither a file nor one of wikitext2, c4"):
         main(checkpoint, "--data_file", "c4", "nowhere.txt")
 
 

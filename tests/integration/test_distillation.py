@@ -67,8 +67,8 @@ def test_a_teacher_of_other_tokens_is_one_line(slim, words, tmp_path, checkpoint
     shutil.copytree(checkpoint, damaged)
     (damaged / "model.safetensors").write_bytes(b"half")
     messages = {
-        wider: f"a vocabulary of {VOCAB + 8}, the trained model's is {VOCAB}",
-        renamed: "its tokenizer has other tokens than the trained model's",
+        wider: f"vocabulary size {VOCAB + 8}, that of the student is {VOCAB}",
+        renamed: "the tokens of its tokenizer differ from those of the student",
         damaged: "cannot be loaded",
     }
     for folder, message in messages.items():

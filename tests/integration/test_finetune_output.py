@@ -107,12 +107,12 @@ def test_finetune_resume_takes_no_checkpoint_of_the_earlier_run(slim, words, tmp
     with pytest.raises(KeyboardInterrupt):
         main([*arguments, "--overwrite", "true"])
     stop_at(None)
-    with pytest.raises(UserError, match=r"--resume_from_checkpoint true: no whole checkpoint in .*\.unfinished"):
+    with pytest.raises(UserError, match=r"--resume_from_checkpoint true: no complete checkpoint in .*\.unfinished"):
         main([*arguments, "--resume_from_checkpoint", "true"])
     # Named, the earlier run's is taken.
     main([*arguments, "--resume_from_checkpoint", str(out / "checkpoint-4")])
     assert not (out / ".unfinished").exists()
-    # An overwriting run does not go on with what an earlier attempt has left.
+    # A run with --overwrite does not resume from an earlier attempt.
     stop_at(3)
     with pytest.raises(KeyboardInterrupt):
         main([*arguments, "--overwrite", "true"])

@@ -151,7 +151,7 @@ def test_json_then_table(result):
     assert set(counts.values()) == {ROWS}
     assert record["environment"]["versions"]["lm-eval"]
     assert set(record["versions"]) == set(README_TASKS)
-    assert "--no_cache has nothing to turn off" in process.stderr
+    assert "--no_cache has no effect" in process.stderr
     assert "it/s" not in process.stderr
 
 
@@ -205,7 +205,7 @@ def test_bos_is_first_in_prompts_where_it_is_asked_for(tmp_path, checkpoint, dat
     [
         (["--tasks", "arc_esy"], r"--tasks arc_esy: no such task; nearest: .*arc_easy"),
         (["--tasks", "qqqqzzzz"], "--tasks qqqqzzzz: no such task$"),
-        (["--tasks", "ai2_arc"], "--tasks ai2_arc: a group; with --data_dir, name its tasks"),
+        (["--tasks", "ai2_arc"], "--tasks ai2_arc: is a group; with --data_dir, give"),
         (["--tasks", "lambada_openai"], "no lambada_openai/validation or lambada_openai/test"),
     ],
 )
@@ -218,9 +218,9 @@ def test_tasks_that_cannot_be_run(checkpoint, data_dir, words, message):
 def test_rows_in_another_schema_and_an_unreachable_hub(checkpoint, tmp_path):
     (tmp_path / "piqa").mkdir()
     (tmp_path / "piqa" / "validation.jsonl").write_text('{"question": "w3"}\n')
-    with pytest.raises(UserError, match=r"the data of piqa: .*; look at the columns of its files"):
+    with pytest.raises(UserError, match=r"the data of piqa: .*; check the columns of its files"):
         main("--model", checkpoint, "--data_dir", tmp_path, "--tasks", "piqa", "--device", "cpu")
-    with pytest.raises(UserError, match=r"the data of piqa: .*; give local files by --data_dir DIR"):
+    with pytest.raises(UserError, match=r"the data of piqa: .*; pass local files with --data_dir DIR"):
         main("--model", checkpoint, "--tasks", "piqa", "--device", "cpu")
 
 
@@ -287,8 +287,8 @@ def test_main_fewshot_tells_once_a_task_of_cut_prompts_and_measured_examples(che
     assert record["truncated"]["piqa"] == 6
     told = [message for message in caplog.messages if message.startswith(("piqa", "winogrande"))]
     assert len(told) == 2 + len(record["truncated"])
-    assert any("piqa: the fewshot examples come from the split that is measured (validation)" in line for line in told)
-    expected = "piqa: the prompts of 6 of 6 rows exceed the 64 tokens that the model takes. Truncating them from the"
+    assert any("piqa: the few-shot examples come from the evaluated split (validation)" in line for line in told)
+    expected = "piqa: the prompts of 6 of 6 rows exceed the model's 64 tokens and were truncated from the left"
     assert any(line.startswith(expected) and line.endswith("lower --num_fewshot") for line in told)
     assert not any("Combined length" in line or "pretrained" in line for line in caplog.messages)
     # Examples of their own, and few of them.
@@ -316,15 +316,15 @@ def test_package_log_shows_a_warning_of_each_kind_once(caplog):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--batch_size", "many"], "--batch_size many: a number from 1, or auto"),
-        (["--batch_size", "0"], "--batch_size 0: a number from 1, or auto"),
+        (["--batch_size", "many"], "--batch_size many: must be auto or a number"),
+        (["--batch_size", "0"], "--batch_size 0: must be auto or a number"),
         (["--max_batch_size", "0"], "--max_batch_size 0: at least 1"),
         (["--limit", "0"], "--limit 0: above 0"),
         (["--num_fewshot", "-1"], "--num_fewshot -1: at least 0"),
         (["--tasks", " , "], "--tasks: give at least one"),
         (["--data_dir", "/none"], "--data_dir /none: no such folder"),
         (["--device", "tpu"], "--device tpu: choose auto"),
-        (["--output_path", "/none/x.json"], "--output_path /none/x.json: no folder /none"),
+        (["--output_path", "/none/x.json"], "--output_path /none/x.json: no such folder /none"),
         (["--output_path", "README.md"], "--output_path README.md: exists; choose another or pass --overwrite"),
     ],
 )

@@ -221,10 +221,10 @@ WRONG = {
     "unit": (["{model}", "c4", "--multiple_of", "0"], "--multiple_of 0: at least 1"),
     "uniform and not": (
         ["{model}", "c4", "--uniform_shapes", "--non_uniform", "--save_pruned_weights"],
-        "--uniform_shapes wants one ratio for all layers",
+        "--uniform_shapes needs one ratio for all layers",
     ),
-    "public of nothing": (["{model}", "c4", "--hub_public"], "--hub_public is about what is published"),
-    "uniform zeroed": (["{model}", "c4", "--uniform_shapes"], "--uniform_shapes is about the small model"),
+    "public of nothing": (["{model}", "c4", "--hub_public"], "--hub_public applies to --push_to_hub"),
+    "uniform masked": (["{model}", "c4", "--uniform_shapes"], "--uniform_shapes applies to the pruned model"),
     "uniform layers": (
         [
             *["{model}", "--data_file", "{text}", "--seqlen", "32", "--minlayer", "1", "--sparsity", ".5"],

@@ -14,7 +14,7 @@ from train_utils.finetune_args import parse_args
 @pytest.mark.parametrize("more", [[], ["--overwrite", "true"], ["--resume_from_checkpoint", "true"]])
 def test_finetuning_beside_a_live_run_names_it(slim, words, more, tmp_path, lock_holder):
     process = lock_holder(tmp_path / "out")
-    with pytest.raises(UserError, match=f"--output_dir .*out: process {process.pid} on .* writes it"):
+    with pytest.raises(UserError, match=f"--output_dir .*out: process {process.pid} on .* is writing it"):
         parse_args(words(slim / "pruned_weights", *more))
 
 

@@ -186,7 +186,7 @@ def test_main_beside_a_live_run_names_it_and_keeps_its_layers(words, more, tmp_p
     store.open({}, False)
     (store.folder / "layer_0000.safetensors").write_bytes(b"of the live run")
     process = lock_holder(tmp_path / "out")
-    with pytest.raises(UserError, match=f"--save_dir .*out: process {process.pid} on .* writes it"):
+    with pytest.raises(UserError, match=f"--save_dir .*out: process {process.pid} on .* is writing it"):
         main(*words, *more, "--save_dir", tmp_path / "out")
     assert (store.folder / "layer_0000.safetensors").read_bytes() == b"of the live run"
 

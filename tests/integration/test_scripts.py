@@ -60,7 +60,7 @@ def parse(*words) -> object:
         (["--eval_seqlens", 1], "--eval_seqlens: at least 2"),
         (["--eval_datasets", "none.txt", "--eval_seqlens", 32], "--eval_datasets none.txt: neither"),
         (["--device", "tpu"], "--device tpu: choose"),
-        (["--out", "/none/x.json"], "--out /none/x.json: no folder /none"),
+        (["--out", "/none/x.json"], "--out /none/x.json: no such folder /none"),
     ],
 )
 def test_compare_models_wrong_flags_are_seen_before_anything_is_loaded(flags, message, checkpoint, monkeypatch):

@@ -124,7 +124,7 @@ def test_goes_on_after_each_layer_and_each_write(checkpoint, words, tmp_path, mo
 
 
 def test_refusals(checkpoint, words, tmp_path):
-    with pytest.raises(UserError, match="--stream writes layer by layer as it goes: give --save_dir DIR"):
+    with pytest.raises(UserError, match="--stream writes every layer as soon as it is pruned: give --save_dir DIR"):
         main(checkpoint, "--data_file", words[1], "--sparsity", 0.4, "--device", "cpu", "--stream")
     out = tmp_path / "out"
     LayerStore(out).open({"--stream": False}, False)

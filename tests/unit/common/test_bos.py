@@ -15,7 +15,7 @@ from tests.conftest import adding_bos, make_tiny, word_tokenizer
 def test_eval_windows_with_bos_have_it_first_and_lose_no_text():
     windows = eval_windows(torch.arange(11), 4, "x", bos=99)
     assert windows.tolist() == [[99, 0, 1, 2], [99, 3, 4, 5], [99, 6, 7, 8]]
-    with pytest.raises(UserError, match="2 tokens are less than one window of 4"):
+    with pytest.raises(UserError, match="2 tokens are fewer than one window of 4"):
         eval_windows(torch.arange(2), 4, "x", bos=99)
 
 
@@ -60,5 +60,5 @@ def test_evaluate_says_how_windows_begin(bos_tokenizer, text_file, caplog):
     sets = load_eval_sets([f"mine={text_file}"], bos_tokenizer, [16], 64)
     (entry,) = evaluate(make_tiny("gqa"), sets)
     assert entry["bos"] is True
-    assert "BOS first" in caplog.text
+    assert "with BOS" in caplog.text
     assert next(iter(sets)).label == "mine, seqlen 16, BOS"

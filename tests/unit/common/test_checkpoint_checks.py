@@ -77,10 +77,10 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
     ("change", "words"),
     [
         (without(DOWN), f"missing: {DOWN}$"),
-        (added(DOWN, torch.ones(24, 39)), rf"of another shape: {DOWN} \(\[24, 39\], not \[24, 40\]\)$"),
-        (added("model.layers.4.mlp.down_proj.weight", torch.ones(24, 40)), r"no part of the model: model\.layers\.4"),
-        (added("module.lm_head.weight", torch.ones(64, 24)), r"no part of the model: module\.lm_head\.weight"),
-        (renamed("student."), r"missing: lm_head\.weight, .* and 35 more; no part of the model: student\.lm_head"),
+        (added(DOWN, torch.ones(24, 39)), rf"wrong shape: {DOWN} \(\[24, 39\], not \[24, 40\]\)$"),
+        (added("model.layers.4.mlp.down_proj.weight", torch.ones(24, 40)), r"not part of the model: model\.layers\.4"),
+        (added("module.lm_head.weight", torch.ones(64, 24)), r"not part of the model: module\.lm_head\.weight"),
+        (renamed("student."), r"missing: lm_head\.weight, .* and 35 more; not part of the model: student\.lm_head"),
         (lambda state: renamed("module.")(without(DOWN)(state)), r"missing: lm_head\.weight"),
     ],
 )
@@ -139,7 +139,7 @@ def test_load_model_with_harmless_extras_says_that_they_are_left_out(way, checkp
     model = stored(tmp_path / "model", checkpoint, lambda state: state | extras)
     with caplog.at_level(logging.INFO):
         opened(way, model, tmp_path / "scratch")
-    assert "left out, no part of the language model: mtp.layers.0.weight, v_head.summary.weight" in caplog.text
+    assert "ignoring weights outside the language model: mtp.layers.0.weight, v_head.summary.weight" in caplog.text
 
 
 @pytest.mark.parametrize("variant", ["gqa", "tied", "opt", "qwen3_moe"])
@@ -168,18 +168,18 @@ def wrong_checkpoints(folder: Path, checkpoint: Path) -> dict[str, Path]:
     make = {
         "expected int, got float": {"max_position_embeddings": 64.0},
         "The hidden size .* is not a multiple": {"num_attention_heads": 5},
-        "of another shape: lm_head.weight": {"vocab_size": 70},
-        "of another shape: model.layers.0.self_attn.k_proj": {"num_key_value_heads": ...},
+        "wrong shape: lm_head.weight": {"vocab_size": 70},
+        "wrong shape: model.layers.0.self_attn.k_proj": {"num_key_value_heads": ...},
         "KeyError: 'newer'": {"rope_parameters": {"rope_type": "newer", "rope_theta": 1e4, "factor": 2.0}},
         r"KeyError: 'novel' \(unknown to transformers \d": {"hidden_act": "novel"},
-        r"quantised \(gptq\); give the unquantised": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        r"quantised \(gptq\); use the unquantised": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
     }
     made = {words: configured(folder / f"m{index}", checkpoint, **f) for index, (words, f) in enumerate(make.items())}
     return made | {
         f"{WEIGHTS}: a Git LFS pointer.* git lfs pull": pointer("lfs", WEIGHTS),
         "pytorch_model.bin: a Git LFS pointer.* git lfs pull": pointer("bin", "pytorch_model.bin"),
         "a folder of adapters .*fuse the adapters": adapters,
-        f"a folder of adapters .*give {fused}/lora_fused_model": fused,
+        f"a folder of adapters .*use {fused}/lora_fused_model": fused,
     }
 
 
@@ -248,7 +248,7 @@ def test_load_model_of_quantised_weights_is_refused(nested, checkpoint, tmp_path
 
 @pytest.fixture(scope="module")
 def own_head(tmp_path_factory, tokenizer) -> Path:
-    """A checkpoint whose configuration ties the head to the embeddings, with a head of its own."""
+    """A checkpoint with an untied head whose configuration ties it to the embeddings."""
     path = tmp_path_factory.mktemp("models") / "own-head"
     make_tiny("tied").save_pretrained(path)
     tokenizer.save_pretrained(path)

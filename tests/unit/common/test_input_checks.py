@@ -14,7 +14,7 @@ import model_slimming
 from model_finetune import main as finetune
 from scripts import compare_models
 from slim_utils.common.errors import UserError
-from slim_utils.common.input_checks import check_length, check_token_ids, guard_token_ids, use_padding
+from slim_utils.common.input_checks import check_length, check_token_ids, guard_token_ids, set_padding_token
 from slim_utils.common.loading import load_config
 from tests.conftest import VOCAB, make_tiny, random_text
 from train_utils.finetune_args import parse_args
@@ -84,7 +84,7 @@ def test_load_config_with_a_padding_id_out_of_range_names_it(padding, checkpoint
         load_config(str(tmp_path / "m"), False)
 
 
-def test_use_padding_without_an_embedding_takes_another_token(tokenizer, caplog):
+def test_set_padding_token_without_an_embedding_takes_another_token(tokenizer, caplog):
     caplog.set_level(logging.INFO)
     for add, special, expected in (
         ({"pad_token": "[PAD]"}, {}, "</s>"),
@@ -96,7 +96,7 @@ def test_use_padding_without_an_embedding_takes_another_token(tokenizer, caplog)
         padding.add_special_tokens(add)
         for name, token in special.items():
             setattr(padding, name, token)
-        use_padding(padding, LlamaConfig(vocab_size=VOCAB))
+        set_padding_token(padding, LlamaConfig(vocab_size=VOCAB))
         assert padding.pad_token == expected and padding.pad_token_id < VOCAB
     assert caplog.text.count("'[PAD]' has no embedding") == 1 == caplog.text.count("has no embedding")
 

@@ -18,7 +18,7 @@ REMOVE = shutil.rmtree
 
 def test_output_lock_of_a_live_process_is_named(lock_holder, tmp_path):
     process = lock_holder(tmp_path / "out")
-    said = rf"^--save_dir .*out: process {process.pid} on {socket.gethostname()}, since 20.* writes it; let it finish"
+    said = rf"^--save_dir .*out: process {process.pid} on {socket.gethostname()}, since 20.* is writing it; wait"
     with pytest.raises(UserError, match=said), output_lock(tmp_path / "out", "--save_dir"):
         pass
     with output_lock(tmp_path / "other", "--save_dir"):
@@ -45,7 +45,7 @@ def test_output_lock_through_a_link_is_the_same(lock_holder, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     lock_holder(tmp_path / "real")
-    with pytest.raises(UserError, match="writes it"), output_lock(tmp_path / "link", "--save_dir"):
+    with pytest.raises(UserError, match="is writing it"), output_lock(tmp_path / "link", "--save_dir"):
         pass
 
 

@@ -232,16 +232,18 @@ def test_evaluate_on_a_device_that_is_too_small_goes_layer_by_layer(samples, kno
         monkeypatch.setattr(streamed_eval, "free_memory", lambda device: 1000)
         device = type("Device", (), {"type": "cuda"})()
         monkeypatch.setattr(streamed_eval, "empty_cache", lambda device: None)
-        monkeypatch.setattr(streamed_eval, "layers_run_once", lambda host, device, *rest: RUN_ONCE(host, CPU, *rest))
+        monkeypatch.setattr(
+            streamed_eval, "precomputed_layer_outputs", lambda host, device, *rest: PRECOMPUTED(host, CPU, *rest)
+        )
     else:
         full_on_device(monkeypatch, model)
         device = ELSEWHERE
     found = evaluate_on(host, device, sets)
     assert found[0]["perplexity"] == pytest.approx(expected, rel=1e-5)
-    assert "it is evaluated layer by layer" in caplog.text
+    assert "evaluating layer by layer" in caplog.text
 
 
-RUN_ONCE = streamed_eval.layers_run_once
+PRECOMPUTED = streamed_eval.precomputed_layer_outputs
 
 
 def test_evaluate_on_with_room_for_a_few_windows_takes_smaller_batches(samples, monkeypatch, caplog):

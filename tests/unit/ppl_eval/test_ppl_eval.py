@@ -31,7 +31,7 @@ def test_perplexity_is_exp_of_the_models_own_loss(samples):
 
 def test_windows_do_not_overlap_and_the_tail_is_dropped():
     assert eval_windows(torch.arange(11), 4, "x").tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    with pytest.raises(UserError, match="x: 3 tokens are less than one window of 4"):
+    with pytest.raises(UserError, match="x: 3 tokens are fewer than one window of 4"):
         eval_windows(torch.arange(3), 4, "x")
 
 

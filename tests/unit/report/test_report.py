@@ -8,7 +8,7 @@ import pytest
 
 from scripts import report
 from slim_utils.common.errors import UserError
-from slim_utils.common.loading import SMALL_MODEL_FOLDER
+from slim_utils.common.loading import PRUNED_MODEL_FOLDER
 from slim_utils.report.contents import COSTS, ERRORS, KEPT, SIZES, plots
 from slim_utils.report.figures import BREAKDOWN, perplexity_figure, perplexity_panels
 from slim_utils.report.page import page
@@ -162,9 +162,9 @@ def test_what_cannot_be_read_is_named_in_one_line(case, tmp_path):
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
-    (tmp_path / SMALL_MODEL_FOLDER).mkdir()
+    (tmp_path / PRUNED_MODEL_FOLDER).mkdir()
     with pytest.raises(UserError, match=r"no run\.json in this folder"):
-        read_sources([tmp_path / SMALL_MODEL_FOLDER])
+        read_sources([tmp_path / PRUNED_MODEL_FOLDER])
 
 
 def test_an_existing_folder_needs_overwrite_and_an_earlier_report(tmp_path):

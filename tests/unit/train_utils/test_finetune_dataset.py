@@ -155,7 +155,7 @@ def test_the_cache_is_used_only_for_the_same_data_tokenizer_and_settings(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "x"}, "row 0 has no columns instruction and output, but: text"),
+        ({"text": "x"}, "row 0 needs the columns instruction and output, but has: text"),
         ({"instruction": "a", "output": None}, "row 0: output is NoneType, not text"),
         ({"instruction": 3, "output": "a"}, "row 0: instruction is int, not text"),
         ({"instruction": "a", "output": ["b"]}, "row 0: output is list, not text"),
@@ -182,11 +182,11 @@ def test_load_finetune_data_empty_answers_own_reason(tokenizer, tmp_path, caplog
     data = load_finetune_data("x", str(path), tokenizer, NONE, 1, tmp_path / "cache")
     assert data.num_dropped == 3
     assert len(data.train) == 3
-    assert "2 of 7 rows dropped: their answer is empty" in caplog.text
-    assert "1 of 7 rows dropped: --max_length 32 leaves no token of their answer" in caplog.text
+    assert "2 of 7 rows dropped: empty answer" in caplog.text
+    assert "1 of 7 rows dropped: no answer token within --max_length 32" in caplog.text
     caplog.clear()
     assert load_finetune_data("x", str(path), tokenizer, NONE, 1, tmp_path / "cache").num_dropped == 3
-    assert "2 of 7 rows dropped: their answer is empty" in caplog.text
+    assert "2 of 7 rows dropped: empty answer" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_load_finetune_data_no_sample_left_reason_named(tokenizer, tmp_path, row
 def test_load_finetune_data_unwritable_cache_goes_without(tokenizer, instruction_file, caplog):
     data = load_finetune_data("x", str(instruction_file), tokenizer, NONE, 4, instruction_file / "slimgpt")
     assert len(data.train) == 44
-    assert "the tokenised samples are not kept for the next run" in caplog.text
+    assert "the tokenised samples are not cached" in caplog.text
     assert "--cache_dir" in caplog.text
 
 

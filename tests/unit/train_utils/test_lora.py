@@ -59,12 +59,12 @@ def test_add_lora_named_targets_adapted(text, expected):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("gqa", "q_proj,v_prj", "no linear map of the model is called v_prj; it has: .*q_proj.*lm_head, or all-linear"),
-        ("gqa", "proj", "no linear map of the model is called proj; it has"),
-        ("gqa", "self_attn", "no linear map of the model is called self_attn; it has"),
-        ("phi3", ORIGINAL_TARGETS, "is called q_proj, k_proj, v_proj, gate_proj, up_proj; it has: .*qkv_proj"),
-        ("qwen3_moe", ORIGINAL_TARGETS, "is called gate_proj, down_proj, up_proj; it has: .*q_proj"),
-        ("gqa", "all-linear,lm_head", "all-linear stands alone"),
+        ("gqa", "q_proj,v_prj", "the model has no linear module v_prj; choose among .*q_proj.*lm_head, or all-linear"),
+        ("gqa", "proj", "the model has no linear module proj; choose among"),
+        ("gqa", "self_attn", "the model has no linear module self_attn; choose among"),
+        ("phi3", ORIGINAL_TARGETS, "linear module q_proj, k_proj, v_proj, gate_proj, up_proj; choose among .*qkv_proj"),
+        ("qwen3_moe", ORIGINAL_TARGETS, "linear module gate_proj, down_proj, up_proj; choose among .*q_proj"),
+        ("gqa", "all-linear,lm_head", "all-linear excludes other names"),
         ("gqa", " ,", "give at least one name"),
     ],
 )
