@@ -60,7 +60,7 @@ from slim_utils.layerwise.resume import LayerStore, fingerprint
 from slim_utils.output.hub import publish, publishable_name
 from slim_utils.output.provenance import read_provenance
 from slim_utils.output.run_record import ModelSizes, pruning_record, rounding_settings
-from slim_utils.output.writers import saved_before, write_output, write_record
+from slim_utils.output.writers import note_saved_output, write_output, write_record
 from slim_utils.profiling.model_stats import count_parameters, removed_share
 from slim_utils.pruning_config import Effect, PruningConfig
 from slim_utils.slim_dataset import CalibrationData, load_calibration
@@ -192,7 +192,7 @@ def save_and_evaluate(inputs: RunInputs, host: ResidentModel, pruned: PrunedMode
         write_output(save_dir, pruned.output, inputs.tokenizer, masks, record)
         logger.info("saved %s", config.save_dir)
     if inputs.eval_sets:
-        with saved_before(config.save_dir):
+        with note_saved_output(config.save_dir):
             record.perplexity = evaluate_pruned(config, host, inputs.eval_sets)
             record.peak_memory_mib = peak_memory_mib(config.torch_device)
             if config.save_dir:

@@ -15,7 +15,7 @@ from slim_utils.masks import PRUNING_FILE, LayerMask, read_masks, write_pruning
 from slim_utils.output.model_card import version_list, write_card
 from slim_utils.output.provenance import (
     pruning_step,
-    prunings,
+    pruning_steps,
     public_name,
     recovery_step,
     remaining_weights,
@@ -133,7 +133,7 @@ def write_cards(
         saved: the saved model.
     """
     provenance = base_provenance
-    if pruned and not prunings(provenance):
+    if pruned and not pruning_steps(provenance):
         masks = Path(args.sparse.mask_config_dir or args.model.model_name_or_path)
         remaining = remaining_weights(pruned.family.decoder_layers(saved), pruned.family, pruned.masks)
         provenance = with_step(provenance, pruning_step([("masks", masks.name)], remaining))

@@ -1,1 +1,1 @@
-"""What every room of the suite uses: loading, checks of input, output folders, errors."""
+"""Shared by all packages: loading, input checks, output folders, errors."""

@@ -1,1 +1,1 @@
-"""Formats of other engines."""
+"""Export to the formats of other engines."""

@@ -1,4 +1,4 @@
-"""A LLaMA-like checkpoint as a GGUF file for llama.cpp, also where its layers differ in shape."""
+"""Export of LLaMA-like checkpoints, also with per-layer shapes, to GGUF for llama.cpp."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The types that the gguf package can make; llama.cpp's own tool makes the others from an f16 file.
+# Types that the gguf package can write; llama.cpp's llama-quantize makes others from an f16 file.
 OUTTYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
@@ -46,35 +46,37 @@ OUTTYPES = {
     "q4_1": (GGMLQuantizationType.Q4_1, LlamaFileType.MOSTLY_Q4_1),
     "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
-# Blocks of the quantised types.
+# Block size of the quantised types.
 BLOCK_SIZE = 32
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def check_exportable(config: PreTrainedConfig, outtype: str) -> None:
-    """Make sure that llama.cpp can hold the model, before its weights are read.
+    """Check that llama.cpp supports the model, before its weights are read.
 
     Raises:
-        UserError: naming what to change.
+        UserError: naming the unsupported setting.
     """
     family = FAMILIES.get(config.model_type)
     if family is None or family.base_type not in EXPORTED_FAMILIES:
-        raise UserError(f"model type '{config.model_type}' is not exported; exported: {', '.join(EXPORTED_FAMILIES)}")
+        supported = ", ".join(EXPORTED_FAMILIES)
+        raise UserError(f"export of model type '{config.model_type}' is not supported; supported: {supported}")
     rope_type = config.rope_parameters.get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
-        raise UserError(f"rotary embeddings of type '{rope_type}' are not exported; exported: {', '.join(ROPE_TYPES)}")
+        supported = ", ".join(ROPE_TYPES)
+        raise UserError(f"export of rotary embeddings '{rope_type}' is not supported; supported: {supported}")
     if config.rope_parameters.get("partial_rotary_factor") not in (None, 1.0):
-        raise UserError("rotary embeddings of a part of each head (partial_rotary_factor) are not exported")
+        raise UserError("export of partial rotary embeddings (partial_rotary_factor) is not supported")
     if config.hidden_act not in ("silu", "swish"):
-        raise UserError(f"hidden_act '{config.hidden_act}' is not exported; llama.cpp's LLaMA has silu alone")
+        raise UserError(f"export of hidden_act '{config.hidden_act}' is not supported; llama.cpp's LLaMA only has silu")
     if outtype.startswith("q"):
         widths = {shape.num_columns for shape in layer_shapes(config)}
         widths |= {shape.num_heads * shape.head_dim for shape in layer_shapes(config)} | {config.hidden_size}
-        uneven = sorted(width for width in widths if width % BLOCK_SIZE)
-        if uneven:
+        unaligned = sorted(width for width in widths if width % BLOCK_SIZE)
+        if unaligned:
             raise UserError(
-                f"--outtype {outtype} packs {BLOCK_SIZE} weights at once, which does not divide rows of "
-                f"{', '.join(map(str, uneven[:5]))}; prune with --multiple_of {BLOCK_SIZE}, or use --outtype f16"
+                f"--outtype {outtype} packs blocks of {BLOCK_SIZE} weights, which does not divide rows of "
+                f"{', '.join(map(str, unaligned[:5]))}; prune with --multiple_of {BLOCK_SIZE}, or use --outtype f16"
             )
 
 
@@ -86,18 +88,17 @@ def export_gguf(
     outtype: str,
     name: str,
 ) -> None:
-    """Write ``model`` to ``path``.
+    """Write ``model`` to the GGUF file ``path``.
 
-    Layers all alike make a file of the architecture ``llama``, others one of ``deci``, which has heads and FFN widths
-    by layer.
+    The architecture is ``llama`` for uniform layers, and ``deci``, which has per-layer heads and FFN widths, otherwise.
 
     Args:
-        model: of one of ``EXPORTED_FAMILIES``.
-        tokenizer: the model's.
-        vocabulary: the tokenizer's.
-        path: to write.
-        outtype: of the matrices, a key of ``OUTTYPES``; vectors are fp32.
-        name: of the model.
+        model: model of one of ``EXPORTED_FAMILIES``.
+        tokenizer: tokenizer of the model.
+        vocabulary: vocabulary of the tokenizer.
+        path: output file.
+        outtype: type of the matrices, a key of ``OUTTYPES``; vectors are fp32.
+        name: name of the model.
 
     Raises:
         UserError: if llama.cpp has no counterpart of a tensor.
@@ -127,7 +128,7 @@ def export_gguf(
 
 
 def write_general(writer: GGUFWriter, name: str, file_type: LlamaFileType) -> None:
-    """Write what programs show of a file; its size label counts the tensors that ``writer`` has by now."""
+    """Write the general metadata; the size label counts the tensors added to ``writer`` so far."""
     writer.add_type(GGUFType.MODEL)
     writer.add_name(name)
     writer.add_size_label(size_label(*writer.get_total_parameter_count()))
@@ -136,13 +137,13 @@ def write_general(writer: GGUFWriter, name: str, file_type: LlamaFileType) -> No
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """Positions of the model, or its sliding window where that is shorter, within which full attention is the same."""
+    """Context length: the model's positions or, if shorter, its sliding window, within which attention is full."""
     window = getattr(config, "sliding_window", None)
     if window is None or window >= config.max_position_embeddings:
         return config.max_position_embeddings
     logger.warning(
-        "llama.cpp's LLaMA has no sliding window: the context length is that of the window, %d tokens instead of %d; "
-        "longer contexts would be answered otherwise than by Transformers",
+        "llama.cpp's LLaMA has no sliding window: the context length is set to the window, %d tokens instead of %d; "
+        "results on longer contexts would differ from those of Transformers",
         window,
         config.max_position_embeddings,
     )
@@ -150,8 +151,8 @@ def context_length(config: PreTrainedConfig) -> int:
 
 
 def write_shapes(writer: GGUFWriter, config: PreTrainedConfig, shapes: list[LayerShape]) -> None:
-    """Write sizes and rotary embeddings; heads and widths as lists where layers differ."""
-    lists = len(set(shapes)) > 1
+    """Write sizes and rotary embeddings; heads and widths are lists for per-layer shapes."""
+    per_layer = len(set(shapes)) > 1
     heads, kv_heads, columns = (
         [getattr(shape, name) for shape in shapes] for name in ("num_heads", "num_kv_heads", "num_columns")
     )
@@ -161,9 +162,9 @@ def write_shapes(writer: GGUFWriter, config: PreTrainedConfig, shapes: list[Laye
     if getattr(config, "sliding_window", None) is not None:
         writer.add_sliding_window(config.sliding_window)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_head_count(heads if lists else heads[0])
-    writer.add_head_count_kv(kv_heads if lists else kv_heads[0])
-    writer.add_feed_forward_length(columns if lists else columns[0])
+    writer.add_head_count(heads if per_layer else heads[0])
+    writer.add_head_count_kv(kv_heads if per_layer else kv_heads[0])
+    writer.add_feed_forward_length(columns if per_layer else columns[0])
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -176,10 +177,10 @@ def write_shapes(writer: GGUFWriter, config: PreTrainedConfig, shapes: list[Laye
 
 
 def exported_tensors(model: PreTrainedModel, shapes: list[LayerShape]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters by name; rows of queries and keys in llama.cpp's order, a head that is the embedding left out."""
+    """Names and tensors to export: query and key rows in llama.cpp's order, without a tied head."""
     embedding = model.get_input_embeddings().weight
     for name, tensor in model.state_dict().items():
-        # The weights decide, not the flag: a file may have a head of its own and say that it is tied.
+        # Compares the weights, not the flag: a checkpoint may store an untied head and claim that it is tied.
         if name == "lm_head.weight" and torch.equal(tensor, embedding):
             continue
         for part, count in (("q_proj", "num_heads"), ("k_proj", "num_kv_heads")):
@@ -190,13 +191,13 @@ def exported_tensors(model: PreTrainedModel, shapes: list[LayerShape]) -> Iterat
 
 
 def interleave_halves(tensor: Tensor, num_heads: int) -> Tensor:
-    """Rows of each head, whose rotary pairs are the two halves, as neighbouring pairs."""
+    """Reorder the rows of each head from rotary halves (Transformers) to interleaved pairs (llama.cpp)."""
     halves = tensor.reshape(num_heads, 2, tensor.shape[0] // num_heads // 2, *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
 def add_tensor(writer: GGUFWriter, name: str, tensor: Tensor, kind: GGMLQuantizationType) -> None:
-    """Add a matrix as ``kind``, a vector as fp32."""
+    """Add ``tensor`` to the file: a matrix as ``kind``, a vector as fp32."""
     array = tensor.detach().to(torch.float32).cpu().contiguous().numpy()
     if array.ndim == 1:
         kind = GGMLQuantizationType.F32
@@ -204,7 +205,7 @@ def add_tensor(writer: GGUFWriter, name: str, tensor: Tensor, kind: GGMLQuantiza
 
 
 def rope_factors(config: PreTrainedConfig) -> numpy.ndarray | None:
-    """What LLaMA 3 divides each rotary frequency by, (head_dim / 2,) fp32; ``None`` for other models."""
+    """Divisors (head_dim / 2,) of the rotary frequencies of LLaMA 3, fp32; ``None`` for other rotary types."""
     rope = config.rope_parameters
     if rope.get("rope_type") != "llama3":
         return None

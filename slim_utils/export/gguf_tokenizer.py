@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer as the keys that llama.cpp reads."""
+"""Export of a Hugging Face tokenizer to the GGUF keys of llama.cpp."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from slim_utils.common.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Whole regular expressions of splitting rules, put together from what they share.
+# Regular expressions of the pre-tokenizers, composed of their common parts.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _UP_TO_LOWER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
@@ -29,14 +29,14 @@ _TEKKEN = "|".join((_UP_TO_LOWER, _FROM_UPPER, _DIGIT, _SIGNS_AND_SLASHES, _SPAC
 _O200K = "|".join(
     (f"{_UP_TO_LOWER}{_CONTRACTIONS}?", f"{_FROM_UPPER}{_CONTRACTIONS}?", _DIGITS, _SIGNS_AND_SLASHES, _SPACES)
 )
-# llama.cpp's names of them, by whether a word that is a token stays whole (``ignore_merges``).
+# llama.cpp's names of the pre-tokenizers, by ``ignore_merges`` (whether a word that is a token is not split).
 _NAMES = {
     _LLAMA3: {True: "llama-bpe", False: "smaug-bpe"},
     _QWEN2: {False: "qwen2"},
     _TEKKEN: {True: "tekken"},
     _O200K: {False: "gpt-4o"},
 }
-# The same for steps that need no regular expression of their own.
+# llama.cpp's names of pre-tokenizers without a regular expression, by their steps before ByteLevel.
 _PLAIN_NAMES = {(): "gpt-2", ("Digits",): "smollm"}
 _SPACE = "▁"
 _BYTE_TOKEN_PREFIX = "<0x"
@@ -44,15 +44,15 @@ _BYTE_TOKEN_PREFIX = "<0x"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What llama.cpp needs to split text into the same tokens.
+    """Vocabulary in llama.cpp's format.
 
     Attributes:
         tokens: text of every id.
-        types: a ``TokenType`` for every id.
-        merges: pairs, each joined by a space, the earlier the stronger; empty for SentencePiece.
-        pre_tokenizer: llama.cpp's name of the rule that splits text before merging.
-        scores: of every id, for SentencePiece, which merges into the token of the highest score first.
-        space_prefix: whether a space goes before a text, for SentencePiece.
+        types: ``TokenType`` of every id.
+        merges: pairs joined by a space, in order of priority; empty for SentencePiece.
+        pre_tokenizer: llama.cpp's name of the pre-tokenizer.
+        scores: score of every id, for SentencePiece, which merges into the token with the highest score first.
+        space_prefix: whether a space is put before a text, for SentencePiece.
     """
 
     tokens: list[str]
@@ -64,15 +64,15 @@ class Vocabulary:
 
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, source: str) -> Vocabulary:
-    """The vocabulary of ``tokenizer`` as it is loaded.
+    """Vocabulary of the loaded ``tokenizer``.
 
     Args:
-        tokenizer: of the model.
-        vocab_size: rows of the embedding; ids beyond the tokenizer's become unused tokens.
-        source: what to call the tokenizer in errors.
+        tokenizer: tokenizer of the model.
+        vocab_size: rows of the embedding; ids that the tokenizer does not have become unused tokens.
+        source: name of the tokenizer in error messages.
 
     Raises:
-        UserError: for a tokenizer that llama.cpp would not follow.
+        UserError: for a tokenizer that llama.cpp cannot reproduce.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -80,10 +80,10 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, source:
     content = json.loads(backend.to_str())
     model = content["model"]
     if model.get("type") != "BPE":
-        raise UserError(f"{source}: a tokenizer of type {model.get('type')}; llama.cpp's export takes BPE")
+        raise UserError(f"{source}: tokenizers of type {model.get('type')} cannot be exported; supported: BPE")
     for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(setting):
-            raise UserError(f"{source}: a tokenizer with {setting}, which llama.cpp does not have")
+            raise UserError(f"{source}: the tokenizer uses {setting}, which llama.cpp does not support")
     _check_rows(content, vocab_size, source)
     tokens = token_list(content, vocab_size)
     if model.get("byte_fallback"):
@@ -110,38 +110,38 @@ def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, tokenizer: PreT
 
 
 def pre_tokenizer_name(content: dict[str, Any], source: str) -> str:
-    """llama.cpp's name of the rule that splits text before merging, where rule and normalizer are known as a whole.
+    """llama.cpp's name of the tokenizer's pre-tokenizer.
 
     Args:
-        content: of ``tokenizer.json``.
-        source: what to call the tokenizer in errors.
+        content: content of ``tokenizer.json``.
+        source: name of the tokenizer in error messages.
 
     Raises:
-        UserError: for a rule it has no name for.
+        UserError: for an unsupported normalizer or pre-tokenizer.
     """
     normalizers = [step["type"] for step in _steps(content.get("normalizer"), "normalizers")]
     if normalizers == ["NFC"]:
-        logger.warning("llama.cpp does not bring text to NFC, as this tokenizer does")
+        logger.warning("llama.cpp does not normalise text to NFC, unlike this tokenizer")
     elif normalizers:
-        raise UserError(f"{source}: llama.cpp does not have the tokenizer's normalizer {normalizers}")
+        raise UserError(f"{source}: llama.cpp does not support the tokenizer's normalizer {normalizers}")
     steps = _steps(content.get("pre_tokenizer"), "pretokenizers")
     name = _name_of_steps(steps, content)
     if name is None:
         kinds = [step["type"] for step in steps]
         patterns = "".join(f", {step['pattern']}" for step in steps if "pattern" in step)
-        raise UserError(f"{source}: llama.cpp has no name for the tokenizer's splitting rule {kinds}{patterns}")
+        raise UserError(f"{source}: llama.cpp does not support the tokenizer's pre-tokenizer {kinds}{patterns}")
     return name
 
 
 def space_prefix(content: dict[str, Any], source: str) -> bool:
-    """Whether a SentencePiece tokenizer puts a space before a text, be it by a normalizer or by a pre-tokenizer.
+    """Whether a SentencePiece tokenizer puts a space before a text, with a normalizer or a pre-tokenizer.
 
     Args:
-        content: of ``tokenizer.json``.
-        source: what to call the tokenizer in errors.
+        content: content of ``tokenizer.json``.
+        source: name of the tokenizer in error messages.
 
     Raises:
-        UserError: for any other treatment of text before merging.
+        UserError: for unsupported normalizers or pre-tokenizers.
     """
     normalizers = _steps(content.get("normalizer"), "normalizers")
     splits = _steps(content.get("pre_tokenizer"), "pretokenizers")
@@ -155,24 +155,24 @@ def space_prefix(content: dict[str, Any], source: str) -> bool:
         if step["replacement"] == _SPACE and not (step["split"] and inner):
             scheme = step["prepend_scheme"]
             if scheme != "never":
-                # SentencePiece's own way; there is no key for another.
-                places = " and after every special token" if scheme == "first" else ""
-                logger.info("llama.cpp, unlike this tokenizer, puts a space before a text that has one%s", places)
+                # This is the behaviour of SentencePiece; GGUF has no key to change it.
+                also = " and after every special token" if scheme == "first" else ""
+                logger.info("llama.cpp, unlike this tokenizer, puts a space before a text that starts with one%s", also)
             return scheme != "never"
     kinds = [step["type"] for step in normalizers + splits]
-    raise UserError(f"{source}: llama.cpp's SentencePiece does not have the tokenizer's steps {kinds}")
+    raise UserError(f"{source}: llama.cpp's SentencePiece does not support the tokenizer's steps {kinds}")
 
 
 def merge_scores(content: dict[str, Any], vocab_size: int, source: str) -> list[float]:
-    """A score for every id, the higher the earlier its first merge.
+    """Score of every id; earlier merges have higher scores.
 
     Args:
-        content: of ``tokenizer.json``.
-        vocab_size: how many scores.
-        source: what to call the tokenizer in errors.
+        content: content of ``tokenizer.json``.
+        vocab_size: number of scores.
+        source: name of the tokenizer in error messages.
 
     Raises:
-        UserError: if two tokens side by side make a third that no merge makes of them: llama.cpp would merge them.
+        UserError: if two adjacent tokens form a third without a merge rule; llama.cpp would merge them.
     """
     vocab, merges = content["model"]["vocab"], _merges(content["model"])
     scores = [0.0] * vocab_size
@@ -180,11 +180,11 @@ def merge_scores(content: dict[str, Any], vocab_size: int, source: str) -> list[
         index = vocab.get("".join(pair))
         if index is not None and scores[index] == 0.0:
             scores[index] = -float(rank + 1)
-    listed, added = set(merges), {token["content"] for token in content.get("added_tokens", [])}
+    merge_set, added = set(merges), {token["content"] for token in content.get("added_tokens", [])}
     for token in vocab.keys() - added:
         for cut in range(1, len(token)):
             pair = (token[:cut], token[cut:])
-            if pair not in listed and all(part in vocab and part not in added for part in pair):
+            if pair not in merge_set and all(part in vocab and part not in added for part in pair):
                 raise UserError(
                     f"{source}: the tokenizer does not merge {pair[0]!r} and {pair[1]!r} into {token!r}, as "
                     "llama.cpp's SentencePiece would"
@@ -201,7 +201,7 @@ def token_list(content: dict[str, Any], vocab_size: int) -> list[str]:
 
 
 def token_types(content: dict[str, Any], vocab_size: int, unknown: str | None) -> list[int]:
-    """Kind of every id: ordinary, control (special), added by the user, byte, unused, or the token ``unknown``."""
+    """``TokenType`` of every id: normal, control (special), user-defined, byte, unused, or unknown."""
     types = [int(TokenType.UNUSED)] * vocab_size
     fallback = content["model"].get("byte_fallback")
     for text, index in content["model"]["vocab"].items():
@@ -216,7 +216,7 @@ def token_types(content: dict[str, Any], vocab_size: int, unknown: str | None) -
 
 
 def _ids(content: dict[str, Any]) -> dict[str, int]:
-    """Id of every token, added ones last."""
+    """Id of every token, added tokens last."""
     return content["model"]["vocab"] | {added["content"]: added["id"] for added in content.get("added_tokens", [])}
 
 
@@ -226,12 +226,12 @@ def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _steps(rule: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """The steps of a rule: none, one, or a sequence under ``key``."""
+    """Steps of a normalizer or pre-tokenizer: none, one, or a sequence under ``key``."""
     return [] if rule is None else rule.get(key, [rule])
 
 
 def _unknown(name: str | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The unknown token ``name``, unless it is one that also begins or ends a text."""
+    """The unknown token ``name``; ``None`` if it is also the BOS or EOS token."""
     return None if name in (tokenizer.bos_token, tokenizer.eos_token) else name
 
 
@@ -241,7 +241,7 @@ def _check_rows(content: dict[str, Any], vocab_size: int, source: str) -> None:
         shown = ", ".join(map(repr, beyond[:5])) + (", …" if len(beyond) > 5 else "")
         raise UserError(
             f"{source}: {len(beyond)} of the tokenizer's tokens ({shown}) have no row in the embedding of "
-            f"{vocab_size}; take them out of the tokenizer, or give the model rows for them"
+            f"{vocab_size}; remove them from the tokenizer, or resize the embeddings of the model"
         )
 
 
@@ -256,29 +256,30 @@ def _name_of_steps(steps: list[dict[str, Any]], content: dict[str, Any]) -> str 
     if len(firsts) != 1 or firsts[0]["type"] != "Split":
         return None
     (split,) = firsts
-    # Either way of writing that each match is a word; the known expressions leave nothing between matches.
+    # Both mean that each match is a word; the known expressions leave no text between matches.
     if (split["behavior"], split["invert"]) not in (("Isolated", False), ("Removed", True)):
         return None
     return _fitting(_NAMES.get(split["pattern"].get("Regex"), {}), content)
 
 
 def _fitting(names: Mapping[bool, str | None], content: dict[str, Any]) -> str | None:
-    """Of the names of a rule, that for the tokenizer's ``ignore_merges``, or the other if that changes nothing."""
+    """The name for the tokenizer's ``ignore_merges``, or the other name if the setting makes no difference."""
     ignored = bool(content["model"].get("ignore_merges"))
     name, other = names.get(ignored), names.get(not ignored)
     return other if name is None and other is not None and _merges_make_every_token(content) else name
 
 
 def _merges_make_every_token(content: dict[str, Any]) -> bool:
-    """Whether merging the text of each token, but for added ones, gives that token."""
+    """Whether merging the text of each token, except added tokens, gives that token."""
     vocab = content["model"]["vocab"]
     bpe = Tokenizer(models.BPE(vocab=vocab, merges=_merges(content["model"])))
     texts = list(vocab.keys() - {added["content"] for added in content.get("added_tokens", [])})
-    return all(found.ids == [vocab[text]] for text, found in zip(texts, bpe.encode_batch(texts), strict=True))
+    encodings = bpe.encode_batch(texts)
+    return all(encoding.ids == [vocab[text]] for text, encoding in zip(texts, encodings, strict=True))
 
 
 def _write_special(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
-    # Not gguf.SpecialVocab: it reads a folder's files and guesses from their template what the loaded tokenizer adds.
+    # gguf.SpecialVocab is not used: it guesses the added tokens from the files of a folder, not the loaded tokenizer.
     for token_id, add in (
         (tokenizer.bos_token_id, writer.add_bos_token_id),
         (tokenizer.eos_token_id, writer.add_eos_token_id),

@@ -1,1 +1,1 @@
-"""What a pruning run writes."""
+"""Outputs of a run: checkpoints, records, model card, hub."""

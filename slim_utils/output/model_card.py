@@ -1,4 +1,4 @@
-"""The card of a pruned or recovered model, made from the record of where it comes from."""
+"""Model card of a pruned or recovered model, made from its provenance."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from slim_utils.output.provenance import (
     CARD_FILE,
     RECOVERY,
     copy_license_files,
-    prunings,
+    pruning_steps,
     total_share_removed,
     write_provenance,
 )
@@ -29,9 +29,9 @@ Perplexities = list[dict[str, Any]] | dict[str, list[dict[str, Any]]] | None
 
 
 def vllm_options(config: PreTrainedConfig) -> dict[str, Any] | None:
-    """Arguments of ``vllm.LLM`` that serve a small model of this configuration; ``None`` for families not tested there.
+    """Arguments of ``vllm.LLM`` for a pruned model with this configuration; ``None`` for untested families.
 
-    vLLM's own Qwen2 knows no other heads than those that fill the hidden size, but its LLaMA has Qwen2's biases too.
+    vLLM's Qwen2 requires heads that fill the hidden size; its LLaMA does not, and supports the biases of Qwen2.
     """
     if FAMILIES[config.model_type].base_type not in SERVED_FAMILIES:
         return None
@@ -54,34 +54,35 @@ def model_card(
     """Text of the card of a pruned or recovered model.
 
     Args:
-        provenance: of :func:`~slim_utils.output.provenance.read_provenance`, with the steps of this run.
-        config: the model's.
-        parameters: its size.
-        masks: what each layer keeps, where that is not the shape of ``config``.
-        perplexity: measured at the end of this run, or ``before`` and ``after`` it; ``None`` says that none was.
-        address: what the commands call the model.
+        provenance: provenance of the model, including the steps of this run.
+        config: configuration of the model.
+        parameters: number of parameters.
+        masks: masks of the layers, if ``config`` has the shapes before removal.
+        perplexity: perplexities at the end of this run, or ``before`` and ``after`` it; ``None`` if not measured.
+        address: name or path of the model in the example commands.
     """
     base, steps = provenance["base"], provenance["steps"]
-    removals, trained = len(prunings(provenance)), any(step["kind"] == RECOVERY for step in steps)
+    num_prunings, trained = len(pruning_steps(provenance)), any(step["kind"] == RECOVERY for step in steps)
     base_type = FAMILIES[config.model_type].base_type
     stock, options = base_type == config.model_type, vllm_options(config)
     total = ("parameters", f"{base['parameters']:,}", f"{parameters:,}")
-    title = f"{base['name'].rsplit('/', 1)[-1]}, {' and '.join(['pruned'] * bool(removals) + ['fine-tuned'] * trained)}"
+    changes = ["pruned"] * bool(num_prunings) + ["fine-tuned"] * trained
+    title = f"{base['name'].rsplit('/', 1)[-1]}, {' and '.join(changes)}"
     card = ModelCard.from_template(
         _card_data(provenance, title, perplexity),
         template_path=str(TEMPLATE),
         title=title,
         name=base["name"],
-        prunings=removals,
-        share=f"{100 * total_share_removed(provenance):.1f}" if removals else "",
+        num_prunings=num_prunings,
+        share=f"{100 * total_share_removed(provenance):.1f}" if num_prunings else "",
         trained=trained,
-        total_table=markdown_table(("", "base", "pruned" if removals else "this model"), [total]),
-        layer_table=_layer_table(base["layers"], _kept(config, masks)),
+        total_table=markdown_table(("", "base", "pruned" if num_prunings else "this model"), [total]),
+        layer_table=_layer_table(base["layers"], _kept_sizes(config, masks)),
         steps=[(step["kind"].capitalize(), markdown_table(("", ""), step["settings"].items())) for step in steps],
         perplexity_table=_perplexity_table(perplexity),
         address=address,
         stock=stock,
-        loses_kv_heads=not stock and _loses_kv_heads(config),
+        fewer_kv_heads=not stock and _has_fewer_kv_heads(config),
         vllm_flags=None if options is None else _vllm_flags(options),
         exported=base_type in EXPORTED_FAMILIES,
         license_text=base["card"].get("license_name") or base["card"].get("license"),
@@ -90,9 +91,9 @@ def model_card(
 
 
 def _card_data(provenance: dict[str, Any], title: str, perplexity: Perplexities) -> ModelCardData:
-    """What a hub reads of the card: the base with its licence and language, the texts, and the last perplexities."""
+    """Metadata of the card for the hub: base, licence, language, data sets and final perplexities."""
     base, steps = provenance["base"], provenance["steps"]
-    last = perplexity.get("after", []) if isinstance(perplexity, dict) else perplexity or []
+    final = perplexity.get("after", []) if isinstance(perplexity, dict) else perplexity or []
     results = [
         EvalResult(
             task_type="text-generation",
@@ -100,15 +101,15 @@ def _card_data(provenance: dict[str, Any], title: str, perplexity: Perplexities)
             dataset_name=entry["dataset"],
             metric_type="perplexity",
             metric_value=round(entry["perplexity"], 4),
-            metric_name=f"perplexity, windows of {entry['seqlen']} tokens{', BOS first' if entry['bos'] else ''}",
+            metric_name=f"perplexity, windows of {entry['seqlen']} tokens{', with BOS' if entry['bos'] else ''}",
         )
-        for entry in last
+        for entry in final
         if math.isfinite(entry["perplexity"])
     ]
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["slimgpt", *(["pruned", "structured-pruning"] if prunings(provenance) else [])],
+        tags=["slimgpt", *(["pruned", "structured-pruning"] if pruning_steps(provenance) else [])],
         base_model=base["name"] if base["on_hub"] else None,
         datasets=sorted({name for step in steps for name in step["datasets"]}) or None,
         model_name=title if results else None,
@@ -118,13 +119,13 @@ def _card_data(provenance: dict[str, Any], title: str, perplexity: Perplexities)
 
 
 def write_card(folder: Path, provenance: dict[str, Any], model_path: str, **options: Any) -> None:
-    """Write the record, the card and the licence files beside the weights in ``folder``.
+    """Write provenance, model card and licence files beside the weights in ``folder``.
 
     Args:
-        folder: of a checkpoint.
-        provenance: with the steps of this run.
-        model_path: what the run started from, whose licence files are copied.
-        options: of :func:`model_card`.
+        folder: checkpoint folder.
+        provenance: provenance of the model, including the steps of this run.
+        model_path: input model of the run, whose licence files are copied.
+        options: further arguments of :func:`model_card`.
     """
     config = load_config(str(folder), trust_remote_code=False)
     parameters = count_parameters(model_on_meta(config))
@@ -133,8 +134,8 @@ def write_card(folder: Path, provenance: dict[str, Any], model_path: str, **opti
     write_text_atomic(folder / CARD_FILE, model_card(provenance, config, parameters, **options))
 
 
-def _kept(config: PreTrainedConfig, masks: list[LayerMask] | None) -> list[tuple[int, int, int, int]]:
-    """Heads, kv heads, FFN width and experts of every layer."""
+def _kept_sizes(config: PreTrainedConfig, masks: list[LayerMask] | None) -> list[tuple[int, int, int, int]]:
+    """Kept heads, kv heads and FFN width, and number of experts, of every layer."""
     if masks:
         return [
             (len(mask.kept_heads), len(mask.kept_kv_heads), mask.kept_width, mask.shape.num_experts) for mask in masks
@@ -144,17 +145,17 @@ def _kept(config: PreTrainedConfig, masks: list[LayerMask] | None) -> list[tuple
 
 
 def _layer_table(dense: list[list[int]], kept: list[tuple[int, int, int, int]]) -> str:
-    """What every layer keeps of its heads, kv heads and FFN width."""
+    """Markdown table of the heads, kv heads and FFN columns that every layer keeps."""
     rows = []
-    for index, (layer, counts) in enumerate(zip(kept, dense, strict=True)):
-        heads, groups, columns = (f"{now} of {before}" for now, before in zip(layer[:3], counts, strict=True))
+    for index, (layer, dense_sizes) in enumerate(zip(kept, dense, strict=True)):
+        heads, groups, columns = (f"{size} of {total}" for size, total in zip(layer[:3], dense_sizes, strict=True))
         experts = f" (each of {layer[3]} experts)" if layer[3] else ""
         rows.append((index, heads, groups, columns + experts))
     return markdown_table(("layer", "heads", "key/value heads", "FFN columns"), rows)
 
 
 def pruning_settings(record: dict[str, Any]) -> list[tuple[str, Any]]:
-    """What a card says of a pruning run.
+    """Names and values of a pruning run for the model card.
 
     Args:
         record: content of its ``run.json``.
@@ -188,7 +189,7 @@ def pruning_settings(record: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def version_list(record: dict[str, Any]) -> str:
-    """The versions of a run on one line."""
+    """Package versions of a run on one line."""
     return ", ".join(f"{package} {version}" for package, version in record["versions"].items())
 
 
@@ -198,7 +199,7 @@ def _allocation(arguments: dict[str, Any]) -> str:
 
 
 def _perplexity_table(measured: Perplexities) -> str:
-    """A line for each text and window length; empty where none was measured."""
+    """Markdown table with one row per text and window length; empty if nothing was measured."""
     columns = measured if isinstance(measured, dict) else {"perplexity": measured or []}
     lists = list(columns.values())
     if not lists[0]:
@@ -210,19 +211,19 @@ def _perplexity_table(measured: Perplexities) -> str:
         )
         for entries in zip(*lists, strict=True)
     ]
-    return markdown_table(("text", "tokens of a window", "the first of them", *columns), rows)
+    return markdown_table(("text", "tokens per window", "first token", *columns), rows)
 
 
-def _loses_kv_heads(config: PreTrainedConfig) -> bool:
-    """Whether a layer has fewer key/value heads than the configuration says at its top level."""
-    whole = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return any(shape.num_kv_heads != whole for shape in layer_shapes(config))
+def _has_fewer_kv_heads(config: PreTrainedConfig) -> bool:
+    """Whether a layer has fewer key/value heads than the top level of the configuration."""
+    dense_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return any(shape.num_kv_heads != dense_kv_heads for shape in layer_shapes(config))
 
 
 def _vllm_flags(options: dict[str, Any]) -> str:
-    words = []
+    arguments = []
     for name, value in options.items():
-        words.append(f"--{name.replace('_', '-')}")
+        arguments.append(f"--{name.replace('_', '-')}")
         if value is not True:
-            words.append(value if isinstance(value, str) else shlex.quote(json.dumps(value)))
-    return "".join(f" {word}" for word in words)
+            arguments.append(value if isinstance(value, str) else shlex.quote(json.dumps(value)))
+    return "".join(f" {argument}" for argument in arguments)

@@ -1,6 +1,6 @@
-"""Where a model comes from: its dense base and what was done to it since, kept beside its weights.
+"""Provenance of a model (``slimgpt.json``): its dense base, and all pruning and recovery steps since.
 
-A run reads the file of the model it starts from, adds its own step, and writes it beside the weights it makes.
+A run reads the file of its input model, appends its own step, and writes the file beside its output weights.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ logger = logging.getLogger(__name__)
 
 
 def read_provenance(model_path: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> dict[str, Any]:
-    """The record of a model: what its file says or, without one, that the model is the base and nothing was done to it.
+    """Provenance of a model, from its file; without a file, the model is its own base and has no steps.
 
     Args:
         model_path: folder or hub name.
-        config: the model's.
-        trust_remote_code: build the model by code found in the checkpoint.
+        config: configuration of the model.
+        trust_remote_code: run model code found in the checkpoint.
 
     Returns:
         ``base``: ``name``, ``on_hub``, ``card`` (licence and language), ``parameters``, ``block_weights`` and
@@ -45,12 +45,12 @@ def read_provenance(model_path: str, config: PreTrainedConfig, trust_remote_code
         :func:`recovery_step`.
     """
     try:
-        content = json.loads(_beside_weights(model_path, PROVENANCE_FILE).read_text(encoding="utf-8"))
+        content = json.loads(_checkpoint_file(model_path, PROVENANCE_FILE).read_text(encoding="utf-8"))
         if content["format"] == FORMAT_VERSION and content["base"]["block_weights"]:
             return content
-        logger.warning("%s of %s: of another format; its history is not carried on", PROVENANCE_FILE, model_path)
+        logger.warning("%s of %s: unknown format; its history is dropped", PROVENANCE_FILE, model_path)
     except Exception as error:
-        # Of the file system, the hub, or what is in the file; most models have none.
+        # Errors of the file system, the hub or the content; most models have no such file.
         logger.info("no %s of %s (%s)", PROVENANCE_FILE, model_path, type(error).__name__)
     family, shapes = find_family(config), layer_shapes(config)
     model = model_on_meta(config, trust_remote_code=trust_remote_code)
@@ -69,7 +69,7 @@ def read_provenance(model_path: str, config: PreTrainedConfig, trust_remote_code
 
 
 def public_name(path: str) -> str:
-    """What a file that may be published calls a model or a text: a hub name, or the last part of a path."""
+    """Name of a model or text that is safe to publish: a hub name, or the last part of a path."""
     return Path(path).resolve().name if Path(path).exists() else path
 
 
@@ -77,8 +77,8 @@ def pruning_step(settings: list[tuple[str, Any]], block_weights: int, datasets: 
     """A step that removes weights.
 
     Args:
-        settings: names and values for a reader.
-        block_weights: what is left of them.
+        settings: names and values for the model card.
+        block_weights: number of remaining block weights.
         datasets: hub names of the calibration texts.
     """
     return {"kind": PRUNING, "settings": dict(settings), "block_weights": block_weights, "datasets": list(datasets)}
@@ -90,18 +90,18 @@ def recovery_step(settings: list[tuple[str, Any]], datasets: Sequence[str] = ())
 
 
 def with_step(provenance: dict[str, Any], step: dict[str, Any]) -> dict[str, Any]:
-    """``provenance`` with one more step."""
+    """``provenance`` with ``step`` appended."""
     return provenance | {"steps": [*provenance["steps"], step]}
 
 
-def prunings(provenance: dict[str, Any]) -> list[dict[str, Any]]:
-    """The steps that removed weights."""
+def pruning_steps(provenance: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pruning steps of ``provenance``."""
     return [step for step in provenance["steps"] if step["kind"] == PRUNING]
 
 
 def total_share_removed(provenance: dict[str, Any]) -> float:
-    """Share of the base's block weights that all prunings together removed."""
-    steps = prunings(provenance)
+    """Share of the base's block weights that all pruning steps together removed."""
+    steps = pruning_steps(provenance)
     return 1 - steps[-1]["block_weights"] / provenance["base"]["block_weights"] if steps else 0.0
 
 
@@ -112,27 +112,27 @@ def remaining_weights(layers: Any, family: Any, masks: list[LayerMask]) -> int:
 
 
 def write_provenance(folder: Path, provenance: dict[str, Any]) -> None:
-    """Write the record beside the weights in ``folder``."""
+    """Write ``provenance`` beside the weights in ``folder``."""
     write_json_atomic(folder / PROVENANCE_FILE, provenance)
 
 
 def base_card_data(model_path: str) -> dict[str, Any]:
-    """What carries over of the base model's own card, from its folder or the hub; empty where there is none."""
+    """Licence and language from the card of the base model, in its folder or on the hub; empty without a card."""
     try:
-        data = ModelCard.load(_beside_weights(model_path, CARD_FILE)).data.to_dict()
+        data = ModelCard.load(_checkpoint_file(model_path, CARD_FILE)).data.to_dict()
     except Exception as error:
-        logger.info("no card of %s is carried over (%s)", model_path, type(error).__name__)
+        logger.info("no model card of %s (%s)", model_path, type(error).__name__)
         return {}
     return {key: data[key] for key in CARRIED_KEYS if key in data}
 
 
 def copy_license_files(model_path: str, folder: Path) -> None:
-    """Copy the licence and notice files of a base model's folder beside the weights made from it."""
+    """Copy the licence and notice files in the folder of the base model to ``folder``."""
     for path in sorted(Path(model_path).glob("*")):
         if path.is_file() and path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE")):
             shutil.copyfile(path, folder / path.name)
 
 
-def _beside_weights(model_path: str, name: str) -> Path:
-    """A file of a checkpoint's folder, or of the hub."""
+def _checkpoint_file(model_path: str, name: str) -> Path:
+    """Path of a file of a checkpoint, in its folder or downloaded from the hub."""
     return Path(model_path) / name if Path(model_path).is_dir() else Path(hf_hub_download(model_path, name))

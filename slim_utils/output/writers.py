@@ -1,4 +1,4 @@
-"""The output folder of a pruning run: its checkpoints, written whole at the end or layer by layer, and its records."""
+"""Output folder of a pruning run: checkpoints, written at the end or layer by layer, and records."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
 
 
 class CheckpointWriter(ABC):
-    """The checkpoints of a run: the zeroed model in its original shapes and, if asked, the small one.
+    """Writer of the checkpoints of a run: the masked model in its original shapes and, if requested, the pruned model.
 
     Attributes:
-        model: that is pruned.
-        family: its row of the table.
+        model: model that is pruned.
+        family: family of the model.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
@@ -57,51 +57,51 @@ class CheckpointWriter(ABC):
 
     @abstractmethod
     def write(self, folder: Path, masks: list[LayerMask], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
-        """Write them into ``folder``.
+        """Write the checkpoints into ``folder``.
 
         Returns:
-            The small model, if there is one; its weights may be on the meta device.
+            The pruned model, if requested; its weights may be on the meta device.
         """
 
 
 class WholeOutput(CheckpointWriter):
-    """The checkpoints of a model that is in host memory as a whole.
+    """Writer for a model that is in host memory.
 
     Args:
-        model: pruned; it ends zeroed in its original shapes.
-        family: its row of the table.
-        small_model: write the small model too.
-        uniform_shapes: of the library's own class.
+        model: the model; masked in place when written.
+        family: family of the model.
+        with_pruned_model: also write the pruned model.
+        uniform_shapes: the pruned model is a stock checkpoint.
     """
 
-    def __init__(self, model: PreTrainedModel, family: Family, small_model: bool, uniform_shapes: bool) -> None:
+    def __init__(self, model: PreTrainedModel, family: Family, with_pruned_model: bool, uniform_shapes: bool) -> None:
         super().__init__(model, family)
-        self.small_model, self.uniform_shapes = small_model, uniform_shapes
+        self.with_pruned_model, self.uniform_shapes = with_pruned_model, uniform_shapes
 
     def write(self, folder: Path, masks: list[LayerMask], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
         zero_removed(self.model, self.family, masks)
         save_checkpoint(self.model, tokenizer, folder)
-        if not self.small_model:
+        if not self.with_pruned_model:
             return None
-        small = shrink(self.model, self.family, masks, self.uniform_shapes)
-        save_checkpoint(small, tokenizer, folder / PRUNED_MODEL_FOLDER)
-        return small
+        pruned_model = shrink(self.model, self.family, masks, self.uniform_shapes)
+        save_checkpoint(pruned_model, tokenizer, folder / PRUNED_MODEL_FOLDER)
+        return pruned_model
 
 
 class CheckpointShards:
-    """One checkpoint in the making, shard by shard.
+    """A checkpoint that is written shard by shard.
 
     Args:
-        folder: made if missing.
-        model: of its classes and shapes; no weights of it are looked at.
-        family: its row of the table.
+        folder: checkpoint folder, created if missing.
+        model: model with the classes and shapes of the checkpoint; its weights are not used.
+        family: family of the model.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, family: Family) -> None:
         self.folder, self.model, self.family = folder, model, family
         self._total = len(family.decoder_layers(model)) + 1
         folder.mkdir(parents=True, exist_ok=True)
-        # What a run that was cut off had begun to write beside whole shards.
+        # Partial files of an interrupted run beside its complete shards.
         for entry in folder.iterdir():
             if entry.is_dir() and entry.name != PRUNED_MODEL_FOLDER:
                 shutil.rmtree(entry)
@@ -109,34 +109,34 @@ class CheckpointShards:
                 entry.unlink()
 
     def has_layer(self, index: int) -> bool:
-        """Whether that layer was written."""
+        """Whether the shard of layer ``index`` is written."""
         return self._path(index).exists()
 
     def write_layer(self, index: int, tensors: dict[str, Tensor]) -> None:
-        """Write the tensors of a layer, by their names in it."""
+        """Write the shard of layer ``index``; ``tensors`` by their names in the layer."""
         self._write(index, {f"{self.family.layers}.{index}.{name}": tensor for name, tensor in tensors.items()})
 
-    def write_outside(self, tensors: dict[str, Tensor]) -> None:
-        """Write what is outside of the layers."""
+    def write_non_layer_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Write the shard of the tensors outside the decoder layers."""
         self._write(self._total - 1, tensors)
 
     def finish(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write everything but weights: the index of the shards, configuration, code, tokenizer."""
-        places: dict[str, str] = {}
+        """Write everything except weights: the index of the shards, configuration, code, tokenizer."""
+        weight_map: dict[str, str] = {}
         for number in range(self._total):
             with safe_open(self._path(number), "pt") as file:
-                places |= dict.fromkeys(file.keys(), self._path(number).name)
+                weight_map |= dict.fromkeys(file.keys(), self._path(number).name)
         size = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
-        content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         write_json_atomic(self.folder / SAFE_WEIGHTS_INDEX_NAME, content)
-        # The library would take the shards for those of an earlier save.
+        # Saved elsewhere first: save_pretrained would remove the shards as those of an earlier save.
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
             save_checkpoint(self.model, tokenizer, Path(name), state_dict={})
             for entry in Path(name).iterdir():
                 entry.replace(self.folder / entry.name)
 
     def _write(self, number: int, tensors: dict[str, Tensor]) -> None:
-        # Experts are stored one by one, whatever they are in memory.
+        # Experts are stored individually, whatever their format in memory.
         from transformers.core_model_loading import revert_weight_conversion
 
         stored = revert_weight_conversion(self.model, tensors)
@@ -147,47 +147,52 @@ class CheckpointShards:
 
 
 class StreamedOutput(CheckpointWriter):
-    """The checkpoints of a streamed run, written while it goes: a shard a layer, and one for what is outside of them.
+    """Writer of a streamed run: one shard per layer, written as soon as the layer is done, and one for other tensors.
 
     Args:
-        folder: where they are made.
-        host: brings the layers, and says when one is settled.
-        planned: masks of the sizes that pruning will give.
-        small_model: make the small one too.
-        uniform_shapes: of the library's own class.
+        folder: temporary folder of the checkpoints.
+        host: offloaded model, which calls back when a layer is done.
+        planned: masks with the planned sizes.
+        with_pruned_model: also write the pruned model.
+        uniform_shapes: the pruned model is a stock checkpoint.
     """
 
     def __init__(
-        self, folder: Path, host: OffloadedModel, planned: list[LayerMask], small_model: bool, uniform_shapes: bool
+        self,
+        folder: Path,
+        host: OffloadedModel,
+        planned: list[LayerMask],
+        with_pruned_model: bool,
+        uniform_shapes: bool,
     ) -> None:
         super().__init__(host.model, host.family)
         self.host, self.folder = host, folder
-        self.zeroed = CheckpointShards(folder, host.model, host.family)
-        self.small: CheckpointShards | None = None
-        if not small_model:
+        self.masked = CheckpointShards(folder, host.model, host.family)
+        self.pruned: CheckpointShards | None = None
+        if not with_pruned_model:
             shutil.rmtree(folder / PRUNED_MODEL_FOLDER, ignore_errors=True)
         else:
             skeleton = pruned_on_meta(host.model, host.family, planned, uniform_shapes)
-            self.small = CheckpointShards(folder / PRUNED_MODEL_FOLDER, skeleton, host.family)
+            self.pruned = CheckpointShards(folder / PRUNED_MODEL_FOLDER, skeleton, host.family)
         host.on_settled = self._write_layer
 
     def write(self, folder: Path, masks: list[LayerMask], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
-        """Write what is missing yet, and move all into ``folder``, of the same disk."""
+        """Write the missing shards, and move all files into ``folder``, which is on the same disk."""
         for index, mask in enumerate(masks):
-            # The layer-wise pruner stops after the last pruned layer.
+            # Layers after the last pruned one were never onloaded.
             if not self._has_layer(index):
                 self.host.onload(index, CPU)
                 self.host.offload(index, mask)
-        outside = self.host.read_non_layer_tensors()
+        non_layer_tensors = self.host.read_non_layer_tensors()
         for shards in self._checkpoints():
-            shards.write_outside(outside)
+            shards.write_non_layer_tensors(non_layer_tensors)
             shards.finish(tokenizer)
         for entry in list(self.folder.iterdir()):
             entry.replace(folder / entry.name)
-        return self.small and self.small.model
+        return self.pruned and self.pruned.model
 
     def _checkpoints(self) -> list[CheckpointShards]:
-        return [self.zeroed, self.small] if self.small else [self.zeroed]
+        return [self.masked, self.pruned] if self.pruned else [self.masked]
 
     def _has_layer(self, index: int) -> bool:
         return all(shards.has_layer(index) for shards in self._checkpoints())
@@ -195,10 +200,10 @@ class StreamedOutput(CheckpointWriter):
     def _write_layer(self, index: int, layer: nn.Module, mask: LayerMask) -> None:
         if self._has_layer(index):
             return
-        if self.small:
-            self.small.write_layer(index, shrink_layer(layer, self.family, mask))
+        if self.pruned:
+            self.pruned.write_layer(index, shrink_layer(layer, self.family, mask))
         zero_layer(layer, self.family, mask)
-        self.zeroed.write_layer(index, layer.state_dict())
+        self.masked.write_layer(index, layer.state_dict())
 
 
 def write_output(
@@ -208,19 +213,19 @@ def write_output(
     masks: list[LayerMask],
     record: RunRecord,
 ) -> None:
-    """Write ``save_dir``, whole or not at all.
+    """Write the output folder ``save_dir`` atomically.
 
     Args:
-        save_dir: the folder.
-        output: what writes the checkpoints.
-        tokenizer: the model's.
-        masks: a mask a layer.
-        record: content of ``run.json``; completed by the sizes and the provenance of the output.
+        save_dir: output folder.
+        output: writer of the checkpoints.
+        tokenizer: tokenizer of the model.
+        masks: one mask per layer.
+        record: content of ``run.json``; sizes and provenance are added.
     """
     with atomic_folder(save_dir) as folder:
-        small = output.write(folder, masks, tokenizer)
-        if small is not None:
-            record.sizes.parameters_pruned = count_parameters(small)
+        pruned_model = output.write(folder, masks, tokenizer)
+        if pruned_model is not None:
+            record.sizes.parameters_pruned = count_parameters(pruned_model)
         remaining = remaining_weights(output.family.decoder_layers(output.model), output.family, masks)
         texts = hub_datasets(source["name"] for source in record.calibration["sources"])
         step = pruning_step(pruning_settings(record.to_json()), remaining, texts)
@@ -233,15 +238,15 @@ def write_output(
 
 
 @contextmanager
-def saved_before(save_dir: str) -> Iterator[None]:
-    """While the output, if there is a ``save_dir``, is evaluated: whatever fails, the message says that it is saved."""
-    note = f"{save_dir} is saved, but not evaluated; --resume evaluates it, --resume --skip_evaluate ends without"
+def note_saved_output(save_dir: str) -> Iterator[None]:
+    """Add to errors of the evaluation that the output in ``save_dir``, if any, is already saved."""
+    note = f"{save_dir} is saved, but not evaluated; --resume evaluates it, --resume --skip_evaluate skips this"
     with annotate_errors(note) if save_dir else nullcontext():
         yield
 
 
 def write_record(folder: Path, masks: list[LayerMask], record: RunRecord) -> None:
-    """Write ``run.json``, and the model card that is made from it where there is a small model."""
+    """Write ``run.json`` and, if there is a pruned model, its model card."""
     write_json_atomic(folder / RUN_FILE, record.to_json())
     arguments = record.arguments
     if arguments["save_pruned_weights"]:

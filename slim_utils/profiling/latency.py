@@ -21,8 +21,8 @@ class Latency:
     """Seconds of every repeat, and their medians.
 
     Attributes:
-        prefill_runs: forwards over the whole prompt, filling the cache.
-        decode_runs: one decoding step of the whole batch, the mean over a repeat's steps.
+        prefill_runs: seconds of the prefill, a forward over the whole prompt that fills the cache.
+        decode_runs: seconds of one decoding step of the batch, as the mean over the steps of a repeat.
     """
 
     prefill_runs: list[float]
@@ -30,37 +30,37 @@ class Latency:
 
     @property
     def prefill_seconds(self) -> float:
-        """Median of the prefill."""
+        """Median seconds of the prefill."""
         return statistics.median(self.prefill_runs)
 
     @property
     def decode_seconds(self) -> float:
-        """Median of a decoding step."""
+        """Median seconds of a decoding step."""
         return statistics.median(self.decode_runs)
 
 
 def measure_latency(
     models: list[PreTrainedModel], batch_size: int, prompt_tokens: int, new_tokens: int, repeats: int
 ) -> list[Latency]:
-    """Greedy generation timed in turns, so that whatever else the machine does falls on all models alike.
+    """Latency of greedy generation with each model; runs alternate, so that other load affects all models equally.
 
     Args:
-        models: each on its device; they share a vocabulary size or each gets tokens of its own.
-        batch_size: sequences at once.
+        models: models on their devices; models with the same vocabulary size get the same tokens.
+        batch_size: sequences per batch.
         prompt_tokens: length of the prompts.
         new_tokens: decoding steps after the prompt.
-        repeats: measured runs of each model, after an unmeasured one.
+        repeats: measured runs of each model, after ``WARM_UPS`` unmeasured ones.
     """
     timings: list[list[tuple[float, float]]] = [[] for _ in models]
     for _ in range(WARM_UPS + repeats):
-        for model, measured in zip(models, timings, strict=True):
-            measured.append(_generate_once(model, batch_size, prompt_tokens, new_tokens))
-    return [Latency(*map(list, zip(*measured[WARM_UPS:], strict=True))) for measured in timings]
+        for model, runs in zip(models, timings, strict=True):
+            runs.append(_generate_once(model, batch_size, prompt_tokens, new_tokens))
+    return [Latency(*map(list, zip(*runs[WARM_UPS:], strict=True))) for runs in timings]
 
 
 @torch.no_grad()
 def _generate_once(model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
-    """Seconds of the prefill, and of one decoding step on average."""
+    """Seconds of the prefill, and mean seconds of a decoding step."""
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, model.config.vocab_size, (batch_size, prompt_tokens), generator=generator)
     prompt = prompt.to(model.device)
@@ -73,14 +73,14 @@ def _generate_once(model: PreTrainedModel, batch_size: int, prompt_tokens: int, 
 
 
 def _step(model: PreTrainedModel, tokens: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
-    """One forward on ``tokens`` (batch, n): the likeliest next token (batch, 1), and the cache."""
-    # As generate does: logits of the last position only.
+    """The most likely next token (batch, 1) and the cache, from one forward on ``tokens`` (batch, n)."""
+    # Logits of the last position only, as in generate.
     output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return output.logits.argmax(-1), output.past_key_values
 
 
 def _now(device: torch.device) -> float:
-    """Seconds on a clock that is read when ``device`` has done what it was given."""
+    """Clock in seconds, read after synchronising ``device``."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

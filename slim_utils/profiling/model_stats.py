@@ -1,4 +1,4 @@
-"""Sizes of a model: parameters, multiply-accumulates, memory, and the share of the block weights a pruning removes."""
+"""Sizes of a model: parameters, multiply-accumulates, memory, and the share of the block weights removed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from slim_utils.params_remove import kept_indices
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Key and value of a head.
+# Key and value.
 _CACHED_PER_HEAD = 2
 
 
@@ -28,9 +28,9 @@ class LayerStats:
 
     Attributes:
         shape: heads, kv heads and FFN columns.
-        parameters: all of the layer, norms and biases included.
+        parameters: parameters of the layer, including norms and biases.
         macs: multiply-accumulates of the counted forward.
-        kv_cache_bytes: bytes the cache grows by at each token of a sequence.
+        kv_cache_bytes: bytes of the KV cache per token.
     """
 
     shape: LayerShape
@@ -44,10 +44,10 @@ class ModelStats:
     """Sizes of a causal language model.
 
     Attributes:
-        parameters: tied ones count once.
-        macs: multiply-accumulates of the counted forward, logits included.
+        parameters: parameters; tied ones count once.
+        macs: multiply-accumulates of the counted forward, including logits.
         weight_bytes: bytes of the parameters.
-        layers: one entry a decoder layer.
+        layers: one entry per decoder layer.
     """
 
     parameters: int
@@ -57,30 +57,30 @@ class ModelStats:
 
     @property
     def kv_cache_bytes(self) -> int:
-        """Bytes the cache of all layers grows by at each token of a sequence."""
+        """Bytes of the KV cache per token, over all layers."""
         return sum(layer.kv_cache_bytes for layer in self.layers)
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters of ``model``; tied ones count once."""
+    """Number of parameters of ``model``; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def model_stats(config: PreTrainedConfig, seq_len: int = 64, dtype: torch.dtype | None = None) -> ModelStats:
-    """Sizes of the model that ``config`` describes; its weights are not needed.
+    """Sizes of the model that ``config`` describes, without its weights.
 
     Args:
-        config: of a family of the table.
-        seq_len: the forward counted is on (1, ``seq_len``) tokens.
-        dtype: of weights and cache (default: the configuration's, else fp32).
+        config: configuration of a supported family.
+        seq_len: MACs are counted for a forward on (1, ``seq_len``) tokens.
+        dtype: dtype of weights and cache (default: that of the configuration, else fp32).
 
     Raises:
-        UserError: for a family that is not in the table.
+        UserError: for an unsupported family.
     """
     family = find_family(config)
     config = copy.deepcopy(config)
-    # Eager attention is made of matrix products, which the counter knows on every device.
-    # So are experts as batches of them, each token with those it is routed to.
+    # Eager attention and batched experts (each token with the experts it is routed to) consist of matrix products,
+    # which the FLOP counter supports on every device.
     model = model_on_meta(
         config,
         attn_implementation="eager",
@@ -108,10 +108,10 @@ def model_stats(config: PreTrainedConfig, seq_len: int = 64, dtype: torch.dtype 
 
 @torch.no_grad()
 def _count_forward(model: PreTrainedModel, seq_len: int) -> FlopCounterMode:
-    """Torch's own count of a forward on (1, ``seq_len``) tokens; attention counts the whole ``seq_len``² square."""
+    """Torch's FLOP counter after a forward on (1, ``seq_len``) tokens; attention counts all ``seq_len``² pairs."""
     with torch.device("meta"):
         tokens = torch.zeros(1, seq_len, dtype=torch.long)
-        # A mask of four dimensions is taken as it is; making one would look at values, which are not there.
+        # A 4-D mask is used as is; building one would read values, which meta tensors do not have.
         positions = torch.arange(seq_len)[None]
         mask = torch.zeros(1, 1, seq_len, seq_len, dtype=model.dtype)
         with FlopCounterMode(display=False) as counter:
@@ -124,15 +124,15 @@ def removed_share(layers: nn.ModuleList, family: Family, masks: list[LayerMask])
 
     Args:
         layers: decoder layers in their shapes before removal.
-        family: their row of the table.
-        masks: a mask a layer.
+        family: family of the model.
+        masks: one mask per layer.
     """
     sizes = [weights_of(layer, family, mask) for layer, mask in zip(layers, masks, strict=True)]
     return sum(removed for removed, _ in sizes) / sum(total for _, total in sizes)
 
 
 def weights_of(layer: nn.Module, family: Family, mask: LayerMask) -> tuple[int, int]:
-    """Block weights of ``layer`` that ``mask`` removes, and all of them."""
+    """Number of block weights of ``layer`` that ``mask`` removes, and of all its block weights."""
     parameters = dict(layer.named_parameters())
     total = removed = 0
     for name, (dim, kept) in kept_indices(family, mask).items():

@@ -1,1 +1,1 @@
-"""The page that compares runs."""
+"""HTML report of runs and benchmarks."""

@@ -1,6 +1,6 @@
-"""Figures of a report, from plain numbers: by layer, perplexity against size, bars.
+"""Figures of a report: lines by layer, perplexity against size, bars.
 
-Every function makes a ``matplotlib`` figure of its own; nothing is shown and no global setting of the library changes.
+Every function returns a new ``matplotlib`` figure; nothing is shown and no global setting of the library is changed.
 """
 
 import math
@@ -18,11 +18,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from slim_utils.report.sources import METHOD_NAMES
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; yellow, faint on white, comes last.
+# The colour-blind safe palette of Okabe and Ito; yellow, faint on white, comes last.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "osD^vPX*"
 DENSE, INK = "#7A7F87", "#24292F"
-# The axis of a perplexity ends at so many times that of the dense model where a method breaks down.
+# Perplexity axes end at this multiple of the dense model's perplexity if a method exceeds it.
 BREAKDOWN = 100
 DPI = 144
 STYLE = {
@@ -46,7 +46,7 @@ STYLE = {
     "legend.handlelength": 2.4,
     "lines.linewidth": 1.6,
     "text.color": INK,
-    # A dollar in a path is a dollar.
+    # Dollar signs in paths are literal.
     "text.parse_math": False,
     "xtick.color": "#57606A",
     "xtick.labelcolor": INK,
@@ -57,13 +57,13 @@ STYLE = {
 
 @dataclass(frozen=True)
 class LayerLine:
-    """One value a layer, NaN where there is none; a logarithmic axis leaves out those that are not positive too.
+    """A line with one value per layer, NaN for none; log axes also skip values that are not positive.
 
     Attributes:
-        label: in the legend.
-        values: from layer 0 on.
-        colour: index into ``COLOURS``, or None for the dense model's grey.
-        dashed: drawn so.
+        label: label in the legend.
+        values: values from layer 0 on.
+        colour: index into ``COLOURS``, or ``None`` for the grey of the dense model.
+        dashed: whether the line is dashed.
     """
 
     label: str
@@ -74,7 +74,7 @@ class LayerLine:
 
 @dataclass(frozen=True)
 class LayerPanel:
-    """Lines over the layers of a model; ``unit`` is the label of the value's axis."""
+    """Lines over the layers of a model; ``unit`` is the label of the y axis."""
 
     title: str
     unit: str
@@ -85,7 +85,7 @@ class LayerPanel:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar; ``runs`` are the single measurements behind it, drawn as dots."""
+    """One bar; ``runs`` are its individual measurements, drawn as dots."""
 
     label: str
     value: float
@@ -94,7 +94,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class BarPanel:
-    """Bars that share an axis; ``unit`` is its label."""
+    """Bars on one axis; ``unit`` is its label."""
 
     title: str
     unit: str
@@ -103,7 +103,7 @@ class BarPanel:
 
 @dataclass(frozen=True)
 class Curve:
-    """Perplexity of one method against the share removed (%), mean and standard deviation over seeds."""
+    """Points (share removed in %, mean perplexity, standard deviation over seeds) of one method."""
 
     method: str
     points: list[tuple[float, float, float]]
@@ -114,10 +114,11 @@ class PerplexityPanel:
     """Curves of one evaluation text.
 
     Attributes:
-        title: the text, and the attention where there are several.
-        dense: perplexity of the dense model; None if it was not measured.
-        curves: of the methods.
-        limit: where the axis ends; None if no mean is beyond ``BREAKDOWN`` times the dense model's, or the lowest.
+        title: the text, and the kind of attention if there are several.
+        dense: perplexity of the dense model; ``None`` if it was not measured.
+        curves: curves of the methods.
+        limit: end of the axis, ``BREAKDOWN`` times the perplexity of the dense model (or the lowest mean); ``None`` if
+            no mean exceeds it.
     """
 
     title: str
@@ -128,14 +129,14 @@ class PerplexityPanel:
 
 @rc_context(STYLE)
 def layer_figure(panels: list[LayerPanel]) -> Figure:
-    """Panels by layer, two a row, with one legend for all."""
+    """Figure of ``panels``, two per row, with a shared legend."""
     figure, axes = _grid(len(panels), columns=2, size=(4.9, 2.9))
     handles: dict[str, Artist] = {}
     for ax, panel in zip(axes, panels, strict=True):
         ax.set(title=panel.title, xlabel="layer", ylabel=panel.unit)
         for line in panel.lines:
             values = [value if value > 0 or not panel.log else math.nan for value in line.values]
-            (drawn,) = ax.plot(
+            (handle,) = ax.plot(
                 values,
                 color=_colour(line.colour),
                 linestyle=_dashes(line.colour or 0, line.dashed),
@@ -143,13 +144,13 @@ def layer_figure(panels: list[LayerPanel]) -> Figure:
                 marker=None if panel.steps or line.colour is None else _marker(line.colour),
                 markersize=3.5,
             )
-            handles.setdefault(line.label, drawn)
+            handles.setdefault(line.label, handle)
         ax.set_xlim(-0.5, max(1, *(len(line.values) for line in panel.lines)) - 0.5)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if panel.log:
             _log_axis(ax)
         else:
-            # Room above, also where all values are the same.
+            # Leaves room above, also if all values are equal.
             ax.set_ylim(0, 1.08 * max((value for line in panel.lines for value in line.values if value > 0), default=1))
     _legend(figure, handles)
     return figure
@@ -157,9 +158,9 @@ def layer_figure(panels: list[LayerPanel]) -> Figure:
 
 @rc_context(STYLE)
 def bar_figure(panels: list[BarPanel], columns: int = 2) -> Figure:
-    """Panels of lying bars, ``columns`` a row; the labels stand once where a row's panels share them."""
-    tallest = max(len(panel.bars) for panel in panels)
-    figure, axes = _grid(len(panels), columns, size=(9.8 / columns, 0.95 + 0.34 * tallest))
+    """Figure of horizontal bars, ``columns`` panels per row; panels of a row share their labels if they are equal."""
+    max_bars = max(len(panel.bars) for panel in panels)
+    figure, axes = _grid(len(panels), columns, size=(9.8 / columns, 0.95 + 0.34 * max_bars))
     for index, (ax, panel) in enumerate(zip(axes, panels, strict=True)):
         ax.set(title=panel.title, xlabel=panel.unit)
         labels = [bar.label for bar in panel.bars]
@@ -167,13 +168,11 @@ def bar_figure(panels: list[BarPanel], columns: int = 2) -> Figure:
         ax.barh(range(len(labels)), [bar.value for bar in panel.bars], color=colours, height=0.66)
         for row, bar in enumerate(panel.bars):
             ax.plot(bar.runs, [row] * len(bar.runs), "o", color=INK, markersize=2.8, alpha=0.7)
-            furthest = max([bar.value, *bar.runs])
-            ax.annotate(
-                _number(bar.value), (furthest, row), (5, 0), textcoords="offset points", va="center", fontsize=8.5
-            )
-        left = panels[index - 1] if index % columns else None
-        repeated = left is not None and labels == [bar.label for bar in left.bars]
-        ax.set_yticks(range(len(labels)), [""] * len(labels) if repeated else list(map(_shortened, labels)))
+            end = max([bar.value, *bar.runs])
+            ax.annotate(_number(bar.value), (end, row), (5, 0), textcoords="offset points", va="center", fontsize=8.5)
+        left_panel = panels[index - 1] if index % columns else None
+        repeated = left_panel is not None and labels == [bar.label for bar in left_panel.bars]
+        ax.set_yticks(range(len(labels)), [""] * len(labels) if repeated else list(map(_shorten, labels)))
         ax.set_ylim(len(labels) - 0.4, -0.6)
         ax.margins(x=0.16)
         ax.set_xlim(left=0)
@@ -183,37 +182,37 @@ def bar_figure(panels: list[BarPanel], columns: int = 2) -> Figure:
 
 
 def perplexity_panels(rows: Iterable[dict[str, Any]]) -> list[PerplexityPanel]:
-    """A panel for every kind of attention and evaluation text of ``rows``, in the order they come in.
+    """A panel for every kind of attention and evaluation text of ``rows``, in their order.
 
     Args:
-        rows: as in the results of ``bench_quality.py``: ``heads``, ``method``, ``share`` (0 for the dense model), and
-            ``perplexity`` by the name of the text; ``share_removed`` where it is known. Rows of the same heads, method
-            and share are of different seeds.
+        rows: rows as in the results of ``bench_quality.py``: ``heads``, ``method``, ``share`` (0 for the dense model),
+            ``perplexity`` by the name of the text, and ``share_removed`` if known. Rows with the same heads, method
+            and share differ in their seed.
     """
     rows = list(rows)
     kinds, texts = (list(dict.fromkeys(names)) for names in ((row["heads"] for row in rows), _texts(rows)))
     panels = []
     for heads in kinds:
         for text in texts:
-            own = [row for row in rows if row["heads"] == heads and text in row["perplexity"]]
-            if own:
+            panel_rows = [row for row in rows if row["heads"] == heads and text in row["perplexity"]]
+            if panel_rows:
                 title = text if len(kinds) == 1 else f"{text}, {heads.replace('_', ' ')} heads"
-                panels.append(_perplexity_panel(title, text, own))
+                panels.append(_perplexity_panel(title, text, panel_rows))
     return panels
 
 
 @rc_context(STYLE)
 def perplexity_figure(rows: Iterable[dict[str, Any]], names: dict[str, str] = METHOD_NAMES) -> Figure:
-    """Perplexity against the share removed: a panel a text, a line a method, the dense model as a level.
+    """Figure of perplexity against the share removed, one panel per text, one line per method, the dense model dashed.
 
     Args:
-        rows: as for :func:`perplexity_panels`.
+        rows: rows as for :func:`perplexity_panels`.
         names: labels of methods, in the order of the legend; other methods follow under their own names.
     """
     rows = list(rows)
     panels = perplexity_panels(rows)
-    found = list(dict.fromkeys(row["method"] for row in rows if row["share"]))
-    methods = [name for name in names if name in found] + [name for name in found if name not in names]
+    row_methods = list(dict.fromkeys(row["method"] for row in rows if row["share"]))
+    methods = [name for name in names if name in row_methods] + [name for name in row_methods if name not in names]
     figure, axes = _grid(len(panels), columns=_columns(rows, len(panels)), size=(4.6, 3.7))
     handles: dict[str, Artist] = {}
     for ax, panel in zip(axes, panels, strict=True):
@@ -235,7 +234,7 @@ def perplexity_figure(rows: Iterable[dict[str, Any]], names: dict[str, str] = ME
 
 
 def _columns(rows: list[dict[str, Any]], panels: int) -> int:
-    """A row for each kind of attention, or rows of two or three."""
+    """Panels per row: one row per kind of attention, or rows of two or three."""
     texts = len(set(_texts(rows)))
     return texts if texts <= 3 else 2 if panels == 4 else 3
 
@@ -262,36 +261,36 @@ def _perplexity_panel(title: str, text: str, rows: list[dict[str, Any]]) -> Perp
         curves.append(Curve(method, points))
     means = [mean for curve in curves for _, mean, _ in curve.points]
     limit = BREAKDOWN * min(dense or means)
-    beyond = any(mean > limit for mean in means)
-    return PerplexityPanel(title, statistics.mean(dense) if dense else None, curves, limit if beyond else None)
+    exceeded = any(mean > limit for mean in means)
+    return PerplexityPanel(title, statistics.mean(dense) if dense else None, curves, limit if exceeded else None)
 
 
 def _draw_curve(ax: Axes, curve: Curve, panel: PerplexityPanel, style: int, off_axis: dict[int, int]) -> None:
-    """One method; ``off_axis`` counts the points beyond the axis at each share, whose figures go above each other."""
+    """Draw one method; ``off_axis`` counts the points beyond the axis at each share, whose values are stacked."""
     colour, limit = _colour(style), panel.limit or math.inf
     start = [(0.0, panel.dense, 0.0)] if panel.dense is not None else []
     points = [*start, *curve.points]
-    # Up to the first point beyond the axis; from there on, nothing is to be seen of it.
-    seen = next((index + 1 for index, (_, mean, _) in enumerate(points) if mean > limit), len(points))
+    # The line ends at the first point beyond the axis.
+    visible = next((index + 1 for index, (_, mean, _) in enumerate(points) if mean > limit), len(points))
     ax.plot(
-        [x for x, _, _ in points[:seen]],
-        [min(mean, limit) for _, mean, _ in points[:seen]],
+        [x for x, _, _ in points[:visible]],
+        [min(mean, limit) for _, mean, _ in points[:visible]],
         _dashes(style),
         color=colour,
     )
     inside = [point for point in curve.points if point[1] <= limit]
     if inside:
         shares, means, deviations = zip(*inside, strict=True)
-        # A logarithmic axis has no place for a bar that reaches zero.
+        # On a log axis, error bars must not reach zero.
         below = [min(deviation, 0.9 * mean) for mean, deviation in zip(means, deviations, strict=True)]
         bars = (below, deviations) if any(deviations) else None
         ax.errorbar(shares, means, bars, fmt=_marker(style), color=colour, markersize=5.5, capsize=3, linewidth=1.1)
     for share, mean, _ in curve.points:
         if mean > limit:
             ax.plot(share, limit, marker="^", color=colour, markersize=8, clip_on=False)
-            place = off_axis[round(share)] = off_axis.get(round(share), 0) + 1
+            position = off_axis[round(share)] = off_axis.get(round(share), 0) + 1
             ax.annotate(
-                f"{mean:.2g}", (share, limit), (0, 11 * place - 1), textcoords="offset points",
+                f"{mean:.2g}", (share, limit), (0, 11 * position - 1), textcoords="offset points",
                 ha="center", va="center", color=colour, fontsize=8.5,
             )  # fmt: skip
 
@@ -301,7 +300,7 @@ def _curve_handle(style: int) -> Artist:
 
 
 def _grid(count: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """``count`` axes, ``columns`` a row, each of ``size`` in inches, on a figure that ends at the last."""
+    """A figure with ``count`` axes, ``columns`` per row, each of ``size`` in inches."""
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     width = max(6.0, columns * size[0])
@@ -313,18 +312,18 @@ def _grid(count: int, columns: int, size: tuple[float, float]) -> tuple[Figure, 
 
 
 def _legend(figure: Figure, handles: dict[str, Artist]) -> None:
-    """Below the axes, and the figure taller by as much."""
+    """Add a legend below the axes and make the figure taller by its height."""
     width, height = figure.get_size_inches()
-    # The library leaves labels out that begin with an underscore.
-    labels = [_shortened(label) if label[0] != "_" else f" {_shortened(label)}" for label in handles]
-    longest = max(map(len, labels))
-    columns = max(1, min(len(labels), int(width / (0.7 + 0.085 * longest))))
+    # matplotlib skips labels that start with an underscore.
+    labels = [_shorten(label) if label[0] != "_" else f" {_shorten(label)}" for label in handles]
+    max_length = max(map(len, labels))
+    columns = max(1, min(len(labels), int(width / (0.7 + 0.085 * max_length))))
     figure.set_size_inches(width, height + 0.15 + 0.22 * math.ceil(len(labels) / columns))
     figure.legend(handles.values(), labels, loc="outside lower center", ncols=columns)
 
 
 def _log_axis(ax: Axes) -> None:
-    """Logarithmic values with as many plain labels as fit."""
+    """Set a log scale with as many plain tick labels as fit."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     if high / low < 6:
@@ -341,19 +340,19 @@ def _colour(index: int | None) -> str:
 
 
 def _marker(index: int) -> str:
-    """Another one where the colours begin anew."""
+    """Marker of a line; changes each time the colours repeat."""
     return MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
 
 
 def _dashes(index: int, dashed: bool = False) -> str:
-    """Of a line; others where the colours begin anew."""
+    """Line style of a line; changes each time the colours repeat."""
     return (("-", "--"), ("-.", ":"))[index // len(COLOURS) % 2][dashed]
 
 
 def _number(value: float) -> str:
-    """Three digits, or all of those before the point."""
+    """Three significant digits, or all digits before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
-def _shortened(label: str, longest: int = 60) -> str:
-    return label if len(label) <= longest else f"{label[: longest // 2]}…{label[-longest // 2 :]}"
+def _shorten(label: str, max_length: int = 60) -> str:
+    return label if len(label) <= max_length else f"{label[: max_length // 2]}…{label[-max_length // 2 :]}"

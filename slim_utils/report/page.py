@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that asks for nothing else, from the template beside this module."""
+"""The page of a report: a self-contained HTML file, rendered from the template beside this module."""
 
 import base64
 from collections.abc import Iterable
@@ -9,17 +9,17 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from slim_utils.report.contents import SECTIONS, Plot
-from slim_utils.report.sources import Rows, Source, flat
+from slim_utils.report.sources import Rows, Source, flatten
 
 TEMPLATE = "report.html.j2"
-# Of what a file says beside its rows, these come first; the others are in the command or in the rows.
+# Top-level keys that are listed first, and keys that are skipped because the command or the rows contain them.
 _FIRST_FACTS = ("command", "seed", "versions", "hardware")
-_NO_FACTS = ("arguments", "prompt", "dense", "pruned", "models", "runs")
+_SKIPPED_FACTS = ("arguments", "prompt", "dense", "pruned", "models", "runs")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as it was drawn: the bytes of its PNG, and its width and height in pixels of the page."""
+    """A drawn figure: the bytes of its PNG, and its width and height in CSS pixels."""
 
     plot: Plot
     png: bytes
@@ -28,17 +28,17 @@ class Picture:
 
     @property
     def base64(self) -> str:
-        """The PNG as text."""
+        """The PNG, base64-encoded."""
         return base64.b64encode(self.png).decode("ascii")
 
 
 def page(pictures: list[Picture], sources: list[tuple[Source, Rows]], made_by: str) -> str:
-    """The whole page.
+    """The HTML of the report.
 
     Args:
-        pictures: by section.
-        sources: with their numbers.
-        made_by: the command and the versions that made it.
+        pictures: figures, ordered by section.
+        sources: sources with their flat rows.
+        made_by: footer with the command and the versions.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -60,13 +60,13 @@ def page(pictures: list[Picture], sources: list[tuple[Source, Rows]], made_by: s
 
 
 def _article(source: Source, rows: Rows) -> dict[str, Any]:
-    """What the template shows of a source; the table has a column for every name that any row has."""
+    """Template variables of a source; the table has a column for every name in any row."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     return {"label": source.label, "facts": list(_facts(source)), "columns": columns, "rows": rows}
 
 
 def _facts(source: Source) -> Iterable[tuple[str, str, bool]]:
-    """What the file says of itself as a whole: a name, a text, and whether the text is code."""
+    """Facts about a source: name, text, and whether the text is code."""
     yield "kind", source.kind, False
     yield "file", str(source.path), True
     record = source.record
@@ -74,8 +74,8 @@ def _facts(source: Source) -> Iterable[tuple[str, str, bool]]:
         value = record.get(name)
         if name == "command" and value:
             yield name, value, True
-        elif name not in _NO_FACTS:
-            parts = flat(value) if isinstance(value, dict) else flat({"": value})
+        elif name not in _SKIPPED_FACTS:
+            parts = flatten(value) if isinstance(value, dict) else flatten({"": value})
             text = ", ".join(f"{key} {_text(part)}".strip() for key, part in parts)
             if text:
                 yield name.replace("_", " "), text, False

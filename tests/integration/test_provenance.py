@@ -1,4 +1,4 @@
-"""Base, prunings, recoveries and licence of a model, told by all that is made from it."""
+"""Base, pruning steps, recovery steps and licence of a model, in the files of all models made from it."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def block_weights(path: Path) -> int:
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]])
-def test_cards_of_pruned_recovered_and_pruned_again_models(base, prune, words, tmp_path, stream):
+def test_model_card_of_repeated_pruning_and_recovery_has_all_steps(base, prune, words, tmp_path, stream):
     prune(base, tmp_path / "one", "--sparsity", 0.25, *stream)
     finetune(words(tmp_path / "one" / "pruned_weights", "--use_lora", "true"))
     fused = tmp_path / "out" / "lora_fused_model"
@@ -63,7 +63,7 @@ def test_cards_of_pruned_recovered_and_pruned_again_models(base, prune, words, t
         assert title in card.content
         assert f"tiny-model without {100 * share:.1f} % of the weights" in card.content
         assert ("no training" in card.content) == (len(kinds) == 1)
-        assert ("in 2 prunings" in card.content) == (kinds.count("pruning") == 2)
+        assert ("in 2 pruning runs" in card.content) == (kinds.count("pruning") == 2)
         assert (card.data.license_name, "That of the base model: tiny." in card.content) == ("tiny", True)
         assert (folder / "LICENSE.txt").read_text() == "the licence"
         config = AutoConfig.from_pretrained(folder)
@@ -76,16 +76,16 @@ def test_cards_of_pruned_recovered_and_pruned_again_models(base, prune, words, t
             assert f"| {index} | {shape.num_heads} of 6 | {shape.num_kv_heads} of 2 | {shape.ffn_width} of 40 |" in (
                 card.content
             )
-        # It may be published: nothing of where it was made.
+        # Safe to publish: no local paths.
         assert str(tmp_path.parent) not in card.content + (folder / "slimgpt.json").read_text()
     assert "| trained | LoRA adapters of rank 8 on q_proj," in ModelCard.load(again / "README.md").content
-    assert "| text | tokens of a window | the first of them | before | after |" in (fused / "README.md").read_text()
+    assert "| text | tokens per window | first token | before | after |" in (fused / "README.md").read_text()
     record = json.loads((tmp_path / "two" / "run.json").read_text())
     assert record["sizes"]["block_share_removed_in_total"] == pytest.approx(1 - block_weights(again) / dense)
     assert record["sizes"]["block_share_removed"] < record["sizes"]["block_share_removed_in_total"]
 
 
-def test_cards_of_a_masked_model_and_of_masks_from_elsewhere(base, prune, words, tmp_path):
+def test_model_card_of_mask_training_has_the_share_of_the_masks(base, prune, words, tmp_path):
     prune(base, tmp_path / "one", "--sparsity", 0.4)
     share = 1 - block_weights(tmp_path / "one" / "pruned_weights") / block_weights(base)
     flags = ["--is_mask_training", "true", "--mask_config_dir", tmp_path / "one", "--overwrite", "true"]
@@ -97,22 +97,22 @@ def test_cards_of_a_masked_model_and_of_masks_from_elsewhere(base, prune, words,
             assert "| pruned weights kept at zero | yes |" in card and "| trained | all weights |" in card
             assert (folder / "LICENSE.txt").is_file()
         assert "| masks | one |" in card or model == tmp_path / "one"
-    # A masked model keeps its shapes: pruned again, what was removed is not counted twice.
+    # A masked model keeps its shapes: pruned again, its removed weights are not counted twice.
     prune(tmp_path / "out", tmp_path / "two", "--sparsity", 0.5)
-    small = tmp_path / "two" / "pruned_weights"
-    share = 1 - block_weights(small) / block_weights(base)
-    assert f"tiny-model without {100 * share:.1f} % of the weights" in (small / "README.md").read_text()
+    pruned = tmp_path / "two" / "pruned_weights"
+    share = 1 - block_weights(pruned) / block_weights(base)
+    assert f"tiny-model without {100 * share:.1f} % of the weights" in (pruned / "README.md").read_text()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 9}', '{"format": 1}'])
-def test_read_provenance_of_a_damaged_file_starts_anew(base, content):
+def test_read_provenance_of_a_damaged_file_starts_over(base, content):
     (base / "slimgpt.json").write_text(content)
     provenance = read_provenance(str(base), AutoConfig.from_pretrained(base))
     assert (provenance["base"]["name"], provenance["steps"]) == ("tiny-model", [])
     assert provenance["base"]["block_weights"] == block_weights(base)
 
 
-def test_card_of_a_model_that_was_only_fine_tuned(base, words, tmp_path):
+def test_model_card_without_pruning_says_fine_tuned(base, words, tmp_path):
     finetune(words(base, "--use_lora", "true"))
     card = (tmp_path / "out" / "lora_fused_model" / "README.md").read_text()
     assert "# tiny-model, fine-tuned\n\ntiny-model, fine-tuned.\n" in card and "SlimGPT]" not in card

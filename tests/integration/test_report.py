@@ -105,7 +105,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path):
     (tmp_path / "strange.json").write_text('{"a": 1}', encoding="utf-8")
     process = report(tmp_path / "strange.json", "--out", tmp_path / "out")
     assert process.returncode == 2
-    assert re.fullmatch(r"report\.py: error: RUN \S+strange\.json: of an unknown kind; .+\n", process.stderr)
+    assert re.fullmatch(r"report\.py: error: RUN \S+strange\.json: unknown kind of file; .+\n", process.stderr)
     assert [path.name for path in tmp_path.iterdir()] == ["strange.json"]
 
 

@@ -103,7 +103,7 @@ def test_a_sliding_window_ends_the_context(tmp_path, bpe, uniform, caplog):
     _, folder = save(tmp_path, bpe, "mistral", uniform)
     keys, arch = values(export(folder)), "llama" if uniform else "deci"
     assert keys[f"{arch}.context_length"] == keys[f"{arch}.attention.sliding_window"] == 8
-    assert "the context length is that of the window, 8 tokens instead of 64" in caplog.text
+    assert "the context length is set to the window, 8 tokens instead of 64" in caplog.text
 
 
 @pytest.mark.parametrize("window", [None, 64])
@@ -119,13 +119,13 @@ ROPE = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"hidden_act": "gelu"}, r"hidden_act 'gelu' is not exported; llama\.cpp's LLaMA has silu alone"),
-        ({"rope_parameters": ROPE | {"rope_type": "dynamic"}}, "rotary embeddings of type 'dynamic' are not exported"),
+        ({"hidden_act": "gelu"}, r"hidden_act 'gelu' is not supported; llama\.cpp's LLaMA only has silu"),
+        ({"rope_parameters": ROPE | {"rope_type": "dynamic"}}, "rotary embeddings 'dynamic' is not supported"),
         (
             {"rope_parameters": ROPE | {"rope_type": "yarn", "original_max_position_embeddings": 32}},
-            "rotary embeddings of type 'yarn' are not exported; exported: default, linear, llama3",
+            "rotary embeddings 'yarn' is not supported; supported: default, linear, llama3",
         ),
-        ({"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}, "rotary embeddings of a part of each head"),
+        ({"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}, "partial rotary embeddings"),
     ],
 )
 def test_check_exportable_refuses_what_changes_the_maths(overrides, message):
@@ -166,7 +166,7 @@ def test_every_variant_is_exported(tmp_path, bpe, variant):
 
 def test_what_llama_cpp_cannot_hold(tmp_path, bpe, tokenizer):
     _, folder = save(tmp_path, bpe)
-    with pytest.raises(UserError, match=r"--outtype q8_0 packs 32 .* prune with --multiple_of 32"):
+    with pytest.raises(UserError, match=r"--outtype q8_0 packs blocks of 32 .* prune with --multiple_of 32"):
         export(folder, "--outtype", "q8_0")
     (tmp_path / "model.gguf").write_text("mine")
     with pytest.raises(UserError, match="exists; choose another or pass --overwrite"):
@@ -177,9 +177,9 @@ def test_what_llama_cpp_cannot_hold(tmp_path, bpe, tokenizer):
     export(folder, "--overwrite")
     (tmp_path / "model.gguf").unlink()
     tokenizer.save_pretrained(folder)
-    with pytest.raises(UserError, match="a tokenizer of type WordLevel"):
+    with pytest.raises(UserError, match="tokenizers of type WordLevel"):
         export(folder)
     assert not (tmp_path / "model.gguf").exists()
     make_tiny("qwen3").save_pretrained(folder)
-    with pytest.raises(UserError, match="model type 'qwen3' is not exported; exported: llama, mistral"):
+    with pytest.raises(UserError, match="model type 'qwen3' is not supported; supported: llama, mistral"):
         export(folder)

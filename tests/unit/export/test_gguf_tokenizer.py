@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF files: splitting rules, kinds of tokens, spaces, and what llama.cpp would split otherwise."""
+"""Tokenizers in GGUF files: pre-tokenizers, token types, spaces, and tokenizers that llama.cpp cannot reproduce."""
 
 import json
 
@@ -65,7 +65,7 @@ def test_pre_tokenizer_name_ignore_merges_that_changes_nothing_is_of_no_account(
     assert pre_tokenizer_name(rule(split(TEKKEN), AFTER_SPLIT), "here") == "tekken"
     # "abb" is a token that merging "a", "b", "b" does not reach.
     unreached = {"vocab": {"a": 0, "b": 1, "ab": 2, "bb": 3, "abb": 4}, "merges": [["a", "b"], ["b", "b"], ["a", "bb"]]}
-    with pytest.raises(UserError, match=r"llama\.cpp has no name for"):
+    with pytest.raises(UserError, match=r"llama\.cpp does not support"):
         pre_tokenizer_name(rule(split(QWEN2), AFTER_SPLIT, model=unreached | whole), "here")
 
 
@@ -87,7 +87,7 @@ def test_pre_tokenizer_name_ignore_merges_that_changes_nothing_is_of_no_account(
 )
 def test_pre_tokenizer_name_refuses_every_other_rule(steps):
     with pytest.raises(
-        UserError, match=r"here: llama\.cpp has no name for the tokenizer's splitting rule \[.*\]"
+        UserError, match=r"here: llama\.cpp does not support the tokenizer's pre-tokenizer \[.*\]"
     ) as error:
         pre_tokenizer_name(rule(*steps), "here")
     assert "\n" not in str(error.value)
@@ -95,8 +95,10 @@ def test_pre_tokenizer_name_refuses_every_other_rule(steps):
 
 def test_pre_tokenizer_name_of_a_normalizer(caplog):
     assert pre_tokenizer_name(rule(BYTES, normalizer={"type": "NFC"}), "here") == "gpt-2"
-    assert "does not bring text to NFC" in caplog.text
-    with pytest.raises(UserError, match=r"here: llama\.cpp does not have the tokenizer's normalizer \['Lowercase'\]"):
+    assert "does not normalise text to NFC" in caplog.text
+    with pytest.raises(
+        UserError, match=r"here: llama\.cpp does not support the tokenizer's normalizer \['Lowercase'\]"
+    ):
         pre_tokenizer_name(rule(BYTES, normalizer={"type": "Lowercase"}), "here")
 
 
@@ -142,7 +144,7 @@ def test_space_prefix_refuses_other_treatment_of_text():
         rule(metaspace, {"type": "Digits", "individual_digits": True}),
         rule(normalizer={"type": "Prepend", "prepend": "▁"}),
     ):
-        with pytest.raises(UserError, match=r"here: llama\.cpp's SentencePiece does not have the tokenizer's steps"):
+        with pytest.raises(UserError, match=r"here: llama\.cpp's SentencePiece does not support the tokenizer's steps"):
             space_prefix(content, "here")
 
 
@@ -173,7 +175,7 @@ def test_read_vocabulary_refuses_dropout():
     def drop(content):
         content["model"]["dropout"] = 0.5
 
-    with pytest.raises(UserError, match=r"here: a tokenizer with dropout, which llama\.cpp does not have"):
+    with pytest.raises(UserError, match=r"here: the tokenizer uses dropout, which llama\.cpp does not support"):
         read_vocabulary(changed(byte_level("gpt-2"), drop), 600, "here")
 
 

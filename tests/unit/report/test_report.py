@@ -1,4 +1,4 @@
-"""What a report reads, and what it draws."""
+"""Sources and figures of a report."""
 
 import json
 import math
@@ -23,8 +23,8 @@ from slim_utils.report.sources import (
     RECOVERY,
     RUN,
     SERVING,
+    SINKS,
     SPEED,
-    STARTS,
     raw_rows,
     read_sources,
 )
@@ -43,7 +43,7 @@ KINDS = {
     "smollm2_distillation_best": RECOVERY,
     "layer_choices": CHOICES,
     "bench_calibration": CALIBRATION,
-    "text_starts": STARTS,
+    "text_starts": SINKS,
     "constants": CONSTANTS,
 }
 PART = {"error_before_compensation": 0.2, "error_after_compensation": 0.1}
@@ -73,27 +73,27 @@ def row(method: str, share: float, perplexity: dict[str, float], seed: int = 0) 
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_results_of_benchmarks_are_told_apart(name):
+def test_read_sources_of_benchmark_results_recognises_their_kind(name):
     (source,) = read_sources([RESULTS / f"{name}.json"])
     assert (source.kind, source.label) == (KINDS[name], name)
     assert plots([source])
     assert all(raw_rows(source))
 
 
-def test_every_result_has_a_place_in_the_report():
+def test_plots_of_all_results_fill_every_section():
     sources = read_sources(sorted(RESULTS.glob("*.json")))
     assert {source.kind for source in sources} == set(KINDS.values())
     assert {plot.section for plot in plots(sources)} == {KEPT, ERRORS, SIZES, COSTS}
 
 
-def test_a_run_that_was_not_evaluated_has_no_perplexity(tmp_path):
+def test_plots_of_a_run_without_evaluation_have_no_perplexity(tmp_path):
     (source,) = read_sources([write(tmp_path / "out" / "run.json", RUN_RECORD).parent])
     assert (source.kind, source.label, source.masks) == (RUN, "out", None)
     assert [plot.section for plot in plots([source])] == [ERRORS, COSTS]
 
 
-def test_layers_keep_their_numbers(tmp_path):
-    """The record has layers that lose something alone."""
+def test_plots_of_pruned_layers_keep_layer_numbers(tmp_path):
+    """The record only has pruned layers."""
     (source,) = read_sources([write(tmp_path / "run.json", RUN_RECORD)])
     figure = plots([source])[0].draw()
     line = figure.axes[0].get_lines()[1]
@@ -101,13 +101,13 @@ def test_layers_keep_their_numbers(tmp_path):
     assert line.get_ydata()[1:].tolist() == [0.1, 0.1]
 
 
-def test_a_run_in_which_nothing_was_pruned_is_drawn(tmp_path):
+def test_plots_of_a_run_without_pruned_layers_are_drawn(tmp_path):
     (source,) = read_sources([write(tmp_path / "run.json", {**RUN_RECORD, "layers": []})])
     for plot in plots([source]):
         plot.draw().canvas.draw()
 
 
-def test_losses_of_a_search_are_drawn(tmp_path):
+def test_plots_of_a_sensitivity_analysis_draw_its_losses(tmp_path):
     search = [{"layer": i, "attention": {"loss": loss}, "mlp": {"loss": 0.5}} for i, loss in enumerate([0.25, None])]
     (source,) = read_sources([write(tmp_path / "run.json", {**RUN_RECORD, "search": search})])
     (plot,) = (plot for plot in plots([source]) if plot.name.endswith("_losses"))
@@ -115,7 +115,7 @@ def test_losses_of_a_search_are_drawn(tmp_path):
     assert heads[0] == 0.25 and math.isnan(heads[1]) and columns == [0.5, 0.5]
 
 
-def test_losses_of_later_layers_keep_their_numbers(tmp_path):
+def test_plots_of_losses_of_later_layers_keep_layer_numbers(tmp_path):
     search = [{"layer": 2, "attention": {"loss": 0.25}, "mlp": {"loss": 0.5}}]
     (source,) = read_sources([write(tmp_path / "run.json", {**RUN_RECORD, "search": search})])
     (plot,) = (plot for plot in plots([source]) if plot.name.endswith("_losses"))
@@ -123,7 +123,7 @@ def test_losses_of_later_layers_keep_their_numbers(tmp_path):
     assert all(map(math.isnan, values[:2])) and values[2:] == [0.25]
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path):
+def test_read_sources_with_equal_names_gives_distinct_labels(tmp_path):
     paths = [write(tmp_path / parent / "run.json", RUN_RECORD) for parent in ("a", "b")]
     assert [source.label for source in read_sources(paths)] == ["a", "b"]
     for parent in ("a", "b"):
@@ -140,14 +140,14 @@ UNREADABLE = {
     "empty": ({}, "unknown kind"),
     "unknown": ({"rows": [{"loss": 1.0}]}, "unknown kind"),
     "no rows": ({"rows": []}, "unknown kind"),
-    "run without its parts": ({**RUN_RECORD, "layers": [{"layer": 0}]}, "not a whole file of its kind"),
-    "rows without figures": ({"rows": [row("flap", 0.2, {"c4": 9.0})]}, "not a whole file of its kind"),
+    "run without its parts": ({**RUN_RECORD, "layers": [{"layer": 0}]}, "incomplete file of the kind"),
+    "rows without figures": ({"rows": [row("flap", 0.2, {"c4": 9.0})]}, "incomplete file of the kind"),
     "damaged beside it": (RUN_RECORD, "pruning.json: not a pruning.json of this suite"),
 }
 
 
 @pytest.mark.parametrize("case", UNREADABLE)
-def test_what_cannot_be_read_is_named_in_one_line(case, tmp_path):
+def test_report_of_an_unreadable_source_raises_one_line(case, tmp_path):
     content, message = UNREADABLE[case]
     path = tmp_path / "input" / "file.json"
     if content is not None:
@@ -161,13 +161,13 @@ def test_what_cannot_be_read_is_named_in_one_line(case, tmp_path):
     assert not (tmp_path / "report").exists()
 
 
-def test_a_folder_that_is_no_run_is_named(tmp_path):
+def test_read_sources_of_a_folder_without_run_json_is_refused(tmp_path):
     (tmp_path / PRUNED_MODEL_FOLDER).mkdir()
     with pytest.raises(UserError, match=r"no run\.json in this folder"):
         read_sources([tmp_path / PRUNED_MODEL_FOLDER])
 
 
-def test_an_existing_folder_needs_overwrite_and_an_earlier_report(tmp_path):
+def test_report_to_an_existing_folder_needs_overwrite_and_an_earlier_report(tmp_path):
     out, source = tmp_path / "report", RESULTS / "serving_speed.json"
     main(source, "--out", out)
     (out / "index.html").write_text("earlier", encoding="utf-8")
@@ -179,14 +179,14 @@ def test_an_existing_folder_needs_overwrite_and_an_earlier_report(tmp_path):
     write(tmp_path / "other" / "index.html", "mine")
     with pytest.raises(UserError, match="not the output of an earlier run"):
         main(source, "--out", tmp_path / "other", "--overwrite")
-    # Nor is a pruned model.
+    # A pruning run is not an earlier report either.
     write(tmp_path / "pruned" / "run.json", RUN_RECORD)
     with pytest.raises(UserError, match=r"not the output of an earlier run"):
         main(tmp_path / "pruned", "--out", tmp_path / "pruned", "--overwrite")
     assert {path.name for path in tmp_path.iterdir()} == {"report", "other", "pruned"}
 
 
-def test_seeds_give_mean_and_deviation():
+def test_perplexity_panels_of_several_seeds_have_mean_and_deviation():
     rows = [row("dense", 0.0, {"c4": 10.0})]
     rows += [row("flap", 0.2, {"c4": value}, seed) for seed, value in enumerate((20.0, 30.0, 40.0))]
     (panel,) = perplexity_panels(rows)
@@ -195,7 +195,7 @@ def test_seeds_give_mean_and_deviation():
 
 
 @pytest.mark.parametrize("beyond", [11.0 * BREAKDOWN, math.inf, math.nan])
-def test_a_method_that_breaks_down_does_not_squash_the_others(beyond):
+def test_perplexity_figure_of_a_broken_method_limits_the_axis(beyond):
     rows = [row("dense", 0.0, {"c4": 10.0}), row("magnitude", 0.2, {"c4": beyond}), row("flap", 0.2, {"c4": 20.0})]
     (panel,) = perplexity_panels(rows)
     assert panel.limit == 10.0 * BREAKDOWN
@@ -204,7 +204,7 @@ def test_a_method_that_breaks_down_does_not_squash_the_others(beyond):
     assert f"{beyond:.2g}".replace("nan", "inf") in [text.get_text() for text in ax.texts]
 
 
-def test_methods_and_texts_need_not_be_known():
+def test_perplexity_figure_of_unknown_methods_and_texts_draws_them():
     rows = [row("dense", 0.0, {"c4": 10.0}), row("new_one", 0.2, {"c4": 20.0, "ptb": 30.0})]
     rows += [row("flap", 0.2, {"c4": 21.0}), {**row("flap", 0.2, {"ptb": 5.0}), "heads": "native"}]
     assert [panel.title for panel in perplexity_panels(rows)] == [
@@ -216,7 +216,7 @@ def test_methods_and_texts_need_not_be_known():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "FLAP", "new_one"]
 
 
-def test_labels_stand_as_they_are(tmp_path):
+def test_page_with_special_characters_in_labels_escapes_them(tmp_path):
     record = {**RUN_RECORD, "perplexity": [{"dataset": "<b>", "seqlen": 8, "perplexity": 3.0}]}
     sources = read_sources([write(tmp_path / name / "run.json", record) for name in ("_$a$<i>", "b" * 100)])
     drawn = [report.picture(plot) for plot in plots(sources)]
@@ -228,8 +228,8 @@ def test_labels_stand_as_they_are(tmp_path):
     assert len(report.file_names(drawn * 2)) == len(set(report.file_names(drawn * 2)))
 
 
-def test_more_methods_than_colours_look_different():
+def test_perplexity_figure_of_more_methods_than_colours_has_distinct_styles():
     rows = [row("dense", 0.0, {"c4": 10.0}), *(row(f"method {i}", 0.2, {"c4": 20.0 + i}) for i in range(16))]
     handles = perplexity_figure(rows).legends[0].legend_handles
-    looks = {(handle.get_color(), handle.get_marker(), handle.get_linestyle()) for handle in handles}
-    assert len(looks) == 17
+    styles = {(handle.get_color(), handle.get_marker(), handle.get_linestyle()) for handle in handles}
+    assert len(styles) == 17
