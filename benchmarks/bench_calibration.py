@@ -1,14 +1,14 @@
-"""What the calibration text, the number of samples and their length do to the pruned model.
+"""Effect of the calibration text, the number of samples and their length on the pruned model.
 
     python -m benchmarks.bench_calibration SmolLM2-135M-Instruct --calib_files wikitext2=wikitext2/valid.tokens.txt \
         c4=c4/sample.jsonl alpaca=alpaca/stanford_original.jsonl \
         --eval_files wikitext2=wikitext2/test.tokens.txt c4=c4/sample.jsonl ptb=ptb/valid.txt \
         --out benchmarks/results/bench_calibration.json
 
-The protocol: fp32, plain multi-head attention, 20 % of the block weights, log_increase from 0.0625, exact heads, groups
-of 32 columns, damping 0.01; windows of the calibration text drawn by the seed, none of them from its first 16384
-tokens, since evaluation takes the first 8 × 1024 tokens of its texts. Of each text 32 × 512 tokens; of the first one
-other numbers of samples, and other lengths of as many tokens. Rows that --out has are not measured again.
+Protocol: fp32, multi-head attention, 20 % of the block weights removed, log_increase from 0.0625, exact head scores,
+groups of 32 columns, damping 0.01. Calibration: random windows (--seed) that skip the first 16384 tokens of the text,
+since evaluation uses the first 8 × 1024 tokens; 32 × 512 tokens of each text and, for the first text, other numbers and
+lengths of samples. Rows that are already in --out are not measured again.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench_quality import EVAL_SEQLEN, EVAL_WINDOWS, FINE, LOG_INCREASE, pruned_by
+from benchmarks.bench_quality import EVAL_SEQLEN, EVAL_WINDOWS, FINE, LOG_INCREASE, prune_with
 from benchmarks.measuring import eval_sets, file_tokens, measure_missing_rows, named_files
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
 from ppl_eval.ppl_eval import perplexity
@@ -36,12 +36,12 @@ from slim_utils.slim_dataset import random_windows
 logger = logging.getLogger("bench_calibration")
 
 SHARE, SKIPPED = 0.2, 16384
-# Samples and their length, of the first text.
+# Number and length of the samples of the first text.
 SIZES = ((8, 512), (128, 512), (128, 128), (8, 2048))
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags; the rest of the protocol is fixed."""
+    """Parser of the flags; the rest of the protocol is fixed."""
     parser = ArgumentParser(prog="bench_calibration.py", description="Perplexity by calibration data.")
     parser.add_argument("model", help="SmolLM2-135M as a checkpoint folder")
     parser.add_argument("--calib_files", nargs="+", required=True, metavar="NAME=FILE")
@@ -54,12 +54,12 @@ def build_parser() -> argparse.ArgumentParser:
 def measure(
     args: argparse.Namespace, files: dict[str, Path], sets: dict[str, Tensor], text: str, num_samples: int, seqlen: int
 ) -> dict[str, Any]:
-    """One row: calibrated on one of ``files``, evaluated on the windows ``sets``."""
+    """One row: calibrated on the file ``text`` of ``files``, evaluated on the windows ``sets``."""
     tokens = file_tokens(load_tokenizer(args.model, False), files[text])
     samples = random_windows(tokens[SKIPPED:], num_samples, seqlen, args.seed, text)
     model = repeat_kv_heads(load_model(args.model, "float32", False))
     start = time.perf_counter()
-    pruned_by(replace(FINE, target_ratio=SHARE, **LOG_INCREASE), model, samples)
+    prune_with(replace(FINE, target_ratio=SHARE, **LOG_INCREASE), model, samples)
     seconds = round(time.perf_counter() - start, 1)
     row = {"text": text, "num_samples": num_samples, "seqlen": seqlen, "seed": args.seed, "seconds": seconds}
     row["perplexity"] = {name: perplexity(model, windows, 2) for name, windows in sets.items()}
@@ -68,19 +68,19 @@ def measure(
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure the rows that are missing."""
+    """Measure the missing rows and print the table."""
     files = named_files("--calib_files", args.calib_files)
     sets = eval_sets(load_tokenizer(args.model, False), args.eval_files, EVAL_WINDOWS, EVAL_SEQLEN)
     protocol = {"share": SHARE, "evaluation": [EVAL_WINDOWS, EVAL_SEQLEN], "percdamp": PERCDAMP, "skipped": SKIPPED}
     protocol |= {"seed": args.seed, "texts": sorted(args.calib_files + args.eval_files)}
     first = next(iter(files))
-    wanted = [(text, NUM_SAMPLES, SEQLEN) for text in files] + [(first, *size) for size in SIZES]
+    keys = [(text, NUM_SAMPLES, SEQLEN) for text in files] + [(first, *size) for size in SIZES]
     names = ("text", "num_samples", "seqlen")
-    print(table(measure_missing_rows(args.out, protocol, names, wanted, partial(measure, args, files, sets))))
+    print(table(measure_missing_rows(args.out, protocol, names, keys, partial(measure, args, files, sets))))
 
 
 def table(record: dict[str, Any]) -> str:
-    """As it stands in docs/results.md."""
+    """The table in docs/results.md."""
     texts, lines = list(record["rows"][0]["perplexity"]), []
     for row in record["rows"]:
         figures = [f"{row['perplexity'][text]:.2f}" for text in texts]

@@ -1,4 +1,4 @@
-"""Seconds and memory of pruning: this suite against the original's procedure, in turns in one run.
+"""Time and memory of pruning: this suite against the original's procedure, alternating in one run.
 
     python -m benchmarks.bench_prune SmolLM2-135M-Instruct --num_samples 32 --seqlen 512 --layers 12 \
         --out benchmarks/results/bench_prune_smollm2.json
@@ -9,11 +9,11 @@
     python -m benchmarks.bench_prune llama-7b --num_samples 128 --seqlen 2048 --layers 32 --dtype bfloat16 \
         --device cuda --out benchmarks/results/bench_prune_gpu.json
 
-MODEL is a checkpoint folder of the class LLaMA, or a name of ``SHAPES`` with random weights. Only the first
---layers are made and pruned, by --sparsity, whole kv groups, damping 0.01; loading and saving are apart. Random tokens.
-Each measurement is in a process of its own, --repeats of each in turns, then half the samples and half the layers, to
-show how the cost grows. The parts of ours (forward, Hessian, solve) are beside their floating-point operations. A third
-measurement is ours with exact scores of heads and columns in groups of --column_group.
+MODEL is a LLaMA checkpoint folder, or a name of ``SHAPES`` with random weights. Only the first --layers are built and
+pruned, by --sparsity, whole kv groups, damping 0.01, on random tokens, without loading and saving. Every measurement
+runs in its own process: --repeats of each procedure, alternating, then half the samples and half the layers, to show
+how the cost scales. The parts of this suite (forward, Hessian, solve) are recorded with their floating-point
+operations. The third procedure is this suite with exact head scores and columns in groups of --column_group.
 """
 
 import argparse
@@ -83,22 +83,22 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Parser of the flags."""
     parser = ArgumentParser(
-        prog="bench_prune.py", description="Seconds and memory of pruning, ours and the original's."
+        prog="bench_prune.py", description="Time and memory of pruning, this suite and the original."
     )
     parser.add_argument("model", help=f"checkpoint folder, or one of {', '.join(SHAPES)} with random weights")
     parser.add_argument("--num_samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=6, help="the first so many layers")
+    parser.add_argument("--layers", type=int, default=6, help="number of layers (the first ones)")
     parser.add_argument("--sparsity", type=float, default=0.2)
     parser.add_argument("--dtype", choices=[name for name in DTYPES if name != "auto"], default="float32")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--cache_dev", help="where ours keeps activations (default: --device)")
+    parser.add_argument("--cache_dev", help="device of cached activations, ours only (default: --device)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--overwrite", action="store_true")
-    parser.add_argument("--column_group", type=int, default=16, help="of the third way, beside exact scores of heads")
+    parser.add_argument("--column_group", type=int, default=16, help="columns per step of ours_fine")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
     return parser
@@ -108,7 +108,7 @@ def shape_config(args: argparse.Namespace) -> PreTrainedConfig:
     """Configuration of the first ``--layers`` layers."""
     config = LlamaConfig(**SHAPES[args.model]) if args.model in SHAPES else AutoConfig.from_pretrained(args.model)
     if config.model_type != "llama":
-        raise UserError(f"{args.model}: the original's procedure is written for LLaMA, not for {config.model_type}")
+        raise UserError(f"{args.model}: only LLaMA is supported, not {config.model_type}")
     config.num_hidden_layers = min(args.layers, config.num_hidden_layers)
     return config
 
@@ -121,7 +121,7 @@ def make_model(args: argparse.Namespace) -> PreTrainedModel:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model = model.to_empty(device="cpu").eval()
-    # Rotary frequencies are not parameters: they are made anew.
+    # Rotary frequencies are buffers, which to_empty leaves uninitialised.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     generator = torch.Generator().manual_seed(SEED)
     for parameter in model.parameters():
@@ -130,20 +130,20 @@ def make_model(args: argparse.Namespace) -> PreTrainedModel:
 
 
 class Stopwatch:
-    """Seconds spent in methods, waiting for the device before and after each."""
+    """Seconds spent in functions, with the device synchronised before and after each call."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: dict[str, float] = {}
 
     def now(self) -> float:
-        """Seconds when the device has done what it was given."""
+        """Clock in seconds, read after synchronising the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, its seconds counted under ``name``."""
+        """``function`` with its seconds accumulated under ``name``."""
 
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -185,9 +185,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def operations(args: argparse.Namespace) -> dict[str, float]:
-    """Floating-point operations that the parts cost at least, all layers together.
+    """Minimum floating-point operations of each part, over all layers.
 
-    Forward: every weight once a token, and causal attention. Hessian: half of a symmetric product, for each of the two
+    Forward: every weight once per token, and causal attention. Hessian: half of a symmetric product for each of the two
     maps. Solve: :func:`solver_operations`.
     """
     config = shape_config(args)
@@ -205,23 +205,23 @@ def operations(args: argparse.Namespace) -> dict[str, float]:
 
 
 def solver_operations(columns: int, rows: int, pruned: int) -> float:
-    """Operations of one solve at least: inverse (n³), a panel a pruned column (n k²), the weights (2 out n k)."""
+    """Minimum operations of one solve: inverse (n³), a panel per pruned column (n k²), the weights (2 out n k)."""
     return columns**3 + columns * pruned**2 + 2 * rows * columns * pruned
 
 
-def measure_apart(args: argparse.Namespace, way: str, **changes: int) -> dict[str, Any]:
-    """:func:`measure` in a process of its own, with some arguments changed."""
-    words = [args.model, "--measure", way, "--device", args.device]
-    words += ["--cache_dev", args.cache_dev] if args.cache_dev else []
+def measure_in_subprocess(args: argparse.Namespace, way: str, **changes: int) -> dict[str, Any]:
+    """:func:`measure` of the procedure ``way`` in a new process, with some arguments changed."""
+    argv = [args.model, "--measure", way, "--device", args.device]
+    argv += ["--cache_dev", args.cache_dev] if args.cache_dev else []
     for name in SETTINGS:
-        words += [f"--{name}", changes.get(name, getattr(args, name))]
-    result = measure_in_new_process(__file__, words, way)
+        argv += [f"--{name}", changes.get(name, getattr(args, name))]
+    result = measure_in_new_process(__file__, argv, way)
     logger.info("%s %s: %.2f s, peak %s", way, changes or "", result["seconds"], result["peak_memory_mib"])
     return result
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product, the median of five."""
+    """Operations per second of a large matrix product; median of five."""
     size, watch, rates = (8192 if device.type == "cuda" else 2048), Stopwatch(device), []
     a = torch.randn(size, size, device=device).to(dtype)
     for _ in range(5):
@@ -232,23 +232,23 @@ def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure in turns and write, or be the process that measures."""
+    """Measure all procedures alternately and write ``--out``; with ``--measure``, run a single measurement."""
     if args.measure:
         write_json_atomic(args.out, measure(args))
         return
     check_output_file(args.out, args.overwrite, "--out")
     if "ours" not in args.ways:
-        raise UserError("--ways: the others are compared with ours; name it too")
+        raise UserError("--ways: ours is the reference of the comparison; add it")
     if min(args.layers, args.num_samples) < 2 or args.repeats < 1:
         raise UserError("--layers and --num_samples: at least 2, --repeats at least 1")
     device = choose_device(args.device)
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in args.ways}
     for _ in range(args.repeats):
         for way, measured in runs.items():
-            measured.append(measure_apart(args, way))
+            measured.append(measure_in_subprocess(args, way))
     medians = {way: statistics.median(run["seconds"] for run in measured) for way, measured in runs.items()}
     half = {"num_samples": args.num_samples // 2}, {"layers": args.layers // 2}
-    growth = [{**changes, "seconds": measure_apart(args, "ours", **changes)["seconds"]} for changes in half]
+    growth = [{**changes, "seconds": measure_in_subprocess(args, "ours", **changes)["seconds"]} for changes in half]
     floor = operations(args)
     parts = min(runs["ours"], key=lambda run: abs(run["seconds"] - medians["ours"]))["parts"]
     record = {

@@ -1,18 +1,18 @@
-"""Perplexity of SmolLM2-135M pruned by this suite, by the original's procedure and by others, at the same size.
+"""Perplexity of SmolLM2-135M at equal size, pruned by this suite, by the paper's procedure and by other methods.
 
     python -m benchmarks.bench_quality SmolLM2-135M-Instruct --calib_file wikitext2/valid.tokens.txt \
         --eval_files wikitext2=wikitext2/test.tokens.txt c4=c4/sample.jsonl ptb=ptb/valid.txt \
         --out benchmarks/results/bench_quality.json
 
-The protocol: fp32; 32 windows × 512 tokens of the calibration text, drawn by the seed, for all methods alike; the first
-8 × 1024 tokens of every evaluation text, no special tokens, 1023 targets a window; nothing is chosen on those
-texts, but that first tokens get lost (benchmarks/text_starts.py) was noticed there.
-Share: of the attention and MLP weights. Heads: ``repeated`` is plain multi-head attention (every query head has its own
-copy of the key/value head), ``native`` is grouped-query attention by query heads.
+Protocol: fp32; calibration on 32 × 512 tokens, random windows (--seeds) shared by all methods; perplexity of the first
+8 × 1024 tokens of every evaluation text, no special tokens, 1023 targets per window. Nothing is tuned on these texts,
+except that the loss of attention sinks (benchmarks/text_starts.py) was noticed on them. Shares are those of the
+attention and MLP weights. Heads: ``repeated`` is multi-head attention (every query head has its own copy of the
+key/value head), ``native`` is grouped-query attention, pruned by query heads.
 
-Every row is measured in a process of its own, so that its peak memory is its own. Rows that --out has are not measured
-again: a benchmark that was cut off goes on where it was. What the search measures at a first share serves the others;
-its seconds are in the row that measured it.
+Every row is measured in its own process, for its peak memory. Rows that are already in --out are not measured again,
+so an interrupted benchmark can be resumed. A sensitivity analysis is reused at the other shares; its seconds are in the
+row that ran it.
 """
 
 import argparse
@@ -55,7 +55,7 @@ MIN_SPARSITY = 0.0625
 LOG_INCREASE = {"allocation": "log_increase", "min_sparsity": MIN_SPARSITY}
 PAPER = PruningConfig(device="cpu", cache_dev="cpu", percdamp=PERCDAMP)
 FINE = replace(PAPER, exact_heads=True, column_group=BEST_COLUMN_GROUP)
-# As --preset best for a model whose samples begin with no BOS.
+# --preset best for a model whose samples have no BOS.
 BEST = replace(FINE, allocation=SENSITIVITY, sink_windows=BEST_SINK_WINDOWS)
 HEADS = ("repeated", "native")
 
@@ -63,67 +63,66 @@ Pruner = Callable[[PreTrainedModel, Tensor, float, PruningSettings, Path], list[
 
 
 def planner(config: PruningConfig, model: PreTrainedModel) -> Planner:
-    """The planner of a run of ``config`` on ``model``."""
+    """Planner of a run with ``config`` on ``model``."""
     return Planner(config, ResidentModel(model, find_family(model.config)))
 
 
-def pruned_by(
+def prune_with(
     config: PruningConfig,
     model: PreTrainedModel,
     samples: Tensor,
-    kept: Callable[[int], Path | None] = no_cache,
+    cache: Callable[[int], Path | None] = no_cache,
 ) -> list[LayerMask]:
-    """Prune ``model`` in place as a run of ``config``; ``kept`` is ``cache_file`` of :meth:`Planner.measured_plans`."""
+    """Prune ``model`` in place like a run with ``config``; ``cache`` as for :meth:`Planner.measured_plans`."""
     starts = sink_windows(samples, config.sink_windows) if config.sink_windows else None
     run = planner(config, model)
-    plans = run.measured_plans(samples, starts, kept)[0] if config.measures else run.plans()
+    plans = run.measured_plans(samples, starts, cache)[0] if config.measures else run.plans()
     return prune_layers(model, find_family(model.config), samples, plans, run.settings, starts=starts)[0]
 
 
-def by_slimgpt(config: PruningConfig) -> Pruner:
-    """SlimGPT as a run of ``config`` with a target; the sensitivity analysis of a model is kept for other targets."""
+def slimgpt(config: PruningConfig) -> Pruner:
+    """SlimGPT with ``config`` and a target ratio; the sensitivity analysis of a model is cached for other targets."""
 
     def prune(
-        model: PreTrainedModel, samples: Tensor, share: float, settings: PruningSettings, measured: Path
+        model: PreTrainedModel, samples: Tensor, share: float, settings: PruningSettings, cache_file: Path
     ) -> list[LayerMask]:
-        kept = {0: measured}
-        return pruned_by(replace(config, target_ratio=share), model, samples, kept.get)
+        return prune_with(replace(config, target_ratio=share), model, samples, {0: cache_file}.get)
 
     return prune
 
 
 def uniform_counts(model: PreTrainedModel, share: float) -> list[list[int]]:
-    """Units of heads and columns of every layer that one ratio for all removes, to one column of ``share``."""
+    """Numbers of head units and columns to remove per layer with a uniform ratio, within one column of ``share``."""
     uniform = planner(replace(PAPER, target_ratio=share), model)
-    return [list(own.counts(plan)) for own, plan in zip(uniform.units, uniform.plans(), strict=True)]
+    return [list(units.counts(plan)) for units, plan in zip(uniform.units, uniform.plans(), strict=True)]
 
 
-def without_file(function: Callable[..., list[LayerMask]]) -> Pruner:
-    """A pruner that keeps nothing."""
-    return lambda model, samples, share, settings, measured: function(model, samples, share, settings)
+def without_cache(function: Callable[..., list[LayerMask]]) -> Pruner:
+    """``function`` as a pruner that ignores the cache file."""
+    return lambda model, samples, share, settings, cache_file: function(model, samples, share, settings)
 
 
 METHODS: dict[str, Pruner] = {
-    "magnitude": without_file(
+    "magnitude": without_cache(
         lambda model, samples, share, settings: prune_magnitude(model, uniform_counts(model, share))
     ),
-    "wanda_sp": without_file(
+    "wanda_sp": without_cache(
         lambda model, samples, share, settings: prune_wanda_sp(model, samples, uniform_counts(model, share), settings)
     ),
-    "flap": without_file(prune_flap),
-    "slimgpt_uniform": by_slimgpt(replace(PAPER, allocation="uniform")),
-    "slimgpt_log_increase": by_slimgpt(replace(PAPER, **LOG_INCREASE)),
-    "fine_log_increase": by_slimgpt(replace(FINE, **LOG_INCREASE)),
-    "best": by_slimgpt(BEST),
-    "refined": by_slimgpt(replace(BEST, refine=1)),
+    "flap": without_cache(prune_flap),
+    "slimgpt_uniform": slimgpt(replace(PAPER, allocation="uniform")),
+    "slimgpt_log_increase": slimgpt(replace(PAPER, **LOG_INCREASE)),
+    "fine_log_increase": slimgpt(replace(FINE, **LOG_INCREASE)),
+    "best": slimgpt(BEST),
+    "refined": slimgpt(replace(BEST, refine=1)),
 }
-# Looks at no calibration text.
+# Methods without calibration data.
 WITHOUT_SEED = ("magnitude",)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags; the rest of the protocol is fixed."""
-    parser = ArgumentParser(prog="bench_quality.py", description="Perplexity at the same size, method by method.")
+    """Parser of the flags; the rest of the protocol is fixed."""
+    parser = ArgumentParser(prog="bench_quality.py", description="Perplexity of pruning methods at equal size.")
     parser.add_argument("model", help="SmolLM2-135M as a checkpoint folder")
     parser.add_argument("--calib_file", type=Path, required=True)
     parser.add_argument("--eval_files", nargs="+", required=True, metavar="NAME=FILE")
@@ -137,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """One row: the first of every list of the arguments; ``dense`` where the share is 0."""
+    """One row, for the first element of every list argument; the dense model for share 0."""
     heads, method, share, seed = args.heads[0], args.methods[0], args.shares[0], args.seeds[0]
     model, tokenizer = load_model(args.model, "float32", False), load_tokenizer(args.model, False)
     sets = eval_sets(tokenizer, args.eval_files, EVAL_WINDOWS, EVAL_SEQLEN)
@@ -146,43 +145,43 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     row: dict[str, Any] = {"heads": heads, "share": share, "method": method if share else "dense", "seed": seed}
     if share:
         data = load_calibration([args.calib_file], tokenizer, NUM_SAMPLES, SEQLEN, seed)
-        start, measured = time.perf_counter(), args.measure / f"{heads}-{seed}.json"
-        masks = METHODS[method](model, data.samples, share, PruningSettings(CPU, CPU, percdamp=PERCDAMP), measured)
+        start, cache_file = time.perf_counter(), args.measure / f"{heads}-{seed}.json"
+        masks = METHODS[method](model, data.samples, share, PruningSettings(CPU, CPU, percdamp=PERCDAMP), cache_file)
         row["seconds"] = round(time.perf_counter() - start, 1)
         row["samples_sha256"] = data.sha256
         family = find_family(model.config)
         row["share_removed"] = removed_share(family.decoder_layers(model), family, masks)
         row["profile"] = [[len(mask.kept_heads), len(mask.kept_columns)] for mask in masks]
-    # Of the method alone: evaluation comes after.
+    # Before the evaluation: peak memory of the method.
     row["peak_memory_mib"] = peak_memory_mib(CPU)
     row["perplexity"] = {name: perplexity(model, windows, batch_size=2) for name, windows in sets.items()}
     return row
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure the rows that are missing, or be the process that measures one."""
+    """Measure the missing rows; with ``--measure``, measure a single row."""
     if args.measure:
         write_json_atomic(args.out, measure(args))
         return
-    # Whatever is wrong with a text shows before the first row.
+    # Check the texts before the first row.
     eval_sets(load_tokenizer(args.model, False), args.eval_files, EVAL_WINDOWS, EVAL_SEQLEN)
     protocol = {"calibration": [NUM_SAMPLES, SEQLEN], "evaluation": [EVAL_WINDOWS, EVAL_SEQLEN], "percdamp": PERCDAMP}
     protocol |= {"texts": sorted(args.eval_files), "column_group": FINE.column_group}
-    wanted = [(heads, "dense", 0.0, 0) for heads in args.heads]
+    keys = [(heads, "dense", 0.0, 0) for heads in args.heads]
     for heads, method, share in product(args.heads, args.methods, args.shares):
-        wanted += [(heads, method, share, seed) for seed in ([0] if method in WITHOUT_SEED else args.seeds)]
+        keys += [(heads, method, share, seed) for seed in ([0] if method in WITHOUT_SEED else args.seeds)]
     with tempfile.TemporaryDirectory() as folder:
-        names, measure_one = ("heads", "method", "share", "seed"), partial(measure_apart, args, Path(folder))
-        measure_missing_rows(args.out, protocol, names, wanted, measure_one)
+        names, measure_row = ("heads", "method", "share", "seed"), partial(measure_in_subprocess, args, Path(folder))
+        measure_missing_rows(args.out, protocol, names, keys, measure_row)
 
 
-def measure_apart(
+def measure_in_subprocess(
     args: argparse.Namespace, folder: Path, heads: str, method: str, share: float, seed: int
 ) -> dict[str, Any]:
-    """:func:`measure` in a process of its own; ``folder`` keeps what a search has measured."""
-    words = [args.model, "--calib_file", args.calib_file, "--eval_files", *args.eval_files, "--shares", share]
-    words += ["--seeds", seed, "--heads", heads, *(["--methods", method] if share else []), "--measure", folder]
-    row = measure_in_new_process(__file__, words, f"{method} at share {share}, seed {seed},")
+    """:func:`measure` in a new process; sensitivity analyses are cached in ``folder``."""
+    argv = [args.model, "--calib_file", args.calib_file, "--eval_files", *args.eval_files, "--shares", share]
+    argv += ["--seeds", seed, "--heads", heads, *(["--methods", method] if share else []), "--measure", folder]
+    row = measure_in_new_process(__file__, argv, f"{method} at share {share}, seed {seed},")
     logger.info("%s, %s, share %.3f, seed %d: %s", heads, row["method"], share, seed, row["perplexity"])
     return row
 

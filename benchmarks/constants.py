@@ -1,15 +1,15 @@
-"""What defaults that were chosen on one model are worth on another: perplexity with each changed, one at a time.
+"""Perplexity with one default changed at a time, on several models.
 
     python -m benchmarks.constants SmolLM2-135M-Instruct gemma-3-270m --calib_file wikitext2/valid.tokens.txt \
         --eval_files wikitext2=wikitext2/test.tokens.txt c4=c4/sample.jsonl ptb=ptb/valid.txt \
         --out benchmarks/results/constants.json
 
-The protocol: fp32, heads as they are; 32 windows × 512 tokens of the calibration text; the first 4 × 512 tokens of
-every evaluation text, which begin with a BOS where the tokenizer adds one, whatever the calibration windows begin with.
-``fine`` is log_increase from 0.0625 up with exact heads and groups of 32 columns, ``search`` the allocation by measured
-losses on top of it. Nothing is chosen on the evaluation texts.
+Protocol: fp32, heads as released; calibration on 32 × 512 tokens; perplexity of the first 4 × 512 tokens of every
+evaluation text, with a BOS if the tokenizer adds one, independent of the calibration windows. ``fine`` is log_increase
+from 0.0625 with exact head scores and groups of 32 columns; ``search`` replaces log_increase by the sensitivity
+analysis. Nothing is tuned on the evaluation texts.
 
-Rows that --out has are not measured again: a benchmark that was cut off goes on where it was. It takes no times.
+Rows that are already in --out are not measured again, so an interrupted benchmark can be resumed. It measures no times.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import bench_quality
-from benchmarks.bench_quality import LOG_INCREASE, pruned_by
+from benchmarks.bench_quality import LOG_INCREASE, prune_with
 from benchmarks.measuring import eval_sets, measure_missing_rows
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, SEQLEN
 from ppl_eval.ppl_eval import perplexity
@@ -52,12 +52,12 @@ EVAL_WINDOWS, EVAL_SEQLEN = 4, 512
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to prune.
+    """A configuration of a pruning run.
 
     Attributes:
-        config: of the run.
-        depth_decay: of the sensitivity analysis.
-        reference: share of the units removed where it measures losses.
+        config: configuration of the run.
+        depth_decay: depth decay of the sensitivity analysis.
+        reference: ratio of units removed to measure a loss.
     """
 
     config: PruningConfig
@@ -87,7 +87,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags; the rest of the protocol is fixed."""
+    """Parser of the flags; the rest of the protocol is fixed."""
     parser = ArgumentParser(prog="constants.py", description="Defaults changed one at a time, on several models.")
     parser.add_argument("models", nargs="+", help="checkpoint folders")
     parser.add_argument("--calib_file", type=Path, required=True)
@@ -99,26 +99,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def prune(model: PreTrainedModel, samples: Tensor, share: float, variant: Variant, measured: Path) -> list[LayerMask]:
-    """Prune ``model`` in place; ``measured`` keeps what a sensitivity analysis has measured."""
-    config, kept = replace(variant.config, target_ratio=share), {0: measured}
+def prune(model: PreTrainedModel, samples: Tensor, share: float, variant: Variant, cache_file: Path) -> list[LayerMask]:
+    """Prune ``model`` in place; the sensitivity analysis is cached in ``cache_file``."""
+    config = replace(variant.config, target_ratio=share)
     with (
         patch.object(sensitivity, "REFERENCE_RATIO", variant.reference),
         patch.object(budget, "DEPTH_DECAY", variant.depth_decay),
     ):
-        return pruned_by(config, model, samples, kept.get)
+        return prune_with(config, model, samples, {0: cache_file}.get)
 
 
 def measure(args: argparse.Namespace, folder: Path, model_name: str, share: float, name: str) -> dict[str, Any]:
-    """One row; ``dense`` where the share is 0."""
+    """One row; the dense model for share 0."""
     row: dict[str, Any] = {"model": model_name, "share": share, "variant": name}
     model_path = next(path for path in args.models if Path(path).name == model_name)
     model, tokenizer = load_model(model_path, "float32", False), load_tokenizer(model_path, False)
     if share:
         variant = VARIANTS[name]
         data = load_calibration([args.calib_file], tokenizer, NUM_SAMPLES, SEQLEN, args.seed, variant.config.bos)
-        measured = folder / f"{model_name}-{variant.config.bos}-{variant.reference}.json"
-        masks = prune(model, data.samples, share, variant, measured)
+        cache_file = folder / f"{model_name}-{variant.config.bos}-{variant.reference}.json"
+        masks = prune(model, data.samples, share, variant, cache_file)
         family = find_family(model.config)
         row["calibration_bos"] = data.bos
         row["share_removed"] = removed_share(family.decoder_layers(model), family, masks)
@@ -131,7 +131,7 @@ def measure(args: argparse.Namespace, folder: Path, model_name: str, share: floa
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """As it stands in docs/results.md: perplexities and, in brackets, what is lost over dense, in nats."""
+    """The table in docs/results.md: perplexities and, in parentheses, the loss over dense in nats."""
     dense = {row["model"]: row["perplexity"] for row in rows if row["variant"] == "dense"}
     texts, lines = list(next(iter(dense.values()))), []
     for row in sorted(rows, key=lambda row: (row["model"], row["share"])):
@@ -144,15 +144,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure the rows that are missing."""
+    """Measure the missing rows."""
     protocol = {"calibration": [NUM_SAMPLES, SEQLEN], "evaluation": [EVAL_WINDOWS, EVAL_SEQLEN], "seed": args.seed}
     protocol |= {"texts": sorted(spec.partition("=")[0] for spec in args.eval_files)}
     models = [Path(model).name for model in args.models]
-    wanted = [(model, 0.0, "dense") for model in models]
-    wanted += [(model, share, name) for share, name, model in product(args.shares, args.variants, models)]
+    keys = [(model, 0.0, "dense") for model in models]
+    keys += [(model, share, name) for share, name, model in product(args.shares, args.variants, models)]
     with tempfile.TemporaryDirectory() as folder:
-        names, measure_one = ("model", "share", "variant"), partial(measure, args, Path(folder))
-        measure_missing_rows(args.out, protocol, names, wanted, measure_one)
+        names, measure_row = ("model", "share", "variant"), partial(measure, args, Path(folder))
+        measure_missing_rows(args.out, protocol, names, keys, measure_row)
 
 
 if __name__ == "__main__":

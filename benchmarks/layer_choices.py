@@ -1,13 +1,13 @@
-"""What choices inside a layer are worth: the error that pruning leaves on tokens that it was not fitted to.
+"""Effect of choices within a layer: the error of pruning on held-out tokens.
 
     python -m benchmarks.layer_choices SmolLM2-135M-Instruct --calib_file wikitext2/valid.tokens.txt \
         --out benchmarks/results/layer_choices.json
 
-The protocol: fp32, plain multi-head attention; layers ``LAYERS`` on the activations of the dense model; a quarter of
-the heads, or of the FFN columns, of each goes. Hessians come from 32 windows × 512 tokens of the calibration text, held
-out are 8 windows of it that no window of those touches. Error: of the map's outputs, each token's relative to what the
-hidden states after the layer are there, since that is what the next norm divides by; mean over tokens. Every choice is
-compared with the paper's, layer by layer; the table has the geometric mean of the ratios.
+Protocol: fp32, multi-head attention; layers ``LAYERS`` on the activations of the dense model; a quarter of the heads,
+or of the FFN columns, of each layer is removed. Hessians are accumulated on 32 × 512 tokens of the calibration text; 8
+windows without overlap with them are held out. The error is that of the outputs of the map, per token relative to the
+mean square of the hidden states after the layer (which the next norm divides by), averaged over tokens. Every choice is
+compared with the paper's in every layer; the table has the geometric mean of the ratios.
 """
 
 import argparse
@@ -51,14 +51,14 @@ SWAP_ROUNDS, SWAPPED = 4, 24
 
 @dataclass(frozen=True)
 class Case:
-    """One map and what it is pruned on.
+    """A linear map with its calibration and held-out inputs.
 
     Attributes:
-        weight: (out, in).
-        unit_size: columns of a unit.
-        inputs: (tokens, in) of the calibration windows.
-        held_out: (tokens, in) of the others.
-        scale: (tokens of both,) mean square of the hidden states after the layer.
+        weight: (out, in) weight.
+        unit_size: columns per unit.
+        inputs: (tokens, in) inputs of the calibration windows.
+        held_out: (tokens, in) inputs of the held-out windows.
+        scale: (all tokens,) mean square of the hidden states after the layer.
     """
 
     weight: Tensor
@@ -70,7 +70,7 @@ class Case:
     def pruned(
         self, percdamp: float = PERCDAMP, selection: SelectionOptions = PAPER_SELECTION, inputs: Tensor | None = None
     ) -> Tensor:
-        """The weight as this suite prunes it."""
+        """The weight, pruned by this suite."""
         linear = nn.Linear(*self.weight.shape[::-1], bias=False)
         linear.weight.data.copy_(self.weight)
         pruner = SlimGPT(linear)
@@ -81,39 +81,39 @@ class Case:
         return linear.weight.data
 
     def errors(self, weight: Tensor, bias: Tensor | float = 0.0) -> tuple[float, float]:
-        """Error on the calibration windows and on the others."""
-        fitted = len(self.inputs)
-        both = zip((self.inputs, self.held_out), (self.scale[:fitted], self.scale[fitted:]), strict=True)
+        """Errors of ``weight`` on the calibration and on the held-out windows."""
+        num_tokens = len(self.inputs)
+        splits = ((self.inputs, self.scale[:num_tokens]), (self.held_out, self.scale[num_tokens:]))
         return tuple(
             ((inputs @ (self.weight - weight).T - bias).square().mean(1) / scale).mean().item()
-            for inputs, scale in both
+            for inputs, scale in splits
         )
 
 
 Choice = Callable[[Case], tuple[float, float]]
 
 
-def by_slimgpt(case: Case, **options: Any) -> tuple[float, float]:
-    """This suite's own options."""
+def slimgpt(case: Case, **options: Any) -> tuple[float, float]:
+    """Errors of pruning with options of this suite."""
     return case.errors(case.pruned(**options))
 
 
 def relative_damping(case: Case, damping: float) -> tuple[float, float]:
-    """Damping of every column as a share of its own energy, not of the mean: as if columns were standardised."""
+    """Errors with damping relative to the energy of each column, as if columns were standardised."""
     energy = case.inputs.square().sum(0)
-    phantom = torch.diag((damping * energy).sqrt())
-    return case.errors(case.pruned(percdamp=1e-9, selection=GROUPS_OF_16, inputs=torch.cat([case.inputs, phantom])))
+    extra_rows = torch.diag((damping * energy).sqrt())
+    return case.errors(case.pruned(percdamp=1e-9, selection=GROUPS_OF_16, inputs=torch.cat([case.inputs, extra_rows])))
 
 
 def with_bias(case: Case) -> tuple[float, float]:
-    """OBS on centred inputs; a bias takes over the mean of what is gone, as in FLAP."""
+    """Errors of OBS on centred inputs, with a bias for the mean of the removed inputs, as in FLAP."""
     mean = case.inputs.mean(0)
     weight = case.pruned(selection=GROUPS_OF_16, inputs=case.inputs - mean)
     return case.errors(weight, (case.weight - weight) @ mean)
 
 
 def with_swaps(case: Case) -> tuple[float, float]:
-    """After the greedy pass: the removed columns that would help most come back, the cheapest of all kept ones go."""
+    """Errors after rounds of swaps: restore the most useful removed columns, remove the cheapest kept ones."""
     dense = case.weight.double()
     hessian = (case.inputs.T @ case.inputs).double()
     hessian.diagonal().add_(PERCDAMP * hessian.diagonal().mean())
@@ -122,12 +122,12 @@ def with_swaps(case: Case) -> tuple[float, float]:
         kept = weight.any(0)
         inner, cross = hessian[kept][:, kept], hessian[kept][:, ~kept]
         residual = (dense - weight) @ hessian[:, ~kept]
-        own = hessian.diagonal()[~kept] - (cross * torch.linalg.solve(inner, cross)).sum(0)
-        back = (~kept).nonzero().flatten()[(residual.square().sum(0) / own).argsort(descending=True)[:SWAPPED]]
-        kept[back] = True
+        schur = hessian.diagonal()[~kept] - (cross * torch.linalg.solve(inner, cross)).sum(0)
+        restored = (~kept).nonzero().flatten()[(residual.square().sum(0) / schur).argsort(descending=True)[:SWAPPED]]
+        kept[restored] = True
         inverse = torch.linalg.inv(hessian[kept][:, kept])
         fitted = dense @ hessian[:, kept] @ inverse
-        greedy_obs(fitted, inverse, len(back), 1, True, selection=SelectionOptions(column_group=1))
+        greedy_obs(fitted, inverse, len(restored), 1, True, selection=SelectionOptions(column_group=1))
         weight = torch.zeros_like(dense)
         weight[:, kept] = fitted
     return case.errors(weight.float())
@@ -135,21 +135,21 @@ def with_swaps(case: Case) -> tuple[float, float]:
 
 GROUPS_OF_16 = SelectionOptions(exact_heads=True, column_group=16)
 COLUMN_CHOICES: dict[str, Choice] = {
-    "the paper's": by_slimgpt,
-    "groups of 64": partial(by_slimgpt, selection=SelectionOptions(column_group=64)),
-    "groups of 32": partial(by_slimgpt, selection=SelectionOptions(column_group=32)),
-    "groups of 16": partial(by_slimgpt, selection=SelectionOptions(column_group=16)),
-    "single columns": partial(by_slimgpt, selection=SelectionOptions(column_group=1)),
+    "the paper's": slimgpt,
+    "groups of 64": partial(slimgpt, selection=SelectionOptions(column_group=64)),
+    "groups of 32": partial(slimgpt, selection=SelectionOptions(column_group=32)),
+    "groups of 16": partial(slimgpt, selection=SelectionOptions(column_group=16)),
+    "single columns": partial(slimgpt, selection=SelectionOptions(column_group=1)),
     "groups of 16, swaps": with_swaps,
 }
 HEAD_CHOICES: dict[str, Choice] = {
-    "the paper's": by_slimgpt,
-    "exact heads": partial(by_slimgpt, selection=GROUPS_OF_16),
+    "the paper's": slimgpt,
+    "exact heads": partial(slimgpt, selection=GROUPS_OF_16),
 }
 CHOICES: dict[str, Choice] = {
     "bias": with_bias,
-    "percdamp 0.001": partial(by_slimgpt, percdamp=0.001, selection=GROUPS_OF_16),
-    "percdamp 0.1": partial(by_slimgpt, percdamp=0.1, selection=GROUPS_OF_16),
+    "percdamp 0.001": partial(slimgpt, percdamp=0.001, selection=GROUPS_OF_16),
+    "percdamp 0.1": partial(slimgpt, percdamp=0.1, selection=GROUPS_OF_16),
     "damping by column, 0.03": partial(relative_damping, damping=0.03),
     "damping by column, 0.1": partial(relative_damping, damping=0.1),
     "damping by column, 0.3": partial(relative_damping, damping=0.3),
@@ -157,8 +157,8 @@ CHOICES: dict[str, Choice] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags; the rest of the protocol is fixed."""
-    parser = ArgumentParser(prog="layer_choices.py", description="Error that choices inside a layer leave.")
+    """Parser of the flags; the rest of the protocol is fixed."""
+    parser = ArgumentParser(prog="layer_choices.py", description="Error of choices within a layer.")
     parser.add_argument("model", help="SmolLM2-135M as a checkpoint folder")
     parser.add_argument("--calib_file", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
@@ -167,23 +167,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def held_out_windows(tokens: Tensor, samples: Tensor) -> Tensor:
-    """Windows (8, seqlen), far apart, that share no stretch of text with ``samples`` (count, seqlen).
+    """Spread-out windows (``HELD_OUT``, seqlen) of ``tokens`` that do not overlap with ``samples`` (count, seqlen).
 
     Raises:
-        UserError: if the text has too few.
+        UserError: if the text has too few such windows.
     """
     text = tokens.flatten()
     grams = {tuple(sample[start : start + 8].tolist()) for sample in samples for start in range(SEQLEN - 8)}
     windows = text[: len(text) // SEQLEN * SEQLEN].view(-1, SEQLEN)
-    apart = [w for w in windows if not any(tuple(w[i : i + 8].tolist()) in grams for i in range(0, SEQLEN - 8, 8))]
-    if len(apart) < HELD_OUT:
-        raise UserError(f"--calib_file: {len(apart)} windows are left to hold out of {HELD_OUT}; give more text")
-    return torch.stack(apart[:: len(apart) // HELD_OUT][:HELD_OUT])
+    disjoint = [w for w in windows if not any(tuple(w[i : i + 8].tolist()) in grams for i in range(0, SEQLEN - 8, 8))]
+    if len(disjoint) < HELD_OUT:
+        raise UserError(f"--calib_file: {len(disjoint)} windows to hold out, but {HELD_OUT} are needed; use more text")
+    return torch.stack(disjoint[:: len(disjoint) // HELD_OUT][:HELD_OUT])
 
 
 @torch.no_grad()
 def cases(args: argparse.Namespace) -> dict[tuple[int, str], Case]:
-    """The heads and the columns of every layer of ``LAYERS``."""
+    """Cases of the heads and of the columns of every layer in ``LAYERS``, by layer and kind."""
     model, tokenizer = repeat_kv_heads(load_model(args.model, "float32", False)), load_tokenizer(args.model, False)
     tokens = file_tokens(tokenizer, args.calib_file)
     samples = random_windows(tokens, NUM_SAMPLES, SEQLEN, args.seed, str(args.calib_file))
@@ -191,35 +191,37 @@ def cases(args: argparse.Namespace) -> dict[tuple[int, str], Case]:
     family, settings = find_family(model.config), PruningSettings(CPU, CPU)
     layers = family.decoder_layers(model)
     hidden, calls = capture_layer_kwargs(model, layers, windows, settings)
-    found, fitted = {}, samples.numel()
+    layer_cases, num_tokens = {}, samples.numel()
     for index in tqdm(range(max(LAYERS) + 1), desc="layers", unit="layer", disable=None):
-        layer, replay = layers[index], LayerForward(layers[index], family, hidden, calls[index], settings)
+        layer, forward = layers[index], LayerForward(layers[index], family, hidden, calls[index], settings)
         if index not in LAYERS:
-            replay.advance()
+            forward.advance()
             continue
-        inputs = {"heads": torch.cat(list(replay.attention_inputs())).flatten(0, 1)}
-        replay.finish_attention()
-        inputs["columns"] = torch.cat(list(replay.column_inputs())).flatten(0, 1)
-        replay.advance()
+        inputs = {"heads": torch.cat(list(forward.attention_inputs())).flatten(0, 1)}
+        forward.finish_attention()
+        inputs["columns"] = torch.cat(list(forward.column_inputs())).flatten(0, 1)
+        forward.advance()
         scale = hidden.square().mean(2).flatten()
         for kind, name, size in (
             ("heads", family.attention_out, model.config.head_dim),
             ("columns", family.mlp_out, 1),
         ):
-            seen, weight = inputs[kind], layer.get_submodule(name).weight.data
-            found[index, kind] = Case(weight, size, seen[:fitted], seen[fitted:], scale)
-    return found
+            activations, weight = inputs[kind], layer.get_submodule(name).weight.data
+            calibration, held_out = activations[:num_tokens], activations[num_tokens:]
+            layer_cases[index, kind] = Case(weight, size, calibration, held_out, scale)
+    return layer_cases
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure all choices."""
+    """Measure all choices, write ``--out`` and print the table."""
     check_output_file(args.out, True, "--out")
     rows = []
     for (layer, kind), case in tqdm(cases(args).items(), desc="choices", unit="map", disable=None):
-        own = COLUMN_CHOICES if kind == "columns" else HEAD_CHOICES
-        for name, choice in {**own, **CHOICES}.items():
-            fitted, held_out = choice(case)
-            rows.append({"layer": layer, "kind": kind, "choice": name, "calibration": fitted, "held_out": held_out})
+        kind_choices = COLUMN_CHOICES if kind == "columns" else HEAD_CHOICES
+        for name, choice in {**kind_choices, **CHOICES}.items():
+            calibration, held_out = choice(case)
+            errors = {"calibration": calibration, "held_out": held_out}
+            rows.append({"layer": layer, "kind": kind, "choice": name, **errors})
     protocol = {"calibration": [NUM_SAMPLES, SEQLEN], "held_out": [HELD_OUT, SEQLEN], "share": SHARE}
     record = {"command": command_line(), "seed": args.seed, **environment(CPU), "protocol": protocol, "rows": rows}
     write_json_atomic(args.out, record)
@@ -227,11 +229,11 @@ def main(args: argparse.Namespace) -> None:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Errors of every choice as a share of the paper's, geometric means over layers."""
+    """Errors of every choice relative to the paper's, geometric means over layers."""
     rows = {(row["kind"], row["choice"], row["layer"]): row for row in record["rows"]}
     lines = []
     for kind, choice in dict.fromkeys((row["kind"], row["choice"]) for row in record["rows"]):
-        layers = [layer for of, name, layer in rows if (of, name) == (kind, choice)]
+        layers = [layer for row_kind, name, layer in rows if (row_kind, name) == (kind, choice)]
         cells = [
             statistics.geometric_mean(
                 rows[kind, choice, layer][text] / rows[kind, "the paper's", layer][text] for layer in layers

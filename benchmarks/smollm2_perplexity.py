@@ -1,12 +1,12 @@
-"""Perplexity of SmolLM2-135M before and after pruning given shares of its block weights with ``log_increase``.
+"""Perplexity of SmolLM2-135M before and after pruning with ``log_increase``, by share of the block weights removed.
 
     python -m benchmarks.smollm2_perplexity MODEL --calib_file wikitext2/valid.tokens.txt \
         --eval_file wikitext2/test.tokens.txt --shares 0.2 0.33 --out benchmarks/results/smollm2_perplexity.json
 
-The protocol: fp32; 32 windows × 512 tokens of the calibration text, drawn with seed 0 after one tokenizer call; the
-first 8 × 1024 tokens of the evaluation text, no special tokens, 1023 targets a window; ratios from 0.0625 up to
-whatever removes the share asked; damping 0.01. Run on the model as it is (grouped-query attention), by whole kv groups
-and by query heads, and on the same model with its kv heads repeated to plain multi-head attention.
+Protocol: fp32; calibration on 32 × 512 tokens, random windows with seed 0; perplexity of the first 8 × 1024 tokens of
+the evaluation text, no special tokens, 1023 targets per window; ratios from 0.0625 up to the one that removes the
+requested share; damping 0.01. Models: as released (grouped-query attention), pruned by kv groups and by query heads,
+and with kv heads repeated to multi-head attention.
 """
 
 import argparse
@@ -44,13 +44,13 @@ logger = logging.getLogger("smollm2_perplexity")
 MIN_SPARSITY = 0.0625
 PERCDAMP = 0.01
 NUM_SAMPLES, SEQLEN, SEED = 32, 512, 0
-# Plain multi-head attention; and as it is, by whole kv groups or by equally many query heads of each.
+# Multi-head attention; grouped-query attention as released, pruned by kv groups or by query heads.
 HEADS = ("repeated", "native", "native_query_head")
 EVAL_WINDOWS, EVAL_SEQLEN = 8, 1024
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags; the protocol itself is fixed."""
+    """Parser of the flags; the rest of the protocol is fixed."""
     parser = ArgumentParser(prog="smollm2_perplexity.py", description="SmolLM2-135M, dense and pruned.")
     parser.add_argument("model", help="SmolLM2-135M as a checkpoint folder")
     parser.add_argument("--calib_file", type=Path, required=True)
@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 @torch.no_grad()
 def repeat_kv_heads(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The same function as plain multi-head attention: every query head gets its own copy of its key/value head."""
+    """``model`` as multi-head attention, in place: every query head gets its own copy of its key/value head."""
     config = model.config
     repeats = config.num_attention_heads // config.num_key_value_heads
     config.num_key_value_heads = config.num_attention_heads
@@ -79,7 +79,7 @@ def repeat_kv_heads(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 def ratios_for_share(model: PreTrainedModel, share: float, settings: PruningSettings) -> list[float]:
-    """``log_increase`` ratios from ``MIN_SPARSITY`` up that come nearest to removing ``share`` of the block weights."""
+    """``log_increase`` ratios from ``MIN_SPARSITY`` that remove a share of the block weights closest to ``share``."""
     family, shapes = find_family(model.config), layer_shapes(model.config)
     units = layer_units(family.decoder_layers(model), family, shapes, settings)
 
@@ -96,7 +96,7 @@ def ratios_for_share(model: PreTrainedModel, share: float, settings: PruningSett
 
 
 def measure(args: argparse.Namespace, heads: str, share: float | None, eval_set: Tensor) -> dict[str, Any]:
-    """One row: the model with ``heads`` as asked, dense (``share`` None) or pruned by ``share``."""
+    """One row: the model with ``heads``, dense (``share`` None) or pruned by ``share``."""
     device = choose_device(args.device)
     tokenizer = load_tokenizer(args.model, False)
     model = load_model(args.model, "float32", False)
@@ -124,7 +124,7 @@ def measure(args: argparse.Namespace, heads: str, share: float | None, eval_set:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure every row and write the json."""
+    """Measure all rows and write ``--out``."""
     tokens = file_tokens(load_tokenizer(args.model, False), args.eval_file)
     eval_set = eval_windows(tokens, EVAL_SEQLEN, str(args.eval_file))[:EVAL_WINDOWS]
     rows = [measure(args, heads, share, eval_set) for heads in args.heads for share in (None, *args.shares)]

@@ -1,14 +1,13 @@
-"""The whole recipe on SmolLM2-135M: dense, pruned, and after LoRA, plain and with the dense model as teacher.
+"""Prune, recover, evaluate SmolLM2-135M: dense, pruned, and after LoRA, with and without the dense model as teacher.
 
     python -m benchmarks.smollm2_recovery MODEL --calib_file wikitext2/valid.raw.txt \
         --eval_file wikitext2/test.raw.txt --alpaca_file alpaca/stanford_original.jsonl --task_dir tasks \
         --work_dir recovery --out benchmarks/results/smollm2_recovery.json
 
-Perplexity and zero-shot accuracy of each; the command lines of the stages, run as a user would. Pruning: 32 × 512
-tokens, whole kv groups, log_increase from 0.0625, damping 0.01; or a target met as --prune_flags says. LoRA: the
-defaults, bf16 products, cosine from 1e-4, the same batches with a teacher and without. Perplexity: the beginning of the
-evaluation text, and the last rows of the instructions, which are not trained on. What is finished in --work_dir is not
-run again.
+Perplexity and zero-shot accuracy of each, by the command lines of the stages. Pruning: 32 × 512 tokens, whole kv
+groups, log_increase from 0.0625, damping 0.01; or a target with --prune_flags. LoRA: defaults, bf16, cosine schedule
+from 1e-4, the same batches with and without a teacher. Perplexity: the start of the evaluation text, and the last rows
+of the instructions, which are held out. Finished stages in --work_dir are not run again.
 """
 
 import argparse
@@ -40,11 +39,11 @@ TASKS = ("openbookqa", "arc_easy", "winogrande", "piqa")
 EVAL_SEQLENS = (128, 2048)
 LEARNING_RATE, MAX_LENGTH = 1e-4, 256
 GQA_UNIT = "kv_group"
-TAUGHT = "LoRA, dense model as teacher"
+DISTILLED = "LoRA, dense model as teacher"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags; the protocol itself is fixed."""
+    """Parser of the flags; the rest of the protocol is fixed."""
     parser = ArgumentParser(prog="smollm2_recovery.py", description="SmolLM2-135M: dense, pruned, after LoRA.")
     parser.add_argument("model", help="SmolLM2-135M as a checkpoint folder")
     parser.add_argument("--calib_file", type=Path, required=True)
@@ -55,16 +54,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.33])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--limit", type=int, default=200, help="rows of a task; 0 for perplexity alone")
-    parser.add_argument("--eval_chars", type=int, default=300_000, help="of the evaluation text")
-    parser.add_argument("--held_out_rows", type=int, default=200, help="of the instructions, at their end")
-    parser.add_argument("--prune_flags", default="", help="of model_slimming.py, for a target, in quotes")
+    parser.add_argument("--limit", type=int, default=200, help="rows per task; 0 skips zero-shot tasks")
+    parser.add_argument("--eval_chars", type=int, default=300_000, help="characters of the evaluation text")
+    parser.add_argument("--held_out_rows", type=int, default=200, help="held-out rows at the end of the instructions")
+    parser.add_argument("--prune_flags", default="", help="flags of model_slimming.py with a target, in quotes")
     parser.add_argument("--out", type=Path, required=True, help="json to write")
     return parser
 
 
 def prepare_texts(args: argparse.Namespace) -> dict[str, Path]:
-    """The texts of the protocol, cut from the files given."""
+    """Files of the training, held-out and evaluation texts in the work folder, by name."""
     args.work_dir.mkdir(parents=True, exist_ok=True)
     rows = args.alpaca_file.read_text(encoding="utf-8").splitlines(keepends=True)
     contents = {
@@ -77,31 +76,31 @@ def prepare_texts(args: argparse.Namespace) -> dict[str, Path]:
     return {name.partition(".")[0]: args.work_dir / name for name in contents}
 
 
-def run(*words: Any) -> None:
-    """One command line of the suite.
+def run(*argv: Any) -> None:
+    """Run a command line of the suite.
 
     Raises:
-        UserError: if it fails; it has said why.
+        UserError: if the command fails; it has printed the error.
     """
-    command = list(map(str, words))
+    command = list(map(str, argv))
     logger.info("%s", " ".join(command))
     if subprocess.run([sys.executable, *command], check=False).returncode != 0:
         raise UserError(f"{command[0]} failed")
 
 
-def words(flags: dict[str, Any]) -> list[Any]:
-    """Flags and values one after the other."""
+def flag_list(flags: dict[str, Any]) -> list[Any]:
+    """``flags`` as a list of alternating names and values."""
     return list(chain.from_iterable(flags.items()))
 
 
-def finished(folder: Path) -> bool:
-    """Whether a stage has written ``folder`` to its end."""
+def is_finished(folder: Path) -> bool:
+    """Whether a stage has completed its output ``folder``."""
     record = folder / "run.json"
     return record.is_file() and json.loads(record.read_text(encoding="utf-8")).get("finished", True)
 
 
 def zero_shot(args: argparse.Namespace, model: Path | str, name: str) -> dict[str, Any]:
-    """Results, averages and sample counts of ``model``."""
+    """Zero-shot results, averages and sample counts of ``model``."""
     path = args.work_dir / f"{name}.zero_shot.json"
     if not path.exists():
         flags = ["--tasks", ",".join(TASKS), "--data_dir", args.task_dir, "--limit", args.limit, "--batch_size", "auto"]
@@ -111,59 +110,59 @@ def zero_shot(args: argparse.Namespace, model: Path | str, name: str) -> dict[st
 
 
 def prune(args: argparse.Namespace, share: float) -> Path:
-    """The small model of ``share``."""
+    """Folder of the model pruned by ``share``."""
     folder = args.work_dir / f"pruned_{share:g}"
-    if not finished(folder):
+    if not is_finished(folder):
         flags = {"--data_file": args.calib_file, "--num_samples": NUM_SAMPLES, "--seqlen": SEQLEN}
         schedule = ["--target_ratio", share, *shlex.split(args.prune_flags)]
         if not args.prune_flags:
             settings = PruningSettings(torch.device("cpu"), torch.device("cpu"), gqa_unit=GQA_UNIT)
-            top = ratios_for_share(load_model(args.model, "auto", False), share, settings)[-1]
+            max_sparsity = ratios_for_share(load_model(args.model, "auto", False), share, settings)[-1]
             schedule = ["--percdamp", PERCDAMP, "--gqa_unit", GQA_UNIT, "--non_uniform"]
-            schedule += ["--min_sparsity", MIN_SPARSITY, "--max_sparsity", f"{top:.4f}"]
+            schedule += ["--min_sparsity", MIN_SPARSITY, "--max_sparsity", f"{max_sparsity:.4f}"]
         switches = ["--skip_evaluate", "--save_pruned_weights"]
-        run("model_slimming.py", args.model, *words(flags), *schedule, *switches, "--save_dir", folder)
+        run("model_slimming.py", args.model, *flag_list(flags), *schedule, *switches, "--save_dir", folder)
     return folder / "pruned_weights"
 
 
 def finetune(
     args: argparse.Namespace, model: Path, texts: dict[str, Path], folder: Path, *teacher: Any
 ) -> dict[str, Any]:
-    """``run.json`` of the LoRA run into ``folder``; the fused model is beside it."""
-    if not finished(folder):
+    """``run.json`` of the LoRA run with output ``folder``, run if not finished."""
+    if not is_finished(folder):
         flags = {"--data_path": texts["train"], "--max_length": MAX_LENGTH, "--val_dataset_size": 0}
         flags |= {"--use_lora": "true", "--bf16": "true", "--cache_dataset": "false", "--save_strategy": "no"}
         flags |= {"--learning_rate": LEARNING_RATE, "--lr_scheduler_type": "cosine", "--warmup_steps": 5}
         flags |= {"--max_steps": args.steps, "--per_device_train_batch_size": args.batch, "--logging_steps": 5}
         flags |= {"--extra_val_set": ",".join(eval_specs(texts)), "--overwrite": "true"}
-        further = ["--eval_seqlens", *EVAL_SEQLENS, *teacher]
-        run("model_finetune.py", "--model_name_or_path", model, *words(flags), *further, "--output_dir", folder)
+        more_flags = ["--eval_seqlens", *EVAL_SEQLENS, *teacher]
+        run("model_finetune.py", "--model_name_or_path", model, *flag_list(flags), *more_flags, "--output_dir", folder)
     return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
 
 def eval_specs(texts: dict[str, Path]) -> list[str]:
-    """The two evaluation texts."""
+    """Evaluation texts as ``NAME=FILE``."""
     return [f"wikitext2={texts['evaluation']}", f"alpaca={texts['held_out']}"]
 
 
-def measured(args: argparse.Namespace, model: Path | str, file: str, row: dict[str, Any]) -> dict[str, Any]:
-    """``row`` with the zero-shot accuracy of ``model`` where it is asked for, kept as ``file``."""
+def with_zero_shot(args: argparse.Namespace, model: Path | str, file: str, row: dict[str, Any]) -> dict[str, Any]:
+    """``row`` with the zero-shot results of ``model`` unless ``--limit 0``; the results are cached as ``file``."""
     return row | ({"zero_shot": zero_shot(args, model, file)} if args.limit else {})
 
 
 def measure_share(args: argparse.Namespace, texts: dict[str, Path], share: float) -> list[dict[str, Any]]:
-    """The rows *pruned*, *LoRA* and *LoRA, dense model as teacher* of one share: the same batches, steps and seed."""
-    small = prune(args, share)
-    removed = json.loads((small.parent / "run.json").read_text(encoding="utf-8"))["sizes"]["block_share_removed"]
+    """The rows *pruned*, *LoRA* and *LoRA, dense model as teacher* of one share; same batches, steps and seed."""
+    pruned = prune(args, share)
+    removed = json.loads((pruned.parent / "run.json").read_text(encoding="utf-8"))["sizes"]["block_share_removed"]
     rows = []
-    for name, start, teacher in (("LoRA", "lora", ()), (TAUGHT, "taught", ("--distill_from", args.model))):
-        folder = args.work_dir / f"{start}_{share:g}"
-        record = finetune(args, small, texts, folder, *teacher)
+    for name, prefix, teacher in (("LoRA", "lora", ()), (DISTILLED, "taught", ("--distill_from", args.model))):
+        folder = args.work_dir / f"{prefix}_{share:g}"
+        record = finetune(args, pruned, texts, folder, *teacher)
         if not rows:
             row = {"model": "pruned", "share_removed": removed, "perplexity": record["perplexity"]["before"]}
-            rows.append(measured(args, small, f"pruned_{share:g}", row))
+            rows.append(with_zero_shot(args, pruned, f"pruned_{share:g}", row))
         row = {"model": name, "share_removed": removed, "perplexity": record["perplexity"]["after"]}
-        row = measured(args, folder / "lora_fused_model", f"{start}_{share:g}", row)
+        row = with_zero_shot(args, folder / "lora_fused_model", f"{prefix}_{share:g}", row)
         row |= {key: record[key] for key in ("training_seconds", "trained_parameters")}
         row["loss"] = [{"step": entry["step"], "loss": entry["loss"]} for entry in record["log"] if "loss" in entry]
         rows.append(row)
@@ -174,11 +173,11 @@ def measure_dense(args: argparse.Namespace, texts: dict[str, Path]) -> dict[str,
     """The row *dense*."""
     tokenizer, model = load_tokenizer(args.model, False), load_model(args.model, "auto", False)
     windows = load_eval_sets(eval_specs(texts), tokenizer, list(EVAL_SEQLENS), model.config.max_position_embeddings)
-    return measured(args, args.model, "dense", {"model": "dense", "perplexity": evaluate(model, windows)})
+    return with_zero_shot(args, args.model, "dense", {"model": "dense", "perplexity": evaluate(model, windows)})
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run every stage and write the json."""
+    """Run all stages and write ``--out``."""
     texts = prepare_texts(args)
     rows = [measure_dense(args, texts)]
     for share in args.shares:

@@ -1,12 +1,12 @@
-"""First tokens that are no longer attention sinks after pruning, with sink windows and without.
+"""First tokens that are no longer attention sinks after pruning, with and without sink windows.
 
     python -m benchmarks.text_starts SmolLM2-135M-Instruct --calib_file wikitext2/valid.tokens.txt \
         --eval_file wikitext2/test.tokens.txt --out benchmarks/results/text_starts.json
 
-The protocol: fp32, plain multi-head attention, 32 × 512 tokens of the calibration text, log_increase from 0.0625, exact
-heads, groups of 32 columns, damping 0.01. A first token counts as lost where the largest norm that its hidden state
-reaches in any layer is less than half of that in the dense model; of 2048 windows of 4 tokens of the evaluation text,
-drawn by the seed. Perplexity: the first 8 × 1024 tokens of that text.
+Protocol: fp32, multi-head attention, 32 × 512 tokens of the calibration text, log_increase from 0.0625, exact head
+scores, groups of 32 columns, damping 0.01. A first token counts as lost if the largest norm of its hidden state over
+the layers is less than half of that in the dense model, in 2048 random windows (--seed) of 4 tokens of the evaluation
+text. Perplexity: the first 8 × 1024 tokens of that text.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench_quality import EVAL_SEQLEN, EVAL_WINDOWS, FINE, LOG_INCREASE, pruned_by
+from benchmarks.bench_quality import EVAL_SEQLEN, EVAL_WINDOWS, FINE, LOG_INCREASE, prune_with
 from benchmarks.measuring import file_tokens
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
 from ppl_eval.ppl_dataset import eval_windows
@@ -38,14 +38,14 @@ from slim_utils.slim_dataset import load_calibration, random_windows
 
 logger = logging.getLogger("text_starts")
 
-FIRST_TOKENS, FEW = 2048, 4
+NUM_WINDOWS, WINDOW_TOKENS = 2048, 4
 LOST = 0.5
 BATCH = 128
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags; the rest of the protocol is fixed."""
-    parser = ArgumentParser(prog="text_starts.py", description="Attention sinks that pruning loses.")
+    """Parser of the flags; the rest of the protocol is fixed."""
+    parser = ArgumentParser(prog="text_starts.py", description="Attention sinks lost by pruning.")
     parser.add_argument("model", help="SmolLM2-135M as a checkpoint folder")
     parser.add_argument("--calib_file", type=Path, required=True)
     parser.add_argument("--eval_file", type=Path, required=True)
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 @torch.no_grad()
 def largest_norms(model: PreTrainedModel, windows: Tensor) -> Tensor:
-    """Largest norm (windows,) over the layers of the first token's hidden state."""
+    """Largest norms (windows,), over the layers, of the hidden states of first tokens."""
     norms = []
     for batch in windows.split(BATCH):
         hidden = model.base_model(batch, output_hidden_states=True).hidden_states[:-1]
@@ -66,37 +66,37 @@ def largest_norms(model: PreTrainedModel, windows: Tensor) -> Tensor:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Prune at every share, with sink windows and without, and count."""
+    """Prune at every share, with and without sink windows, and count lost first tokens."""
     check_output_file(args.out, False, "--out")
     tokenizer = load_tokenizer(args.model, False)
     data = load_calibration([args.calib_file], tokenizer, NUM_SAMPLES, SEQLEN, args.seed)
     tokens = file_tokens(tokenizer, args.eval_file)
     windows = eval_windows(tokens, EVAL_SEQLEN, str(args.eval_file))[:EVAL_WINDOWS]
-    beginnings = random_windows(tokens, FIRST_TOKENS, FEW, args.seed, str(args.eval_file))
+    short_windows = random_windows(tokens, NUM_WINDOWS, WINDOW_TOKENS, args.seed, str(args.eval_file))
 
-    def fresh() -> PreTrainedModel:
+    def dense_model() -> PreTrainedModel:
         return repeat_kv_heads(load_model(args.model, "float32", False))
 
-    dense, rows = largest_norms(fresh(), beginnings), []
+    dense_norms, rows = largest_norms(dense_model(), short_windows), []
     for share in args.shares:
         for count in (0, BEST_SINK_WINDOWS):
-            model, start = fresh(), time.perf_counter()
+            model, start = dense_model(), time.perf_counter()
             config = replace(FINE, target_ratio=share, sink_windows=count, **LOG_INCREASE)
-            pruned_by(config, model, data.samples)
+            prune_with(config, model, data.samples)
             row: dict[str, Any] = {"share": share, "text_starts": count}
             row["seconds"] = round(time.perf_counter() - start, 1)
-            row["lost"] = (largest_norms(model, beginnings) < LOST * dense).double().mean().item()
+            row["lost"] = (largest_norms(model, short_windows) < LOST * dense_norms).double().mean().item()
             row["perplexity"] = perplexity(model, windows, 2)
             logger.info("%s", row)
             rows.append(row)
-    protocol = {"calibration": [NUM_SAMPLES, SEQLEN], "seed": args.seed, "beginnings": [FIRST_TOKENS, FEW]}
+    protocol = {"calibration": [NUM_SAMPLES, SEQLEN], "seed": args.seed, "beginnings": [NUM_WINDOWS, WINDOW_TOKENS]}
     protocol |= {"percdamp": PERCDAMP, "evaluation": [EVAL_WINDOWS, EVAL_SEQLEN]}
     write_json_atomic(args.out, {"command": command_line(), **environment(CPU), "protocol": protocol, "rows": rows})
     print(table(rows))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """As it stands in docs/results.md."""
+    """The table in docs/results.md."""
     lines = []
     for row in rows:
         figures = (f"{100 * row['lost']:.2f} %", f"{row['perplexity']:.2f}", f"{row['seconds']:.0f}")

@@ -1,9 +1,9 @@
-"""Load two checkpoints, each in a process of its own, and print them side by side.
+"""Compare two checkpoints, each measured in its own process.
 
     python scripts/compare_models.py DENSE PRUNED --eval_datasets FILE --eval_seqlens 128 512
 
-Parameters, multiply-accumulates of a (1, 64) forward, perplexities, seconds and peak memory of the evaluation, and one
-generated sentence of each.
+Prints parameters, multiply-accumulates of a (1, 64) forward, perplexities, seconds and peak memory of the evaluation,
+and a generated sentence of each.
 """
 
 import argparse
@@ -46,24 +46,24 @@ NEW_TOKENS = 40
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = ArgumentParser(prog="compare_models.py", description="Two checkpoints side by side.")
-    parser.add_argument("dense")
-    parser.add_argument("pruned")
-    parser.add_argument("--eval_datasets", nargs="+", default=["wikitext2"])
+    """Parser of the flags."""
+    parser = ArgumentParser(prog="compare_models.py", description="Compare two checkpoints.")
+    parser.add_argument("dense", help="first checkpoint, folder or hub name")
+    parser.add_argument("pruned", help="second checkpoint, folder or hub name")
+    parser.add_argument("--eval_datasets", nargs="+", default=["wikitext2"], help="wikitext2, ptb, FILE or NAME=FILE")
     parser.add_argument("--eval_seqlens", nargs="+", type=int, help="window lengths (default: 128 2048)")
     parser.add_argument("--bos", choices=BOS_POLICIES, default="auto", help=BOS_HELP)
-    parser.add_argument("--prompt", default="The history of the city began in")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto")
+    parser.add_argument("--prompt", default="The history of the city began in", help="start of the generated sentence")
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights (default: as stored)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code found in the checkpoints")
-    parser.add_argument("--out", type=Path, help="json to write the figures to")
+    parser.add_argument("--out", type=Path, help="json file for the figures")
     parser.add_argument("--measure_to", type=Path, help=argparse.SUPPRESS)
     return parser
 
 
 def process_args(args: argparse.Namespace) -> argparse.Namespace:
-    """Check ``args``, and both configurations against them, before any weights are loaded.
+    """Check ``args`` against both configurations, before any weights are loaded.
 
     Raises:
         UserError: naming the flag to change.
@@ -81,16 +81,16 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
         config = load_config(path, args.trust_remote_code)
         find_family(config)
         positions[path] = config.max_position_embeddings
-    shorter = min(positions, key=positions.__getitem__)
-    args.eval_seqlens = args.eval_seqlens or [n for n in DEFAULT_EVAL_SEQLENS if n <= positions[shorter]]
-    if not args.eval_seqlens or max(args.eval_seqlens) > positions[shorter]:
-        longest = max(args.eval_seqlens, default=min(DEFAULT_EVAL_SEQLENS))
-        raise UserError(f"--eval_seqlens {longest}: {shorter} has {positions[shorter]} positions")
+    path = min(positions, key=positions.__getitem__)
+    args.eval_seqlens = args.eval_seqlens or [seqlen for seqlen in DEFAULT_EVAL_SEQLENS if seqlen <= positions[path]]
+    if not args.eval_seqlens or max(args.eval_seqlens) > positions[path]:
+        max_seqlen = max(args.eval_seqlens, default=min(DEFAULT_EVAL_SEQLENS))
+        raise UserError(f"--eval_seqlens {max_seqlen}: {path} has {positions[path]} positions")
     return args
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything about the one model ``args.pruned``."""
+    """Sizes, perplexities, seconds, peak memory and a generated sentence of the model ``args.pruned``."""
     device = choose_device(args.device)
     config = load_config(args.pruned, args.trust_remote_code)
     tokenizer = load_tokenizer(args.pruned, args.trust_remote_code)
@@ -118,11 +118,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_in_new_process(args: argparse.Namespace, model_path: str) -> dict[str, Any]:
-    """``measure`` of ``model_path`` in a process that has seen nothing of the other model.
+    """:func:`measure` of ``model_path`` in a new process.
 
     Raises:
-        SystemExit: if that process fails; it has said why.
-        UserError: if it is killed.
+        SystemExit: if the process fails; the process has printed the error.
+        UserError: if the process is killed.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
@@ -133,14 +133,14 @@ def measure_in_new_process(args: argparse.Namespace, model_path: str) -> dict[st
         command += ["--trust_remote_code"] if args.trust_remote_code else []
         code = subprocess.run([*command, "--measure_to", str(result)], check=False).returncode
         if code < 0:
-            raise UserError(f"{model_path}: the process that measured it was killed by signal {-code}")
+            raise UserError(f"{model_path}: the measuring process was killed by signal {-code}")
         if code:
             sys.exit(code)
         return json.loads(result.read_text(encoding="utf-8"))
 
 
 def table(dense: dict[str, Any], pruned: dict[str, Any]) -> str:
-    """Both models as a table, with the ratio of the pruned one to the dense one."""
+    """Text table of both models, with the ratio of pruned to dense."""
     rows = [
         ("parameters (M)", dense["parameters"] / 1e6, pruned["parameters"] / 1e6),
         (f"MACs, {MACS_SEQLEN} tokens (G)", dense["macs"] / 1e9, pruned["macs"] / 1e9),
@@ -153,7 +153,7 @@ def table(dense: dict[str, Any], pruned: dict[str, Any]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the table and the two sentences, or be the process that measures."""
+    """Print the table and the generated sentences; with ``--measure_to``, measure a single model."""
     if args.measure_to:
         args.measure_to.write_text(json.dumps(measure(args)), encoding="utf-8")
         return

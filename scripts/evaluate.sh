@@ -2,7 +2,7 @@
 # Stage 3: zero-shot accuracy on the seven tasks of the paper.
 #
 #   MODEL=out/sft/lora_fused_model OUT=out/sft.json bash scripts/evaluate.sh
-#   bash scripts/evaluate.sh --smoke   a few rows, of SmolLM2-135M unless MODEL says otherwise
+#   bash scripts/evaluate.sh --smoke   trial run with a few rows (default MODEL: SmolLM2-135M)
 set -euo pipefail
 MODEL=${MODEL:-}                       # checkpoint folder or hub name
 DATA=${DATA:-}                         # folder of local task files (default: from the hub)

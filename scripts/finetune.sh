@@ -2,14 +2,14 @@
 # Stage 2: recover a pruned model with LoRA on instructions.
 #
 #   MODEL=out/pruned/pruned_weights OUT=out/sft NPROC=2 bash scripts/finetune.sh
-#   bash scripts/finetune.sh --smoke   three short steps, of SmolLM2-135M unless MODEL says otherwise
+#   bash scripts/finetune.sh --smoke   trial run with three short steps (default MODEL: SmolLM2-135M)
 set -euo pipefail
-MODEL=${MODEL:-}                       # checkpoint folder, mostly a run's pruned_weights
+MODEL=${MODEL:-}                       # checkpoint folder, usually the pruned_weights of a run
 DATA=${DATA:-}                         # json or jsonl file, or hub name (default: alpaca)
 EVAL=${EVAL:-}                         # wikitext2 (default), ptb, a file, or NAME=FILE
 OUT=${OUT:-out/sft}                    # written: OUT/ (adapters), OUT/lora_fused_model/, OUT.log
-NPROC=${NPROC:-1}                      # processes, one a GPU; more than one run under DeepSpeed
-FLAGS=${FLAGS:-}                       # further flags, e.g. "--resume_from_checkpoint true"
+NPROC=${NPROC:-1}                      # processes, one per GPU; DeepSpeed if more than one
+FLAGS=${FLAGS:-}                       # more flags, e.g. "--resume_from_checkpoint true"
 
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 source "$root/scripts/env.sh"

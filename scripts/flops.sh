@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Parameters, MACs, memory and measured speed of a model beside another.
+# Parameters, MACs, memory and latency of a model, compared with another.
 #
 #   MODEL=meta-llama/Llama-2-7b-hf DATA=out/pruned/pruned_weights bash scripts/flops.sh
-#   bash scripts/flops.sh --smoke      short prompts, of SmolLM2-135M unless MODEL says otherwise
+#   bash scripts/flops.sh --smoke      trial run with short prompts (default MODEL: SmolLM2-135M)
 set -euo pipefail
 MODEL=${MODEL:-}                       # checkpoint folder or hub name
-DATA=${DATA:-}                         # the model to set beside it, mostly pruned from it (default: none, a layer table)
+DATA=${DATA:-}                         # second model, usually the pruned one (default: none; prints a table of layers)
 OUT=${OUT:-out/flops.json}             # written: OUT, and the log OUT.log
 BATCH_SIZES=${BATCH_SIZES:-1 8} LENGTHS=${LENGTHS:-128 1024}
 

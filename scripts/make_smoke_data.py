@@ -1,9 +1,9 @@
-"""Small instruction and task files cut from a text, to try the recipes on where no hub is reachable.
+"""Make small instruction and task files from a text, for smoke tests of the recipes without a hub.
 
     python -m scripts.make_smoke_data wiki.calibration.txt FOLDER
 
-Writes FOLDER/alpaca.jsonl (continue a sentence), FOLDER/tasks/piqa/validation.jsonl (the true end of a sentence against
-another's, in PIQA's columns) and FOLDER/evaluation.txt. What comes of them says that a recipe runs, and nothing more.
+Writes FOLDER/alpaca.jsonl (continue a sentence), FOLDER/tasks/piqa/validation.jsonl (the end of a sentence against that
+of another, in PIQA's columns) and FOLDER/evaluation.txt. They only show that a recipe runs.
 """
 
 import argparse
@@ -24,10 +24,10 @@ EVALUATION_CHARS = 20_000
 
 
 def half_sentences(text: str) -> list[tuple[str, str]]:
-    """First and second half of ``ROWS`` sentences of 12 to 40 words.
+    """First and second halves of ``ROWS`` sentences of 12 to 40 words.
 
     Raises:
-        UserError: if the text has not that many.
+        UserError: if the text has too few such sentences.
     """
     sentences = [sentence.split() for sentence in re.split(r"(?<=[.!?])\s+", text)]
     halves = [
@@ -36,17 +36,17 @@ def half_sentences(text: str) -> list[tuple[str, str]]:
         if 12 <= len(words) <= 40
     ]
     if len(halves) < ROWS:
-        raise UserError(f"{len(halves)} sentences of 12 to 40 words, {ROWS} are needed; give a longer text")
+        raise UserError(f"TEXT: {len(halves)} sentences of 12 to 40 words, but {ROWS} are needed; use a longer text")
     return halves[:ROWS]
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write jsonl."""
+    """Write ``rows`` as jsonl."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write the files, once."""
+    """Write the files if the folder does not exist."""
     if args.folder.is_dir():
         return
     text = args.text.read_text(encoding="utf-8")
@@ -67,6 +67,6 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = ArgumentParser(prog="make_smoke_data.py", description=__doc__.splitlines()[0])
-    parser.add_argument("text", type=Path)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("text", type=Path, help="text file")
+    parser.add_argument("folder", type=Path, help="folder to write")
     run_cli(lambda: main(parser.parse_args()), "make_smoke_data.py")

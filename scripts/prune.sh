@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Stage 1: prune a model by a fifth of its block weights, with ratios that grow from layer to layer.
+# Stage 1: prune about 20 % of the block weights of a model, with an incremental pruning ratio.
 #
 #   MODEL=meta-llama/Llama-2-7b-hf OUT=out/p20 bash scripts/prune.sh
-#   bash scripts/prune.sh --smoke      few short samples, of SmolLM2-135M unless MODEL says otherwise
+#   bash scripts/prune.sh --smoke      trial run with few short samples (default MODEL: SmolLM2-135M)
 set -euo pipefail
 MODEL=${MODEL:-}                       # checkpoint folder or hub name
 DATA=${DATA:-}                         # wikitext2, c4, alpaca, gpt4_alpaca (default: c4), or a text file
 EVAL=${EVAL:-}                         # wikitext2 (default), ptb, a file, or NAME=FILE
 OUT=${OUT:-out/pruned}                 # written: OUT/, OUT/pruned_weights/, OUT.ppl
-MAX_SPARSITY=${MAX_SPARSITY:-0.25}     # ratio of the last layer; the first has .0625
+MAX_SPARSITY=${MAX_SPARSITY:-0.25}     # ratio of the last layer; that of the first is 0.0625
 NUM_SAMPLES=${NUM_SAMPLES:-128} SEQLEN=${SEQLEN:-2048} EVAL_SEQLENS=${EVAL_SEQLENS:-128 2048}
 
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")

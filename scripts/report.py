@@ -1,11 +1,11 @@
-"""A page of figures about pruning runs and results of benchmarks.
+"""Write an HTML report with figures of pruning runs and benchmark results.
 
     python -m scripts.report OUT OTHER benchmarks/results/bench_quality.json --out report
 
-Each RUN is a --save_dir of model_slimming.py, its run.json, a json that a script of benchmarks/, test_flops.py with
---compare or scripts/compare_models.py wrote. Writes report/index.html, which holds its pictures and asks for nothing
-else, the same pictures as PNG files, and report/run.json. They show kept heads and widths, errors and losses by layer,
-perplexity against size, speed and memory, and the numbers behind them with their commands, versions and hardware.
+Each RUN is a --save_dir of model_slimming.py, its run.json, or a json written by a script of benchmarks/, by
+test_flops.py --compare or by scripts/compare_models.py. Writes report/index.html, a self-contained page, its figures
+as PNG files, and report/run.json. The page shows kept heads and widths, errors and sensitivities by layer, perplexity
+against size, speed and memory, and the numbers behind them with commands, versions and hardware.
 """
 
 import argparse
@@ -32,15 +32,15 @@ from slim_utils.report.sources import raw_rows, read_sources
 logger = logging.getLogger("report")
 
 PAGE = "index.html"
-# Pixels of the page to an inch of a figure.
+# CSS pixels per inch of a figure.
 PAGE_DPI = 96
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = ArgumentParser(prog="report.py", description="A page of figures about runs and benchmarks.")
+    """Parser of the flags."""
+    parser = ArgumentParser(prog="report.py", description="HTML report of pruning runs and benchmarks.")
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a pruning run, run.json or json of a benchmark"
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a pruning run, run.json, or json of a benchmark"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier report")
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def picture(plot: Plot) -> Picture:
-    """Draw ``plot``."""
+    """Draw ``plot`` as a PNG."""
     figure: Figure = plot.draw()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -57,17 +57,17 @@ def picture(plot: Plot) -> Picture:
 
 
 def file_names(pictures: list[Picture]) -> list[str]:
-    """A file for each picture; names that would be the same get a number."""
-    taken: list[str] = []
-    for one in pictures:
-        stem = f"{one.plot.section}_{one.plot.name}"
-        names = (f"{stem}.png" if number == 1 else f"{stem}_{number}.png" for number in count(1))
-        taken.append(next(name for name in names if name not in taken))
-    return taken
+    """Distinct file names of the pictures; duplicates are numbered."""
+    names: list[str] = []
+    for item in pictures:
+        stem = f"{item.plot.section}_{item.plot.name}"
+        candidates = (f"{stem}.png" if number == 1 else f"{stem}_{number}.png" for number in count(1))
+        names.append(next(name for name in candidates if name not in names))
+    return names
 
 
 def main(args: argparse.Namespace) -> None:
-    """Read, draw, write to a temporary name, rename."""
+    """Read the sources, draw the figures, and write the report atomically."""
     check_output(args.out, args.overwrite, "--out", (RUN_FILE, PAGE))
     check_inputs_outside(args.out, "--out", {"RUN": args.runs})
     sources = read_sources(args.runs)
@@ -76,12 +76,12 @@ def main(args: argparse.Namespace) -> None:
     record = {
         "command": command_line(),
         **environment(torch.device("cpu"), "matplotlib"),
-        "sources": {str(one.path): hashlib.sha256(one.path.read_bytes()).hexdigest() for one in sources},
+        "sources": {str(source.path): hashlib.sha256(source.path.read_bytes()).hexdigest() for source in sources},
     }
     made_by = f"{record['command']} · matplotlib {record['versions']['matplotlib']}"
     with atomic_folder(args.out) as folder:
-        for name, one in zip(file_names(pictures), pictures, strict=True):
-            (folder / name).write_bytes(one.png)
+        for name, item in zip(file_names(pictures), pictures, strict=True):
+            (folder / name).write_bytes(item.png)
         write_text_atomic(folder / PAGE, page(pictures, numbers, made_by))
         write_json_atomic(folder / RUN_FILE, record)
     logger.info("saved %s: %d figures of %d sources", args.out / PAGE, len(pictures), len(sources))

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes an environment with a prebuilt vLLM and one with a prebuilt llama.cpp, and compares what they generate with
-# Transformers.
+# Creates an environment with a prebuilt vLLM and one with a prebuilt llama.cpp, and compares their greedy generation with
+# that of Transformers.
 #
 #   bash scripts/test_serving.sh                 both engines
-#   bash scripts/test_serving.sh -m vllm         one of them: vllm or llama_cpp; any arguments of pytest
+#   bash scripts/test_serving.sh -m vllm         a single engine, vllm or llama_cpp; any arguments of pytest
 #
-# SmolLM2-135M is fetched into $SLIMGPT_CACHE (default: ~/.cache/slimgpt) the first time.
+# SmolLM2-135M is cached in $SLIMGPT_CACHE (default: ~/.cache/slimgpt).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh

@@ -341,12 +341,12 @@ def test_quality_tables_are_those_of_the_file():
 
 
 def test_quality_table_of_readme_is_that_of_the_file():
-    from benchmarks.quality_table import METHOD_NAMES, grouped, spread
+    from benchmarks.quality_table import METHOD_NAMES, group_rows, mean_and_std
 
-    rows = grouped(json.loads((RESULTS / "bench_quality.json").read_text()))
+    rows = group_rows(json.loads((RESULTS / "bench_quality.json").read_text()))
 
     def cell(share: float, method: str) -> str:
-        return spread([row["perplexity"]["wikitext2"] for row in rows["native", share, method]], ".2f")
+        return mean_and_std([row["perplexity"]["wikitext2"] for row in rows["native", share, method]], ".2f")
 
     assert f"(dense: {cell(0.0, 'dense')})" in README
     for method in ("wanda_sp", "flap", "slimgpt_uniform", "slimgpt_log_increase", "best"):

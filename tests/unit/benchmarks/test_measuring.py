@@ -1,4 +1,4 @@
-"""What the benchmarks share: rows that are kept, and a process of its own for a row."""
+"""Shared functions of the benchmarks: resumable rows, and rows measured in new processes."""
 
 import json
 
@@ -9,7 +9,7 @@ from benchmarks.measuring import eval_sets, measure_in_new_process, measure_miss
 from slim_utils.common.errors import UserError
 
 
-def test_named_files_what_is_no_file_is_named(tmp_path):
+def test_named_files_of_an_invalid_spec_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     assert named_files("--f", [f"a={tmp_path}/a.txt"]) == {"a": tmp_path / "a.txt"}
     for spec in (f"{tmp_path}/a.txt", f"a={tmp_path}/b.txt"):
@@ -20,11 +20,11 @@ def test_named_files_what_is_no_file_is_named(tmp_path):
 def test_eval_sets_are_the_first_windows_of_every_text(tokenizer, text_file):
     plain = eval_sets(tokenizer, [f"mine={text_file}"], 3, 8)["mine"]
     assert plain.shape == (3, 8)
-    begun = eval_sets(tokenizer, [f"mine={text_file}"], 3, 9, bos=1)["mine"]
-    assert torch.equal(begun[:, 1:], plain) and set(begun[:, 0].tolist()) == {1}
+    with_bos = eval_sets(tokenizer, [f"mine={text_file}"], 3, 9, bos=1)["mine"]
+    assert torch.equal(with_bos[:, 1:], plain) and set(with_bos[:, 0].tolist()) == {1}
 
 
-def test_measure_missing_rows_only_what_is_missing_is_measured(tmp_path):
+def test_measure_missing_rows_after_a_failure_measures_only_missing_rows(tmp_path):
     out, protocol, measured = tmp_path / "out.json", {"seed": 0}, []
 
     def measure(name: str, share: float) -> dict:
@@ -41,7 +41,7 @@ def test_measure_missing_rows_only_what_is_missing_is_measured(tmp_path):
     assert measured == [("a", 0.0), ("broken", 0.5), ("b", 0.5)]
     assert [row["name"] for row in record["rows"]] == ["a", "b"]
     assert json.loads(out.read_text()) == record
-    with pytest.raises(UserError, match="of another protocol"):
+    with pytest.raises(UserError, match="has another protocol"):
         measure_missing_rows(out, {"seed": 1}, ("name", "share"), keys, measure)
 
 

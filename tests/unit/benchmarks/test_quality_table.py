@@ -1,15 +1,15 @@
-"""The tables of the benchmark of perplexities."""
+"""Tables of the quality benchmark."""
 
 import math
 
 from benchmarks.quality_table import loss_table, table
 
 
-def row(method: str, share: float, seed: int, lost: float) -> dict:
-    """One whose loss over a dense perplexity of 10 is ``lost``."""
-    figures = {"perplexity": {"text": 10 * math.exp(lost)}, "peak_memory_mib": {"host": 100}}
-    measured = {"share_removed": share, "seconds": 50 + seed} if share else {}
-    return {"heads": "repeated", "method": method, "share": share, "seed": seed} | figures | measured
+def row(method: str, share: float, seed: int, loss: float) -> dict:
+    """A row whose ln perplexity is ``loss`` above that of a dense perplexity of 10."""
+    figures = {"perplexity": {"text": 10 * math.exp(loss)}, "peak_memory_mib": {"host": 100}}
+    pruning = {"share_removed": share, "seconds": 50 + seed} if share else {}
+    return {"heads": "repeated", "method": method, "share": share, "seed": seed} | figures | pruning
 
 
 RECORD = {
@@ -25,7 +25,7 @@ RECORD = {
 }
 
 
-def test_seeds_are_a_mean_and_a_spread():
+def test_table_of_several_seeds_has_mean_and_deviation():
     lines = table(RECORD).splitlines()
     assert [line.split(" | ")[2] for line in lines[2:]] == [
         "dense",
@@ -37,6 +37,6 @@ def test_seeds_are_a_mean_and_a_spread():
     assert lines[2] == "| repeated | 0.0 % | dense | 10.00 |  | 100 |"
 
 
-def test_a_loss_is_a_share_of_the_originals_with_the_same_seed():
-    """Where the original was not measured there is no line, nor is a seed counted that it was not measured with."""
+def test_loss_table_is_relative_to_the_original_with_the_same_seed():
+    """Shares and seeds without a measurement of the original are skipped."""
     assert loss_table(RECORD).splitlines()[2:] == ["| repeated | 20 % | SlimGPT, --preset best | 0.62 ± 0.18 |"]
