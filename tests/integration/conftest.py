@@ -1,4 +1,4 @@
-"""A pruned model, and the command line that fine-tunes it."""
+"""Fixtures: a pruned model, and the command line that fine-tunes it."""
 
 import shlex
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 import model_slimming
 
-# The original's README, but for the sizes and the files.
+# The recipe in the original's README, with other sizes.
 RECIPE = shlex.split(
     "--per_device_train_batch_size 4 --gradient_accumulation_steps 2 --num_train_epochs 1 --lr_scheduler_type cosine "
     "--learning_rate 1e-2 --warmup_steps 1 --logging_steps 2 --logging_first_step true --evaluation_strategy steps "
@@ -17,22 +17,22 @@ RECIPE = shlex.split(
 
 @pytest.fixture(scope="module")
 def slim(tmp_path_factory, checkpoint, text_file) -> Path:
-    """A pruned model: zeroed, and small in ``pruned_weights``."""
+    """Output folder of a pruning run: the masked model, with the pruned model in ``pruned_weights``."""
     save_dir = tmp_path_factory.mktemp("runs") / "slim"
-    words = [checkpoint, "--data_file", text_file, "--num_samples", 16, "--seqlen", 32, "--sparsity", 0.5]
-    words += ["--skip_evaluate", "--save_pruned_weights", "--save_dir", save_dir]
-    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, words))))
+    argv = [checkpoint, "--data_file", text_file, "--num_samples", 16, "--seqlen", 32, "--sparsity", 0.5]
+    argv += ["--skip_evaluate", "--save_pruned_weights", "--save_dir", save_dir]
+    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, argv))))
     return save_dir
 
 
 @pytest.fixture
-def words(instruction_file, text_file, tmp_path):
-    """The recipe on local files, with a model and any further flags."""
+def argv(instruction_file, text_file, tmp_path):
+    """Function that builds the arguments of the recipe on local files for a model and more flags."""
 
-    def build(model, *further) -> list[str]:
+    def build(model, *flags) -> list[str]:
         files = ["--data_path", instruction_file, "--extra_val_set", f"wikitext2={text_file}", "--prompt_template_name"]
         sizes = ["none", "--extra_val_seqlen", 16, "--eval_seqlens", 16, 32, "--save_strategy", "no"]
         output = ["--model_name_or_path", model, "--output_dir", tmp_path / "out"]
-        return [*RECIPE, *map(str, [*files, *sizes, *output, *further])]
+        return [*RECIPE, *map(str, [*files, *sizes, *output, *flags])]
 
     return build

@@ -1,4 +1,4 @@
-"""What the tests of ``model_finetune.py`` share."""
+"""Shared by the tests of ``model_finetune.py``."""
 
 import json
 import subprocess
@@ -14,14 +14,14 @@ from train_utils.finetune_args import parse_args
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def main(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Run the script in this process."""
-    model_finetune.main(parse_args(words))
+    model_finetune.main(parse_args(argv))
 
 
-def run(words: list[str], *launcher: str, **options) -> subprocess.CompletedProcess:
-    """Run the script in processes of its own."""
-    return run_python(*launcher, "model_finetune.py", *words, **options)
+def run(argv: list[str], *launcher: str, **options) -> subprocess.CompletedProcess:
+    """Run the script in new processes."""
+    return run_python(*launcher, "model_finetune.py", *argv, **options)
 
 
 def logits(path: Path, samples: torch.Tensor) -> torch.Tensor:

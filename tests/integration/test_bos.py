@@ -1,4 +1,4 @@
-"""Whether windows of text begin with a BOS, and calibration on several texts, through the entry scripts."""
+"""BOS at the start of text windows, and calibration on several texts, through the entry scripts."""
 
 import json
 import shutil
@@ -26,9 +26,9 @@ def bos_checkpoint(tmp_path_factory, checkpoint, bos_tokenizer) -> Path:
     return folder
 
 
-def test_bos_by_default_where_the_tokenizer_adds_one(bos_checkpoint, text_file, tmp_path, caplog):
+def test_model_slimming_of_a_tokenizer_that_adds_bos_uses_it(bos_checkpoint, text_file, tmp_path, caplog):
     caplog.set_level("INFO")
-    words = [
+    argv = [
         bos_checkpoint,
         "--data_file",
         text_file,
@@ -40,14 +40,14 @@ def test_bos_by_default_where_the_tokenizer_adds_one(bos_checkpoint, text_file, 
         "--sparsity",
         0.5,
     ]
-    words += ["--preset", "best", "--eval_datasets", f"mine={text_file}", "--eval_seqlens", 32, "--save_pruned_weights"]
+    argv += ["--preset", "best", "--eval_datasets", f"mine={text_file}", "--eval_seqlens", 32, "--save_pruned_weights"]
     records = {}
     for bos in ("auto", "never"):
-        main(*words, "--bos", bos, "--save_dir", tmp_path / bos)
+        main(*argv, "--bos", bos, "--save_dir", tmp_path / bos)
         records[bos] = json.loads((tmp_path / bos / "run.json").read_text())
     assert [records[bos]["calibration"]["bos"] for bos in records] == [True, False]
     assert [records[bos]["perplexity"][0]["bos"] for bos in records] == [True, False]
-    # Sink windows stand in for the BOS that is not there.
+    # Sink windows replace a missing BOS.
     assert [records[bos]["arguments"]["sink_windows"] for bos in records] == [0, 512]
     assert [source["num_samples"] for source in records["auto"]["calibration"]["sources"]] == [8, 8]
     assert "windows start with a BOS (--bos)" in caplog.text
@@ -56,21 +56,23 @@ def test_bos_by_default_where_the_tokenizer_adds_one(bos_checkpoint, text_file, 
     assert "| mine | 32 | BOS |" in card
 
 
-def test_a_calibration_text_that_is_neither_file_nor_data_set(checkpoint):
+def test_model_slimming_of_an_unknown_calibration_text_is_refused(checkpoint):
     with pytest.raises(UserError, match=r"--data_file nowhere\.txt: neither a file nor one of wikitext2, c4"):
         main(checkpoint, "--data_file", "c4", "nowhere.txt")
 
 
-def test_finetuning_measures_with_the_bos_of_the_tokenizer(bos_checkpoint, text_file, instruction_file, tmp_path):
-    words = ["--model_name_or_path", bos_checkpoint, "--data_path", instruction_file, "--output_dir", tmp_path / "out"]
-    words += ["--max_steps", 1, "--per_device_train_batch_size", 2, "--val_dataset_size", 4, "--cache_dataset", "false"]
-    words += ["--max_length", 32, "--extra_val_set", f"mine={text_file}", "--extra_val_seqlen", 16, "--use_cpu", "true"]
-    words += ["--prompt_template_name", "none", "--eval_seqlens", 16]
-    model_finetune.main(parse_args(list(map(str, words))))
+def test_model_finetune_of_a_tokenizer_that_adds_bos_measures_with_it(
+    bos_checkpoint, text_file, instruction_file, tmp_path
+):
+    argv = ["--model_name_or_path", bos_checkpoint, "--data_path", instruction_file, "--output_dir", tmp_path / "out"]
+    argv += ["--max_steps", 1, "--per_device_train_batch_size", 2, "--val_dataset_size", 4, "--cache_dataset", "false"]
+    argv += ["--max_length", 32, "--extra_val_set", f"mine={text_file}", "--extra_val_seqlen", 16, "--use_cpu", "true"]
+    argv += ["--prompt_template_name", "none", "--eval_seqlens", 16]
+    model_finetune.main(parse_args(list(map(str, argv))))
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert [entry["bos"] for entry in record["perplexity"]["before"]] == [True]
 
 
-def test_finetuning_refuses_another_bos_policy():
+def test_parse_args_of_an_unknown_bos_policy_is_refused():
     with pytest.raises((UserError, SystemExit)):
         parse_args(["--model_name_or_path", "x", "--output_dir", "y", "--bos", "sometimes"])

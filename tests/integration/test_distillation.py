@@ -12,52 +12,52 @@ from tests.conftest import VOCAB, make_tiny
 from tests.integration.finetuning import logits, losses, main, run
 from tests.processes import run_ranks
 
-# On a CPU the Trainer takes bf16 alone.
+# On a CPU, the Trainer supports bf16 only.
 NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 def divergence(teacher: torch.Tensor, student: torch.Tensor) -> float:
     """KL(teacher ‖ student) of logits, mean over tokens."""
-    theirs, ours = teacher.log_softmax(-1), student.log_softmax(-1)
-    return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+    teacher, student = teacher.log_softmax(-1), student.log_softmax(-1)
+    return float((teacher.exp() * (teacher - student)).sum(-1).mean())
 
 
-def test_the_student_comes_nearer_to_its_teacher(slim, words, tmp_path, checkpoint, samples):
+def test_distill_from_the_dense_model_lowers_the_divergence(slim, argv, tmp_path, checkpoint, samples):
     base, out = slim / "pruned_weights", tmp_path / "out"
     flags = ["--use_lora", "true", "--num_train_epochs", 6, "--logging_steps", 1]
     flags += ["--train_full_prompt", "true", "--distill_from", checkpoint]
-    main(words(base, *flags))
+    main(argv(base, *flags))
     trained = losses(out)
     assert trained[max(trained)] < 0.7 * trained[1]
     dense = logits(checkpoint, samples)
     assert divergence(dense, logits(out / "lora_fused_model", samples)) < 0.8 * divergence(dense, logits(base, samples))
     assert json.loads((out / "run.json").read_text())["arguments"]["distill_from"] == str(checkpoint)
 
-    # Of the teacher nothing is in the output: it is that of a run without.
-    taught = {path.relative_to(out): load_file(path).keys() for path in out.rglob("*.safetensors")}
-    main(words(base, "--use_lora", "true", "--overwrite", "true"))
-    assert taught == {path.relative_to(out): load_file(path).keys() for path in out.rglob("*.safetensors")}
+    # The output has the same tensors as that of a run without a teacher.
+    distilled = {path.relative_to(out): load_file(path).keys() for path in out.rglob("*.safetensors")}
+    main(argv(base, "--use_lora", "true", "--overwrite", "true"))
+    assert distilled == {path.relative_to(out): load_file(path).keys() for path in out.rglob("*.safetensors")}
 
 
-def test_a_teacher_changes_neither_the_start_nor_the_measure(slim, words, tmp_path, checkpoint):
+def test_distill_from_without_training_keeps_the_evaluation_losses(slim, argv, tmp_path, checkpoint):
     entries = []
     for teacher in ([], ["--distill_from", checkpoint]):
         flags = ["--use_lora", "true", "--eval_steps", 1, "--learning_rate", 0, "--overwrite", "true", *teacher]
-        main(words(slim / "pruned_weights", *flags))
+        main(argv(slim / "pruned_weights", *flags))
         log = json.loads((tmp_path / "out" / "run.json").read_text())["log"]
         entries.append([entry["eval_validation_loss"] for entry in log if "eval_validation_loss" in entry])
     assert entries[0] and entries[0] == entries[1]
 
 
 @pytest.mark.parametrize("dtype", ["--bf16", pytest.param("--fp16", marks=NEEDS_CUDA)])
-def test_a_teacher_in_half_precision(slim, words, tmp_path, checkpoint, dtype):
+def test_distill_from_in_half_precision_lowers_the_loss(slim, argv, tmp_path, checkpoint, dtype):
     flags = ["--learning_rate", 1e-3, "--num_train_epochs", 3, dtype, "true", "--distill_from", checkpoint]
-    main(words(slim / "pruned_weights", *flags))
+    main(argv(slim / "pruned_weights", *flags))
     trained = losses(tmp_path / "out")
     assert 0 < trained[max(trained)] < trained[1]
 
 
-def test_a_teacher_of_other_tokens_is_one_line(slim, words, tmp_path, checkpoint, tokenizer):
+def test_distill_from_an_unsuitable_teacher_is_one_line(slim, argv, tmp_path, checkpoint, tokenizer):
     wider, renamed, damaged = tmp_path / "wider", tmp_path / "renamed", tmp_path / "damaged"
     make_tiny("gqa", vocab_size=VOCAB + 8).save_pretrained(wider)
     tokenizer.save_pretrained(wider)
@@ -73,20 +73,20 @@ def test_a_teacher_of_other_tokens_is_one_line(slim, words, tmp_path, checkpoint
     }
     for folder, message in messages.items():
         with pytest.raises(UserError, match=f"--distill_from.* {folder}: {message}") as error:
-            main(words(slim / "pruned_weights", "--use_lora", "true", "--distill_from", folder))
+            main(argv(slim / "pruned_weights", "--use_lora", "true", "--distill_from", folder))
         assert "\n" not in str(error.value)
-    process = run(words(slim / "pruned_weights", "--use_lora", "true", "--distill_from", wider))
+    process = run(argv(slim / "pruned_weights", "--use_lora", "true", "--distill_from", wider))
     assert process.returncode == 2
     assert process.stderr.splitlines()[-1] == f"model_finetune.py: error: --distill_from {wider}: {messages[wider]}"
     assert "Traceback" not in process.stderr
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
-def test_two_processes_with_a_teacher_learn_as_one(slim, words, tmp_path, checkpoint):
+def test_distill_from_on_two_processes_gives_the_losses_of_one(slim, argv, tmp_path, checkpoint):
     flags = ["--use_lora", "true", "--peft_lora_dropout", 0, "--logging_steps", 1, "--distill_from", checkpoint]
     flags += ["--gradient_accumulation_steps"]
-    main(words(slim / "pruned_weights", *flags, 4))
+    main(argv(slim / "pruned_weights", *flags, 4))
     alone = losses(tmp_path / "out")
-    process = run_ranks(2, "model_finetune.py", *words(slim / "pruned_weights", *flags, 2, "--overwrite", "true"))
+    process = run_ranks(2, "model_finetune.py", *argv(slim / "pruned_weights", *flags, 2, "--overwrite", "true"))
     assert process.returncode == 0, process.stderr
     assert losses(tmp_path / "out") == pytest.approx(alone, rel=1e-4)

@@ -1,4 +1,4 @@
-"""Every family from checkpoint to checkpoint, and its small model loaded where the repository is not."""
+"""Pruned models of every family, loaded without the repository."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from slim_utils.params_remove import shrink, zero_removed
 from tests.conftest import TINY_FAMILIES, make_tiny
 from tests.processes import run_python
 
-# Loads every folder given, in a process that knows nothing of this repository, and compares logits and generation.
+# Loads every given folder in a process without access to this repository, and compares logits and generation.
 LOADER = """
 import sys
 from pathlib import Path
@@ -34,7 +34,7 @@ print("loaded", len(sys.argv) - 1)
 """
 
 
-def test_small_models_of_every_family_load_without_the_repository(tmp_path, samples):
+def test_pruned_models_of_every_family_load_without_the_repository(tmp_path, samples):
     cpu, folders = torch.device("cpu"), []
     for name in TINY_FAMILIES:
         model = make_tiny(name)
@@ -42,19 +42,19 @@ def test_small_models_of_every_family_load_without_the_repository(tmp_path, samp
         settings = PruningSettings(cpu, cpu)
         masks, _ = prune_layers(model, family, samples, plans_of(model, [0.2, 0.35, 0.5, 0.6], settings), settings)
         zero_removed(model, family, masks)
-        small = shrink(model, family, masks)
-        small.save_pretrained(tmp_path / name / "small")
+        pruned = shrink(model, family, masks)
+        pruned.save_pretrained(tmp_path / name / "pruned")
         with torch.no_grad():
-            zeroed, logits = model(samples).logits, small(samples).logits
-        assert (logits - zeroed).abs().max() <= 1e-4 * zeroed.abs().max()
+            expected, logits = model(samples).logits, pruned(samples).logits
+        assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
         save_file({"samples": samples, "logits": logits}, tmp_path / name / "expected.safetensors")
-        folders.append(str(tmp_path / name / "small"))
+        folders.append(str(tmp_path / name / "pruned"))
     process = run_python("-c", LOADER, *folders, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert process.stdout.strip() == f"loaded {len(TINY_FAMILIES)}"
 
 
-def test_a_family_that_is_not_in_the_table_names_those_that_are():
+def test_find_family_of_an_unsupported_type_lists_the_supported_ones():
     model = make_tiny("gqa")
     model.config.model_type = "mamba"
     with pytest.raises(UserError, match="model type 'mamba' is not supported; supported: llama, smollm3, mistral"):

@@ -1,4 +1,4 @@
-"""What ``model_finetune.py`` may replace: never its inputs, and an earlier result only by a finished one."""
+"""Output folders of ``model_finetune.py``: inputs are never replaced, earlier results only by complete ones."""
 
 import json
 import shutil
@@ -17,13 +17,13 @@ CHECKPOINTS = ["--save_strategy", "steps", "--save_steps", 2, "--logging_steps",
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
+    """Contents of all files of a folder, by path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
 def stop_at(monkeypatch):
-    """Makes training stop as by Ctrl-C before a step."""
+    """Function that makes training stop with KeyboardInterrupt before a step."""
     real = SlimTrainer.training_step
 
     def stop(step: int | None) -> None:
@@ -57,7 +57,7 @@ def own(slim, tmp_path) -> Path:
     ],
 )
 def test_finetune_with_an_input_inside_its_output_is_refused(
-    slim, own, words, tmp_path, instruction_file, text_file, flag, value
+    slim, own, argv, tmp_path, instruction_file, text_file, flag, value
 ):
     shutil.copy(instruction_file, own / "rows.jsonl")
     shutil.copy(text_file, own / "text.txt")
@@ -67,13 +67,13 @@ def test_finetune_with_an_input_inside_its_output_is_refused(
     value, before = value.format(own=own, link=tmp_path / "link"), contents(own)
     flags = ["--is_mask_training", "true"] if flag == "--mask_config_dir" else []
     with pytest.raises(UserError, match=f"{flag} .*: inside --output_dir .*; choose another --output_dir"):
-        main([*words(slim, "--output_dir", own, "--overwrite", "true", *flags), flag, value])
+        main([*argv(slim, "--output_dir", own, "--overwrite", "true", *flags), flag, value])
     assert contents(own) == before
 
 
 @pytest.mark.parametrize("lora", ["true", "false"])
-def test_finetune_overwrite_keeps_the_earlier_result_until_the_new_one_stands(slim, words, tmp_path, stop_at, lora):
-    arguments, out = words(slim / "pruned_weights", "--use_lora", lora, *CHECKPOINTS), tmp_path / "out"
+def test_finetune_overwrite_keeps_the_earlier_result_until_the_new_one_is_complete(slim, argv, tmp_path, stop_at, lora):
+    arguments, out = argv(slim / "pruned_weights", "--use_lora", lora, *CHECKPOINTS), tmp_path / "out"
     main(arguments)
     (out / "stale").mkdir()
     before = contents(out)
@@ -84,7 +84,7 @@ def test_finetune_overwrite_keeps_the_earlier_result_until_the_new_one_stands(sl
         main([*arguments, "--learning_rate", "2e-3", "--overwrite", "true"])
     kept = contents(out)
     assert {name: kept[name] for name in before} == before
-    # What is left beside it is the new run's own, with which it goes on.
+    # The other files are those of the new run, which it resumes from.
     assert {name.split("/")[0] for name in kept.keys() - before.keys()} == {".unfinished"}
     stop_at(None)
     main([*arguments, "--learning_rate", "2e-3", "--resume_from_checkpoint", "true"])
@@ -100,8 +100,8 @@ def test_finetune_overwrite_keeps_the_earlier_result_until_the_new_one_stands(sl
     assert not list(tmp_path.glob(".*")) and not list(out.glob(".*"))
 
 
-def test_finetune_resume_takes_no_checkpoint_of_the_earlier_run(slim, words, tmp_path, stop_at):
-    arguments, out = words(slim / "pruned_weights", "--use_lora", "true", *CHECKPOINTS), tmp_path / "out"
+def test_finetune_resume_takes_no_checkpoint_of_the_earlier_run(slim, argv, tmp_path, stop_at):
+    arguments, out = argv(slim / "pruned_weights", "--use_lora", "true", *CHECKPOINTS), tmp_path / "out"
     main(arguments)
     stop_at(1)
     with pytest.raises(KeyboardInterrupt):
@@ -109,7 +109,7 @@ def test_finetune_resume_takes_no_checkpoint_of_the_earlier_run(slim, words, tmp
     stop_at(None)
     with pytest.raises(UserError, match=r"--resume_from_checkpoint true: no complete checkpoint in .*\.unfinished"):
         main([*arguments, "--resume_from_checkpoint", "true"])
-    # Named, the earlier run's is taken.
+    # A checkpoint of the earlier run is used if given by path.
     main([*arguments, "--resume_from_checkpoint", str(out / "checkpoint-4")])
     assert not (out / ".unfinished").exists()
     # A run with --overwrite does not resume from an earlier attempt.
@@ -122,8 +122,8 @@ def test_finetune_resume_takes_no_checkpoint_of_the_earlier_run(slim, words, tmp
     assert [path.name for path in (out / ".unfinished").iterdir()] == ["run.json"]
 
 
-def test_finetune_overwrite_that_cannot_move_its_result_puts_the_earlier_one_back(slim, words, tmp_path, monkeypatch):
-    arguments, out = words(slim / "pruned_weights", "--use_lora", "true"), tmp_path / "out"
+def test_finetune_overwrite_that_cannot_move_its_result_restores_the_earlier_one(slim, argv, tmp_path, monkeypatch):
+    arguments, out = argv(slim / "pruned_weights", "--use_lora", "true"), tmp_path / "out"
     main(arguments)
     before, real = contents(out), Path.rename
 
@@ -140,8 +140,8 @@ def test_finetune_overwrite_that_cannot_move_its_result_puts_the_earlier_one_bac
     assert (out / ".unfinished" / "run.json").is_file()
 
 
-def test_finetune_resume_from_another_folder_checks_the_output(slim, words, own, tmp_path):
-    arguments = words(slim / "pruned_weights", "--use_lora", "true", *CHECKPOINTS)
+def test_finetune_resume_from_another_folder_checks_the_output(slim, argv, own, tmp_path):
+    arguments = argv(slim / "pruned_weights", "--use_lora", "true", *CHECKPOINTS)
     main(arguments)
     checkpoint, before = tmp_path / "out" / "checkpoint-4", contents(own)
     resume = [*arguments, "--resume_from_checkpoint", str(checkpoint), "--output_dir"]

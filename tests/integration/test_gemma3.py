@@ -1,4 +1,4 @@
-"""Gemma-3-270M, a real model whose tokenizer adds a BOS and that needs it."""
+"""Calibration with a BOS on Gemma-3-270M, whose tokenizer adds one."""
 
 import json
 import os
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def cache() -> Path:
-    """Where the model and the texts are kept from run to run."""
+    """Folder with the cached model and texts."""
     folder = Path(os.environ.get("SLIMGPT_CACHE") or Path.home() / ".cache" / "slimgpt")
     for script in ("fetch_smollm2.py", "fetch_gemma3.py"):
         subprocess.run([sys.executable, f"scripts/{script}", folder], cwd=ROOT, check=True)
@@ -25,7 +25,7 @@ def cache() -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_calibration_with_bos_loses_half_of_what_it_loses_without(cache, tmp_path):
+def test_model_slimming_with_bos_halves_the_loss_of_gemma(cache, tmp_path):
     (tmp_path / "text.txt").write_text((cache / "wiki.evaluation.txt").read_text()[:20_000])
     figures = {}
     for bos in ("always", "never"):
@@ -35,7 +35,7 @@ def test_calibration_with_bos_loses_half_of_what_it_loses_without(cache, tmp_pat
         command += ["--allocation", "log_increase", "--min_sparsity", 0.0625, "--skip_evaluate"]
         command += ["--save_pruned_weights", "--save_dir", out]
         subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
-        # Measured alike, as the model is used.
+        # Both are measured with a BOS, as the model is used.
         figures[bos] = perplexity(out / "pruned_weights", tmp_path)
         assert json.loads((out / "run.json").read_text())["calibration"]["bos"] is (bos == "always")
     dense = perplexity(cache / "gemma-3-270m", tmp_path)
@@ -46,7 +46,7 @@ def test_calibration_with_bos_loses_half_of_what_it_loses_without(cache, tmp_pat
 
 
 def perplexity(model: Path, folder: Path) -> float:
-    """On the text in ``folder``, by the suite's own comparison of a model with itself."""
+    """Perplexity of ``model`` on the text in ``folder``."""
     from ppl_eval.ppl_eval import ppl_metric
     from slim_utils.common.loading import load_model, load_tokenizer
 

@@ -1,4 +1,4 @@
-"""The walk on a CUDA device against the CPU, and the later stages on one."""
+"""Pruning on a CUDA device against the CPU, and the later stages on a CUDA device."""
 
 import json
 
@@ -26,7 +26,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("columns", [64, 700])
-def test_products_of_half_precision_are_exact(columns, dtype):
+def test_add_gram_of_half_precision_is_exact(columns, dtype):
     tokens = torch.randn(300, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
     gram = torch.zeros(columns, columns, device="cuda")
     add_gram(gram, tokens.cuda())
@@ -37,7 +37,7 @@ def test_products_of_half_precision_are_exact(columns, dtype):
 
 @pytest.mark.parametrize("variant", ["gqa", "opt", "olmo2", "mixtral"])
 @pytest.mark.parametrize("cache_dev", ["cuda", "cpu"])
-def test_same_units_and_weights_as_on_the_cpu(samples, cache_dev, variant):
+def test_prune_layers_on_a_gpu_gives_the_weights_of_the_cpu(samples, cache_dev, variant):
     on_cpu, on_gpu = make_tiny(variant), make_tiny(variant)
     ratios = [0.3, 0.5, 0.6, 0.7]
     devices = {on_cpu: ("cpu", "cpu"), on_gpu: ("cuda", cache_dev)}
@@ -54,11 +54,11 @@ def test_same_units_and_weights_as_on_the_cpu(samples, cache_dev, variant):
 
 
 @pytest.mark.parametrize("cache_dev", ["cuda", "cpu"])
-def test_streamed_as_whole(checkpoint, text_file, tmp_path, cache_dev):
-    words = [checkpoint, "--data_file", text_file, "--num_samples", 16, "--seqlen", 32, "--sparsity", 0.5]
-    words += ["--cache_dev", cache_dev, "--save_pruned_weights", "--eval_datasets", text_file, "--eval_seqlens", 16]
+def test_model_slimming_streamed_on_a_gpu_gives_the_same_bits(checkpoint, text_file, tmp_path, cache_dev):
+    argv = [checkpoint, "--data_file", text_file, "--num_samples", 16, "--seqlen", 32, "--sparsity", 0.5]
+    argv += ["--cache_dev", cache_dev, "--save_pruned_weights", "--eval_datasets", text_file, "--eval_seqlens", 16]
     for name, more in (("whole", []), ("streamed", ["--stream"])):
-        arguments = [*words, *more, "--save_dir", tmp_path / name]
+        arguments = [*argv, *more, "--save_dir", tmp_path / name]
         model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, arguments))))
     for folder in (".", "pruned_weights"):
         whole, streamed = tensors(tmp_path / "whole" / folder), tensors(tmp_path / "streamed" / folder)
@@ -69,31 +69,31 @@ def test_streamed_as_whole(checkpoint, text_file, tmp_path, cache_dev):
     assert values[1] == pytest.approx(values[0], rel=1e-3)
 
 
-def test_search_chooses_as_on_the_cpu(checkpoint, text_file, tmp_path):
-    words = [checkpoint, "--data_file", text_file, "--num_samples", 16, "--seqlen", 32, "--skip_evaluate"]
-    words += ["--target_ratio", 0.3, "--allocation", "search"]
+def test_model_slimming_with_search_on_a_gpu_gives_the_plan_of_the_cpu(checkpoint, text_file, tmp_path):
+    argv = [checkpoint, "--data_file", text_file, "--num_samples", 16, "--seqlen", 32, "--skip_evaluate"]
+    argv += ["--target_ratio", 0.3, "--allocation", "search"]
     for device in ("cpu", "cuda"):
-        arguments = [*words, "--device", device, "--save_dir", tmp_path / device]
+        arguments = [*argv, "--device", device, "--save_dir", tmp_path / device]
         model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, arguments))))
     masks = [read_pruning(tmp_path / device / "pruning.json") for device in ("cpu", "cuda")]
     for on_cpu, on_gpu in zip(*masks, strict=True):
         assert len(on_cpu.kept_heads) == len(on_gpu.kept_heads)
-        # Losses differ by rounding, and where they are even, columns may.
+        # Losses differ by rounding; for nearly equal losses, columns may differ.
         assert abs(len(on_cpu.kept_columns) - len(on_gpu.kept_columns)) <= 2
 
 
 @pytest.mark.parametrize("lora", ["true", "false"])
-def test_mask_training_and_evaluation(checkpoint, text_file, instruction_file, tmp_path, lora):
+def test_mask_training_and_evaluation_on_a_gpu_run(checkpoint, text_file, instruction_file, tmp_path, lora):
     slim, out = tmp_path / "slim", tmp_path / "out"
-    words = [checkpoint, "--data_file", text_file, "--num_samples", 16, "--seqlen", 32, "--sparsity", 0.5]
-    words += ["--skip_evaluate", "--save_pruned_weights", "--save_dir", slim]
-    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, words))))
+    argv = [checkpoint, "--data_file", text_file, "--num_samples", 16, "--seqlen", 32, "--sparsity", 0.5]
+    argv += ["--skip_evaluate", "--save_pruned_weights", "--save_dir", slim]
+    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, argv))))
 
-    words = ["--model_name_or_path", slim, "--output_dir", out, "--data_path", instruction_file, "--bf16", "true"]
-    words += ["--use_lora", lora, "--is_mask_training", "true", "--learning_rate", 1e-2, "--val_dataset_size", 8]
-    words += ["--extra_val_set", f"wikitext2={text_file}", "--eval_seqlens", 16, 32, "--extra_val_seqlen", 16]
-    words += ["--prompt_template_name", "none", "--cache_dataset", "false", "--gradient_accumulation_steps", 2]
-    model_finetune.main(parse_args(list(map(str, words))))
+    argv = ["--model_name_or_path", slim, "--output_dir", out, "--data_path", instruction_file, "--bf16", "true"]
+    argv += ["--use_lora", lora, "--is_mask_training", "true", "--learning_rate", 1e-2, "--val_dataset_size", 8]
+    argv += ["--extra_val_set", f"wikitext2={text_file}", "--eval_seqlens", 16, 32, "--extra_val_seqlen", 16]
+    argv += ["--prompt_template_name", "none", "--cache_dataset", "false", "--gradient_accumulation_steps", 2]
+    model_finetune.main(parse_args(list(map(str, argv))))
     record = json.loads((out / "run.json").read_text())
     assert record["mask"]["nonzero_after_training"] == record["mask"]["moved_by_optimizer"] == 0
     assert record["peak_memory_mib"]["gpu"] > 0
@@ -103,5 +103,5 @@ def test_mask_training_and_evaluation(checkpoint, text_file, instruction_file, t
     file = tmp_path / "tasks" / "piqa" / "validation.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = out / "lora_fused_model" if lora == "true" else out
-    words = ["--model", model, "--tasks", "piqa", "--data_dir", tmp_path / "tasks", "--batch_size", "auto"]
-    model_evaluate.main(model_evaluate.build_parser().parse_args(list(map(str, words))))
+    argv = ["--model", model, "--tasks", "piqa", "--data_dir", tmp_path / "tasks", "--batch_size", "auto"]
+    model_evaluate.main(model_evaluate.build_parser().parse_args(list(map(str, argv))))

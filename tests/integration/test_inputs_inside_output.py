@@ -12,9 +12,9 @@ from slim_utils.common.errors import UserError
 from slim_utils.pruning_config import PruningConfig
 
 
-def parsed(script, *words: object):
+def parsed(script, *argv: object):
     """The command line of a script, read."""
-    return script.build_parser().parse_args(list(map(str, words)))
+    return script.build_parser().parse_args(list(map(str, argv)))
 
 
 @pytest.fixture
@@ -37,9 +37,9 @@ def output(tmp_path, checkpoint, text_file) -> Path:
         (["{model}", "--data_file", "{text}", "--eval_datasets", "a={out}/text.txt"], "--eval_datasets"),
     ],
 )
-def test_slimming_with_an_input_inside_its_output_is_refused(output, checkpoint, text_file, inputs, flag):
-    words = [word.format(out=output, model=checkpoint, text=text_file) for word in inputs]
-    args = parsed(model_slimming, *words, "--save_dir", output, "--overwrite", "--device", "cpu")
+def test_model_slimming_with_an_input_inside_its_output_is_refused(output, checkpoint, text_file, inputs, flag):
+    argv = [argument.format(out=output, model=checkpoint, text=text_file) for argument in inputs]
+    args = parsed(model_slimming, *argv, "--save_dir", output, "--overwrite", "--device", "cpu")
     with pytest.raises(UserError, match=f"{flag} .*: inside --save_dir .*; choose another --save_dir"):
         model_slimming.checked(PruningConfig(**vars(args)))
 
@@ -56,12 +56,12 @@ def test_compare_models_to_a_file_it_reads_is_refused(checkpoint, output):
 
 
 def test_evaluate_to_a_file_it_reads_is_refused(checkpoint, output):
-    words = ["--model", checkpoint, "--data_dir", output, "--output_path", output / "text.txt", "--overwrite"]
+    argv = ["--model", checkpoint, "--data_dir", output, "--output_path", output / "text.txt", "--overwrite"]
     with pytest.raises(UserError, match=r"--data_dir .*: inside --output_path"):
-        model_evaluate.process_args(parsed(model_evaluate, *words))
+        model_evaluate.process_args(parsed(model_evaluate, *argv))
 
 
-def test_export_gguf_overwrites_gguf_files_alone(output):
+def test_export_gguf_with_overwrite_only_replaces_gguf_files(output):
     weights = output / "model.safetensors"
     before = weights.read_bytes()
     with pytest.raises(UserError, match=r"OUT .*model\.safetensors: not a GGUF file; not overwritten"):

@@ -1,4 +1,4 @@
-"""The model card of a run, and publishing to a hub that stands on this machine."""
+"""The model card of a run, and publishing to a local hub."""
 
 import base64
 import json
@@ -26,7 +26,7 @@ BASE_CARD = "---\nlicense: other\nlicense_name: tiny\nlanguage: en\nbase_model: 
 
 
 @pytest.fixture
-def words(tmp_path, tokenizer, text_file) -> list:
+def argv(tmp_path, tokenizer, text_file) -> list:
     """Arguments of a run on a model with a card and a licence."""
     base = tmp_path / "tiny-model"
     make_tiny("gqa").save_pretrained(base)
@@ -38,7 +38,7 @@ def words(tmp_path, tokenizer, text_file) -> list:
 
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    """Run the script in a process of its own."""
+    """Run the script in a new process."""
     return run_python("model_slimming.py", *arguments, env=os.environ | environment)
 
 
@@ -47,16 +47,16 @@ def main(*arguments: object) -> None:
     model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, arguments))))
 
 
-def test_the_card_tells_the_run(words, text_file, tmp_path):
-    main(*words, "--eval_datasets", f"test={text_file}", "--eval_seqlens", 16)
-    small = tmp_path / "out" / "pruned_weights"
-    card = ModelCard.load(small / "README.md")
+def test_model_card_of_a_pruning_run_has_its_settings(argv, text_file, tmp_path):
+    main(*argv, "--eval_datasets", f"test={text_file}", "--eval_seqlens", 16)
+    folder = tmp_path / "out" / "pruned_weights"
+    card = ModelCard.load(folder / "README.md")
     assert (card.data.license, card.data.license_name, card.data.language) == ("other", "tiny", "en")
-    # The base is a folder, of which no hub knows.
+    # The base is a folder, not a model on the hub.
     assert (card.data.base_model, card.data.library_name) == (None, "transformers")
-    assert (small / "LICENSE.txt").read_text() == "the licence"
+    assert (folder / "LICENSE.txt").read_text() == "the licence"
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(small).parameters())
+    parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(folder).parameters())
     assert record["sizes"]["parameters_pruned"] == parameters
     assert f"| parameters | {record['sizes']['parameters_dense']:,} | {parameters:,} |" in card.content
     assert f"without {100 * record['sizes']['block_share_removed']:.1f} % of the weights" in card.content
@@ -69,7 +69,7 @@ def test_the_card_tells_the_run(words, text_file, tmp_path):
     assert card.data.model_name == "tiny-model, pruned"
     assert result.metric_value == pytest.approx(record["perplexity"][0]["perplexity"], abs=1e-4)
     assert record["calibration"]["samples_sha256"] in card.content
-    # Nothing of where it was made.
+    # No local paths.
     assert str(tmp_path) not in card.content and str(text_file.parent) not in card.content
     for command in (
         "trust_remote_code=True",
@@ -81,28 +81,28 @@ def test_the_card_tells_the_run(words, text_file, tmp_path):
 
 
 @pytest.mark.parametrize("card", ["---\nlicense: [\n---\n", "---\ntags: 5\n---\n", "---\n1: 2\n---\n", "no card"])
-def test_a_damaged_card_of_the_base_stops_nothing(words, tmp_path, card):
-    (words[0] / "README.md").write_text(card)
-    main(*words, "--skip_evaluate")
+def test_model_card_with_a_damaged_base_card_has_no_license(argv, tmp_path, card):
+    (argv[0] / "README.md").write_text(card)
+    main(*argv, "--skip_evaluate")
     content = (tmp_path / "out" / "pruned_weights" / "README.md").read_text()
     assert "license" not in ModelCard(content).data.to_dict()
 
 
 @pytest.mark.parametrize(("flags", "limited"), [([], False), (["--gqa_unit", "kv_group"], True)])
-def test_the_card_names_what_fails_where_kv_heads_are_removed(words, tmp_path, flags, limited):
-    main(*words, *flags, "--sparsity", 0.5, "--skip_evaluate")
-    small = tmp_path / "out" / "pruned_weights"
-    assert ("prefix tuning fail" in (small / "README.md").read_text()) == limited
+def test_model_card_with_removed_kv_heads_names_the_limits(argv, tmp_path, flags, limited):
+    main(*argv, *flags, "--sparsity", 0.5, "--skip_evaluate")
+    folder = tmp_path / "out" / "pruned_weights"
+    assert ("prefix tuning fail" in (folder / "README.md").read_text()) == limited
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(small), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        AutoModelForCausalLM.from_pretrained(folder), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     )
     with pytest.raises(RuntimeError, match="Sizes of tensors must match") if limited else nullcontext():
         model(input_ids=torch.tensor([[5, 6, 7]]))
 
 
-def test_a_stock_checkpoint_needs_no_code_and_no_base_card_no_licence(words, tmp_path):
-    (words[0] / "README.md").unlink()
-    main(*words, "--uniform_shapes", "--skip_evaluate")
+def test_model_card_of_a_stock_checkpoint_needs_no_remote_code(argv, tmp_path):
+    (argv[0] / "README.md").unlink()
+    main(*argv, "--uniform_shapes", "--skip_evaluate")
     content = (tmp_path / "out" / "pruned_weights" / "README.md").read_text()
     assert "trust_remote_code" not in content and "vllm serve DIR\n" in content
     assert "license" not in ModelCard(content).data.to_dict()
@@ -110,7 +110,7 @@ def test_a_stock_checkpoint_needs_no_code_and_no_base_card_no_licence(words, tmp
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as an upload asks for."""
+    """The endpoints of the hub that an upload uses."""
 
     models: dict[str, dict[str, bytes]]
 
@@ -146,7 +146,7 @@ class Hub(BaseHTTPRequestHandler):
             name = json.loads(body)["name"]
             name = f"{json.loads(body).get('organization') or 'me'}/{name}"
             self.models.setdefault(name, {})
-            # By version of the client.
+            # Depends on the version of the client.
             self.private[name] = json.loads(body).get("private", json.loads(body).get("visibility") == "private")
             self.answer({"url": f"{url}/{name}", "id": name, "name": name})
         elif "/preupload/" in self.path:
@@ -167,15 +167,15 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-# Files of others in the model that is replaced.
-THEIRS = {"notes.md": b"mine", "adapter/adapter_model.safetensors": b"mine", "plot.png": b"mine"}
+# Other files in the model on the hub that is replaced.
+OTHER_FILES = {"notes.md": b"mine", "adapter/adapter_model.safetensors": b"mine", "plot.png": b"mine"}
 
 
 @pytest.fixture
 def hub():
     """Address and models of a hub."""
     stale = ("model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-    taken = dict.fromkeys((*stale, "README.md"), b"") | THEIRS
+    taken = dict.fromkeys((*stale, "README.md"), b"") | OTHER_FILES
     handler = type("Hub", (Hub,), {"models": {"me/taken": taken}, "private": {}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -185,14 +185,14 @@ def hub():
 
 
 @pytest.mark.parametrize("flags", [["me/tiny-pruned", "--hub_public"], ["tiny-pruned"], ["taken", "--overwrite"]])
-def test_the_small_model_is_published_with_its_card(words, hub, tmp_path, flags):
+def test_push_to_hub_publishes_the_pruned_model_with_its_card(argv, hub, tmp_path, flags):
     environment, models = hub[0], hub[1].models
-    process = run(*words, "--skip_evaluate", "--push_to_hub", *flags, **environment)
+    process = run(*argv, "--skip_evaluate", "--push_to_hub", *flags, **environment)
     assert process.returncode == 0, process.stderr
-    small, name = tmp_path / "out" / "pruned_weights", f"me/{flags[0].removeprefix('me/')}"
-    published = {path.name: path.read_bytes() for path in small.iterdir()}
-    # Of what was there before only the weights that would be loaded instead are gone.
-    assert models[name] == published | (THEIRS if "taken" in flags else {})
+    folder, name = tmp_path / "out" / "pruned_weights", f"me/{flags[0].removeprefix('me/')}"
+    published = {path.name: path.read_bytes() for path in folder.iterdir()}
+    # Of the earlier files, only the weights that would be loaded instead are removed.
+    assert models[name] == published | (OTHER_FILES if "taken" in flags else {})
     assert hub[1].private[name] is ("--hub_public" not in flags)
     assert f'from_pretrained("{name}", trust_remote_code=True)'.encode() in models[name]["README.md"]
     assert "published" in process.stderr + process.stdout
@@ -208,9 +208,9 @@ def test_the_small_model_is_published_with_its_card(words, hub, tmp_path, flags)
         ("not a name/x/y", {}, "--push_to_hub not a name/x/y: "),
     ],
 )
-def test_what_cannot_be_published_is_said_before_any_work(words, hub, tmp_path, name, changes, message):
+def test_push_to_hub_that_cannot_publish_is_refused_before_any_work(argv, hub, tmp_path, name, changes, message):
     environment, _ = hub
-    process = run(*words, "--skip_evaluate", "--push_to_hub", name, **environment | changes)
+    process = run(*argv, "--skip_evaluate", "--push_to_hub", name, **environment | changes)
     assert process.returncode == 2
     (line,) = [line for line in process.stderr.splitlines() if "error" in line]
     assert re.search(message, line), process.stderr

@@ -1,4 +1,4 @@
-"""``model_evaluate.py`` against the lm-eval package's own command line, and run as a user runs it."""
+"""``model_evaluate.py`` against the command line of lm-eval, and run as a user runs it."""
 
 import copy
 import json
@@ -41,7 +41,7 @@ ROWS = 12
 
 
 def choices(index: int) -> dict:
-    """Four answers of unlike lengths, in the schema of ARC and OpenBookQA."""
+    """Four answers of different lengths, in the schema of ARC and OpenBookQA."""
     texts = [random_text(1 + (index + i) % 3, 10 * index + i) for i in range(4)]
     return {"text": texts, "label": ["A", "B", "C", "D"]}
 
@@ -65,18 +65,18 @@ def row(task: str, i: int) -> dict:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_index() -> Iterator[None]:
-    """The package reads its thousands of task files once for all tests of this process."""
-    build, built = TaskIndex.build, {}
+def cached_task_index() -> Iterator[None]:
+    """Cache lm-eval's index of thousands of task files for all tests of this process."""
+    build, indices = TaskIndex.build, {}
 
-    def once(*args, **options) -> dict[str, Any]:
+    def cached_build(*args, **options) -> dict[str, Any]:
         key = repr((args, options))
-        if key not in built:
-            built[key] = build(*args, **options)
-        return dict(built[key])
+        if key not in indices:
+            indices[key] = build(*args, **options)
+        return dict(indices[key])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TaskIndex, "build", staticmethod(once))
+        patch.setattr(TaskIndex, "build", staticmethod(cached_build))
         yield
 
 
@@ -92,19 +92,19 @@ def data_dir(tmp_path_factory) -> Path:
     return folder
 
 
-def main(*words) -> None:
+def main(*argv) -> None:
     """Run the script in this process."""
-    model_evaluate.main(model_evaluate.build_parser().parse_args(list(map(str, words))))
+    model_evaluate.main(model_evaluate.build_parser().parse_args(list(map(str, argv))))
 
 
-def run(*words, **options) -> subprocess.CompletedProcess:
+def run(*argv, **options) -> subprocess.CompletedProcess:
     """Run the script in a process of its own."""
-    return run_python("model_evaluate.py", *words, **options)
+    return run_python("model_evaluate.py", *argv, **options)
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory, checkpoint, data_dir) -> tuple[dict, str, subprocess.CompletedProcess]:
-    """The json, the printed text and the process of the README's command line on local files."""
+    """JSON, printed text and process of the README's command line on local files."""
     path = tmp_path_factory.mktemp("results") / "result.json"
     process = run(
         *["--model", checkpoint, "--tasks", ",".join(README_TASKS), "--device", "cpu", "--batch_size", 4],
@@ -114,7 +114,7 @@ def result(tmp_path_factory, checkpoint, data_dir) -> tuple[dict, str, subproces
     return json.loads(path.read_text()), process.stdout, process
 
 
-def test_the_numbers_are_those_of_the_packages_own_command_line(result, checkpoint, data_dir, tmp_path):
+def test_model_evaluate_results_equal_those_of_the_lm_eval_command(result, checkpoint, data_dir, tmp_path):
     for task, definition in DEFINITIONS.items():
         source = {path.stem: str(path) for path in (data_dir / task).iterdir()}
         content = {"include": str(TASKS / definition), "task": f"mine_{task}", "dataset_path": "json"}
@@ -130,16 +130,16 @@ def test_the_numbers_are_those_of_the_packages_own_command_line(result, checkpoi
     (file,) = (tmp_path / "out").rglob("*.json")
     expected = json.loads(file.read_text())["results"]
     for task in README_TASKS:
-        theirs = expected[f"mine_{task}"]
-        ours = result[0]["results"][task]
-        assert ours["acc"] == theirs["acc,none"], task
-        assert ours["acc_stderr"] == pytest.approx(theirs["acc_stderr,none"])
-        assert ours.get("acc_norm") == theirs.get("acc_norm,none"), task
-    # The files give the tasks something to differ by.
+        task_expected = expected[f"mine_{task}"]
+        task_result = result[0]["results"][task]
+        assert task_result["acc"] == task_expected["acc,none"], task
+        assert task_result["acc_stderr"] == pytest.approx(task_expected["acc_stderr,none"])
+        assert task_result.get("acc_norm") == task_expected.get("acc_norm,none"), task
+    # The tasks have different results, so that the comparison is meaningful.
     assert len({values["acc"] for values in result[0]["results"].values()}) > 2
 
 
-def test_json_then_table(result):
+def test_model_evaluate_prints_json_then_a_table(result):
     record, printed, process = result
     counts = record["samples"]
     table = results_table(record["results"], counts, record["averages"])
@@ -155,7 +155,7 @@ def test_json_then_table(result):
     assert "it/s" not in process.stderr
 
 
-def test_averages():
+def test_averages_of_tasks_with_and_without_acc_norm():
     metrics = {
         "hellaswag": {"acc": 0.3, "acc_norm": 0.5},
         "arc_easy": {"acc": 0.6, "acc_norm": 0.4},
@@ -168,40 +168,40 @@ def test_averages():
     assert "50.00*" in table and "60.00*" in table and "90.00*" in table and "40.00*" not in table
 
 
-def test_zeroed_and_small_models_agree(tmp_path, checkpoint, text_file, data_dir):
+def test_model_evaluate_of_masked_and_pruned_models_gives_equal_results(tmp_path, checkpoint, text_file, data_dir):
     slim = tmp_path / "slim"
-    words = [checkpoint, "--data_file", text_file, "--num_samples", 16, "--seqlen", 32, "--sparsity", 0.5]
-    words += ["--skip_evaluate", "--save_pruned_weights", "--save_dir", slim]
-    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, words))))
+    argv = [checkpoint, "--data_file", text_file, "--num_samples", 16, "--seqlen", 32, "--sparsity", 0.5]
+    argv += ["--skip_evaluate", "--save_pruned_weights", "--save_dir", slim]
+    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, argv))))
     results = []
     for model in (slim, slim / "pruned_weights"):
         out = tmp_path / "result.json"
-        words = ["--model", model, "--tasks", "arc_easy,piqa", "--data_dir", data_dir, "--device", "cpu", "--limit", 8]
-        main(*words, "--batch_size", "auto", "--output_path", out, "--overwrite", "--num_fewshot", 1)
+        argv = ["--model", model, "--tasks", "arc_easy,piqa", "--data_dir", data_dir, "--device", "cpu", "--limit", 8]
+        main(*argv, "--batch_size", "auto", "--output_path", out, "--overwrite", "--num_fewshot", 1)
         results.append(json.loads(out.read_text()))
     assert results[0]["results"] == results[1]["results"]
     assert results[0]["samples"] == {"arc_easy": 8, "piqa": 8}
     assert results[0]["config"]["num_fewshot"] == 1
 
 
-def test_bos_is_first_in_prompts_where_it_is_asked_for(tmp_path, checkpoint, data_dir, monkeypatch):
-    seen: list[list[int]] = []
+def test_model_evaluate_with_bos_always_starts_prompts_with_bos(tmp_path, checkpoint, data_dir, monkeypatch):
+    encoded: list[list[int]] = []
     encode = HFLM.tok_encode
     monkeypatch.setattr(
         HFLM,
         "tok_encode",
-        lambda self, text, *args, **options: seen.append(encode(self, text, *args, **options)) or seen[-1],
+        lambda self, text, *args, **options: encoded.append(encode(self, text, *args, **options)) or encoded[-1],
     )
     for bos in ("auto", "always", "never"):
-        seen.clear()
-        words = ["--model", checkpoint, "--tasks", "piqa", "--data_dir", data_dir, "--device", "cpu", "--limit", 2]
-        main(*words, "--bos", bos, "--output_path", tmp_path / f"{bos}.json")
-        assert {ids[0] == 1 for ids in seen} == {bos == "always"}, bos
+        encoded.clear()
+        argv = ["--model", checkpoint, "--tasks", "piqa", "--data_dir", data_dir, "--device", "cpu", "--limit", 2]
+        main(*argv, "--bos", bos, "--output_path", tmp_path / f"{bos}.json")
+        assert {ids[0] == 1 for ids in encoded} == {bos == "always"}, bos
         assert json.loads((tmp_path / f"{bos}.json").read_text())["config"]["bos"] is (bos == "always")
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["--tasks", "arc_esy"], r"--tasks arc_esy: no such task; nearest: .*arc_easy"),
         (["--tasks", "qqqqzzzz"], "--tasks qqqqzzzz: no such task$"),
@@ -209,13 +209,13 @@ def test_bos_is_first_in_prompts_where_it_is_asked_for(tmp_path, checkpoint, dat
         (["--tasks", "lambada_openai"], "no lambada_openai/validation or lambada_openai/test"),
     ],
 )
-def test_tasks_that_cannot_be_run(checkpoint, data_dir, words, message):
+def test_model_evaluate_of_an_invalid_task_is_refused(checkpoint, data_dir, argv, message):
     with pytest.raises(UserError, match=message) as error:
-        main("--model", checkpoint, "--data_dir", data_dir, "--device", "cpu", *words)
+        main("--model", checkpoint, "--data_dir", data_dir, "--device", "cpu", *argv)
     assert "\n" not in str(error.value)
 
 
-def test_rows_in_another_schema_and_an_unreachable_hub(checkpoint, tmp_path):
+def test_model_evaluate_of_unreadable_data_is_refused(checkpoint, tmp_path):
     (tmp_path / "piqa").mkdir()
     (tmp_path / "piqa" / "validation.jsonl").write_text('{"question": "w3"}\n')
     with pytest.raises(UserError, match=r"the data of piqa: .*; check the columns of its files"):
@@ -224,7 +224,7 @@ def test_rows_in_another_schema_and_an_unreachable_hub(checkpoint, tmp_path):
         main("--model", checkpoint, "--tasks", "piqa", "--device", "cpu")
 
 
-def test_load_tasks_odd_path_and_unwritable_cache_read(data_dir, tmp_path, monkeypatch):
+def test_load_tasks_from_an_odd_path_with_an_unwritable_cache_reads_rows(data_dir, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
     odd = tmp_path / "a::b, run[1]"
@@ -232,11 +232,11 @@ def test_load_tasks_odd_path_and_unwritable_cache_read(data_dir, tmp_path, monke
     manager = TaskManager()
     with task_specs(manager, ["hellaswag"], odd) as specs:
         tasks = load_tasks(manager, specs, odd)["tasks"]
-    # The rows outlive the folder that they were prepared in.
+    # The rows outlive the temporary folder.
     assert len(list(tasks["hellaswag"].validation_docs())) == ROWS
 
 
-def test_load_tasks_unwritable_cache_named(monkeypatch, tmp_path):
+def test_load_tasks_with_an_unwritable_cache_names_it(monkeypatch, tmp_path):
     def load(self, specs):
         raise PermissionError(13, "Permission denied", "/sys/cache")
 
@@ -255,7 +255,7 @@ def test_load_tasks_unwritable_cache_named(monkeypatch, tmp_path):
         ("multiple_choice", ["eos_token", "unk_token"], False),
     ],
 )
-def test_check_specials_missing_token_one_line(tokenizer, kind, removed, usable):
+def test_check_specials_without_a_needed_token_is_refused(tokenizer, kind, removed, usable):
     changed = copy.deepcopy(tokenizer)
     for name in removed:
         setattr(changed, name, None)
@@ -267,7 +267,7 @@ def test_check_specials_missing_token_one_line(tokenizer, kind, removed, usable)
         check_specials(changed, tasks, "DIR")
 
 
-def test_a_tokenizer_without_special_tokens_is_refused(checkpoint, data_dir, tmp_path):
+def test_model_evaluate_of_a_tokenizer_without_special_tokens_is_refused(checkpoint, data_dir, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "bare")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = tmp_path / "bare" / name
@@ -278,31 +278,31 @@ def test_a_tokenizer_without_special_tokens_is_refused(checkpoint, data_dir, tmp
         main("--model", tmp_path / "bare", "--tasks", "piqa", "--data_dir", data_dir, "--device", "cpu", "--limit", 2)
 
 
-def test_main_fewshot_tells_once_a_task_of_cut_prompts_and_measured_examples(checkpoint, data_dir, tmp_path, caplog):
-    words = ["--model", checkpoint, "--data_dir", data_dir, "--device", "cpu", "--limit", 6, "--batch_size", 4]
+def test_model_evaluate_with_few_shot_examples_warns_once_per_task(checkpoint, data_dir, tmp_path, caplog):
+    argv = ["--model", checkpoint, "--data_dir", data_dir, "--device", "cpu", "--limit", 6, "--batch_size", 4]
     out = tmp_path / "out.json"
     with caplog.at_level(logging.WARNING):
-        main(*words, "--tasks", "piqa, winogrande,", "--num_fewshot", 11, "--output_path", out)
+        main(*argv, "--tasks", "piqa, winogrande,", "--num_fewshot", 11, "--output_path", out)
     record = json.loads(out.read_text())
     assert record["truncated"]["piqa"] == 6
-    told = [message for message in caplog.messages if message.startswith(("piqa", "winogrande"))]
-    assert len(told) == 2 + len(record["truncated"])
-    assert any("piqa: the few-shot examples come from the evaluated split (validation)" in line for line in told)
+    warnings = [message for message in caplog.messages if message.startswith(("piqa", "winogrande"))]
+    assert len(warnings) == 2 + len(record["truncated"])
+    assert any("piqa: the few-shot examples come from the evaluated split (validation)" in line for line in warnings)
     expected = "piqa: the prompts of 6 of 6 rows exceed the model's 64 tokens and were truncated from the left"
-    assert any(line.startswith(expected) and line.endswith("lower --num_fewshot") for line in told)
+    assert any(line.startswith(expected) and line.endswith("lower --num_fewshot") for line in warnings)
     assert not any("Combined length" in line or "pretrained" in line for line in caplog.messages)
-    # Examples of their own, and few of them.
+    # A single example from a separate train file.
     (tmp_path / "tasks").mkdir()
     shutil.copytree(data_dir / "piqa", tmp_path / "tasks" / "piqa")
     shutil.copy(data_dir / "piqa" / "validation.jsonl", tmp_path / "tasks" / "piqa" / "train.jsonl")
     caplog.clear()
-    words[3] = tmp_path / "tasks"
-    main(*words, "--tasks", "piqa", "--num_fewshot", 1, "--output_path", out, "--overwrite")
+    argv[3] = tmp_path / "tasks"
+    main(*argv, "--tasks", "piqa", "--num_fewshot", 1, "--output_path", out, "--overwrite")
     assert not any(message.startswith("piqa") for message in caplog.messages)
     assert json.loads(out.read_text())["truncated"] == {}
 
 
-def test_package_log_shows_a_warning_of_each_kind_once(caplog):
+def test_package_log_of_repeated_warnings_shows_each_kind_once(caplog):
     package = logging.getLogger("lm_eval.api.task")
     for show_prompts, infos in ((False, []), (True, ["a prompt"])):
         caplog.clear()
@@ -314,7 +314,7 @@ def test_package_log_shows_a_warning_of_each_kind_once(caplog):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["--batch_size", "many"], "--batch_size many: must be auto or a number"),
         (["--batch_size", "0"], "--batch_size 0: must be auto or a number"),
@@ -328,19 +328,19 @@ def test_package_log_shows_a_warning_of_each_kind_once(caplog):
         (["--output_path", "README.md"], "--output_path README.md: exists; choose another or pass --overwrite"),
     ],
 )
-def test_bad_flags(words, message):
+def test_model_evaluate_with_a_wrong_flag_is_refused(argv, message):
     with pytest.raises(UserError, match=message):
-        main("--model", "x", *words)
+        main("--model", "x", *argv)
 
 
-def test_a_missing_model_is_one_line():
+def test_model_evaluate_with_a_wrong_flag_exits_with_one_line():
     process = run("--model", "/none", "--batch_size", "x")
     assert process.returncode == 2
     assert process.stderr.splitlines()[-1].startswith("model_evaluate.py: error: --batch_size x")
     assert "Traceback" not in process.stderr
 
 
-def test_main_with_a_quantised_model_is_refused_before_the_tasks_are_read(checkpoint, tmp_path):
+def test_model_evaluate_of_a_quantised_model_is_refused_before_reading_tasks(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "gptq")
     config = json.loads((checkpoint / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
@@ -349,7 +349,7 @@ def test_main_with_a_quantised_model_is_refused_before_the_tasks_are_read(checkp
         main("--model", tmp_path / "gptq", "--tasks", "none of them", "--device", "cpu")
 
 
-def test_main_with_tokens_beyond_the_embedding_is_one_line(checkpoint, tokenizer, tmp_path, data_dir):
+def test_model_evaluate_with_tokens_beyond_the_embedding_is_one_line(checkpoint, tokenizer, tmp_path, data_dir):
     shutil.copytree(checkpoint, tmp_path / "grown")
     more = copy.deepcopy(tokenizer)
     more.add_tokens(["w900"])

@@ -25,9 +25,9 @@ from train_utils import finetune_result, sparse_trainer
 from train_utils.finetune_args import parse_args
 
 
-def test_lora_on_the_small_model(slim, words, tmp_path, samples, capsys):
+def test_model_finetune_with_lora_of_a_pruned_model_fuses_the_adapters(slim, argv, tmp_path, samples, capsys):
     base, out = slim / "pruned_weights", tmp_path / "out"
-    main(words(base, "--use_lora", "true", "--is_mask_training", "false"))
+    main(argv(base, "--use_lora", "true", "--is_mask_training", "false"))
     assert "perplexity wikitext2, seqlen 16" in capsys.readouterr().out
     fused = out / "lora_fused_model"
     assert {path.name for path in base.iterdir()} == {path.name for path in fused.iterdir()}
@@ -51,8 +51,8 @@ def test_lora_on_the_small_model(slim, words, tmp_path, samples, capsys):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_fused_model_loads_without_the_repository(slim, words, tmp_path):
-    main(words(slim / "pruned_weights", "--use_lora", "true"))
+def test_fused_model_loads_without_the_repository(slim, argv, tmp_path):
+    main(argv(slim / "pruned_weights", "--use_lora", "true"))
     code = (
         "import sys; from transformers import AutoModelForCausalLM;"
         "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)).__name__)"
@@ -62,18 +62,18 @@ def test_the_fused_model_loads_without_the_repository(slim, words, tmp_path):
 
 
 @pytest.mark.parametrize("lora", ["true", "false"])
-def test_mask_training_keeps_zeros_at_every_step(slim, words, tmp_path, samples, monkeypatch, lora):
+def test_mask_training_keeps_zeros_at_every_step(slim, argv, tmp_path, samples, monkeypatch, lora):
     family, masks = None, read_pruning(slim / "pruning.json")
     steps = []
 
     class Watching(sparse_trainer.MaskCallback):
         def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-            # Before anything is put back.
+            # Before the slices are zeroed.
             steps.append(self.nonzeros())
             super().on_optimizer_step()
 
     monkeypatch.setattr(sparse_trainer, "MaskCallback", Watching)
-    main(words(slim, "--use_lora", lora, "--is_mask_training", "true", "--weight_decay", 0.2))
+    main(argv(slim, "--use_lora", lora, "--is_mask_training", "true", "--weight_decay", 0.2))
     assert steps == [0] * 5
     out = tmp_path / "out"
     record = json.loads((out / "run.json").read_text())
@@ -92,10 +92,10 @@ def test_mask_training_keeps_zeros_at_every_step(slim, words, tmp_path, samples,
 
 
 @pytest.mark.parametrize("lora", ["true", "false"])
-def test_mask_training_of_a_dense_base_saves_a_masked_model(slim, checkpoint, words, tmp_path, caplog, lora):
+def test_mask_training_of_a_dense_base_saves_a_masked_model(slim, checkpoint, argv, tmp_path, caplog, lora):
     flags = ["--use_lora", lora, "--is_mask_training", "true", "--mask_config_dir", slim]
     with caplog.at_level("WARNING"):
-        main(words(checkpoint, *flags))
+        main(argv(checkpoint, *flags))
     masks, out = read_pruning(slim / "pruning.json"), tmp_path / "out"
     trained = AutoModelForCausalLM.from_pretrained(out / "lora_fused_model" if lora == "true" else out)
     removed = list(removed_weights(trained, masks))
@@ -106,17 +106,17 @@ def test_mask_training_of_a_dense_base_saves_a_masked_model(slim, checkpoint, wo
     assert f"{total} of {total} weights that the masks remove are not zero in {checkpoint}" in caplog.text
 
 
-def test_mask_record_counts_in_what_was_saved(slim, words, tmp_path, monkeypatch):
+def test_mask_record_counts_nonzeros_of_the_saved_model(slim, argv, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune_result, "zero_removed", lambda *args: None)
     base = tmp_path / "base"
     make_tiny("gqa").save_pretrained(base)
     AutoTokenizer.from_pretrained(slim).save_pretrained(base)
-    main(words(base, "--use_lora", "true", "--is_mask_training", "true", "--mask_config_dir", slim))
+    main(argv(base, "--use_lora", "true", "--is_mask_training", "true", "--mask_config_dir", slim))
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["mask"]["nonzero_after_training"] == record["mask"]["masked_weights"] > 0
 
 
-def test_masks_in_the_originals_format(slim, words, tmp_path):
+def test_mask_training_with_masks_in_the_originals_format_keeps_them(slim, argv, tmp_path):
     masks = read_pruning(slim / "pruning.json")
     original = {}
     for index, mask in enumerate(masks):
@@ -125,41 +125,41 @@ def test_masks_in_the_originals_format(slim, words, tmp_path):
         original[f"model.layers.{index}.mlp.down_proj.weight"] = removed.kept_columns
     file = tmp_path / "mask.json"
     file.write_text(json.dumps(original))
-    main(words(slim, "--is_mask_training", "true", "--mask_config_dir", file))
+    main(argv(slim, "--is_mask_training", "true", "--mask_config_dir", file))
     assert read_pruning(tmp_path / "out" / "pruning.json") == masks
 
     original["model.layers.1.self_attn.o_proj.weight"] = [0]
     file.write_text(json.dumps(original))
     with pytest.raises(UserError, match=r"layer 1: removing heads \[0\] leaves kv heads with different numbers"):
-        main(words(slim, "--is_mask_training", "true", "--mask_config_dir", file, "--overwrite", "true"))
+        main(argv(slim, "--is_mask_training", "true", "--mask_config_dir", file, "--overwrite", "true"))
     original["model.layers.1.self_attn.o_proj.weight"] = [6]
     file.write_text(json.dumps(original))
     with pytest.raises(UserError, match=r"o_proj\.weight is not a list of indices below 6"):
-        main(words(slim, "--is_mask_training", "true", "--mask_config_dir", file, "--overwrite", "true"))
+        main(argv(slim, "--is_mask_training", "true", "--mask_config_dir", file, "--overwrite", "true"))
 
 
-@pytest.mark.parametrize(("mask", "taught"), [("true", False), ("false", False), ("false", True)])
-def test_resume_continues_the_same_run(slim, words, tmp_path, checkpoint, mask, taught):
+@pytest.mark.parametrize(("mask", "distilled"), [("true", False), ("false", False), ("false", True)])
+def test_model_finetune_resumed_continues_the_same_loss_curve(slim, argv, tmp_path, checkpoint, mask, distilled):
     flags = ["--use_lora", "true", "--save_strategy", "steps", "--save_steps", 2, "--logging_steps", 1]
-    flags += ["--is_mask_training", mask, *(["--distill_from", checkpoint] if taught else [])]
+    flags += ["--is_mask_training", mask, *(["--distill_from", checkpoint] if distilled else [])]
     model, out = slim if mask == "true" else slim / "pruned_weights", tmp_path / "out"
-    main(words(model, *flags))
+    main(argv(model, *flags))
     whole, weights = losses(out), load_file(out / "adapter_model.safetensors")
-    # As a run killed while it wrote the checkpoint of step 4 leaves it.
+    # The state after a run was killed while it wrote the checkpoint of step 4.
     shutil.rmtree(out / "lora_fused_model")
     shutil.rmtree(out / "checkpoint-5")
     (out / "checkpoint-4" / "trainer_state.json").unlink()
     (out / "adapter_model.safetensors").unlink()
 
-    main(words(model, *flags, "--resume_from_checkpoint", "true"))
+    main(argv(model, *flags, "--resume_from_checkpoint", "true"))
     assert losses(out) == pytest.approx(whole, rel=1e-6)
     again = load_file(out / "adapter_model.safetensors")
     assert all(torch.allclose(again[name], weights[name], atol=1e-7) for name in weights)
     assert (out / "lora_fused_model" / "model.safetensors").is_file()
 
 
-def test_an_output_is_never_overwritten_silently(slim, words, tmp_path):
-    arguments = words(slim / "pruned_weights", "--use_lora", "true")
+def test_model_finetune_to_an_existing_output_needs_overwrite(slim, argv, tmp_path):
+    arguments = argv(slim / "pruned_weights", "--use_lora", "true")
     main(arguments)
     with pytest.raises(UserError, match=r"--output_dir .*: exists; choose another or pass --overwrite"):
         main(arguments)
@@ -206,36 +206,36 @@ def test_an_output_is_never_overwritten_silently(slim, words, tmp_path):
         ("--output_dir=", "give the folder to write: --output_dir DIR"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(slim, words, tmp_path, flags, message):
+def test_model_finetune_with_wrong_input_is_one_line_and_writes_nothing(slim, argv, tmp_path, flags, message):
     with pytest.raises(UserError, match=message) as error:
-        main([*words(slim / "pruned_weights", "--use_lora", "true"), *flags.split()])
+        main([*argv(slim / "pruned_weights", "--use_lora", "true"), *flags.split()])
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_masks_of_another_model(slim, words):
-    small = slim / "pruned_weights"
+def test_mask_training_with_masks_of_another_model_is_refused(slim, argv):
+    pruned = slim / "pruned_weights"
     with pytest.raises(UserError, match="layer shapes differ from the model's; give the masked model"):
-        main(words(small, "--is_mask_training", "true", "--mask_config_dir", slim))
+        main(argv(pruned, "--is_mask_training", "true", "--mask_config_dir", slim))
 
 
-def test_a_loss_that_is_not_finite_stops_with_a_line(slim, words, tmp_path):
+def test_model_finetune_with_a_non_finite_loss_is_one_line(slim, argv, tmp_path):
     with pytest.raises(UserError, match=r"step \d: the loss is (nan|inf); lower --learning_rate"):
-        main(words(slim / "pruned_weights", "--learning_rate", 1e30, "--max_grad_norm", 0))
+        main(argv(slim / "pruned_weights", "--learning_rate", 1e30, "--max_grad_norm", 0))
     assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"] is False
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_focal_loss_changes_the_training(slim, words, tmp_path):
-    main(words(slim / "pruned_weights", "--use_lora", "true"))
+def test_model_finetune_with_focal_loss_lowers_the_loss_values(slim, argv, tmp_path):
+    main(argv(slim / "pruned_weights", "--use_lora", "true"))
     plain = losses(tmp_path / "out")
-    main(words(slim / "pruned_weights", "--use_lora", "true", "--use_focal_loss", "true", "--overwrite", "true"))
+    main(argv(slim / "pruned_weights", "--use_lora", "true", "--use_focal_loss", "true", "--overwrite", "true"))
     focal = losses(tmp_path / "out")
     assert 0 < focal[1] < plain[1]
 
 
-def test_wrong_flags_exit_with_2_and_one_line(words):
-    process = run(words("/none", "--no_such_flag", 1))
+def test_model_finetune_with_an_unknown_flag_exits_with_one_line(argv):
+    process = run(argv("/none", "--no_such_flag", 1))
     assert process.returncode == 2
     assert process.stderr.splitlines()[-1].startswith(
         "model_finetune.py: error: unrecognized arguments: --no_such_flag"
@@ -243,21 +243,21 @@ def test_wrong_flags_exit_with_2_and_one_line(words):
     assert "Traceback" not in process.stderr
 
 
-def test_the_originals_recipe_on_two_processes(slim, words, tmp_path):
+def test_model_finetune_with_the_originals_recipe_on_two_processes_runs(slim, argv, tmp_path):
     flags = ["--use_lora", "true", "--bf16", "true", "--is_mask_training", "true"]
-    process = run_ranks(2, "model_finetune.py", *words(slim, *flags))
+    process = run_ranks(2, "model_finetune.py", *argv(slim, *flags))
     assert process.returncode == 0, process.stderr
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["processes"] == 2
     assert record["mask"]["nonzero_after_training"] == record["mask"]["moved_by_optimizer"] == 0
     assert process.stderr.count("saved") == 1
-    # Both processes take part: 40 samples, 2 × 4 × 2 a step.
+    # Both processes train: 40 samples, 2 × 4 × 2 per step.
     assert max(losses(tmp_path / "out")) <= 3 <= record["mask"]["optimizer_steps"]
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_run_leaves_no_half_result(slim, words, tmp_path, stop):
-    process = start_python("model_finetune.py", *words(slim / "pruned_weights", "--num_train_epochs", 2000))
+def test_model_finetune_when_stopped_leaves_no_partial_result(slim, argv, tmp_path, stop):
+    process = start_python("model_finetune.py", *argv(slim / "pruned_weights", "--num_train_epochs", 2000))
     process.await_stderr("step 2:")
     process.send_signal(stop)
     end = process.wait(timeout=60)
@@ -269,16 +269,16 @@ def test_a_stopped_run_leaves_no_half_result(slim, words, tmp_path, stop):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("processes", "taught"), [(1, False), (2, False), (2, True)])
-def test_deepspeed_zero_2(slim, words, tmp_path, checkpoint, processes, taught):
-    """Compiles an extension the first time, about two minutes."""
+@pytest.mark.parametrize(("processes", "distilled"), [(1, False), (2, False), (2, True)])
+def test_model_finetune_with_deepspeed_zero_2_keeps_zeros(slim, argv, tmp_path, checkpoint, processes, distilled):
+    """Compiles an extension in the first run, which takes about two minutes."""
     launcher = []
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--master_port=29714", f"--nproc_per_node={processes}"]
     flags = ["--deepspeed", "configs/deepspeed.json", "--bf16", "true", "--is_mask_training", "true"]
-    flags += ["--distill_from", checkpoint] if taught else []
+    flags += ["--distill_from", checkpoint] if distilled else []
     start = time.perf_counter()
-    process = run(words(slim, *flags, "--weight_decay", 0.2), *launcher)
+    process = run(argv(slim, *flags, "--weight_decay", 0.2), *launcher)
     assert process.returncode == 0, process.stderr
     assert time.perf_counter() - start < 300
     record = json.loads((tmp_path / "out" / "run.json").read_text())
@@ -287,12 +287,12 @@ def test_deepspeed_zero_2(slim, words, tmp_path, checkpoint, processes, taught):
     assert "deepspeed" in record["versions"]
 
 
-def test_rank_environment_is_left_alone_without_deepspeed(slim, words):
-    parse_args(words(slim))
+def test_parse_args_without_deepspeed_sets_no_rank(slim, argv):
+    parse_args(argv(slim))
     assert "RANK" not in os.environ
 
 
-def test_a_checkpoint_that_the_disk_has_no_room_for_is_removed(slim, words, tmp_path, monkeypatch):
+def test_save_checkpoint_on_a_full_disk_removes_the_checkpoint(slim, argv, tmp_path, monkeypatch):
     real = torch.save
 
     def save(content, path, *args, **kwargs):
@@ -303,6 +303,6 @@ def test_a_checkpoint_that_the_disk_has_no_room_for_is_removed(slim, words, tmp_
 
     monkeypatch.setattr(torch, "save", save)
     with pytest.raises(RuntimeError) as error:
-        main(words(slim / "pruned_weights", "--use_lora", "true", "--save_strategy", "steps", "--save_steps", 2))
+        main(argv(slim / "pruned_weights", "--use_lora", "true", "--save_strategy", "steps", "--save_steps", 2))
     assert is_disk_full(error.value)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json", "checkpoint-2"}

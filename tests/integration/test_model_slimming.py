@@ -37,7 +37,7 @@ TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 
 def run(*arguments: str, **options) -> subprocess.CompletedProcess:
-    """Run the script in a process of its own."""
+    """Run the script in a new process."""
     return run_python("model_slimming.py", *arguments, **options)
 
 
@@ -48,20 +48,20 @@ def main(*arguments: str) -> None:
 
 @pytest.fixture
 def small_run(checkpoint, text_file) -> list:
-    """Arguments of a run that takes a second."""
+    """Arguments of a short run."""
     return [checkpoint, "--data_file", text_file, "--num_samples", 16, "--seqlen", 32, "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory, checkpoint, text_file) -> tuple[Path, subprocess.CompletedProcess]:
-    """The output folder of one whole run, with evaluation, and what it printed."""
+    """Output folder and process of a complete run with evaluation."""
     save_dir = tmp_path_factory.mktemp("runs") / "out"
     arguments = [checkpoint, "--data_file", text_file, "--num_samples", 16, "--seqlen", 32, "--sparsity", 0.4]
     arguments += ["--eval_datasets", f"wikitext2={text_file}", "--eval_seqlens", 16, 64]
     return save_dir, run(*arguments, "--save_pruned_weights", "--save_dir", save_dir)
 
 
-def test_outputs_are_complete(pruned):
+def test_model_slimming_outputs_are_complete(pruned):
     save_dir, process = pruned
     assert process.returncode == 0, process.stderr
     assert "Traceback" not in process.stderr
@@ -75,7 +75,7 @@ def test_outputs_are_complete(pruned):
         assert generation["max_new_tokens"] == 7
 
 
-def test_log_is_a_line_a_layer_and_no_progress_bar(pruned):
+def test_model_slimming_logs_one_line_per_layer_without_progress_bars(pruned):
     lines = pruned[1].stderr.splitlines()
     assert sum(" INFO layer " in line for line in lines) == 4
     assert sum("perplexity wikitext2 seqlen" in line for line in lines) == 2
@@ -83,7 +83,7 @@ def test_log_is_a_line_a_layer_and_no_progress_bar(pruned):
     assert "%|" not in pruned[1].stderr
 
 
-def test_run_json_tells_the_run(pruned):
+def test_model_slimming_run_json_records_the_run(pruned):
     record = json.loads((pruned[0] / "run.json").read_text())
     assert list(record) == RUN_KEYS
     assert list(record["sizes"]) == SIZE_KEYS
@@ -103,14 +103,14 @@ def test_run_json_tells_the_run(pruned):
     assert [(row["dataset"], row["seqlen"]) for row in record["perplexity"]] == [("wikitext2", 16), ("wikitext2", 64)]
 
 
-def test_zeros_and_shapes_are_those_of_pruning_json(pruned):
+def test_model_slimming_zeros_and_shapes_match_pruning_json(pruned):
     save_dir = pruned[0]
     masks = read_pruning(save_dir / "pruning.json")
-    zeroed = AutoModelForCausalLM.from_pretrained(save_dir)
-    small = AutoModelForCausalLM.from_pretrained(save_dir / "pruned_weights")
-    assert type(zeroed).__name__ == "LlamaForCausalLM"
-    assert type(small).__module__ == "models.modeling_slim_llama"
-    for layer, slim_layer, mask in zip(zeroed.model.layers, small.model.layers, masks, strict=True):
+    masked_model = AutoModelForCausalLM.from_pretrained(save_dir)
+    pruned_model = AutoModelForCausalLM.from_pretrained(save_dir / "pruned_weights")
+    assert type(masked_model).__name__ == "LlamaForCausalLM"
+    assert type(pruned_model).__module__ == "models.modeling_slim_llama"
+    for layer, slim_layer, mask in zip(masked_model.model.layers, pruned_model.model.layers, masks, strict=True):
         zero_columns = (layer.mlp.down_proj.weight == 0).all(dim=0).nonzero().flatten().tolist()
         assert sorted(set(range(40)) - set(mask.kept_columns)) == zero_columns
         assert slim_layer.mlp.down_proj.weight.shape == (24, len(mask.kept_columns))
@@ -132,7 +132,7 @@ print(json.dumps([model(**inputs).logits[0, -1].tolist(), chat, model.generate(*
 """
 
 
-def test_small_model_loads_outside_the_suite_with_the_zeroed_models_logits(pruned, tmp_path):
+def test_pruned_model_outside_the_suite_has_the_logits_of_the_masked_model(pruned, tmp_path):
     folder = pruned[0] / "pruned_weights"
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
     process = subprocess.run(
@@ -142,16 +142,16 @@ def test_small_model_loads_outside_the_suite_with_the_zeroed_models_logits(prune
     assert process.returncode == 0, process.stderr
     assert "Reading global config value" not in process.stderr
     logits, chat, generated = json.loads(process.stdout.splitlines()[-1])
-    zeroed, tokenizer = (cls.from_pretrained(pruned[0]) for cls in (AutoModelForCausalLM, AutoTokenizer))
+    masked_model, tokenizer = (cls.from_pretrained(pruned[0]) for cls in (AutoModelForCausalLM, AutoTokenizer))
     inputs = tokenizer("w3 w4 w5", return_tensors="pt")
-    expected = zeroed(**inputs).logits[0, -1]
+    expected = masked_model(**inputs).logits[0, -1]
     assert (torch.tensor(logits) - expected).abs().max() <= 1e-4 * expected.abs().max()
-    assert generated == zeroed.generate(**inputs, do_sample=False).tolist()
+    assert generated == masked_model.generate(**inputs, do_sample=False).tolist()
     assert chat == "w9"
 
 
-def test_the_originals_command_line_runs_as_spelled(tmp_path, tokenizer, monkeypatch, caplog):
-    """On a model of another depth than 32, with C4 as the hub streams it."""
+def test_model_slimming_with_the_originals_command_line_runs(tmp_path, tokenizer, monkeypatch, caplog):
+    """On a model with a depth other than 32, with C4 streamed from the hub."""
     model = tmp_path / "model"
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 3}
     make_tiny("mha", max_position_embeddings=2048, **heads).save_pretrained(model)
@@ -167,7 +167,7 @@ def test_the_originals_command_line_runs_as_spelled(tmp_path, tokenizer, monkeyp
     assert "perplexity wikitext2 seqlen 128" in caplog.text
 
 
-def test_every_flag_of_the_original_keeps_its_name_and_default():
+def test_build_parser_keeps_names_and_defaults_of_the_original():
     args = model_slimming.build_parser().parse_args(["m", "c4"])
     expected = {
         "model_path": "m", "dataset": "c4", "num_samples": 1024, "seqlen": 2048, "sparsity": 0, "minlayer": -1,
@@ -180,21 +180,21 @@ def test_every_flag_of_the_original_keeps_its_name_and_default():
         assert model_slimming.build_parser().parse_args(["m", dataset, "--cache_dev", "cpu"]).dataset == dataset
 
 
-def test_the_same_seed_gives_the_same_model(small_run, tmp_path):
+def test_model_slimming_with_the_same_seed_gives_the_same_weights(small_run, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         main(*small_run, "--sparsity", 0.4, "--skip_evaluate", "--seed", seed, "--save_dir", tmp_path / name)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
     assert weights[0] == weights[1] != weights[2]
 
 
-def test_without_save_dir_nothing_is_written(small_run, tmp_path, monkeypatch, text_file):
+def test_model_slimming_without_save_dir_writes_nothing(small_run, tmp_path, monkeypatch, text_file):
     monkeypatch.chdir(tmp_path)
     main(*small_run, "--sparsity", 0.4, "--eval_datasets", text_file, "--eval_seqlens", 16)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_dtype_of_the_saved_weights(small_run, tmp_path, dtype):
+def test_model_slimming_with_a_dtype_saves_weights_in_it(small_run, tmp_path, dtype):
     flags = ["--sparsity", 0.4, "--skip_evaluate", "--dtype", dtype, "--save_dir", tmp_path / "out"]
     main(*small_run, *flags, "--save_pruned_weights")
     for folder in (tmp_path / "out", tmp_path / "out" / "pruned_weights"):
@@ -253,7 +253,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_names_the_knob(case, checkpoint, text_file, tmp_path):
+def test_model_slimming_with_wrong_input_names_the_flag(case, checkpoint, text_file, tmp_path):
     arguments, message = WRONG[case]
     arguments = [argument.format(model=checkpoint, text=text_file) for argument in arguments]
     if case != "no save_dir":
@@ -266,7 +266,7 @@ def test_wrong_input_names_the_knob(case, checkpoint, text_file, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", ["{model} c4 --sparsity 2", "{model} c5", "{model} c4 --sparse"])
-def test_wrong_input_is_one_line_and_exit_code_2(arguments, checkpoint):
+def test_model_slimming_with_wrong_input_exits_with_one_line(arguments, checkpoint):
     process = run(*arguments.format(model=checkpoint).split())
     assert process.returncode == 2
     assert len(process.stderr.splitlines()) == 1
@@ -274,7 +274,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, checkpoint):
     assert process.stdout == ""
 
 
-def test_existing_output_needs_overwrite(small_run, tmp_path):
+def test_model_slimming_to_an_existing_output_needs_overwrite(small_run, tmp_path):
     flags = ["--sparsity", 0.4, "--skip_evaluate", "--save_dir", tmp_path / "out"]
     main(*small_run, *flags)
     before = (tmp_path / "out" / "run.json").read_text()
@@ -285,7 +285,7 @@ def test_existing_output_needs_overwrite(small_run, tmp_path):
     assert json.loads((tmp_path / "out" / "run.json").read_text())["seed"] == 1
 
 
-def test_full_disk_leaves_nothing(small_run, tmp_path, monkeypatch):
+def test_model_slimming_on_a_full_disk_leaves_no_output(small_run, tmp_path, monkeypatch):
     def save_pretrained(self, folder, **kwargs):
         (Path(folder) / "tokenizer.json").write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -293,20 +293,20 @@ def test_full_disk_leaves_nothing(small_run, tmp_path, monkeypatch):
     monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", save_pretrained)
     with pytest.raises(OSError, match="No space left"):
         main(*small_run, "--sparsity", 0.4, "--skip_evaluate", "--save_dir", tmp_path / "out")
-    # But for what --resume goes on from.
+    # Only the layers for --resume are left.
     assert [path.name for path in tmp_path.iterdir()] == [".out.unfinished"]
 
 
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
 )
-def test_a_killed_run_leaves_no_output(tmp_path, tokenizer, text_file, signum, code):
-    """Killed while it prunes: a deep enough model takes a while."""
+def test_model_slimming_when_killed_leaves_no_output(tmp_path, tokenizer, text_file, signum, code):
+    """The model is deep, so that the run can be killed while it prunes."""
     model = tmp_path / "model"
     make_tiny("mha", num_hidden_layers=200, intermediate_size=400).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    words = [model, "--data_file", text_file, "--num_samples", 64, "--seqlen", 32, "--sparsity", 0.5]
-    process = start_python("model_slimming.py", *words, "--skip_evaluate", "--save_dir", tmp_path / "out")
+    argv = [model, "--data_file", text_file, "--num_samples", 64, "--seqlen", 32, "--sparsity", 0.5]
+    process = start_python("model_slimming.py", *argv, "--skip_evaluate", "--save_dir", tmp_path / "out")
     process.await_stderr(" INFO layer 3/")
     time.sleep(0.1)
     process.send_signal(signum)
@@ -314,7 +314,7 @@ def test_a_killed_run_leaves_no_output(tmp_path, tokenizer, text_file, signum, c
     assert end.returncode == code
     assert "Traceback" not in end.stderr
     assert "--resume with the same --save_dir continues" in end.stderr or signum != signal.SIGINT
-    # The file of the lock, which no one holds any more, goes with the next run.
+    # The next run removes the stale lock file.
     locks = {".out.lock"} if signum == signal.SIGKILL else set()
     assert {path.name for path in tmp_path.iterdir()} == {"model", ".out.unfinished"} | locks
     with output_lock(tmp_path / "out", "--save_dir"):
@@ -322,20 +322,20 @@ def test_a_killed_run_leaves_no_output(tmp_path, tokenizer, text_file, signum, c
     assert {path.name for path in tmp_path.iterdir()} == {"model", ".out.unfinished"}
 
 
-def test_uniform_shapes_make_a_stock_checkpoint(small_run, tmp_path):
+def test_model_slimming_with_uniform_shapes_writes_a_stock_checkpoint(small_run, tmp_path):
     out = tmp_path / "out"
     flags = ["--uniform_shapes", "--multiple_of", 8, "--skip_evaluate", "--save_pruned_weights", "--save_dir", out]
     main(*small_run, "--sparsity", 0.5, *flags)
-    small = out / "pruned_weights"
-    assert {path.name for path in small.iterdir()} == WEIGHT_FILES | TOKENIZER_FILES | CARD
-    config = json.loads((small / "config.json").read_text())
+    folder = out / "pruned_weights"
+    assert {path.name for path in folder.iterdir()} == WEIGHT_FILES | TOKENIZER_FILES | CARD
+    config = json.loads((folder / "config.json").read_text())
     assert (config["model_type"], config["num_attention_heads"], config["intermediate_size"]) == ("llama", 2, 16)
     assert config["layer_head_num"] == [2] * 4
-    model = AutoModelForCausalLM.from_pretrained(small)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model).__module__ == "transformers.models.llama.modeling_llama"
 
 
-def test_shapes_that_run_fast(small_run, tmp_path, caplog):
+def test_model_slimming_with_multiples_aligns_every_layer(small_run, tmp_path, caplog):
     flags = ["--non_uniform", "--min_sparsity", 0.1, "--max_sparsity", 0.6, "--skip_evaluate"]
     flags += ["--multiple_of", 4, "--tp_size", 2]
     main(*small_run, *flags, "--save_dir", tmp_path / "out")
@@ -347,5 +347,5 @@ def test_shapes_that_run_fast(small_run, tmp_path, caplog):
     assert "layers 0, 1, 2, 3 cannot be aligned: heads and key/value heads to 8, FFN columns to 8" in caplog.text
 
 
-def test_vocabulary_of_the_tests_matches(checkpoint):
+def test_checkpoint_fixture_has_the_vocabulary_of_the_tests(checkpoint):
     assert AutoModelForCausalLM.from_pretrained(checkpoint).config.vocab_size == VOCAB

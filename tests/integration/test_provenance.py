@@ -29,26 +29,26 @@ def base(tmp_path, tokenizer) -> Path:
 
 @pytest.fixture
 def prune(text_file):
-    """Prunes a model into a folder."""
+    """Function that prunes a model into a folder."""
 
     def prune(model: Path, out: Path, *flags: object) -> None:
-        words = [model, "--data_file", text_file, "--num_samples", 8, "--seqlen", 32, "--device", "cpu"]
-        words += ["--save_pruned_weights", "--skip_evaluate", "--save_dir", out, *flags]
-        model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, words))))
+        argv = [model, "--data_file", text_file, "--num_samples", 8, "--seqlen", 32, "--device", "cpu"]
+        argv += ["--save_pruned_weights", "--skip_evaluate", "--save_dir", out, *flags]
+        model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, argv))))
 
     return prune
 
 
 def block_weights(path: Path) -> int:
-    """Weights of the attention and MLP matrices of a LLaMA's layers, of 24 hidden columns and 4 a head."""
+    """Number of block weights of a LLaMA with hidden size 24 and head size 4."""
     shapes = layer_shapes(AutoConfig.from_pretrained(path))
     return sum(24 * (2 * 4 * (shape.num_heads + shape.num_kv_heads) + 3 * shape.ffn_width) for shape in shapes)
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]])
-def test_model_card_of_repeated_pruning_and_recovery_has_all_steps(base, prune, words, tmp_path, stream):
+def test_model_card_of_repeated_pruning_and_recovery_has_all_steps(base, prune, argv, tmp_path, stream):
     prune(base, tmp_path / "one", "--sparsity", 0.25, *stream)
-    finetune(words(tmp_path / "one" / "pruned_weights", "--use_lora", "true"))
+    finetune(argv(tmp_path / "one" / "pruned_weights", "--use_lora", "true"))
     fused = tmp_path / "out" / "lora_fused_model"
     prune(fused, tmp_path / "two", "--sparsity", 0.25, *stream)
     again = tmp_path / "two" / "pruned_weights"
@@ -85,12 +85,12 @@ def test_model_card_of_repeated_pruning_and_recovery_has_all_steps(base, prune, 
     assert record["sizes"]["block_share_removed"] < record["sizes"]["block_share_removed_in_total"]
 
 
-def test_model_card_of_mask_training_has_the_share_of_the_masks(base, prune, words, tmp_path):
+def test_model_card_of_mask_training_has_the_share_of_the_masks(base, prune, argv, tmp_path):
     prune(base, tmp_path / "one", "--sparsity", 0.4)
     share = 1 - block_weights(tmp_path / "one" / "pruned_weights") / block_weights(base)
     flags = ["--is_mask_training", "true", "--mask_config_dir", tmp_path / "one", "--overwrite", "true"]
     for model in (tmp_path / "one", base):
-        finetune(words(model, *flags))
+        finetune(argv(model, *flags))
         for folder in (tmp_path / "out", tmp_path / "out" / "pruned_weights"):
             card = ModelCard.load(folder / "README.md").content
             assert f"# tiny-model, pruned and fine-tuned\n\ntiny-model without {100 * share:.1f} %" in card
@@ -112,7 +112,7 @@ def test_read_provenance_of_a_damaged_file_starts_over(base, content):
     assert provenance["base"]["block_weights"] == block_weights(base)
 
 
-def test_model_card_without_pruning_says_fine_tuned(base, words, tmp_path):
-    finetune(words(base, "--use_lora", "true"))
+def test_model_card_without_pruning_says_fine_tuned(base, argv, tmp_path):
+    finetune(argv(base, "--use_lora", "true"))
     card = (tmp_path / "out" / "lora_fused_model" / "README.md").read_text()
     assert "# tiny-model, fine-tuned\n\ntiny-model, fine-tuned.\n" in card and "SlimGPT]" not in card

@@ -1,4 +1,4 @@
-"""The quick start as a user runs it, on the real small model."""
+"""The quick start as a user runs it, on SmolLM2-135M."""
 
 import json
 import os
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_quick_start_prunes_a_fifth_and_reuses_its_cache(tmp_path):
+def test_quickstart_prunes_20_percent_and_reuses_its_cache(tmp_path):
     environment = {**os.environ, "SLIMGPT_CACHE": str(tmp_path / "cache")}
     command = ["bash", "scripts/quickstart.sh", "--save_dir", str(tmp_path / "out")]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -34,7 +34,7 @@ def test_quick_start_prunes_a_fifth_and_reuses_its_cache(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == cached
 
 
-def test_unknown_flag_is_one_line():
+def test_quickstart_with_an_unknown_flag_is_one_line():
     command = ["bash", "scripts/quickstart.sh", "--sparsity", "0.2"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert process.returncode == 2

@@ -1,4 +1,4 @@
-"""README, the pages of docs/ and CONTRIBUTING against the files, flags and commands they name."""
+"""README, docs/ and CONTRIBUTING against the files, flags, commands and result files that they name."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ from train_utils import finetune_args
 
 ROOT = Path(__file__).resolve().parents[2]
 README_LIMIT = 15_000
-# By their path; the user's documents, then those of the contributors.
+# Texts by path: pages for users, then all documents.
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TABLES = PAGES["docs/results.md"]
@@ -37,14 +37,21 @@ FLAG_LISTS: dict[tuple[str, str], Callable[[], argparse.ArgumentParser]] = {
     ("docs/evaluate.md", "Zero-shot tasks"): model_evaluate.build_parser,
     ("docs/evaluate.md", "Count and time"): test_flops.build_parser,
 }
-# Pages that speak of the flags of one script without listing them all.
+# Pages that name flags of a single script without listing them all.
 ONE_SCRIPT = {
     ("docs/recover.md", ""): finetune_args.build_parser,
     ("docs/large-models.md", ""): model_slimming.build_parser,
 }
-# Of torchrun, of vLLM, and what the recipes take.
-OF_OTHERS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--model-impl", "--trust-remote-code"}
-OF_OTHERS |= {"--smoke"}
+# Flags of torchrun, of vLLM and of the recipes.
+EXTERNAL_FLAGS = {
+    "--nproc_per_node",
+    "--nnodes",
+    "--rdzv_backend",
+    "--rdzv_endpoint",
+    "--model-impl",
+    "--trust-remote-code",
+}
+EXTERNAL_FLAGS |= {"--smoke"}
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -57,24 +64,24 @@ def commands(start: str) -> list[str]:
 
 def arguments_of(command: str, script: str) -> list[str]:
     """Arguments that ``command`` gives to ``script``, without its redirections."""
-    words = shlex.split(command.partition("2>&1")[0])
-    return words[words.index(script) + 1 :]
+    argv = shlex.split(command.partition("2>&1")[0])
+    return argv[argv.index(script) + 1 :]
 
 
 def test_pruning_commands_as_shown_are_parsed():
-    found = commands("python model_slimming.py")
-    found += [line for line in commands("torchrun") if "model_slimming.py" in line]
-    assert len(found) == 5
-    for command in found:
+    lines = commands("python model_slimming.py")
+    lines += [line for line in commands("torchrun") if "model_slimming.py" in line]
+    assert len(lines) == 5
+    for command in lines:
         args = model_slimming.build_parser().parse_args(arguments_of(command, "model_slimming.py"))
         assert args.save_dir == "OUT"
 
 
 @pytest.mark.parametrize(("script", "count"), [(model_evaluate, 2), (test_flops, 3)])
 def test_measuring_commands_as_shown_are_parsed(script, count):
-    found = commands(f"python {script.__name__}.py")
-    assert len(found) == count
-    for command in found:
+    lines = commands(f"python {script.__name__}.py")
+    assert len(lines) == count
+    for command in lines:
         script.build_parser().parse_args(shlex.split(command)[2:])
 
 
@@ -85,21 +92,21 @@ def test_report_command_as_shown_is_parsed():
 
 
 def test_fine_tuning_commands_as_shown_are_parsed(monkeypatch):
-    monkeypatch.setattr(finetune_args, "provide_single_process_group", lambda words: None)
+    monkeypatch.setattr(finetune_args, "provide_single_process_group", lambda argv: None)
     (command,) = [line for line in commands("torchrun") if "model_finetune.py" in line]
     (short_command,) = commands("python model_finetune.py")
-    words = arguments_of(command, "model_finetune.py")
-    at = words.index("--deepspeed")
-    assert (ROOT / words[at + 1]).is_file()
-    # Setting DeepSpeed up takes a process group.
-    for given in (words[:at] + words[at + 2 :], arguments_of(short_command, "model_finetune.py")):
-        args = finetune_args.parse_args(given)
+    argv = arguments_of(command, "model_finetune.py")
+    index = argv.index("--deepspeed")
+    assert (ROOT / argv[index + 1]).is_file()
+    # Without --deepspeed, which would set up a process group.
+    for arguments in (argv[:index] + argv[index + 2 :], arguments_of(short_command, "model_finetune.py")):
+        args = finetune_args.parse_args(arguments)
         assert args.model.use_lora and args.training.output_dir == "SFT"
 
 
 def test_recipe_commands_as_shown_set_variables_of_the_recipe():
-    found = commands("MODEL=") + commands("NPROC=")
-    assert len(found) == 5
+    lines = commands("MODEL=") + commands("NPROC=")
+    assert len(lines) == 5
     for text in PAGES.values():
         for command in re.findall(r"^.*bash scripts/\w+\.sh$", text, flags=re.MULTILINE):
             *variables, _, script = shlex.split(command)
@@ -112,19 +119,19 @@ def test_recipe_commands_as_shown_set_variables_of_the_recipe():
 def test_files_named_in_a_document_exist(page):
     folders = "configs|models|slim_utils|train_utils|ppl_eval|scripts|benchmarks|tests|docs"
     for path in re.findall(rf"(?<![\w./])(?:{folders})/[\w/.-]+\.(?:sh|py|json|md|png|svg)", DOCUMENTS[page]):
-        # A link that is relative to the page is checked as a link.
+        # Paths relative to the page are allowed too.
         assert (ROOT / path).is_file() or (ROOT / page).parent.joinpath(path).is_file() or "NAME" in path, path
     for module in re.findall(r"python -m ([\w.]+)", DOCUMENTS[page]):
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
 
 
 def named_flags(text: str) -> set[str]:
-    """Whole flags that ``text`` names."""
+    """Flags that ``text`` names."""
     return set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", text))
 
 
 def section(page: str, title: str) -> str:
-    """The text of ``page``, or that under its heading ``title`` of the second level."""
+    """The text of ``page``, or of its second-level section ``title``."""
     if not title:
         return PAGES[page]
     (text,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", PAGES[page], flags=re.DOTALL | re.MULTILINE)
@@ -152,14 +159,14 @@ def test_flags_of_fine_tuning_are_all_listed_unless_refused():
 
 
 @pytest.mark.parametrize("place", FLAG_LISTS | ONE_SCRIPT)
-def test_flags_named_on_the_page_of_a_script_are_its_own(place):
+def test_flags_named_on_the_page_of_a_script_exist(place):
     known = (FLAG_LISTS | ONE_SCRIPT)[place]
-    assert named_flags(section(*place)) - OF_OTHERS <= parser_flags(known()) | set(finetune_args.RENAMED_FLAGS)
+    assert named_flags(section(*place)) - EXTERNAL_FLAGS <= parser_flags(known()) | set(finetune_args.RENAMED_FLAGS)
 
 
 @pytest.mark.parametrize("page", DOCUMENTS)
 def test_flags_named_in_a_document_are_those_of_a_script(page):
-    flags = parser_flags(finetune_args.build_parser()) | set(finetune_args.RENAMED_FLAGS) | OF_OTHERS
+    flags = parser_flags(finetune_args.build_parser()) | set(finetune_args.RENAMED_FLAGS) | EXTERNAL_FLAGS
     flags = flags.union(*(parser_flags(build()) for build in FLAG_LISTS.values()))
     for path in [*ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]:
         flags |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', path.read_text(encoding="utf-8")))
@@ -177,7 +184,7 @@ def without_code(text: str) -> str:
 
 
 def link_targets(text: str) -> list[str]:
-    """Targets of the links and images of a Markdown text, but for those to other sites."""
+    """Targets of the links and images of a Markdown text, except those to other sites."""
     targets = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", without_code(text)))
     return [target for target in targets if not re.match(r"[a-z]+:", target)]
 
@@ -217,7 +224,7 @@ def test_pages_of_docs_are_all_linked_from_readme():
 
 
 def file_tree() -> dict[str, str]:
-    """What README's file tree says of each path; folders end in a slash."""
+    """Descriptions in README's file tree by path; folders end in a slash."""
     (block,) = re.findall(r"^## Repository\n+```\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
     lines: dict[str, str] = {}
     parents: list[str] = []
@@ -229,7 +236,7 @@ def file_tree() -> dict[str, str]:
 
 
 def top_level_folders() -> set[str]:
-    """Folders of the repository, but for hidden ones; of those on disk where there is no git."""
+    """Tracked top-level folders that are not hidden; all folders on disk without git."""
     paths = [path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "__pycache__"]
     if shutil.which("git"):
         listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
@@ -238,7 +245,7 @@ def top_level_folders() -> set[str]:
     return {path for path in paths if not path.startswith(".")}
 
 
-def rooms() -> set[str]:
+def packages() -> set[str]:
     """Packages in ``slim_utils/``."""
     return {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("slim_utils/*/__init__.py")}
 
@@ -249,14 +256,14 @@ def test_paths_of_the_file_tree_exist_and_are_described():
         assert described, path
 
 
-def test_top_level_folders_and_rooms_are_all_in_the_file_tree():
-    assert {f"{path}/" for path in top_level_folders() | rooms()} <= set(file_tree())
+def test_top_level_folders_and_packages_are_all_in_the_file_tree():
+    assert {f"{path}/" for path in top_level_folders() | packages()} <= set(file_tree())
     assert {path.name for path in ROOT.glob("*.py")} <= set(file_tree())
 
 
 def test_modules_in_the_table_of_contributing_exist():
     rows = re.findall(r"^\| `([\w/]+)/` \| (.*) \|$", CONTRIBUTING, flags=re.MULTILINE)
-    assert rooms() | {"slim_utils", "train_utils", "ppl_eval", "models"} <= {folder for folder, _ in rows}
+    assert packages() | {"slim_utils", "train_utils", "ppl_eval", "models"} <= {folder for folder, _ in rows}
     for folder, modules in rows:
         for module in re.findall(r"`([\w/]+\.py)`", modules):
             assert (ROOT / folder / module).is_file() or (ROOT / module).is_file(), f"{folder}/{module}"

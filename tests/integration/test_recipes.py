@@ -1,4 +1,4 @@
-"""The recipes in ``scripts/`` with ``--smoke``: on a tiny model always, on SmolLM2 in the slow tier."""
+"""The recipes in ``scripts/`` with ``--smoke``, on a tiny model and on SmolLM2."""
 
 import json
 import os
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(recipe: str, *flags: str, **variables: object) -> subprocess.CompletedProcess:
-    """Run a recipe with nothing but the given variables set, offline."""
+    """Run a recipe with only the given variables set."""
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     environment |= {name: str(value) for name, value in variables.items()}
     command = ["bash", str(ROOT / "scripts" / recipe), *flags]
@@ -28,7 +28,7 @@ def run(recipe: str, *flags: str, **variables: object) -> subprocess.CompletedPr
 
 @pytest.fixture(scope="module")
 def task_dir(tmp_path_factory) -> Path:
-    """Rows of PIQA's columns."""
+    """Local task files with rows in PIQA's columns."""
     folder = tmp_path_factory.mktemp("tasks")
     (folder / "piqa").mkdir()
     rows = [{"goal": random_text(3, i), "sol1": "w3", "sol2": "w4 w5", "label": i % 2} for i in range(10)]
@@ -37,7 +37,9 @@ def task_dir(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_whole_recipe_on_a_tiny_model(checkpoint, text_file, instruction_file, task_dir, tmp_path):
+def test_recipe_llama_7b_p20_on_a_tiny_model_runs_all_stages(
+    checkpoint, text_file, instruction_file, task_dir, tmp_path
+):
     """``llama_7b_p20.sh`` runs all four stage recipes."""
     out = tmp_path / "new" / "p20"
     variables = {"MODEL": checkpoint, "DATA": text_file, "EVAL": f"wikitext2={text_file}", "TASK_DATA": task_dir}
@@ -54,7 +56,7 @@ def test_the_whole_recipe_on_a_tiny_model(checkpoint, text_file, instruction_fil
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_wrong_use_is_one_line(recipe):
+def test_recipe_with_an_unknown_flag_is_one_line(recipe):
     process = run(recipe, "--fast")
     assert process.returncode == 2
     line = process.stderr.splitlines()[-1]
@@ -62,14 +64,14 @@ def test_wrong_use_is_one_line(recipe):
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "llama_7b_p20.sh"])
-def test_a_missing_model_is_said(recipe, tmp_path):
+def test_recipe_without_a_model_is_refused(recipe, tmp_path):
     process = run(recipe, OUT=tmp_path / "new" / "out")
     assert process.returncode != 0
     assert "set MODEL to a checkpoint folder or hub name" in process.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failing_stage_fails_the_recipe(tmp_path):
+def test_recipe_with_a_failing_stage_fails(tmp_path):
     process = run("prune.sh", MODEL="/none", DATA="c4", OUT=tmp_path / "out")
     assert process.returncode == 2
     assert "model /none: no such folder" in (tmp_path / "out.ppl").read_text()
@@ -78,8 +80,8 @@ def test_a_failing_stage_fails_the_recipe(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes_on_smollm2(recipe, tmp_path):
-    """Fetches SmolLM2-135M into ``$SLIMGPT_CACHE`` the first time."""
+def test_recipe_on_smollm2_runs(recipe, tmp_path):
+    """Fetches SmolLM2-135M into ``$SLIMGPT_CACHE`` in the first run."""
     process = run(recipe, "--smoke", OUT=tmp_path / "out")
     assert process.returncode == 0, process.stdout + process.stderr
     assert list(tmp_path.iterdir())

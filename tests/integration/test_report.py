@@ -1,4 +1,4 @@
-"""A report of a pruning run and of the results of benchmarks, as a user makes it, and in a browser."""
+"""A report of pruning runs and benchmark results, as a user makes it, and in a browser."""
 
 import base64
 import io
@@ -22,19 +22,19 @@ WIDTH = 1200
 
 
 def report(*arguments: object) -> subprocess.CompletedProcess:
-    """Run the script in a process of its own."""
+    """Run the script in a new process."""
     return run_python("-m", "scripts.report", *arguments)
 
 
 def shades(png: bytes | np.ndarray) -> int:
-    """How many different colours a picture has."""
+    """Number of different colours in a picture."""
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) if isinstance(png, bytes) else png
-    # One number a pixel is sorted far sooner than three.
+    # One number per pixel sorts much faster than three.
     return len(np.unique(pixels[..., :3].astype(np.uint32) @ np.array([65536, 256, 1], dtype=np.uint32)))
 
 
 class Reader(HTMLParser):
-    """Tags of a page, and the pictures in it."""
+    """Parser that collects the tags and images of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def page(folder) -> Reader:
     return Reader((folder / "index.html").read_text(encoding="utf-8"))
 
 
-def test_the_page_holds_the_pictures_of_the_folder(folder, page):
+def test_report_page_embeds_the_figures_of_the_folder(folder, page):
     files = sorted(folder.glob("*.png"))
     assert {path.name for path in folder.iterdir()} == {"index.html", "run.json", *(path.name for path in files)}
     assert {path.name.partition("_")[0] for path in files} == {"kept", "error", "perplexity", "cost"}
@@ -83,14 +83,14 @@ def test_the_page_holds_the_pictures_of_the_folder(folder, page):
     assert all(len(image["alt"]) > 40 for image in page.images)
 
 
-def test_the_page_asks_for_nothing(folder, page):
+def test_report_page_is_self_contained(folder, page):
     text = (folder / "index.html").read_text(encoding="utf-8")
     assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in text
     assert not set(page.tags) & {"script", "iframe", "object", "embed", "audio", "video"}
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", text) + re.findall(r"url\(|@import", text)
 
 
-def test_the_page_has_commands_versions_hardware_and_numbers(folder):
+def test_report_page_has_commands_versions_hardware_and_numbers(folder):
     text = (folder / "index.html").read_text(encoding="utf-8")
     for path in (folder.parent / "evaluated" / "run.json", *RESULTS):
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -101,7 +101,7 @@ def test_the_page_has_commands_versions_hardware_and_numbers(folder):
     assert all(f">{row['tokens_per_second']:.6g}</td>" in text for row in serving["rows"])
 
 
-def test_wrong_input_is_one_line_and_exit_code_2(tmp_path):
+def test_report_with_wrong_input_exits_with_one_line(tmp_path):
     (tmp_path / "strange.json").write_text('{"a": 1}', encoding="utf-8")
     process = report(tmp_path / "strange.json", "--out", tmp_path / "out")
     assert process.returncode == 2
@@ -124,7 +124,7 @@ BOXES = """
 """
 
 
-def test_a_browser_shows_every_figure_and_complains_of_nothing(opened: Page, folder, page):
+def test_report_page_in_a_browser_shows_every_figure_without_errors(opened: Page, folder, page):
     url = (folder / "index.html").as_uri()
     opened.open(url)
     boxes = opened.evaluate(BOXES)
@@ -142,8 +142,8 @@ def test_a_browser_shows_every_figure_and_complains_of_nothing(opened: Page, fol
     assert opened.errors() == []
 
 
-def test_the_browser_would_tell(opened: Page, tmp_path):
-    """That no request and no complaint are seen above is not for want of looking."""
+def test_browser_with_a_broken_page_reports_requests_and_errors(opened: Page, tmp_path):
+    """Shows that the test above would notice requests and errors."""
     (tmp_path / "bad.html").write_text(
         "<meta http-equiv='Content-Security-Policy' content=\"img-src 'none'\">"
         "<link rel=icon href='data:,'><link rel=stylesheet href='none.css'><img src='data:image/png;base64,AA'>",

@@ -1,4 +1,4 @@
-"""The scripts beside the three stages: how they are started, and ``scripts/compare_models.py`` on its inputs."""
+"""How scripts are started, and ``scripts/compare_models.py``."""
 
 import ast
 import json
@@ -21,35 +21,37 @@ SCRIPTS = [
     for path in sorted((ROOT / folder).glob("*.py"))
     if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
 ]
-OWN = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()} | {*FOLDERS}
+SUITE_MODULES = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()} | {
+    *FOLDERS
+}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
-def test_every_script_puts_the_root_on_the_path_before_it_imports_from_it(script):
-    found = False
+def test_scripts_extend_sys_path_before_importing_the_suite(script):
+    extended = False
     for statement in ast.parse((ROOT / script).read_text(encoding="utf-8")).body:
-        found |= ast.unparse(statement) == "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
+        extended |= ast.unparse(statement) == "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
         names = [alias.name for alias in getattr(statement, "names", ())] if isinstance(statement, ast.Import) else []
         names += [statement.module] if isinstance(statement, ast.ImportFrom) else []
-        assert found or not {name.partition(".")[0] for name in names} & OWN, ast.unparse(statement)
-    assert found
+        assert extended or not {name.partition(".")[0] for name in names} & SUITE_MODULES, ast.unparse(statement)
+    assert extended
 
 
 @pytest.mark.parametrize(
-    "words", [["scripts/compare_models.py"], ["scripts/report.py"], ["-m", "scripts.compare_models"]]
+    "argv", [["scripts/compare_models.py"], ["scripts/report.py"], ["-m", "scripts.compare_models"]]
 )
-def test_a_script_runs_by_path_and_as_a_module_from_another_folder(words, tmp_path):
+def test_scripts_run_by_path_and_as_modules_from_another_folder(argv, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    if words[0] == "-m":
+    if argv[0] == "-m":
         environment["PYTHONPATH"] = str(ROOT)
     else:
-        words = [str(ROOT / words[0])]
-    process = run_python(*words, "--help", cwd=tmp_path, env=environment)
+        argv = [str(ROOT / argv[0])]
+    process = run_python(*argv, "--help", cwd=tmp_path, env=environment)
     assert process.returncode == 0 and process.stdout.startswith("usage: "), process.stderr
 
 
-def parse(*words) -> object:
-    return compare_models.build_parser().parse_args(list(map(str, words)))
+def parse(*argv) -> object:
+    return compare_models.build_parser().parse_args(list(map(str, argv)))
 
 
 @pytest.mark.parametrize(
@@ -63,13 +65,13 @@ def parse(*words) -> object:
         (["--out", "/none/x.json"], "--out /none/x.json: no such folder /none"),
     ],
 )
-def test_compare_models_wrong_flags_are_seen_before_anything_is_loaded(flags, message, checkpoint, monkeypatch):
+def test_compare_models_with_wrong_flags_is_refused_before_loading(flags, message, checkpoint, monkeypatch):
     monkeypatch.setattr(compare_models, "measure_in_new_process", lambda *args: pytest.fail("measured"))
     with pytest.raises(UserError, match=message):
         compare_models.main(parse(checkpoint, checkpoint, *flags))
 
 
-def test_compare_models_checkpoint_that_cannot_be_loaded_is_one_line(checkpoint, text_file, tmp_path):
+def test_compare_models_of_a_missing_checkpoint_is_one_line(checkpoint, text_file, tmp_path):
     flags = ["--eval_datasets", text_file, "--eval_seqlens", 32, "--device", "cpu"]
     with pytest.raises(UserError, match="no such folder"):
         compare_models.main(parse(tmp_path / "none", checkpoint, *flags))
@@ -78,7 +80,7 @@ def test_compare_models_checkpoint_that_cannot_be_loaded_is_one_line(checkpoint,
         compare_models.measure(parse(tmp_path, tmp_path, *flags))
 
 
-def test_compare_models_figures_come_from_the_common_loading(checkpoint, text_file, tmp_path, monkeypatch):
+def test_compare_models_passes_trust_remote_code_and_records_figures(checkpoint, text_file, tmp_path, monkeypatch):
     trusted = []
     load = compare_models.load_model
     monkeypatch.setattr(compare_models, "load_model", lambda *args: (trusted.append(args[2]), load(*args))[1])
@@ -97,7 +99,7 @@ def test_compare_models_figures_come_from_the_common_loading(checkpoint, text_fi
     assert trusted == [True, True]
 
 
-def test_compare_models_a_failed_process_speaks_for_itself(checkpoint, text_file, monkeypatch):
+def test_compare_models_with_a_failed_process_exits_with_its_code(checkpoint, text_file, monkeypatch):
     args = parse(checkpoint, checkpoint, "--eval_datasets", text_file, "--eval_seqlens", 32, "--trust_remote_code")
     commands = []
 
@@ -115,7 +117,7 @@ def test_compare_models_a_failed_process_speaks_for_itself(checkpoint, text_file
 
 
 @pytest.mark.parametrize("script", ["model_slimming.py", "model_finetune.py", "model_evaluate.py", "test_flops.py"])
-def test_an_entry_script_starts_as_its_users_start_it(script, tmp_path):
+def test_entry_scripts_with_help_print_their_usage(script, tmp_path):
     command = [sys.executable, str(ROOT / script), "--help"]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert process.returncode == 0 and process.stdout.startswith(f"usage: {script} "), process.stderr

@@ -1,4 +1,4 @@
-"""A LLaMA with a SentencePiece model through pruning, recovery and export: the file stays, the tokens are the same."""
+"""Pruning, recovery and export of a LLaMA with a SentencePiece model keep the file and the tokens."""
 
 import shutil
 
@@ -15,7 +15,7 @@ PRUNE = ["--num_samples", 8, "--seqlen", 32, "--sparsity", 0.5, "--device", "cpu
 
 @pytest.fixture
 def base(tmp_path):
-    """A tiny checkpoint as LLaMA 1's: ``tokenizer.model``, no ``tokenizer.json``, a space after special tokens too."""
+    """A tiny checkpoint like LLaMA 1: ``tokenizer.model``, no ``tokenizer.json``, a space after special tokens."""
     make_tiny("gqa", vocab_size=400).save_pretrained(tmp_path / "base")
     return sentencepiece_folder(tmp_path / "base", legacy=True)
 
@@ -28,9 +28,9 @@ def assert_same_tokenizer(folder, base):
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]])
-def test_pruning_keeps_the_sentencepiece_model(base, text_file, tmp_path, stream):
-    words = [base, "--data_file", text_file, *PRUNE, "--save_pruned_weights", "--save_dir", tmp_path / "out", *stream]
-    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, words))))
+def test_model_slimming_keeps_the_sentencepiece_model(base, text_file, tmp_path, stream):
+    argv = [base, "--data_file", text_file, *PRUNE, "--save_pruned_weights", "--save_dir", tmp_path / "out", *stream]
+    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, argv))))
     for folder in (tmp_path / "out", tmp_path / "out/pruned_weights"):
         assert_same_tokenizer(folder, base)
     shutil.rmtree(base)
@@ -39,6 +39,6 @@ def test_pruning_keeps_the_sentencepiece_model(base, text_file, tmp_path, stream
 
 
 @pytest.mark.parametrize("lora", [True, False])
-def test_finetuning_keeps_the_sentencepiece_model(base, words, tmp_path, lora):
-    finetune(words(base, "--use_lora", str(lora).lower(), "--max_steps", "1"))
+def test_model_finetune_keeps_the_sentencepiece_model(base, argv, tmp_path, lora):
+    finetune(argv(base, "--use_lora", str(lora).lower(), "--max_steps", "1"))
     assert_same_tokenizer(tmp_path / "out/lora_fused_model" if lora else tmp_path / "out", base)

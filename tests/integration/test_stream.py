@@ -1,4 +1,4 @@
-"""--stream: one layer at a time from disk to disk, to the same bits, in less memory than the model has."""
+"""``--stream``: bit-identical outputs with one layer in memory at a time."""
 
 import json
 import shutil
@@ -56,19 +56,19 @@ def assert_same_output(streamed: Path, whole: Path) -> None:
 
 
 @pytest.fixture
-def words(text_file) -> list:
+def argv(text_file) -> list:
     """Flags of a run; without model, ratio and output."""
     return ["--data_file", text_file, *FLAGS, "--eval_datasets", text_file, "--eval_seqlens", 16]
 
 
 @pytest.mark.parametrize("variant", ALL_TINY)
-def test_same_bits_for_every_family(variant, words, tokenizer, tmp_path, monkeypatch):
+def test_model_slimming_streamed_gives_the_same_bits_for_every_family(variant, argv, tokenizer, tmp_path, monkeypatch):
     make_tiny(variant).save_pretrained(tmp_path / "model", max_shard_size="20KB")
     # Some families have a tokenizer of their own.
     monkeypatch.setattr(model_slimming, "load_tokenizer", lambda *args: tokenizer)
     ratios = ["--non_uniform", "--min_sparsity", 0.2, "--max_sparsity", 0.6]
-    main(tmp_path / "model", *words, *ratios, "--save_dir", tmp_path / "whole")
-    main(tmp_path / "model", *words, *ratios, "--stream", "--save_dir", tmp_path / "streamed")
+    main(tmp_path / "model", *argv, *ratios, "--save_dir", tmp_path / "whole")
+    main(tmp_path / "model", *argv, *ratios, "--stream", "--save_dir", tmp_path / "streamed")
     assert_same_output(tmp_path / "streamed", tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "streamed", "whole"]
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed" / "pruned_weights")
@@ -87,15 +87,15 @@ def test_same_bits_for_every_family(variant, words, tokenizer, tmp_path, monkeyp
         ["--sparsity", 0.4, "--cache_dev", "cpu", "--batch_samples", 3],
     ],
 )
-def test_same_bits_with(flags, checkpoint, words, tmp_path):
-    main(checkpoint, *words, *flags, "--save_dir", tmp_path / "whole")
-    main(checkpoint, *words, *flags, "--stream", "--save_dir", tmp_path / "streamed")
+def test_model_slimming_streamed_gives_the_same_bits_with_flags(flags, checkpoint, argv, tmp_path):
+    main(checkpoint, *argv, *flags, "--save_dir", tmp_path / "whole")
+    main(checkpoint, *argv, *flags, "--stream", "--save_dir", tmp_path / "streamed")
     assert_same_output(tmp_path / "streamed", tmp_path / "whole")
 
 
-def test_goes_on_after_each_layer_and_each_write(checkpoint, words, tmp_path, monkeypatch):
-    flags = [*words, "--sparsity", 0.4, "--stream"]
-    main(checkpoint, *words, "--sparsity", 0.4, "--save_dir", tmp_path / "whole")
+def test_model_slimming_streamed_resumes_after_each_layer_and_write(checkpoint, argv, tmp_path, monkeypatch):
+    flags = [*argv, "--sparsity", 0.4, "--stream"]
+    main(checkpoint, *argv, "--sparsity", 0.4, "--save_dir", tmp_path / "whole")
     writes = 0
     save = model_slimming.write_output.__globals__["StreamedOutput"].write.__globals__["save_tensors_atomic"]
     for stop_at in range(12):
@@ -123,23 +123,23 @@ def test_goes_on_after_each_layer_and_each_write(checkpoint, words, tmp_path, mo
     assert writes == 10
 
 
-def test_refusals(checkpoint, words, tmp_path):
+def test_model_slimming_streamed_with_wrong_input_is_refused(checkpoint, argv, tmp_path):
     with pytest.raises(UserError, match="--stream writes every layer as soon as it is pruned: give --save_dir DIR"):
-        main(checkpoint, "--data_file", words[1], "--sparsity", 0.4, "--device", "cpu", "--stream")
+        main(checkpoint, "--data_file", argv[1], "--sparsity", 0.4, "--device", "cpu", "--stream")
     out = tmp_path / "out"
     LayerStore(out).open({"--stream": False}, False)
     with pytest.raises(UserError, match=r"--stream was False, is True"):
-        main(checkpoint, *words, "--sparsity", 0.4, "--stream", "--resume", "--save_dir", out)
+        main(checkpoint, *argv, "--sparsity", 0.4, "--stream", "--resume", "--save_dir", out)
     damaged = tmp_path / "damaged"
     shutil.copytree(checkpoint, damaged)
     (damaged / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match="cannot be loaded"):
-        main(damaged, *words, "--sparsity", 0.4, "--stream", "--save_dir", tmp_path / "other")
+        main(damaged, *argv, "--sparsity", 0.4, "--stream", "--save_dir", tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.unfinished", "damaged"]
 
 
 @pytest.mark.parametrize("variant", ["gqa", "tied", "mixtral"])
-def test_the_fingerprint_is_of_the_values(variant, tmp_path):
+def test_fingerprint_of_an_offloaded_model_depends_on_its_values(variant, tmp_path):
     model = make_tiny(variant)
     model.save_pretrained(tmp_path / "model")
     prints = []
@@ -152,8 +152,8 @@ def test_the_fingerprint_is_of_the_values(variant, tmp_path):
     assert prints[0] != prints[1]
 
 
-def test_two_processes(checkpoint, words, tmp_path):
-    flags = [*words, "--sparsity", 0.4, "--percdamp", 0.1, "--num_samples", 62]
+def test_model_slimming_streamed_on_two_processes_gives_the_weights_of_one(checkpoint, argv, tmp_path):
+    flags = [*argv, "--sparsity", 0.4, "--percdamp", 0.1, "--num_samples", 62]
     main(checkpoint, *flags, "--save_dir", tmp_path / "whole")
     flags = [*flags, "--stream", "--save_dir", tmp_path / "streamed"]
     process = run_ranks(2, "model_slimming.py", checkpoint, *flags)
@@ -165,16 +165,16 @@ def test_two_processes(checkpoint, words, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["streamed", "whole"]
 
 
-def test_one_layer_at_a_time_is_in_memory(checkpoint, words, tmp_path, monkeypatch):
-    """What ``test_stream_memory.py`` measures on a large model, counted on a tiny one."""
+def test_model_slimming_streamed_holds_a_single_layer(checkpoint, argv, tmp_path, monkeypatch):
+    """Counts loaded layers of a tiny model; ``test_stream_memory.py`` measures the memory of a large one."""
     onload, counts = OffloadedModel.onload, []
 
     def counted(self, index, device):
         layer = onload(self, index, device)
-        held = [any(not parameter.is_meta for parameter in layer.parameters()) for layer in self.layers]
-        counts.append(sum(held))
+        loaded = [any(not parameter.is_meta for parameter in layer.parameters()) for layer in self.layers]
+        counts.append(sum(loaded))
         return layer
 
     monkeypatch.setattr(OffloadedModel, "onload", counted)
-    main(checkpoint, *words, "--sparsity", 0.4, "--stream", "--save_dir", tmp_path / "out")
+    main(checkpoint, *argv, "--sparsity", 0.4, "--stream", "--save_dir", tmp_path / "out")
     assert len(counts) >= 4 and set(counts) == {1}

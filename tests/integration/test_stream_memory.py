@@ -1,4 +1,4 @@
-"""--stream on a model that is larger than the memory it may have."""
+"""``--stream`` on a model that is larger than the memory limit."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.conftest import VOCAB
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 LAYERS, LAYER_MIB, LIMIT_MIB = 30, 28, 640
-# Beside three layers: activations, and what the solve holds of one map here (its weights thrice in fp64, the Hessian
+# In addition to three layers: activations, and the solve of one map (three copies of its weights in fp64, the Hessian
 # and its inverse).
 ALLOWANCE_MIB = 30
 
@@ -34,7 +34,7 @@ print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
 
 @pytest.fixture(scope="module")
 def large_checkpoint(tmp_path_factory, tokenizer) -> Iterator[Path]:
-    """A LLaMA of 840 MiB in wide, shallow layers, whose Hessians are small beside them."""
+    """A LLaMA of 840 MiB with wide layers, whose Hessians are small in comparison."""
     path = tmp_path_factory.mktemp("models") / "large"
     sizes = {"hidden_size": 2048, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8}
     config = LlamaConfig(vocab_size=VOCAB, num_hidden_layers=LAYERS, head_dim=64, max_position_embeddings=64, **sizes)
@@ -43,7 +43,7 @@ def large_checkpoint(tmp_path_factory, tokenizer) -> Iterator[Path]:
     model.to_empty(device="cpu")
     values = torch.randn(2048 * 512, generator=torch.Generator().manual_seed(0)) * 0.02
     for index, parameter in enumerate(model.parameters()):
-        # Random numbers are slow; the same ones elsewhere do.
+        # Random numbers are slow to draw; the same ones are reused, rolled.
         parameter.data = (
             values[: parameter.numel()].roll(index).view(parameter.shape)
             if parameter.dim() > 1
@@ -62,7 +62,7 @@ def large_checkpoint(tmp_path_factory, tokenizer) -> Iterator[Path]:
 
 @contextmanager
 def memory_limit(mib: int) -> Iterator[str]:
-    """A file to write a process id to, so that the kernel holds the process to so much memory."""
+    """File of a new control group with a memory limit; a process joins by writing its id."""
     for root, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
         group = Path(root) / f"slimgpt-test-{os.getpid()}"
         try:
@@ -81,20 +81,20 @@ def memory_limit(mib: int) -> Iterator[str]:
 
 
 def run(checkpoint: Path, text_file: Path, *flags: object, procs: str | None = None) -> subprocess.CompletedProcess:
-    """Prune a quarter and evaluate on a little text, in a process of its own."""
+    """Prune 25 % and evaluate on a short text, in a new process."""
     short = checkpoint.parent / "short.txt"
     short.write_text(" ".join(text_file.read_text().split()[:500]))
-    words = [checkpoint, "--data_file", text_file, "--num_samples", 8, "--seqlen", 32, "--sparsity", 0.25]
-    words += ["--device", "cpu", "--save_pruned_weights", "--eval_datasets", short, "--eval_seqlens", 32, *flags]
+    argv = [checkpoint, "--data_file", text_file, "--num_samples", 8, "--seqlen", 32, "--sparsity", 0.25]
+    argv += ["--device", "cpu", "--save_pruned_weights", "--eval_datasets", short, "--eval_seqlens", 32, *flags]
     enter = f'echo $$ > "{procs}"; ' if procs else ""
-    command = ["bash", "-c", enter + 'exec "$@"', "bash", sys.executable, "-c", SCRIPT, *map(str, words)]
-    # Freed blocks go back at once, so that the peak is what was held, not what malloc kept for later.
+    command = ["bash", "-c", enter + 'exec "$@"', "bash", sys.executable, "-c", SCRIPT, *map(str, argv)]
+    # Freed blocks are returned at once, so that the peak does not include memory cached by malloc.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
 
 
 @pytest.mark.slow
-def test_less_memory_than_the_model_has(large_checkpoint, text_file, tmp_path):
+def test_model_slimming_streamed_fits_in_less_memory_than_the_model(large_checkpoint, text_file, tmp_path):
     with memory_limit(LIMIT_MIB) as procs:
         whole = run(large_checkpoint, text_file, "--save_dir", tmp_path / "whole", procs=procs)
         streamed = run(large_checkpoint, text_file, "--stream", "--save_dir", tmp_path / "streamed", procs=procs)
@@ -105,9 +105,9 @@ def test_less_memory_than_the_model_has(large_checkpoint, text_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_three_layers_are_enough(large_checkpoint, checkpoint, text_file, tmp_path):
+def test_model_slimming_streamed_peaks_at_three_layers(large_checkpoint, checkpoint, text_file, tmp_path):
     peaks = []
-    # What the interpreter and its libraries take is that of the same run on a model of next to nothing.
+    # The same run on a tiny model gives the memory of the interpreter and its libraries.
     for name, model in (("tiny", checkpoint), ("large", large_checkpoint)):
         process = run(model, text_file, "--stream", "--save_dir", tmp_path / name)
         assert process.returncode == 0, process.stderr

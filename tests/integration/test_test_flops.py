@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
-    """Run the script in a process of its own."""
+    """Run the script in a new process."""
     return run_python("test_flops.py", *arguments)
 
 
@@ -29,18 +29,18 @@ def smaller(tmp_path_factory) -> Path:
     return path
 
 
-def test_one_model_without_its_weights(checkpoint, tmp_path):
+def test_test_flops_of_a_single_model_needs_no_weights(checkpoint, tmp_path):
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
     process = run("--base_model", tmp_path)
     assert process.returncode == 0, process.stderr
     layers, totals = process.stdout.split("\n\n")
     assert layers.splitlines()[0].split()[:3] == ["layer", "heads", "kv"]
-    # 6 heads and 2 kv heads of 4, 40 columns, hidden size 24, two norms; a float32 key and value a kv head.
+    # 6 heads and 2 kv heads of 4, 40 columns, hidden size 24, two norms; a float32 key and value per kv head.
     assert layers.splitlines()[4].split() == ["3", "6", "2", "40", "0.004", "0.48", "64"]
     assert totals.splitlines()[3].split() == ["KV", "cache", "(KiB/token)", "0.25"]
 
 
-def test_two_models_side_by_side(checkpoint, smaller, tmp_path):
+def test_test_flops_with_compare_writes_sizes_and_latencies(checkpoint, smaller, tmp_path):
     out = tmp_path / "speed.json"
     arguments = ["--base_model", checkpoint, "--compare", smaller, "--dtype", "bfloat16", "--device", "cpu"]
     arguments += ["--batch_sizes", 1, 2, "--lengths", 8, 16, "--new_tokens", 3, "--repeats", 2, "--out", out]
@@ -56,14 +56,14 @@ def test_two_models_side_by_side(checkpoint, smaller, tmp_path):
     assert [(timing["batch_size"], timing["length"]) for timing in record["timings"]] == [
         (1, 8), (1, 16), (2, 8), (2, 16)
     ]  # fmt: skip
-    for latency in (one for timing in record["timings"] for one in timing["latencies"]):
+    for latency in (latency for timing in record["timings"] for latency in timing["latencies"]):
         assert len(latency["decode_runs"]) == 2
         assert 0 < latency["decode_seconds"] == pytest.approx(sum(latency["decode_runs"]) / 2)
     with pytest.raises(UserError, match="--overwrite"):
         test_flops.main(test_flops.build_parser().parse_args(list(map(str, arguments))))
 
 
-def test_counting_two_models_loads_no_weights(checkpoint, smaller, tmp_path):
+def test_test_flops_with_skip_latency_needs_no_weights(checkpoint, smaller, tmp_path):
     (tmp_path / "config.json").write_bytes((smaller / "config.json").read_bytes())
     process = run("--base_model", checkpoint, "--compare", tmp_path, "--skip_latency")
     assert process.returncode == 0, process.stderr
@@ -71,7 +71,7 @@ def test_counting_two_models_loads_no_weights(checkpoint, smaller, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["--base_model", "{tmp}/none"], "no such folder"),
         (["--base_model", "{model}", "--seqlen", "0"], "--seqlen"),
@@ -81,20 +81,20 @@ def test_counting_two_models_loads_no_weights(checkpoint, smaller, tmp_path):
         (["--base_model", "{model}", "--compare", "{tmp}/none"], "no such folder"),
     ],
 )
-def test_wrong_input_names_the_flag(arguments, words, checkpoint, tmp_path):
-    arguments = [word.format(model=checkpoint, tmp=tmp_path) for word in arguments]
-    with pytest.raises(UserError, match=words):
+def test_test_flops_with_wrong_input_names_the_flag(arguments, message, checkpoint, tmp_path):
+    arguments = [argument.format(model=checkpoint, tmp=tmp_path) for argument in arguments]
+    with pytest.raises(UserError, match=message):
         test_flops.main(test_flops.build_parser().parse_args(arguments))
 
 
-def test_wrong_input_is_one_line(tmp_path):
+def test_test_flops_with_wrong_input_exits_with_one_line(tmp_path):
     process = run("--base_model", tmp_path / "none")
     assert process.returncode == 2
     assert len(process.stderr.splitlines()) == 1
 
 
-def test_timed_steps_are_greedy_generation(samples, monkeypatch):
-    """The timed loop does the work of ``generate``: the same tokens come out of it."""
+def test_measure_latency_steps_equal_greedy_generation(samples, monkeypatch):
+    """The timed loop gives the tokens of ``generate``."""
     model = make_tiny("gqa")
     monkeypatch.setattr(torch, "randint", lambda *_, **__: samples[:2])
     steps = []
@@ -114,5 +114,5 @@ def recording(forward, steps: list):
     return recorded
 
 
-def test_the_parser_knows_the_flag_of_the_original():
+def test_build_parser_has_the_flag_of_the_original():
     assert test_flops.build_parser().parse_args(["--base_model", "m"]).seqlen == 64

@@ -1,4 +1,4 @@
-"""Flags of the library's Trainer, which ``model_finetune.py`` passes on, and runs that go on from a checkpoint."""
+"""Flags of the Trainer in ``model_finetune.py``, and runs resumed from a checkpoint."""
 
 import json
 import shutil
@@ -29,39 +29,39 @@ TORCH_OPTIMIZERS = {"adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "ada
         (["--metric_for_best_model", "wikitext2_loss", "--use_lora", "true"], "wikitext2", "adapter_model.safetensors"),
     ],
 )
-def test_finetune_load_best_model_at_end_saves_the_best(slim, words, tmp_path, more, name, file):
-    # Steps so long that the loss of all weights rises after the first ones.
+def test_finetune_load_best_model_at_end_saves_the_best(slim, argv, tmp_path, more, name, file):
+    # With a learning rate so high that the loss rises after the first steps.
     flags = [*EVERY_STEP, "--load_best_model_at_end", "true", "--learning_rate", 1, *more]
     out = tmp_path / "out"
     for _ in range(2):
-        main(words(slim / "pruned_weights", *flags, "--overwrite", "true"))
+        main(argv(slim / "pruned_weights", *flags, "--overwrite", "true"))
         log = json.loads((out / "run.json").read_text())["log"]
         evaluated = {entry["step"]: entry[f"eval_{name}_loss"] for entry in log if f"eval_{name}_loss" in entry}
         best = min(evaluated, key=evaluated.get)
         state = json.loads((out / "trainer_state.json").read_text())
-        # Also where the run worked in another folder, beside an earlier result.
+        # Also if the run trained in another folder, beside an earlier result.
         assert state["best_model_checkpoint"] == str(out / f"checkpoint-{best}")
         saved, kept = (load_file(path / file) for path in (out, out / f"checkpoint-{best}"))
         assert all(torch.equal(saved[key], kept[key]) for key in kept)
     assert more or best != max(evaluated)
 
 
-def test_finetune_reduce_lr_on_plateau_watches_the_validation_loss(slim, words, tmp_path):
+def test_finetune_reduce_lr_on_plateau_watches_the_validation_loss(slim, argv, tmp_path):
     flags = [*EVERY_STEP, "--lr_scheduler_type", "reduce_lr_on_plateau", "--use_lora", "true"]
-    main(words(slim / "pruned_weights", *flags))
+    main(argv(slim / "pruned_weights", *flags))
     assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"] is True
 
 
 def test_best_metric_is_that_of_a_set_or_refused():
     names = ["validation", "wikitext2"]
-    for asked in ("loss", "eval_loss", "validation_loss", "eval_validation_loss"):
-        assert best_metric(asked, names) == "eval_validation_loss"
+    for name in ("loss", "eval_loss", "validation_loss", "eval_validation_loss"):
+        assert best_metric(name, names) == "eval_validation_loss"
     assert best_metric("wikitext2_loss", names) == "eval_wikitext2_loss"
     assert best_metric("eval_loss", names[1:]) == "eval_wikitext2_loss"
     assert best_metric(None, []) is None
     with pytest.raises(UserError, match="--metric_for_best_model accuracy: choose one of eval_loss, eval_validation"):
         best_metric("accuracy", names)
-    with pytest.raises(UserError, match="raise --val_dataset_size, or give a text by --extra_val_set"):
+    with pytest.raises(UserError, match="raise --val_dataset_size or pass a text with --extra_val_set"):
         best_metric("loss", [])
 
 
@@ -76,10 +76,10 @@ def test_best_metric_is_that_of_a_set_or_refused():
         ("--use_liger_kernel true", "--use_liger_kernel true needs .*: pip install liger-kernel"),
     ],
 )
-def test_parse_args_without_an_optional_package_names_it(slim, words, monkeypatch, flags, message):
+def test_parse_args_without_an_optional_package_names_it(slim, argv, monkeypatch, flags, message):
     monkeypatch.setattr(optional_packages, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=message) as error:
-        parse_args([*words(slim), *flags.split()])
+        parse_args([*argv(slim), *flags.split()])
     assert "\n" not in str(error.value)
 
 
@@ -95,14 +95,14 @@ def test_optimizer_package_is_known_for_every_optimizer():
         ("--lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_type cosine_with_min_lr: "),
     ],
 )
-def test_finetune_with_settings_the_trainer_refuses_is_one_line(slim, words, flags, message):
+def test_finetune_with_settings_the_trainer_refuses_is_one_line(slim, argv, flags, message):
     with pytest.raises(UserError, match=message) as error:
-        main([*words(slim / "pruned_weights", "--use_lora", "true"), *flags.split()])
+        main([*argv(slim / "pruned_weights", "--use_lora", "true"), *flags.split()])
     assert "\n" not in str(error.value)
 
 
 def test_finetune_resume_of_another_run_is_refused_with_the_difference(
-    slim, words, tmp_path, instruction_file, checkpoint
+    slim, argv, tmp_path, instruction_file, checkpoint
 ):
     base, out = tmp_path / "base", tmp_path / "out"
     shutil.copytree(slim / "pruned_weights", base)
@@ -114,7 +114,7 @@ def test_finetune_resume_of_another_run_is_refused_with_the_difference(
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(reversed(instruction_file.read_text().splitlines(keepends=True))))
     flags = ["--use_lora", "true", *CHECKPOINTS]
-    main(words(base, *flags))
+    main(argv(base, *flags))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     differences = {
         "--peft_lora_r was 8, is 4": ["--peft_lora_r", 4],
@@ -126,15 +126,15 @@ def test_finetune_resume_of_another_run_is_refused_with_the_difference(
     }
     for message, change in differences.items():
         with pytest.raises(UserError, match=rf"--resume_from_checkpoint .*: not the same run: .*{message}") as error:
-            main(words(base, *flags, "--resume_from_checkpoint", "true", *change))
+            main(argv(base, *flags, "--resume_from_checkpoint", "true", *change))
         assert "\n" not in str(error.value)
         with pytest.raises(UserError, match=message):
             change = [*change, "--output_dir", tmp_path / "new"]
-            main(words(base, *flags, "--resume_from_checkpoint", out / "checkpoint-2", *change))
+            main(argv(base, *flags, "--resume_from_checkpoint", out / "checkpoint-2", *change))
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert not (tmp_path / "new").exists()
 
-    # The same model elsewhere is the same run; it may go on for longer, and its record stays until the end.
+    # The same model in another folder is the same run; it may train longer, and its record stays until the end.
     moved, whole = Path(shutil.move(base, tmp_path / "moved")), losses(out)
-    main(words(moved, *flags, "--resume_from_checkpoint", "true", "--num_train_epochs", 2))
+    main(argv(moved, *flags, "--resume_from_checkpoint", "true", "--num_train_epochs", 2))
     assert losses(out).keys() > whole.keys()

@@ -1,4 +1,4 @@
-"""Several processes on one model: the same units and weights as one process, and one line when one of them dies."""
+"""Pruning with several processes: the units and weights of a single process, and a one-line error if one dies."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from tests.processes import run_python, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The script, in which the second process dies in its second layer.
+# The script with rank 1 killed in its second layer.
 DYING = """
 import os, runpy, signal, sys
 sys.path.insert(0, os.getcwd())
@@ -24,7 +24,7 @@ from slim_utils.layerwise.layer_forward import LayerForward
 finish, calls = LayerForward.finish_attention, []
 def die(self):
     calls.append(1)
-    # In the second layer: each has two lengths of windows.
+    # Called twice per layer, for the two window lengths.
     if os.environ["RANK"] == "1" and len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     finish(self)
@@ -34,24 +34,24 @@ runpy.run_path("model_slimming.py", run_name="__main__")
 """
 
 
-def run(processes: int, *words: object) -> subprocess.CompletedProcess:
-    """The script in so many processes."""
-    return run_ranks(processes, "model_slimming.py", *words)
+def run(processes: int, *argv: object) -> subprocess.CompletedProcess:
+    """Run the script in ``processes`` processes."""
+    return run_ranks(processes, "model_slimming.py", *argv)
 
 
 @pytest.fixture
-def words(text_file) -> list:
-    """Flags of a well-conditioned run, so that the order of sums does not matter; without model and output."""
+def argv(text_file) -> list:
+    """Flags, without model and output, of a well-conditioned run, so that the order of summation does not matter."""
     flags = ["--num_samples", 62, "--seqlen", 32, "--sparsity", 0.4, "--percdamp", 0.1, "--sink_windows", 40]
     return ["--data_file", text_file, "--device", "cpu", "--skip_evaluate", *flags]
 
 
 @pytest.mark.parametrize("name", ["gqa", "mixtral"])
-def test_same_units_and_weights_as_one_process(name, words, tokenizer, tmp_path):
+def test_model_slimming_on_several_processes_gives_the_weights_of_one(name, argv, tokenizer, tmp_path):
     make_tiny(name).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     for processes in (1, 2, 4):
-        process = run(processes, tmp_path / "model", *words, "--save_dir", tmp_path / str(processes))
+        process = run(processes, tmp_path / "model", *argv, "--save_dir", tmp_path / str(processes))
         assert process.returncode == 0, process.stderr
         assert process.stderr.count(" INFO layer ") == 4
     expected = (tmp_path / "1" / "pruning.json").read_text()
@@ -67,20 +67,20 @@ def test_same_units_and_weights_as_one_process(name, words, tokenizer, tmp_path)
         assert errors[1] == pytest.approx(errors[0], rel=1e-3)
 
 
-def test_wrong_input_is_said_once(checkpoint, words, tmp_path):
-    process = run(2, checkpoint, *words, "--num_samples", 1, "--save_dir", tmp_path / "out")
+def test_model_slimming_on_two_processes_with_wrong_input_prints_one_error(checkpoint, argv, tmp_path):
+    process = run(2, checkpoint, *argv, "--num_samples", 1, "--save_dir", tmp_path / "out")
     assert process.returncode != 0
     assert process.stderr.count("model_slimming.py: error: --num_samples 1: fewer than the 2 processes") == 1
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_process_that_dies_ends_all_and_the_run_goes_on(launched, checkpoint, words, tmp_path):
+def test_model_slimming_after_a_killed_process_ends_and_can_be_resumed(launched, checkpoint, argv, tmp_path):
     script = tmp_path / "dying.py"
     script.write_text(DYING)
-    arguments = [checkpoint, *words, "--save_dir", tmp_path / "out"]
+    arguments = [checkpoint, *argv, "--save_dir", tmp_path / "out"]
     if launched:
-        # The launcher looks late, or it might end the first process before that one has spoken.
+        # The launcher polls slowly, so that it does not end rank 0 before rank 0 prints its error.
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--monitor_interval=5"]
         process = run_python(*launcher, "--rdzv_endpoint=localhost:0", script, *arguments)
     else:
@@ -94,12 +94,12 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on(launched, checkpoint, 
     assert process.returncode == 0, process.stderr
     # The first layer is not pruned again.
     assert process.stderr.count(" INFO layer ") == 3
-    assert run(2, checkpoint, *words, "--save_dir", tmp_path / "whole").returncode == 0
+    assert run(2, checkpoint, *argv, "--save_dir", tmp_path / "whole").returncode == 0
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole")]
     assert files[0] == files[1]
 
 
-def test_shares_are_all_samples(samples):
+def test_shard_of_all_ranks_covers_all_samples(samples):
     shares = [ProcessGroup(rank, 3).shard(samples) for rank in range(3)]
     assert [len(share) for share in shares] == [3, 3, 2]
     assert torch.equal(torch.cat(shares), samples)
@@ -117,7 +117,7 @@ def test_shares_are_all_samples(samples):
     ],
 )
 @pytest.mark.parametrize(
-    ("error", "kind", "said"),
+    ("error", "kind", "message"),
     [
         (torch.OutOfMemoryError("full"), torch.OutOfMemoryError, "^full$"),
         (torch.AcceleratorError("an illegal access", 700), torch.AcceleratorError, "an illegal access"),
@@ -128,11 +128,11 @@ def test_shares_are_all_samples(samples):
         ),
     ],
 )
-def test_collectives_keep_the_cause(collective, error, kind, said, monkeypatch):
+def test_collectives_that_fail_keep_the_cause(collective, error, kind, message, monkeypatch):
     def fail(*args, **flags):
         raise error
 
     for name in ("all_reduce", "barrier", "broadcast", "broadcast_object_list"):
         monkeypatch.setattr(distributed.distributed, name, fail)
-    with pytest.raises(kind, match=said):
+    with pytest.raises(kind, match=message):
         collective(ProcessGroup(0, 2))

@@ -1,4 +1,4 @@
-"""What the comparisons with serving engines share: models to serve, and Transformers' own greedy tokens."""
+"""Shared by the comparisons with serving engines: models to serve, and greedy tokens of Transformers."""
 
 import json
 import os
@@ -20,7 +20,7 @@ EVALUATION_TEXT = CACHE / "wiki.evaluation.txt"
 PROMPTS = ["The history of the city began in", "Once upon a time there was", "Water boils at", "He wrote a book about"]
 NEW_TOKENS = 24
 
-# SmolLM2 in every shape that is served; stock ones need no code of their own.
+# SmolLM2 in all served shapes; "stock" is a checkpoint without custom code.
 SHAPES: dict[str, list[str]] = {
     "dense": [],
     "kv groups": ["--non_uniform", "--min_sparsity", "0.0625", "--max_sparsity", "0.23", "--gqa_unit", "kv_group"],
@@ -29,32 +29,32 @@ SHAPES: dict[str, list[str]] = {
 }
 
 
-def run(*words: object) -> None:
-    """One of the suite's scripts."""
-    process = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False)
+def run(*argv: object) -> None:
+    """Run a script of the suite."""
+    process = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
 
 
-def engine(python: Path, script: str, *words: object, stdin: str = "") -> dict[str, Any]:
-    """What a script of this folder prints under an engine's own environment."""
-    command = [str(python), str(ROOT / "tests" / "interop" / script), *map(str, words)]
+def engine(python: Path, script: str, *argv: object, stdin: str = "") -> dict[str, Any]:
+    """JSON that a script of this folder prints in the environment of an engine."""
+    command = [str(python), str(ROOT / "tests" / "interop" / script), *map(str, argv)]
     process = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
 
 
 def smollm2(shape: str, out: Path, *flags: str) -> Path:
-    """SmolLM2 in one of ``SHAPES``, pruned into the folder ``out``."""
+    """Folder of SmolLM2 in one of ``SHAPES``, pruned into ``out``."""
     if not SHAPES[shape]:
         return SMOLLM2
-    words = [SMOLLM2, "--data_file", CALIBRATION_TEXT, "--num_samples", 8, "--seqlen", 256, *SHAPES[shape], *flags]
-    run("model_slimming.py", *words, "--skip_evaluate", "--save_pruned_weights", "--save_dir", out)
+    argv = [SMOLLM2, "--data_file", CALIBRATION_TEXT, "--num_samples", 8, "--seqlen", 256, *SHAPES[shape], *flags]
+    run("model_slimming.py", *argv, "--skip_evaluate", "--save_pruned_weights", "--save_dir", out)
     return out / "pruned_weights"
 
 
 @torch.no_grad()
 def greedy_tokens(model: PreTrainedModel, prompt: list[int], near_tie: float) -> list[int]:
-    """Greedy continuation of ``prompt``, up to where the two best tokens are nearer than ``near_tie``."""
+    """Greedy continuation of ``prompt`` up to the first near tie: two best logits closer than ``near_tie``."""
     inputs = torch.tensor([prompt])
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     output = model.generate(inputs, attention_mask=torch.ones_like(inputs), **options)

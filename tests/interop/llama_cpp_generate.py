@@ -1,9 +1,9 @@
-"""Run with llama.cpp's own environment: greedy text of a GGUF file, and tokens a second.
+"""Greedy text of a GGUF file, and its time; runs in the environment of llama.cpp.
 
     python llama_cpp_generate.py MODEL.gguf NEW_TOKENS < PROMPTS.json
 
-PROMPTS.json is a list of texts or of lists of token ids, which are all answered at once. Prints one json line: texts,
-seconds and tokens.
+PROMPTS.json is a list of texts or of lists of token ids, completed in one batch. Prints one json line: texts, seconds
+and tokens.
 """
 
 import json
@@ -27,14 +27,14 @@ server = xllamacpp.Server(parameters)
 def complete(prompt: str | list[int]) -> dict[str, Any]:
     """Greedy completion of one prompt."""
     request = {"prompt": prompt, "n_predict": int(new_tokens), "temperature": 0.0, "top_k": 1, "cache_prompt": False}
-    answer = server.handle_completions(request | {"ignore_eos": True})
-    return answer if isinstance(answer, dict) else json.loads(answer)
+    response = server.handle_completions(request | {"ignore_eos": True})
+    return response if isinstance(response, dict) else json.loads(response)
 
 
 start = time.perf_counter()
 with ThreadPoolExecutor(len(prompts)) as pool:
-    answers = list(pool.map(complete, prompts))
+    responses = list(pool.map(complete, prompts))
 seconds = time.perf_counter() - start
-tokens = sum(answer["usage"]["completion_tokens"] for answer in answers)
-texts = [answer["choices"][0]["text"] for answer in answers]
+tokens = sum(response["usage"]["completion_tokens"] for response in responses)
+texts = [response["choices"][0]["text"] for response in responses]
 print(json.dumps({"texts": texts, "seconds": seconds, "tokens": tokens}))

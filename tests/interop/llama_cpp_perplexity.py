@@ -1,9 +1,9 @@
-"""Run with llama.cpp's own environment: perplexity of a GGUF file on windows of token ids.
+"""Perplexity of a GGUF file on windows of token ids; runs in the environment of llama.cpp.
 
     python llama_cpp_perplexity.py MODEL.gguf < WINDOWS.json
 
-WINDOWS.json is a list of lists of token ids. Each token is asked for by itself, the probabilities of all tokens being
-given; what came before it stays cached. Prints one json line: perplexity, targets.
+WINDOWS.json is a list of lists of token ids. Every target is a separate request for the probabilities of all tokens;
+its context is cached. Prints one json line: perplexity, targets.
 """
 
 import json
@@ -26,9 +26,9 @@ EVERY_TOKEN = 1_000_000
 def loss(context: list[int], target: int) -> float:
     """Negative log-likelihood of ``target`` after ``context``."""
     request = {"prompt": context, "n_predict": 1, "logprobs": EVERY_TOKEN, "cache_prompt": True, "ignore_eos": True}
-    answer = server.handle_completions(request)
-    answer = answer if isinstance(answer, dict) else json.loads(answer)
-    (content,) = answer["choices"][0]["logprobs"]["content"]
+    response = server.handle_completions(request)
+    response = response if isinstance(response, dict) else json.loads(response)
+    (content,) = response["choices"][0]["logprobs"]["content"]
     return -next(entry["logprob"] for entry in content["top_logprobs"] if entry["id"] == target)
 
 

@@ -1,4 +1,4 @@
-"""GGUF files in a real llama.cpp: the same greedy text as in Transformers, and the same perplexity."""
+"""GGUF files in llama.cpp: greedy text and perplexity against Transformers."""
 
 import json
 from pathlib import Path
@@ -22,11 +22,11 @@ pytestmark = [
 
 
 def in_llama_cpp(file: Path, *prompts: str) -> list[str]:
-    """Greedy texts of ``prompts``, all at once."""
+    """Greedy texts of ``prompts`` in one batch."""
     return engine(PYTHON, "llama_cpp_generate.py", file, NEW_TOKENS, stdin=json.dumps(prompts))["texts"]
 
 
-def as_in_the_file(folder: Path):
+def load_rounded(folder: Path):
     """The model with its weights rounded to fp16."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     for parameter in model.parameters():
@@ -35,21 +35,21 @@ def as_in_the_file(folder: Path):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_same_greedy_text_as_in_transformers(shape, tmp_path):
+def test_llama_cpp_generates_the_greedy_text_of_transformers(shape, tmp_path):
     folder, file = smollm2(shape, tmp_path / "out"), tmp_path / "model.gguf"
     run("scripts/export_gguf.py", folder, file, "--outtype", "f16")
-    model, tokenizer = as_in_the_file(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load_rounded(folder), AutoTokenizer.from_pretrained(folder)
     tokens = [greedy_tokens(model, tokenizer(prompt).input_ids, NEAR_TIE) for prompt in PROMPTS]
-    expected = [tokenizer.decode(found, skip_special_tokens=True) for found in tokens]
+    expected = [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
     alone = [in_llama_cpp(file, prompt)[0] for prompt in PROMPTS[:2]]
     for got, text in zip(alone + in_llama_cpp(file, *PROMPTS), expected[:2] + expected, strict=True):
         assert got.startswith(text)
-    # Ties are rare enough for this to be a comparison.
+    # Near ties are rare enough for a meaningful comparison.
     assert sum(map(len, expected)) > 60
 
 
 @pytest.mark.parametrize("shape", ["dense", "query heads"])
-def test_perplexity_of_the_f16_file_is_that_in_transformers(shape, tmp_path):
+def test_llama_cpp_perplexity_of_f16_equals_that_of_transformers(shape, tmp_path):
     folder, file = smollm2(shape, tmp_path / "out"), tmp_path / "model.gguf"
     run("scripts/export_gguf.py", folder, file, "--outtype", "f16")
     windows = eval_windows(load_eval_tokens(str(EVALUATION_TEXT), AutoTokenizer.from_pretrained(folder)), 128, "text")
@@ -60,7 +60,7 @@ def test_perplexity_of_the_f16_file_is_that_in_transformers(shape, tmp_path):
     assert got["perplexity"] == pytest.approx(expected, rel=0.01)
 
 
-def test_a_quantised_file_answers(tmp_path):
+def test_llama_cpp_generates_from_quantised_files(tmp_path):
     folder, sizes = smollm2("query heads", tmp_path / "out", "--multiple_of", "32"), []
     for outtype in ("f16", "q8_0", "q4_0"):
         file = tmp_path / f"{outtype}.gguf"

@@ -1,4 +1,4 @@
-"""Tiny GGUF files in a real llama.cpp: the tokens of Transformers from every kind of tokenizer, and its perplexity."""
+"""Tiny GGUF files in llama.cpp: token ids of every kind of tokenizer, and perplexity, against Transformers."""
 
 import json
 
@@ -18,7 +18,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 
 
 @pytest.mark.parametrize("kind", [*BYTE_LEVEL, *SENTENCEPIECE])
-def test_token_ids_are_those_of_transformers(tmp_path, kind):
+def test_llama_cpp_token_ids_equal_those_of_transformers(tmp_path, kind):
     sentencepiece = kind in SENTENCEPIECE
     tokenizer = sentencepiece_llama(tmp_path / "base", kind) if sentencepiece else byte_level(kind)
     make_tiny("gqa", vocab_size=610, bos_token_id=1).save_pretrained(tmp_path / "model")
@@ -32,12 +32,12 @@ MODELS = {
     **{name: (name, {}) for name in TINY_VARIANTS},
     "linear": ("gqa", {"rope_parameters": LINEAR}),
     "window": ("mistral", {"sliding_window": 24}),
-    "own head": ("tied", {}),
+    "untied head": ("tied", {}),
 }
 
 
 def printable() -> PreTrainedTokenizerFast:
-    """A BPE of letters and digits alone: llama.cpp's server holds back what is not whole UTF-8."""
+    """A BPE of letters and digits only: llama.cpp's server withholds incomplete UTF-8."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.train_from_iterator([random_text(500)], trainers.BpeTrainer(special_tokens=["<s>", "</s>"]))
@@ -46,10 +46,10 @@ def printable() -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("name", MODELS)
-def test_perplexity_is_that_of_transformers(tmp_path, name, uniform):
+def test_llama_cpp_perplexity_of_tiny_models_equals_that_of_transformers(tmp_path, name, uniform):
     variant, overrides = MODELS[name]
     save_pruned(tmp_path / "model", printable(), variant, uniform, vocab_size=400, **overrides)
-    if name == "own head":
+    if name == "untied head":
         state = load_file(tmp_path / "model/model.safetensors")
         state["lm_head.weight"] = torch.randn(state["model.embed_tokens.weight"].shape)
         save_file(state, tmp_path / "model/model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""Checkpoints in a real vLLM: the same greedy tokens as in Transformers, one prompt at a time and several at once."""
+"""Checkpoints in vLLM: greedy tokens of single prompts and of a batch against Transformers."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from slim_utils.params_remove import shrink
 from tests.interop.common import NEW_TOKENS, PROMPTS, ROOT, SHAPES, engine, greedy_tokens, smollm2
 
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
-# Both compute in fp32, in another order.
+# Both compute in fp32, in a different order.
 NEAR_TIE = 1e-3
 TOKEN_PROMPTS = [[5, 9, 17, 33], [100, 20, 30], list(range(7, 40)), [200]]
 
@@ -26,21 +26,21 @@ pytestmark = [
 
 
 def compare(folder: Path, prompts: list[list[int]], architecture: str) -> None:
-    """Tokens of vLLM, called as the model card says, against those of Transformers."""
+    """Compare the tokens of vLLM, with the options of the model card, with those of Transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     expected = [greedy_tokens(model, prompt, NEAR_TIE) for prompt in prompts]
     options = json.dumps(vllm_options(model.config))
     got = engine(PYTHON, "vllm_generate.py", folder, NEW_TOKENS, options, stdin=json.dumps(prompts))
     assert got["class"] == architecture
-    for way in ("alone", "together"):
-        for tokens, wanted in zip(got[way], expected, strict=True):
-            assert tokens[: len(wanted)] == wanted
-    # Ties are rare enough for this to be a comparison.
+    for mode in ("alone", "together"):
+        for tokens, expected_tokens in zip(got[mode], expected, strict=True):
+            assert tokens[: len(expected_tokens)] == expected_tokens
+    # Near ties are rare enough for a meaningful comparison.
     assert sum(map(len, expected)) > 0.7 * NEW_TOKENS * len(prompts)
 
 
-def small_model(model_type: str, uniform_shapes: bool):
-    """A random model of a family, of layers that differ in heads, kv heads and columns, or of layers all alike."""
+def pruned_model(model_type: str, uniform_shapes: bool):
+    """A random pruned model of a family, with per-layer heads, kv heads and columns, or with uniform layers."""
     config = AutoConfig.for_model(
         model_type,
         vocab_size=256,
@@ -55,7 +55,7 @@ def small_model(model_type: str, uniform_shapes: bool):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
-        # Norms stay at 1, for logits far enough apart.
+        # Norms stay at 1, so that logits are far enough apart.
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     masks = []
@@ -71,15 +71,15 @@ def small_model(model_type: str, uniform_shapes: bool):
 
 @pytest.mark.parametrize("shapes", ["per_layer", "stock"])
 @pytest.mark.parametrize("model_type", SERVED_FAMILIES)
-def test_same_greedy_tokens_as_in_transformers(model_type, shapes, tmp_path):
-    model = small_model(model_type, shapes == "stock")
+def test_vllm_generates_the_greedy_tokens_of_transformers(model_type, shapes, tmp_path):
+    model = pruned_model(model_type, shapes == "stock")
     model.save_pretrained(tmp_path)
     native = {"llama": "MistralForCausalLM", "qwen2": "LlamaForCausalLM"}.get(model_type, type(model).__name__)
     compare(tmp_path, TOKEN_PROMPTS, "TransformersForCausalLM" if shapes == "per_layer" else native)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_smollm2(shape, tmp_path):
+def test_vllm_generates_the_greedy_tokens_of_smollm2(shape, tmp_path):
     folder = smollm2(shape, tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     per_layer = shape in ("kv groups", "query heads")

@@ -1,4 +1,4 @@
-"""Greedy tokens of a checkpoint in Transformers, and tokens a second; prompts of one length.
+"""Greedy tokens of a checkpoint in Transformers, and their time; all prompts have the same length.
 
     python transformers_generate.py DIR NEW_TOKENS < PROMPTS.json
 

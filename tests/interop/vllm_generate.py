@@ -1,9 +1,9 @@
-"""Run with vLLM's own environment: greedy tokens of a checkpoint, and tokens a second.
+"""Greedy tokens of a checkpoint in vLLM, and their time; runs in the environment of vLLM.
 
     python vllm_generate.py DIR NEW_TOKENS OPTIONS < PROMPTS.json
 
-OPTIONS is json of further arguments of ``vllm.LLM``, PROMPTS.json a list of lists of token ids. Prints one json line:
-tokens of every prompt alone and of all at once, the class that vLLM chose, seconds and tokens of the batch.
+OPTIONS is json of more arguments of ``vllm.LLM``, PROMPTS.json a list of lists of token ids. Prints one json line:
+tokens of every prompt alone and in a batch, the class that vLLM chose, seconds and number of tokens of the batch.
 """
 
 import json

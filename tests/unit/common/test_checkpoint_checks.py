@@ -1,4 +1,4 @@
-"""Checkpoints that are not what their configuration says, or no model at all: one line, with the names."""
+"""Checkpoints that do not match their configuration, or are not models: one-line errors with names."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ def stored(folder: Path, checkpoint: Path, change: Callable[[State], State]) -> 
 
 
 def configured(folder: Path, checkpoint: Path, **fields: Any) -> Path:
-    """A copy of ``checkpoint`` in ``folder`` with other fields in its configuration; ``...`` for none."""
+    """A copy of ``checkpoint`` in ``folder`` with changed fields of the configuration; ``...`` removes a field."""
     shutil.copytree(checkpoint, folder)
     path = folder / "config.json"
     content = json.loads(path.read_text()) | fields
@@ -47,23 +47,23 @@ def configured(folder: Path, checkpoint: Path, **fields: Any) -> Path:
 
 
 def renamed(prefix: str) -> Callable[[State], State]:
-    """Puts a prefix before every name."""
+    """A change that puts a prefix before every name."""
     return lambda state: {prefix + name: tensor for name, tensor in state.items()}
 
 
 def without(name: str) -> Callable[[State], State]:
-    """Drops one tensor."""
+    """A change that drops a tensor."""
     return lambda state: {key: value for key, value in state.items() if key != name}
 
 
 def added(name: str, tensor: Tensor) -> Callable[[State], State]:
-    """Adds a tensor, or replaces one."""
+    """A change that adds or replaces a tensor."""
     return lambda state: state | {name: tensor}
 
 
-def opened(way: str, model: Path, scratch: Path) -> None:
-    """Load whole or, layer by layer, from disk."""
-    if way == "whole":
+def load(mode: str, model: Path, scratch: Path) -> None:
+    """Load the whole model or, streamed, open it on disk."""
+    if mode == "whole":
         load_model(str(model), "auto", False)
     else:
         OffloadedModel(str(model), "auto", False, scratch).close()
@@ -72,9 +72,9 @@ def opened(way: str, model: Path, scratch: Path) -> None:
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
-@pytest.mark.parametrize("way", ["whole", "streamed"])
+@pytest.mark.parametrize("mode", ["whole", "streamed"])
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (without(DOWN), f"missing: {DOWN}$"),
         (added(DOWN, torch.ones(24, 39)), rf"wrong shape: {DOWN} \(\[24, 39\], not \[24, 40\]\)$"),
@@ -84,27 +84,27 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
         (lambda state: renamed("module.")(without(DOWN)(state)), r"missing: lm_head\.weight"),
     ],
 )
-def test_load_model_with_other_weights_than_configured_names_them(way, change, words, checkpoint, tmp_path, caplog):
+def test_load_model_with_other_weights_than_configured_names_them(mode, change, message, checkpoint, tmp_path, caplog):
     model = stored(tmp_path / "model", checkpoint, change)
-    with pytest.raises(UserError, match=words) as error:
-        opened(way, model, tmp_path / "scratch")
+    with pytest.raises(UserError, match=message) as error:
+        load(mode, model, tmp_path / "scratch")
     assert "\n" not in str(error.value)
-    # The line takes the place of the library's table.
+    # The line replaces the library's load report.
     assert "LOAD REPORT" not in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_load_model_with_an_expert_short_names_the_layer(tmp_path):
     make_tiny("mixtral").save_pretrained(tmp_path / "whole")
-    lost = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
-    model = stored(tmp_path / "model", tmp_path / "whole", without(lost))
+    name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    model = stored(tmp_path / "model", tmp_path / "whole", without(name))
     with pytest.raises(UserError, match=r"incomplete: model\.layers\.1\.mlp\.experts\.gate_up_proj"):
         load_model(str(model), "auto", False)
 
 
 @pytest.mark.parametrize("variant", ["gqa", "tied", "mixtral"])
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
-def test_load_model_of_wrapped_weights_drops_the_prefix(prefix, variant, tmp_path, tokenizer, caplog):
+def test_load_model_of_wrapped_weights_strips_the_prefix(prefix, variant, tmp_path, tokenizer, caplog):
     dense = make_tiny(variant)
     dense.save_pretrained(tmp_path / "dense")
     model = stored(tmp_path / "model", tmp_path / "dense", renamed(prefix))
@@ -113,7 +113,7 @@ def test_load_model_of_wrapped_weights_drops_the_prefix(prefix, variant, tmp_pat
     assert "names of a wrapped model" in caplog.text
     for name, tensor in dense.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    # Saved, they have the names of the library.
+    # Saved under the names of the library.
     save_checkpoint(loaded, tokenizer, tmp_path / "saved")
     assert load_file(tmp_path / "saved" / WEIGHTS).keys() == load_file(tmp_path / "dense" / WEIGHTS).keys()
     host = OffloadedModel(str(model), "auto", False, tmp_path / "scratch")
@@ -123,7 +123,7 @@ def test_load_model_of_wrapped_weights_drops_the_prefix(prefix, variant, tmp_pat
     host.close()
 
 
-def test_load_model_of_partly_compiled_weights_drops_the_inner_prefix(checkpoint, tmp_path):
+def test_load_model_of_partly_compiled_weights_strips_the_inner_prefix(checkpoint, tmp_path):
     model = stored(
         tmp_path / "model",
         checkpoint,
@@ -132,18 +132,18 @@ def test_load_model_of_partly_compiled_weights_drops_the_inner_prefix(checkpoint
     assert torch.equal(load_model(str(model), "auto", False).state_dict()[DOWN], load_file(model / WEIGHTS)[DOWN])
 
 
-@pytest.mark.parametrize("way", ["whole", "streamed"])
-def test_load_model_with_harmless_extras_says_that_they_are_left_out(way, checkpoint, tmp_path, caplog):
+@pytest.mark.parametrize("mode", ["whole", "streamed"])
+def test_load_model_with_harmless_extras_logs_that_they_are_ignored(mode, checkpoint, tmp_path, caplog):
     extras = {"mtp.layers.0.weight": torch.ones(2), "v_head.summary.weight": torch.ones(2)}
     extras["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
     model = stored(tmp_path / "model", checkpoint, lambda state: state | extras)
     with caplog.at_level(logging.INFO):
-        opened(way, model, tmp_path / "scratch")
+        load(mode, model, tmp_path / "scratch")
     assert "ignoring weights outside the language model: mtp.layers.0.weight, v_head.summary.weight" in caplog.text
 
 
 @pytest.mark.parametrize("variant", ["gqa", "tied", "opt", "qwen3_moe"])
-def test_check_weights_of_a_whole_checkpoint_finds_nothing(variant, tmp_path, caplog):
+def test_check_weights_of_a_complete_checkpoint_is_empty(variant, tmp_path, caplog):
     make_tiny(variant).save_pretrained(tmp_path)
     with caplog.at_level(logging.INFO):
         assert check_weights(str(tmp_path), load_config(str(tmp_path), False)) == {}
@@ -151,7 +151,7 @@ def test_check_weights_of_a_whole_checkpoint_finds_nothing(variant, tmp_path, ca
 
 
 def wrong_checkpoints(folder: Path, checkpoint: Path) -> dict[str, Path]:
-    """By what is said of them: checkpoints that make the library raise errors of many classes."""
+    """Wrong checkpoints, for which the library raises various errors, by the expected message."""
 
     def pointer(name: str, file: str) -> Path:
         shutil.copytree(checkpoint, folder / name)
@@ -165,7 +165,7 @@ def wrong_checkpoints(folder: Path, checkpoint: Path) -> dict[str, Path]:
     fused = folder / "SFT"
     shutil.copytree(adapters, fused)
     (fused / "lora_fused_model").mkdir()
-    make = {
+    configs = {
         "expected int, got float": {"max_position_embeddings": 64.0},
         "The hidden size .* is not a multiple": {"num_attention_heads": 5},
         "wrong shape: lm_head.weight": {"vocab_size": 70},
@@ -174,8 +174,11 @@ def wrong_checkpoints(folder: Path, checkpoint: Path) -> dict[str, Path]:
         r"KeyError: 'novel' \(unknown to transformers \d": {"hidden_act": "novel"},
         r"quantised \(gptq\); use the unquantised": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
     }
-    made = {words: configured(folder / f"m{index}", checkpoint, **f) for index, (words, f) in enumerate(make.items())}
-    return made | {
+    checkpoints = {
+        message: configured(folder / f"m{index}", checkpoint, **fields)
+        for index, (message, fields) in enumerate(configs.items())
+    }
+    return checkpoints | {
         f"{WEIGHTS}: a Git LFS pointer.* git lfs pull": pointer("lfs", WEIGHTS),
         "pytorch_model.bin: a Git LFS pointer.* git lfs pull": pointer("bin", "pytorch_model.bin"),
         "a folder of adapters .*fuse the adapters": adapters,
@@ -186,39 +189,39 @@ def wrong_checkpoints(folder: Path, checkpoint: Path) -> dict[str, Path]:
 def script(name: str, model: Path, folder: Path, text_file: Path, instruction_file: Path) -> None:
     """Run a script of the suite on ``model`` in this process."""
     if name == "model_slimming":
-        words = [model, "--data_file", text_file, "--num_samples", 4, "--seqlen", 16, "--device", "cpu"]
-        model_slimming.main(model_slimming.build_parser().parse_args([*map(str, words), "--skip_evaluate"]))
+        argv = [model, "--data_file", text_file, "--num_samples", 4, "--seqlen", 16, "--device", "cpu"]
+        model_slimming.main(model_slimming.build_parser().parse_args([*map(str, argv), "--skip_evaluate"]))
     elif name == "model_finetune":
-        words = ["--model_name_or_path", model, "--data_path", instruction_file, "--output_dir", folder / "out"]
-        words += ["--val_dataset_size", 8, "--max_length", 32, "--extra_val_set", "none"]
-        words += ["--prompt_template_name", "none", "--cache_dataset", "false"]
-        finetune(parse_args(list(map(str, words))))
+        argv = ["--model_name_or_path", model, "--data_path", instruction_file, "--output_dir", folder / "out"]
+        argv += ["--val_dataset_size", 8, "--max_length", 32, "--extra_val_set", "none"]
+        argv += ["--prompt_template_name", "none", "--cache_dataset", "false"]
+        finetune(parse_args(list(map(str, argv))))
     elif name == "compare_models":
-        words = [model, model, "--eval_datasets", text_file, "--eval_seqlens", 16, "--device", "cpu"]
-        compare_models.measure(compare_models.build_parser().parse_args(list(map(str, words))))
+        argv = [model, model, "--eval_datasets", text_file, "--eval_seqlens", 16, "--device", "cpu"]
+        compare_models.measure(compare_models.build_parser().parse_args(list(map(str, argv))))
     elif name == "export_gguf":
         export_gguf.main(export_gguf.build_parser().parse_args([str(model), str(folder / "x.gguf")]))
     else:
-        words = ["--base_model", model, "--compare", model, "--device", "cpu", "--lengths", 4, "--repeats", 1]
-        test_flops.main(test_flops.build_parser().parse_args(list(map(str, words))))
+        argv = ["--base_model", model, "--compare", model, "--device", "cpu", "--lengths", 4, "--repeats", 1]
+        test_flops.main(test_flops.build_parser().parse_args(list(map(str, argv))))
 
 
 @pytest.mark.parametrize("name", ["model_slimming", "model_finetune", "compare_models", "export_gguf", "test_flops"])
 def test_main_of_each_script_with_a_wrong_checkpoint_is_one_line(
     name, checkpoint, tmp_path, text_file, instruction_file, monkeypatch
 ):
-    # The tokenizer of the tests has no counterpart there, which is found before the weights are.
+    # The export would refuse the tokenizer of the tests before it reads the weights.
     monkeypatch.setattr(export_gguf, "read_vocabulary", lambda *args: None)
-    for words, model in wrong_checkpoints(tmp_path, checkpoint).items():
-        if name == "export_gguf" and ("newer" in words or "novel" in words):
+    for message, model in wrong_checkpoints(tmp_path, checkpoint).items():
+        if name == "export_gguf" and ("newer" in message or "novel" in message):
             continue  # refused by its own lists of rotary embeddings and activations
-        with pytest.raises(UserError, match=words) as error:
+        with pytest.raises(UserError, match=message) as error:
             script(name, model, tmp_path, text_file, instruction_file)
         assert "\n" not in str(error.value) and str(model) in str(error.value)
     assert not (tmp_path / "out").exists() and not (tmp_path / "x.gguf").exists()
 
 
-def test_loading_with_remote_code_of_a_missing_package_names_it(checkpoint, tmp_path):
+def test_load_config_with_remote_code_of_a_missing_package_names_it(checkpoint, tmp_path):
     model = configured(tmp_path / "m", checkpoint, model_type="mine", auto_map={"AutoConfig": "mine.Mine"})
     code = "import not_installed_anywhere\nfrom transformers import LlamaConfig\nclass Mine(LlamaConfig):\n    pass\n"
     (model / "mine.py").write_text(code)
@@ -227,7 +230,7 @@ def test_loading_with_remote_code_of_a_missing_package_names_it(checkpoint, tmp_
     assert "\n" not in str(error.value)
 
 
-def test_loading_of_a_tokenizer_that_cannot_be_made_keeps_the_reason(checkpoint, tmp_path):
+def test_load_tokenizer_that_fails_keeps_the_reason(checkpoint, tmp_path):
     model = tmp_path / "m"
     shutil.copytree(checkpoint, model)
     (model / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Novel"}}')
@@ -238,7 +241,7 @@ def test_loading_of_a_tokenizer_that_cannot_be_made_keeps_the_reason(checkpoint,
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_load_model_of_quantised_weights_is_refused(nested, checkpoint, tmp_path):
-    """Also where the library would load them: they would be saved without their scales."""
+    """Also if the library could load them: they would be saved without their scales."""
     settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
     key = "compression_config" if nested else "quantization_config"
     model = configured(tmp_path / "m", checkpoint, **{key: settings})
@@ -247,7 +250,7 @@ def test_load_model_of_quantised_weights_is_refused(nested, checkpoint, tmp_path
 
 
 @pytest.fixture(scope="module")
-def own_head(tmp_path_factory, tokenizer) -> Path:
+def untied_head(tmp_path_factory, tokenizer) -> Path:
     """A checkpoint with an untied head whose configuration ties it to the embeddings."""
     path = tmp_path_factory.mktemp("models") / "own-head"
     make_tiny("tied").save_pretrained(path)
@@ -259,11 +262,13 @@ def own_head(tmp_path_factory, tokenizer) -> Path:
 
 
 @pytest.mark.parametrize("flags", [[], ["--stream"]])
-def test_model_slimming_of_a_tied_model_with_its_own_head_keeps_the_head(flags, own_head, text_file, tmp_path, samples):
-    head = load_file(own_head / WEIGHTS)["lm_head.weight"]
-    words = [own_head, "--data_file", text_file, "--num_samples", 4, "--seqlen", 16, "--device", "cpu", *flags]
-    words += ["--sparsity", 0.5, "--save_pruned_weights", "--save_dir", tmp_path / "out", "--eval_datasets", text_file]
-    model_slimming.main(model_slimming.build_parser().parse_args([*map(str, words), "--eval_seqlens", "16"]))
+def test_model_slimming_of_a_tied_model_with_an_untied_head_keeps_the_head(
+    flags, untied_head, text_file, tmp_path, samples
+):
+    head = load_file(untied_head / WEIGHTS)["lm_head.weight"]
+    argv = [untied_head, "--data_file", text_file, "--num_samples", 4, "--seqlen", 16, "--device", "cpu", *flags]
+    argv += ["--sparsity", 0.5, "--save_pruned_weights", "--save_dir", tmp_path / "out", "--eval_datasets", text_file]
+    model_slimming.main(model_slimming.build_parser().parse_args([*map(str, argv), "--eval_seqlens", "16"]))
     logits = []
     for folder in (tmp_path / "out", tmp_path / "out" / "pruned_weights"):
         # By the library alone: what is saved is what others read.
@@ -274,10 +279,10 @@ def test_model_slimming_of_a_tied_model_with_its_own_head_keeps_the_head(flags, 
     assert torch.allclose(*logits, atol=1e-4)
 
 
-def test_load_model_of_a_pickled_tied_model_with_its_own_head_clears_the_flag(own_head, tmp_path):
+def test_load_model_of_a_pickled_tied_model_with_an_untied_head_clears_the_flag(untied_head, tmp_path):
     """Only the library has read both matrices here."""
-    shutil.copytree(own_head, tmp_path / "bin")
-    torch.save(load_file(own_head / WEIGHTS), tmp_path / "bin" / "pytorch_model.bin")
+    shutil.copytree(untied_head, tmp_path / "bin")
+    torch.save(load_file(untied_head / WEIGHTS), tmp_path / "bin" / "pytorch_model.bin")
     (tmp_path / "bin" / WEIGHTS).unlink()
     assert not load_model(str(tmp_path / "bin"), "auto", False).config.tie_word_embeddings
     host = OffloadedModel(str(tmp_path / "bin"), "auto", False, tmp_path / "scratch")
@@ -288,19 +293,19 @@ def test_load_model_of_a_pickled_tied_model_with_its_own_head_clears_the_flag(ow
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_load_config_of_a_tied_model_that_stores_its_head_twice_keeps_the_flag(dtype, own_head, tmp_path):
+def test_load_config_of_a_tied_model_that_stores_its_head_twice_keeps_the_flag(dtype, untied_head, tmp_path):
     def twice(state: State) -> State:
         state = {name: tensor.to(dtype) for name, tensor in state.items()}
         return state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
 
-    stored(tmp_path / "m", own_head, twice)
+    stored(tmp_path / "m", untied_head, twice)
     assert load_config(str(tmp_path / "m"), False).tie_word_embeddings
     assert load_model(str(tmp_path / "m"), "auto", False).config.tie_word_embeddings
 
 
-def test_test_flops_of_a_tied_model_with_its_own_head_counts_the_head(own_head, capsys):
-    words = ["--base_model", str(own_head), "--seqlen", "4"]
-    test_flops.main(test_flops.build_parser().parse_args(words))
-    expected = sum(tensor.numel() for tensor in load_file(own_head / WEIGHTS).values())
+def test_test_flops_of_a_tied_model_with_an_untied_head_counts_the_head(untied_head, capsys):
+    argv = ["--base_model", str(untied_head), "--seqlen", "4"]
+    test_flops.main(test_flops.build_parser().parse_args(argv))
+    expected = sum(tensor.numel() for tensor in load_file(untied_head / WEIGHTS).values())
     assert f"{'parameters (M)':24}{expected / 1e6:12.2f}" in capsys.readouterr().out
-    assert model_stats(load_config(str(own_head), False)).parameters == expected
+    assert model_stats(load_config(str(untied_head), False)).parameters == expected

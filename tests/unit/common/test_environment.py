@@ -10,9 +10,9 @@ from slim_utils.common import environment as environment_module
 from slim_utils.common.environment import commit, environment
 
 
-def git(folder, *words):
+def git(folder, *arguments):
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    command = ["git", "-C", str(folder), *identity, *words]
+    command = ["git", "-C", str(folder), *identity, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 

@@ -24,7 +24,7 @@ BEYOND = f"token {VOCAB} \\('w900'\\), but the model has embeddings of tokens 0 
 
 @pytest.fixture
 def grown(checkpoint, tokenizer, tmp_path) -> Path:
-    """A checkpoint whose tokenizer was given a word and a padding token that the model has no embedding of."""
+    """A checkpoint whose tokenizer has an added word and padding token without an embedding in the model."""
     path = tmp_path / "grown"
     shutil.copytree(checkpoint, path)
     more = copy.deepcopy(tokenizer)
@@ -36,24 +36,24 @@ def grown(checkpoint, tokenizer, tmp_path) -> Path:
 
 @pytest.fixture
 def other_text(tmp_path) -> Path:
-    """A text with a word, again and again, that has no embedding."""
+    """A text that repeats a word without an embedding."""
     path = tmp_path / "other.txt"
     path.write_text(" w900 ".join(random_text(8, seed) for seed in range(100)))
     return path
 
 
-def slim(model: Path, text: Path, *further: object) -> None:
+def slim(model: Path, text: Path, *flags: object) -> None:
     """Run ``model_slimming.py`` in this process."""
-    words = [model, "--data_file", text, "--num_samples", 60, "--seqlen", 12, "--device", "cpu", "--sparsity", 0.3]
-    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, [*words, *further]))))
+    argv = [model, "--data_file", text, "--num_samples", 60, "--seqlen", 12, "--device", "cpu", "--sparsity", 0.3]
+    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, [*argv, *flags]))))
 
 
-def tune(model: Path, rows: Path, out: Path, *further: object) -> None:
+def tune(model: Path, rows: Path, out: Path, *flags: object) -> None:
     """Run ``model_finetune.py`` in this process."""
-    words = ["--model_name_or_path", model, "--data_path", rows, "--output_dir", out, "--val_dataset_size", 8]
-    words += ["--extra_val_set", "none", "--prompt_template_name", "none", "--cache_dataset", "false", "--max_steps", 1]
-    words += ["--save_strategy", "no", "--per_device_train_batch_size", 2, *further]
-    finetune(parse_args(list(map(str, words))))
+    argv = ["--model_name_or_path", model, "--data_path", rows, "--output_dir", out, "--val_dataset_size", 8]
+    argv += ["--extra_val_set", "none", "--prompt_template_name", "none", "--cache_dataset", "false", "--max_steps", 1]
+    argv += ["--save_strategy", "no", "--per_device_train_batch_size", 2, *flags]
+    finetune(parse_args(list(map(str, argv))))
 
 
 def test_check_token_ids_beyond_the_embedding_names_the_token(tokenizer):
@@ -134,14 +134,14 @@ def test_model_finetune_with_padding_beyond_the_embedding_trains(grown, instruct
 
 
 def test_compare_models_with_tokens_or_windows_beyond_the_model_is_one_line(grown, text_file, other_text):
-    for text, further, words in (
+    for text, flags, message in (
         (other_text, ["--eval_seqlens", "16"], BEYOND),
         (text_file, ["--eval_seqlens", "65"], "--eval_seqlens 65: the model has 64 positions"),
         (text_file, ["--eval_seqlens", "16", "--prompt", "w900"], BEYOND),
     ):
-        words_given = [grown, grown, "--eval_datasets", text, "--device", "cpu", *further]
-        with pytest.raises(UserError, match=words):
-            compare_models.measure(compare_models.build_parser().parse_args(list(map(str, words_given))))
+        argv = [grown, grown, "--eval_datasets", text, "--device", "cpu", *flags]
+        with pytest.raises(UserError, match=message):
+            compare_models.measure(compare_models.build_parser().parse_args(list(map(str, argv))))
 
 
 def test_model_finetune_with_samples_too_long_for_the_teacher_names_it(checkpoint, instruction_file, tmp_path):

@@ -24,23 +24,23 @@ def folders(tmp_path) -> Path:
     "path", ["out", "out/deep/text", "into/deep", "out/away/text", "other/../out/deep", "out/away"]
 )
 @pytest.mark.parametrize("output", ["out", "into", "other/../out"])
-def test_check_inputs_outside_an_input_inside_is_refused(folders, path, output):
+def test_check_inputs_outside_with_an_input_inside_is_refused(folders, path, output):
     with pytest.raises(UserError, match=f"--data {folders / path}: inside --to .*; choose another --to"):
         check_inputs_outside(folders / output, "--to", {"--data": [None, folders / path]})
 
 
 @pytest.mark.parametrize("path", ["other", "other/text", "out/../other/text", "nowhere", "out/nowhere"])
-def test_check_inputs_outside_others_pass(folders, path):
+def test_check_inputs_outside_with_other_inputs_passes(folders, path):
     check_inputs_outside(folders / "out", "--to", {"--data": [folders / path, "someone/model", None]})
 
 
-def test_check_inputs_outside_relative_paths(folders, monkeypatch):
+def test_check_inputs_outside_with_relative_paths_is_refused(folders, monkeypatch):
     monkeypatch.chdir(folders / "out")
     with pytest.raises(UserError, match=r"MODEL \.: inside OUT"):
         check_inputs_outside(Path("../out"), "OUT", {"MODEL": ["."]})
 
 
-def test_eval_files_are_those_of_every_spelling(folders, monkeypatch):
+def test_eval_files_of_every_spelling_are_found(folders, monkeypatch):
     monkeypatch.chdir(folders)
     (folders / "a=b").touch()
     specs = ["wikitext2", "other/text", "mine=other/text", "a=b", "ptb=nowhere"]

@@ -1,4 +1,4 @@
-"""Output folders that appear whole or not at all, devices and errors of loading."""
+"""Atomic output folders, devices and errors of loading."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ from slim_utils.common.loading import (
 )
 
 
-def test_atomic_folder_appears_whole(tmp_path):
+def test_atomic_folder_that_succeeds_appears_complete(tmp_path):
     target = tmp_path / "out"
     with atomic_folder(target) as partial:
         (partial / "file").write_text("x")
@@ -32,7 +32,7 @@ def test_atomic_folder_appears_whole(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), SystemExit()])
 @pytest.mark.parametrize("earlier", [False, True])
-def test_nothing_half_written_is_left(tmp_path, error, earlier):
+def test_atomic_folder_that_fails_leaves_no_partial_output(tmp_path, error, earlier):
     target = tmp_path / "out"
     if earlier:
         target.mkdir()
@@ -45,7 +45,7 @@ def test_nothing_half_written_is_left(tmp_path, error, earlier):
         assert (target / "run.json").read_text() == "old"
 
 
-def test_replacing_an_earlier_run_leaves_nothing_of_it(tmp_path):
+def test_atomic_folder_replacing_a_run_removes_its_files(tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("x")
@@ -54,7 +54,7 @@ def test_replacing_an_earlier_run_leaves_nothing_of_it(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
 
 
-def test_existing_output_is_never_overwritten_silently(tmp_path):
+def test_check_output_of_an_existing_folder_needs_overwrite_and_a_run(tmp_path):
     target = tmp_path / "out"
     check_output(target, overwrite=False)
     target.mkdir()
@@ -68,13 +68,13 @@ def test_existing_output_is_never_overwritten_silently(tmp_path):
     check_output(target, overwrite=True)
 
 
-def test_output_below_a_file(tmp_path):
+def test_check_output_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="--save_dir"):
         check_output(tmp_path / "file" / "out", overwrite=False)
 
 
-def test_text_is_written_whole(tmp_path):
+def test_write_text_atomic_that_fails_keeps_the_earlier_file(tmp_path):
     path = tmp_path / "run.json"
     path.write_text("old")
     write_text_atomic(path, "new")
@@ -85,13 +85,13 @@ def test_text_is_written_whole(tmp_path):
     assert path.read_text() == "new"
 
 
-def test_disk_full_is_recognised():
+def test_is_disk_full_recognises_its_messages():
     assert is_disk_full(OSError(errno.ENOSPC, "x"))
     assert is_disk_full(RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"))
     assert not is_disk_full(OSError(errno.EACCES, "x"))
 
 
-def test_devices():
+def test_choose_device_of_an_unknown_name_is_refused():
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device("auto").type in ("cpu", "cuda")
     for name in ("gpu", "cuda:99", "meta"):
@@ -99,15 +99,15 @@ def test_devices():
             choose_device(name, "--cache_dev")
 
 
-def test_peak_memory_mib_where_there_is_no_resource_module(monkeypatch):
-    """On Windows."""
+def test_peak_memory_mib_without_the_resource_module_uses_psutil(monkeypatch):
+    """As on Windows."""
     assert peak_memory_mib(torch.device("cpu"))["host"] > 1
     monkeypatch.setattr(model_io, "resource", None)
     monkeypatch.setattr(psutil.Process, "memory_info", lambda self: SimpleNamespace(peak_wset=3 << 20))
     assert peak_memory_mib(torch.device("cpu")) == {"host": 3.0}
 
 
-def test_missing_and_broken_checkpoints_are_one_line(tmp_path):
+def test_load_config_of_a_missing_or_broken_checkpoint_is_one_line(tmp_path):
     (tmp_path / "broken").mkdir()
     for path in (tmp_path / "none", tmp_path / "broken"):
         with pytest.raises(UserError, match=r"^model ") as error:

@@ -1,4 +1,4 @@
-"""Free memory of the host: of the machine, and of the control groups that limit this process."""
+"""Free memory of the host, within the control groups of this process."""
 
 import psutil
 import pytest
@@ -17,24 +17,24 @@ NAMES = {
 
 @pytest.fixture
 def control_group(tmp_path, monkeypatch):
-    """Makes a control group, of this process if asked."""
+    """Function that creates a control group and makes it that of this process (or the path ``process_group``)."""
     monkeypatch.setattr(memory, "_CONTROL_GROUPS", tmp_path)
     monkeypatch.setattr(memory, "_OWN_CONTROL_GROUPS", tmp_path / "own")
 
-    def make(version, path, limit, used, cached=0, own=None):
+    def make(version, path, limit, used, cached=0, process_group=None):
         top, *files, line = NAMES[version]
         folder = tmp_path / top / path.strip("/")
         folder.mkdir(parents=True, exist_ok=True)
         for name, value in zip(files[:2], (limit, used), strict=True):
             (folder / name).write_text(f"{value}\n")
         (folder / "memory.stat").write_text(f"anon 1\n{files[2]} {cached}\n")
-        (tmp_path / "own").write_text(f"9:freezer:/\n{line}{own or path}\n")
+        (tmp_path / "own").write_text(f"9:freezer:/\n{line}{process_group or path}\n")
 
     return make
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_free_memory_in_a_control_group_is_what_it_leaves(version, control_group):
+def test_free_memory_in_a_control_group_is_its_limit_minus_usage(version, control_group):
     control_group(version, "/jobs/mine", GIB // 2, GIB // 4, GIB // 8)
     assert free_memory(CPU) == GIB // 4 + GIB // 8
     control_group(version, "/jobs/mine", GIB // 2, GIB)
@@ -42,26 +42,26 @@ def test_free_memory_in_a_control_group_is_what_it_leaves(version, control_group
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_free_memory_is_limited_by_the_group_above_too(version, control_group):
+def test_free_memory_is_limited_by_parent_groups(version, control_group):
     control_group(version, "/jobs", GIB // 16, 0)
     control_group(version, "/jobs/mine", GIB // 2, 0)
     assert free_memory(CPU) == GIB // 16
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_free_memory_in_a_container_that_sees_its_group_as_the_top(version, control_group):
-    control_group(version, "/", GIB // 2, 0, own="/docker/0123")
+def test_free_memory_in_a_container_uses_the_top_group(version, control_group):
+    control_group(version, "/", GIB // 2, 0, process_group="/docker/0123")
     assert free_memory(CPU) == GIB // 2
 
 
 @pytest.mark.parametrize(("version", "limit"), [(1, (1 << 63) - 4096), (2, "max")])
-def test_free_memory_without_a_limit_is_the_machines(version, limit, control_group, monkeypatch):
+def test_free_memory_without_a_limit_is_that_of_the_machine(version, limit, control_group, monkeypatch):
     control_group(version, "/", limit, 100)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 12345})())
     assert free_memory(CPU) == 12345
 
 
-def test_free_memory_without_control_groups_is_the_machines(tmp_path, monkeypatch):
+def test_free_memory_without_control_groups_is_that_of_the_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "_OWN_CONTROL_GROUPS", tmp_path / "none")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 12345})())
     assert free_memory(CPU) == 12345

@@ -18,8 +18,8 @@ REMOVE = shutil.rmtree
 
 def test_output_lock_of_a_live_process_is_named(lock_holder, tmp_path):
     process = lock_holder(tmp_path / "out")
-    said = rf"^--save_dir .*out: process {process.pid} on {socket.gethostname()}, since 20.* is writing it; wait"
-    with pytest.raises(UserError, match=said), output_lock(tmp_path / "out", "--save_dir"):
+    message = rf"^--save_dir .*out: process {process.pid} on {socket.gethostname()}, since 20.* is writing it; wait"
+    with pytest.raises(UserError, match=message), output_lock(tmp_path / "out", "--save_dir"):
         pass
     with output_lock(tmp_path / "other", "--save_dir"):
         pass
@@ -34,14 +34,14 @@ def test_output_lock_ends_with_a_killed_process(lock_holder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_output_lock_is_the_first_process_alone(lock_holder, tmp_path, monkeypatch):
+def test_output_lock_is_held_by_rank_0_only(lock_holder, tmp_path, monkeypatch):
     lock_holder(tmp_path / "out")
     monkeypatch.setenv("RANK", "1")
     with output_lock(tmp_path / "out", "--save_dir"):
         pass
 
 
-def test_output_lock_through_a_link_is_the_same(lock_holder, tmp_path):
+def test_output_lock_through_a_link_is_that_of_its_target(lock_holder, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     lock_holder(tmp_path / "real")
@@ -86,7 +86,7 @@ def test_check_output_of_a_link_to_itself_is_one_line(tmp_path):
         check_output(tmp_path / "out", overwrite=False)
 
 
-def test_is_fixed_a_folder_of_a_mount_is_not(mount_point):
+def test_is_fixed_only_for_the_mount_point_itself(mount_point):
     (mount_point / "out").mkdir()
     assert is_fixed(mount_point) and not is_fixed(mount_point / "out")
     assert not is_fixed(mount_point.parent) and not is_fixed(mount_point / "none")
@@ -107,7 +107,7 @@ def test_atomic_folder_of_a_mount_point_replaces_its_entries(mount_point):
 
 
 @pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])
-def test_atomic_folder_of_a_mount_point_that_fails_leaves_the_earlier_run(mount_point, error):
+def test_atomic_folder_of_a_mount_point_that_fails_keeps_the_earlier_run(mount_point, error):
     write(mount_point, "old", "old")
     with pytest.raises(type(error)), atomic_folder(mount_point) as partial:
         write(partial, "new", "new")
@@ -119,7 +119,7 @@ def test_atomic_folder_of_a_mount_point_that_fails_leaves_the_earlier_run(mount_
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("moves", range(8))
 def test_clear_leftovers_after_a_kill_between_moves_gives_one_run(tmp_path, monkeypatch, whole, moves):
-    """As on a mount point; entries of the earlier run that the new one lacks stay only where entries are replaced."""
+    """On a mount point. Entries of the earlier run that the new one lacks are kept by ``atomic_entries`` only."""
     target = tmp_path / "out"
     target.mkdir()
     write(target, "old", "old")
@@ -136,7 +136,7 @@ def test_clear_leftovers_after_a_kill_between_moves_gives_one_run(tmp_path, monk
         return rename(path, new)
 
     with monkeypatch.context() as patched:
-        # Nothing of the process acts any more once it is killed.
+        # A killed process does nothing more.
         patched.setattr(Path, "rename", limited)
         patched.setattr(shutil, "rmtree", lambda path, **flags: killed or REMOVE(path, **flags))
         try:

@@ -43,7 +43,7 @@ def rule(*steps, **content):
 
 
 def changed(tokenizer, change) -> PreTrainedTokenizerFast:
-    """``tokenizer`` with what ``change`` does to its file's content."""
+    """``tokenizer`` with ``change`` applied to the content of its file."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     change(content)
     inner = Tokenizer.from_str(json.dumps(content))
@@ -51,19 +51,19 @@ def changed(tokenizer, change) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("name", BYTE_LEVEL)
-def test_read_vocabulary_names_known_splitting_rules(name):
+def test_read_vocabulary_names_known_pre_tokenizers(name):
     assert read_vocabulary(byte_level(name), 600, "here").pre_tokenizer == name
 
 
-def test_pre_tokenizer_name_takes_each_way_of_isolating_matches():
+def test_pre_tokenizer_name_of_removed_matches_is_that_of_isolated_ones():
     assert pre_tokenizer_name(rule(split(QWEN2, "Removed", True), AFTER_SPLIT), "here") == "qwen2"
 
 
-def test_pre_tokenizer_name_ignore_merges_that_changes_nothing_is_of_no_account():
+def test_pre_tokenizer_name_of_ignore_merges_without_effect_ignores_it():
     whole = {"ignore_merges": True}
     assert pre_tokenizer_name(rule(split(QWEN2), AFTER_SPLIT, model=whole), "here") == "qwen2"
     assert pre_tokenizer_name(rule(split(TEKKEN), AFTER_SPLIT), "here") == "tekken"
-    # "abb" is a token that merging "a", "b", "b" does not reach.
+    # Merging "a", "b", "b" does not give the token "abb".
     unreached = {"vocab": {"a": 0, "b": 1, "ab": 2, "bb": 3, "abb": 4}, "merges": [["a", "b"], ["b", "b"], ["a", "bb"]]}
     with pytest.raises(UserError, match=r"llama\.cpp does not support"):
         pre_tokenizer_name(rule(split(QWEN2), AFTER_SPLIT, model=unreached | whole), "here")
@@ -85,7 +85,7 @@ def test_pre_tokenizer_name_ignore_merges_that_changes_nothing_is_of_no_account(
         [],
     ],
 )
-def test_pre_tokenizer_name_refuses_every_other_rule(steps):
+def test_pre_tokenizer_name_of_an_unknown_rule_is_refused(steps):
     with pytest.raises(
         UserError, match=r"here: llama\.cpp does not support the tokenizer's pre-tokenizer \[.*\]"
     ) as error:
@@ -93,7 +93,7 @@ def test_pre_tokenizer_name_refuses_every_other_rule(steps):
     assert "\n" not in str(error.value)
 
 
-def test_pre_tokenizer_name_of_a_normalizer(caplog):
+def test_pre_tokenizer_name_of_a_normalizer_warns_or_is_refused(caplog):
     assert pre_tokenizer_name(rule(BYTES, normalizer={"type": "NFC"}), "here") == "gpt-2"
     assert "does not normalise text to NFC" in caplog.text
     with pytest.raises(
@@ -103,7 +103,7 @@ def test_pre_tokenizer_name_of_a_normalizer(caplog):
 
 
 @pytest.mark.parametrize("kind", SENTENCEPIECE)
-def test_export_of_sentencepiece_has_its_leading_space_and_unknown_token(tmp_path, kind):
+def test_export_of_sentencepiece_has_its_space_prefix_and_unknown_token(tmp_path, kind):
     tokenizer = sentencepiece_llama(tmp_path / "base", kind)
     make_tiny("gqa", vocab_size=410).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -117,24 +117,24 @@ def test_export_of_sentencepiece_has_its_leading_space_and_unknown_token(tmp_pat
 
 def _last_merge(tokenizer):
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    # A token's score is that of its first merge.
+    # The score of a token is that of its first merge.
     return list(dict.fromkeys("".join(merge) for merge in merges))[-1]
 
 
-def test_export_takes_a_folder_without_tokenizer_json(tmp_path):
+def test_export_of_a_folder_without_tokenizer_json_works(tmp_path):
     make_tiny("gqa", vocab_size=400).save_pretrained(tmp_path / "model")
     sentencepiece_folder(tmp_path / "model")
     assert values(export(tmp_path / "model"))["tokenizer.ggml.add_space_prefix"] is True
 
 
 @pytest.mark.parametrize(("scheme", "prefix"), [("first", True), ("always", True), ("never", False)])
-def test_space_prefix_is_that_of_the_metaspace(scheme, prefix):
+def test_space_prefix_of_metaspace_follows_its_scheme(scheme, prefix):
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
     assert space_prefix(rule(metaspace), "here") is prefix
     assert space_prefix({**rule(), "pre_tokenizer": metaspace}, "here") is prefix
 
 
-def test_space_prefix_refuses_other_treatment_of_text():
+def test_space_prefix_of_other_steps_is_refused():
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}
     assert space_prefix(rule(metaspace), "here") is True
     for content in (
@@ -148,7 +148,7 @@ def test_space_prefix_refuses_other_treatment_of_text():
             space_prefix(content, "here")
 
 
-def test_merge_scores_refuses_pairs_that_are_not_merged():
+def test_merge_scores_of_unmerged_pairs_is_refused():
     vocab = {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4, "bc": 5}
     merges = [["a", "b"], ["b", "c"], ["ab", "c"], ["a", "bc"]]
     assert merge_scores({"model": {"vocab": vocab, "merges": merges}}, 7, "here") == [0, 0, 0, -1, -3, -2, 0]
@@ -156,7 +156,7 @@ def test_merge_scores_refuses_pairs_that_are_not_merged():
         merge_scores({"model": {"vocab": vocab, "merges": merges[:-1]}}, 7, "here")
 
 
-def test_token_types_of_sentencepiece():
+def test_token_types_of_sentencepiece_have_byte_and_unknown():
     vocab = {"<unk>": 0, "<s>": 1, "<0x0A>": 2, "a": 3}
     content = {"model": {"vocab": vocab, "byte_fallback": True}}
     content["added_tokens"] = [{"id": vocab[text], "content": text, "special": True} for text in ("<unk>", "<s>")]
@@ -164,14 +164,14 @@ def test_token_types_of_sentencepiece():
     assert token_types(content, 5, None) == [3, 3, 6, 1, 5]
 
 
-def test_an_unknown_token_that_ends_texts_stays_control():
+def test_read_vocabulary_of_an_unknown_token_that_is_eos_keeps_it_control():
     def name_unknown(content):
         content["model"]["unk_token"] = "</s>"
 
     assert read_vocabulary(changed(byte_level("gpt-2"), name_unknown), 600, "here").types[:3] == [3, 3, 1]
 
 
-def test_read_vocabulary_refuses_dropout():
+def test_read_vocabulary_with_dropout_is_refused():
     def drop(content):
         content["model"]["dropout"] = 0.5
 
@@ -182,7 +182,7 @@ def test_read_vocabulary_refuses_dropout():
 @pytest.mark.parametrize(
     ("missing", "beyond"), [(1, r"1 .* \('<tool>'\)"), (4, r"4 .* \('.*', '.*', '\[PAD\]', '<tool>'\)")]
 )
-def test_export_refuses_tokens_beyond_the_embedding(tmp_path, missing, beyond):
+def test_export_with_tokens_beyond_the_embedding_is_refused(tmp_path, missing, beyond):
     tokenizer = byte_level("gpt-2")
     tokenizer.add_tokens(["[PAD]", "<tool>"])
     rows = len(tokenizer) - missing
@@ -193,7 +193,7 @@ def test_export_refuses_tokens_beyond_the_embedding(tmp_path, missing, beyond):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_reloaded_sentencepiece_tokenizer_exports_as_the_first(tmp_path):
+def test_read_vocabulary_of_a_reloaded_sentencepiece_tokenizer_is_the_same(tmp_path):
     first = sentencepiece_llama(tmp_path / "base", "metaspace")
     first.save_pretrained(tmp_path / "again")
     again = AutoTokenizer.from_pretrained(tmp_path / "again")

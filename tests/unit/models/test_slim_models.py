@@ -1,4 +1,4 @@
-"""The classes that travel with a pruned checkpoint, where they are built, and where the library is too old for them."""
+"""The classes that ship inside a pruned checkpoint, also with an old version of transformers."""
 
 import shutil
 import subprocess
@@ -17,7 +17,7 @@ from tests.conftest import TINY_FAMILIES, make_tiny
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_families_every_slim_class_in_table():
+def test_families_have_every_slim_class():
     slim_types = {base_type: config.model_type for base_type, (config, _) in SLIM_CLASSES.items()}
     assert {family.base_type: family.slim_type for family in FAMILIES.values()} == slim_types
 
@@ -32,7 +32,7 @@ def test_slim_model_of_a_config_with_gradient_checkpointing_checkpoints_its_laye
         for shape in layer_shapes(dense.config)
     ]
     config = shrink(dense, family, masks).config
-    # The library deletes it from the configuration of a model that was built.
+    # transformers deletes it from the configuration when it builds a model.
     config.gradient_checkpointing = True
     model = AutoModelForCausalLM.from_config(config)
     assert type(model) is family.slim_model
@@ -40,8 +40,8 @@ def test_slim_model_of_a_config_with_gradient_checkpointing_checkpoints_its_laye
     assert not hasattr(model.config, "gradient_checkpointing")
 
 
-def test_shipped_code_under_an_older_library_names_the_version_it_needs(tmp_path):
-    """In a package as the library makes one of a checkpoint's code, beside a library that has nothing else of it."""
+def test_shipped_code_with_an_older_transformers_names_the_needed_version(tmp_path):
+    """The code is in a package, as transformers makes one of the code of a checkpoint, with a stub of transformers."""
     shutil.copytree(ROOT / "models", tmp_path / "shipped", ignore=shutil.ignore_patterns("__init__.py", "__pycache__"))
     (tmp_path / "transformers").mkdir()
     (tmp_path / "transformers" / "__init__.py").write_text('__version__ = "4.57.1"')

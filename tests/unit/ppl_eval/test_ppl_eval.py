@@ -1,4 +1,4 @@
-"""Perplexity against the library's own loss."""
+"""Evaluation texts, and perplexity against the loss of the model."""
 
 import math
 from pathlib import Path
@@ -20,7 +20,7 @@ from slim_utils.common.errors import UserError
 from tests.conftest import make_tiny, random_text
 
 
-def test_perplexity_is_exp_of_the_models_own_loss(samples):
+def test_perplexity_is_exp_of_the_mean_loss_of_the_model(samples):
     model = make_tiny("gqa")
     with torch.no_grad():
         losses = [model(sample[None], labels=sample[None]).loss for sample in samples]
@@ -29,13 +29,13 @@ def test_perplexity_is_exp_of_the_models_own_loss(samples):
         assert perplexity(model, samples, batch_size) == pytest.approx(expected, rel=1e-5)
 
 
-def test_windows_do_not_overlap_and_the_tail_is_dropped():
+def test_eval_windows_do_not_overlap_and_drop_the_tail():
     assert eval_windows(torch.arange(11), 4, "x").tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     with pytest.raises(UserError, match="x: 3 tokens are fewer than one window of 4"):
         eval_windows(torch.arange(3), 4, "x")
 
 
-def test_ppl_metric_on_a_file(tokenizer, text_file):
+def test_ppl_metric_of_a_file_is_that_of_its_windows(tokenizer, text_file):
     model = make_tiny("gqa")
     results = ppl_metric(model, tokenizer, [f"mine={text_file}", str(text_file)], seq_len=32, batch_size=8)
     assert set(results) == {"mine", text_file.name}
@@ -43,21 +43,21 @@ def test_ppl_metric_on_a_file(tokenizer, text_file):
     assert results["mine"] == results[text_file.name] == perplexity(model, windows)
 
 
-def test_an_overflowing_model_has_infinite_perplexity(samples):
+def test_perplexity_of_an_overflowing_model_is_infinite(samples):
     model = make_tiny("gqa")
     model.lm_head.weight.data.mul_(1e6)
     assert perplexity(model, samples) == math.inf
 
 
 @pytest.mark.parametrize("spec", ["wikitext3", "ptb=none.txt", "none.txt"])
-def test_unknown_data_set(spec):
+def test_parse_eval_dataset_of_an_unknown_name_is_refused(spec):
     with pytest.raises(UserError, match=f"--eval_datasets {spec}: neither one of wikitext2, ptb"):
         parse_eval_dataset(spec)
 
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """Texts of the same names in folders of odd names, seen from the folder above."""
+    """Texts with equal names in oddly named folders; the working directory is their parent."""
     monkeypatch.chdir(tmp_path)
     for name in ("a/x/t.txt", "b/x/t.txt", "lr=0.1/u.txt", "a,b/v, w.txt", "c/wikitext2"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -65,14 +65,14 @@ def files(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_parse_eval_dataset_file_as_spelled_wins(files):
+def test_parse_eval_dataset_of_a_file_with_an_equals_sign_prefers_the_file(files):
     assert parse_eval_dataset("lr=0.1/u.txt") == ("u.txt", Path("lr=0.1/u.txt"))
     assert parse_eval_dataset("mine=lr=0.1/u.txt") == ("mine", Path("lr=0.1/u.txt"))
     with pytest.raises(UserError, match="neither one of"):
         parse_eval_dataset("x" * 5000)
 
 
-def test_name_eval_sets_equal_file_names_told_apart_by_folder(files):
+def test_name_eval_sets_of_equal_file_names_adds_folders(files):
     specs = ["a/x/t.txt", str(files / "b/x/t.txt"), "lr=0.1/u.txt", "c/wikitext2", "ptb"]
     names = ["a/x/t.txt", "b/x/t.txt", "u.txt", "c/wikitext2", "ptb"]
     assert name_eval_sets(specs) == dict(zip(names, specs, strict=True))
@@ -93,25 +93,25 @@ def test_name_eval_sets_equal_file_names_told_apart_by_folder(files):
         (["a/x/t.txt", "a/../a/x/t.txt"], "t.txt"),
     ],
 )
-def test_name_eval_sets_one_name_twice_refused(files, specs, name):
+def test_name_eval_sets_of_a_repeated_name_is_refused(files, specs, name):
     with pytest.raises(UserError, match=f"--extra_val_set: {name} is given twice; leave one out.* NAME=FILE"):
         name_eval_sets(specs, "--extra_val_set")
 
 
-def test_load_eval_sets_equal_file_names_both_measured(files, tokenizer):
+def test_load_eval_sets_of_equal_file_names_has_both(files, tokenizer):
     sets = load_eval_sets(["a/x/t.txt", "b/x/t.txt"], tokenizer, [16], 64)
     assert list(sets) == [EvalKey("a/x/t.txt", 16), EvalKey("b/x/t.txt", 16)]
     model = make_tiny("gqa")
     assert list(ppl_metric(model, tokenizer, ["a/x/t.txt", "b/x/t.txt"], 16)) == ["a/x/t.txt", "b/x/t.txt"]
 
 
-def test_load_eval_sets_bad_length_its_own_flag_named(files, tokenizer):
+def test_load_eval_sets_of_a_bad_length_names_its_flag(files, tokenizer):
     flags = {65: "--extra_val_seqlen", 50: "--extra_val_seqlen"}
-    for flag, given in (("--extra_val_seqlen", flags), ("--eval_seqlens", {})):
+    for flag, seqlen_flags in (("--extra_val_seqlen", flags), ("--eval_seqlens", {})):
         with pytest.raises(UserError, match=f"^{flag} 65: the model has 64 positions"):
-            load_eval_sets(["u=a/x/t.txt"], tokenizer, [65], 64, seqlen_flags=given)
+            load_eval_sets(["u=a/x/t.txt"], tokenizer, [65], 64, seqlen_flags=seqlen_flags)
         with pytest.raises(UserError, match=rf"one window of 50 \({flag}\)"):
-            load_eval_sets(["u=a/x/t.txt"], tokenizer, [50], 64, seqlen_flags=given)
+            load_eval_sets(["u=a/x/t.txt"], tokenizer, [50], 64, seqlen_flags=seqlen_flags)
 
 
 @pytest.mark.parametrize(
@@ -124,5 +124,5 @@ def test_load_eval_sets_bad_length_its_own_flag_named(files, tokenizer):
         (" ,", []),
     ],
 )
-def test_split_eval_specs_existing_file_with_comma_kept(files, text, specs):
+def test_split_eval_specs_keeps_existing_files_with_commas(files, text, specs):
     assert split_eval_specs(text) == specs

@@ -1,9 +1,9 @@
-"""Tables of text and of Markdown."""
+"""Text and Markdown tables."""
 
 from slim_utils.profiling.tables import markdown_table, side_by_side, text_table
 
 
-def test_text_table_cells_of_unlike_length_are_aligned():
+def test_text_table_of_cells_of_different_lengths_is_aligned():
     table = text_table(("task", "acc", "stderr"), [("arc_easy", "60.00*", "-"), ("mean", "5.00")], widths=(0, 7))
     assert table.splitlines() == [
         "task          acc  stderr",

@@ -1,4 +1,4 @@
-"""``scripts/env.sh``: which Python an environment is made with."""
+"""``scripts/env.sh``: the Python version of environments."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-# Answers for its version as one of that version would, and makes an environment of nothing.
+# A fake Python that reports a version and creates an empty environment.
 PYTHON = """#!/bin/sh
 case $1 in
     -c) exec {real} -c "import sys; sys.version_info = {version}; exec(sys.argv[1])" "$2" ;;
@@ -19,7 +19,7 @@ esac
 
 
 def fake_python(path: Path, version: tuple[int, ...]) -> Path:
-    """A command that says that it is a Python of ``version``."""
+    """A command that claims to be Python ``version``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(PYTHON.format(real=sys.executable, version=version))
     path.chmod(0o755)
@@ -27,7 +27,7 @@ def fake_python(path: Path, version: tuple[int, ...]) -> Path:
 
 
 def make(folder: Path, call: str = "make_venv requirements.txt", **variables: str) -> subprocess.CompletedProcess:
-    """Source ``env.sh`` in ``folder``, as the scripts do, and call a function of it."""
+    """Source ``env.sh`` in ``folder`` and call one of its functions."""
     (folder / "requirements.txt").touch()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHON"} | variables
     command = ["bash", "-c", f'set -euo pipefail; source "{ROOT}/scripts/env.sh"; {call}']
@@ -67,7 +67,7 @@ def test_make_venv_with_the_oldest_python_makes_it(tmp_path):
     assert list((tmp_path / ".venv").glob(".installed-*-requirements.txt"))
 
 
-def test_the_project_and_its_checks_name_the_same_python():
+def test_pyproject_names_the_same_python_for_project_and_ruff():
     content = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert content["project"]["name"] == "slimgpt"
     assert content["project"]["requires-python"] == ">=3.11"

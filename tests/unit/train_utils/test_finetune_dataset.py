@@ -24,7 +24,7 @@ WITH_INPUT = {**ROW, "input": "w9"}
 NONE = SampleSettings("none", 32)
 
 
-def test_the_prompt_is_masked_and_the_answer_is_not(tokenizer):
+def test_encode_masks_the_prompt_and_not_the_answer(tokenizer):
     sample = encode(ROW, tokenizer, NONE)
     assert sample["input_ids"] == [3, 4, 5, 6, 7, tokenizer.eos_token_id]
     assert sample["labels"] == [IGNORED_LABEL] * 2 + [5, 6, 7, tokenizer.eos_token_id]
@@ -32,7 +32,7 @@ def test_the_prompt_is_masked_and_the_answer_is_not(tokenizer):
     assert encode(WITH_INPUT, tokenizer, NONE)["labels"][:4] == [IGNORED_LABEL] * 3 + [5]
 
 
-def test_the_full_prompt_can_be_trained(tokenizer):
+def test_encode_with_train_full_prompt_masks_nothing(tokenizer):
     sample = encode(ROW, tokenizer, SampleSettings("none", 32, train_full_prompt=True))
     assert sample["labels"] == sample["input_ids"]
 
@@ -41,14 +41,14 @@ def test_the_full_prompt_can_be_trained(tokenizer):
     ("length", "ids"),
     [(6, [3, 4, 5, 6, 7, 2]), (5, [3, 4, 5, 6, 7]), (3, [3, 4, 5]), (2, None), (1, None)],
 )
-def test_a_cut_sample_has_no_end_and_one_without_answer_is_dropped(tokenizer, length, ids):
+def test_encode_of_a_truncated_sample_has_no_eos_and_without_answer_is_dropped(tokenizer, length, ids):
     sample = encode(ROW, tokenizer, SampleSettings("none", length))
     assert (sample and sample["input_ids"]) == ids
     if sample:
         assert any(label != IGNORED_LABEL for label in sample["labels"][1:])
 
 
-def test_special_tokens_are_the_tokenizers(tokenizer, monkeypatch):
+def test_encode_adds_the_special_tokens_of_the_tokenizer(tokenizer, monkeypatch):
     """A tokenizer that begins with BOS and ends with EOS gives each once."""
 
     class Wrapped:
@@ -64,7 +64,7 @@ def test_special_tokens_are_the_tokenizers(tokenizer, monkeypatch):
     assert encode(ROW, Wrapped(), NONE)["labels"][:4] == [IGNORED_LABEL] * 3 + [5]
 
 
-def test_no_answer_token_is_masked_where_it_joins_the_prompts_last():
+def test_encode_of_an_answer_merged_into_the_prompt_masks_no_answer_token():
     """A tokenizer that reads pairs of characters: prompt 'abc', answer 'de' is ab|cd|e, the prompt alone ab|c."""
 
     class Pairs:
@@ -81,21 +81,21 @@ def test_no_answer_token_is_masked_where_it_joins_the_prompts_last():
 
 
 @pytest.mark.parametrize("name", [name for name, template in TEMPLATES.items() if template])
-def test_templates_hold_everything_once(name):
+def test_templates_contain_instruction_and_input_once(name):
     with_input = TEMPLATES[name].prompt("{do} this", "with that")
     assert with_input.count("{do} this") == 1
     assert with_input.count("with that") == 1
     assert "with that" not in TEMPLATES[name].prompt("{do} this", "")
 
 
-def test_alpaca_is_the_published_prompt():
+def test_template_alpaca_is_the_published_prompt():
     assert TEMPLATES["alpaca"].prompt("A", "") == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nA\n\n### Response:\n"
     )
 
 
-def test_chat_template_is_the_tokenizers_own(tokenizer):
+def test_encode_with_chat_uses_the_template_of_the_tokenizer(tokenizer):
     tokenizer.chat_template, kept = (
         "{% for m in messages %}{% if m.role == 'user' %}w10 {{ m.content }} w11 {% else %}w12 {{ m.content }} w13"
         "{% endif %}{% endfor %}{% if add_generation_prompt %}w12{% endif %}",
@@ -109,7 +109,7 @@ def test_chat_template_is_the_tokenizers_own(tokenizer):
     assert sample["labels"] == [IGNORED_LABEL] * 6 + [5, 6, 7, 13]
 
 
-def test_chat_without_a_template(tokenizer):
+def test_encode_with_chat_without_a_template_is_refused(tokenizer):
     tokenizer.chat_template, kept = None, tokenizer.chat_template
     try:
         with pytest.raises(UserError, match="--prompt_template_name chat: the tokenizer has no chat template"):
@@ -118,7 +118,7 @@ def test_chat_without_a_template(tokenizer):
         tokenizer.chat_template = kept
 
 
-def test_dropped_rows_are_counted_and_the_split_is_always_the_same(tokenizer, instruction_file, caplog):
+def test_load_finetune_data_counts_dropped_rows_and_splits_deterministically(tokenizer, instruction_file, caplog):
     settings = SampleSettings("none", 8)
     first, again = (load_finetune_data("x", str(instruction_file), tokenizer, settings, 8, None) for _ in range(2))
     rows = instruction_rows(str(instruction_file))
@@ -132,9 +132,7 @@ def test_dropped_rows_are_counted_and_the_split_is_always_the_same(tokenizer, in
     assert not held_out & {tuple(ids) for ids in first.train["input_ids"]}
 
 
-def test_the_cache_is_used_only_for_the_same_data_tokenizer_and_settings(
-    tokenizer, instruction_file, tmp_path, monkeypatch
-):
+def test_load_finetune_data_caches_by_data_tokenizer_and_settings(tokenizer, instruction_file, tmp_path, monkeypatch):
     def load(settings=NONE, file=instruction_file):
         return load_finetune_data("x", str(file), tokenizer, settings, 4, tmp_path / "cache")
 
@@ -162,20 +160,20 @@ def test_the_cache_is_used_only_for_the_same_data_tokenizer_and_settings(
         ({"instruction": "a", "input": 0, "output": "b"}, "row 0: input is int, not text"),
     ],
 )
-def test_bad_rows(tmp_path, row, message):
+def test_instruction_rows_of_a_bad_row_is_refused(tmp_path, row, message):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([row]))
     with pytest.raises(UserError, match=message):
         instruction_rows(str(path))
 
 
-def test_instruction_rows_csv_read_as_table(tmp_path):
+def test_instruction_rows_of_csv_are_read(tmp_path):
     path = tmp_path / "data.csv"
     path.write_text('\ufeffinstruction,input,output\n"w3, w4",,2020\n', encoding="utf-8")
     assert instruction_rows(str(path)) == [{"instruction": "w3, w4", "input": "", "output": "2020"}]
 
 
-def test_load_finetune_data_empty_answers_own_reason(tokenizer, tmp_path, caplog):
+def test_load_finetune_data_with_empty_answers_logs_the_reason(tokenizer, tmp_path, caplog):
     path = tmp_path / "data.jsonl"
     rows = [ROW] * 4 + [{**ROW, "output": ""}, {**ROW, "output": " \n"}, {**ROW, "instruction": "w3 " * 40}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -201,28 +199,28 @@ def test_load_finetune_data_empty_answers_own_reason(tokenizer, tmp_path, caplog
         ([], NONE, "no sample is left of 0 rows$"),
     ],
 )
-def test_load_finetune_data_no_sample_left_reason_named(tokenizer, tmp_path, rows, settings, message):
+def test_load_finetune_data_without_samples_names_the_reason(tokenizer, tmp_path, rows, settings, message):
     path = tmp_path / "data.json"
     path.write_text(json.dumps(rows))
     with pytest.raises(UserError, match=message):
         load_finetune_data("x", str(path), tokenizer, settings, 0, None)
 
 
-def test_load_finetune_data_unwritable_cache_goes_without(tokenizer, instruction_file, caplog):
+def test_load_finetune_data_with_an_unwritable_cache_warns(tokenizer, instruction_file, caplog):
     data = load_finetune_data("x", str(instruction_file), tokenizer, NONE, 4, instruction_file / "slimgpt")
     assert len(data.train) == 44
     assert "the tokenised samples are not cached" in caplog.text
     assert "--cache_dir" in caplog.text
 
 
-def test_too_few_rows_name_the_flag(tokenizer, instruction_file):
+def test_load_finetune_data_of_too_few_rows_names_the_flag(tokenizer, instruction_file):
     with pytest.raises(UserError, match="48 samples, 48 of them held out; lower --val_dataset_size"):
         load_finetune_data("x", str(instruction_file), tokenizer, NONE, 48, None)
     with pytest.raises(UserError, match=r"none\.json: no such file"):
         load_finetune_data("x", "none.json", tokenizer, NONE, 0, None)
 
 
-def test_windows_are_all_targets():
+def test_window_dataset_has_every_token_as_target():
     data = window_dataset(torch.arange(6).view(2, 3))
     assert data["labels"] == data["input_ids"] == [[0, 1, 2], [3, 4, 5]]
     assert data["attention_mask"] == [[1, 1, 1]] * 2
@@ -252,13 +250,13 @@ def specials(tokenizer, **changes):
         ("chat", {"chat_template": "{{ 1 + 'a' }}"}, "template fails .TypeError.*choose alpaca"),
     ],
 )
-def test_check_tokenizer_unusable_one_line(tokenizer, template, changes, message):
+def test_check_tokenizer_of_an_unusable_tokenizer_is_one_line(tokenizer, template, changes, message):
     with pytest.raises(UserError, match=message) as error:
         check_tokenizer(specials(tokenizer, **changes), template, "DIR")
     assert "\n" not in str(error.value)
 
 
-def test_check_tokenizer_usable_passes(tokenizer):
+def test_check_tokenizer_of_a_usable_tokenizer_passes(tokenizer):
     check_tokenizer(tokenizer, "none", "DIR")
     # A chat template ends the answer itself.
     check_tokenizer(specials(tokenizer, eos_token=None, pad_token="<unk>"), "chat", "DIR")

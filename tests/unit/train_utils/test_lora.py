@@ -1,4 +1,4 @@
-"""Where LoRA adapters go, and that what is fused is base plus adapters."""
+"""Targets of LoRA adapters, and fused models against base plus adapters."""
 
 import warnings
 
@@ -23,19 +23,19 @@ ORIGINAL_TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,down_proj,up_proj"
 
 
 def adapted_maps(model: nn.Module) -> set[str]:
-    """Last names of the maps that have an adapter."""
+    """Names, without prefix, of the modules that have an adapter."""
     return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
 def block_maps(model: nn.Module) -> set[str]:
-    """Last names of the linear maps of the decoder layers; of a mixture of experts, of the attention alone."""
+    """Names, without prefix, of the linear modules of the decoder layers; in MoE models, of the attention."""
     layers = find_family(model.config).decoder_layers(model)
     maps = {name.rpartition(".")[2] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
     return maps - {"gate_proj", "up_proj", "down_proj"} if "experts" in str(layers) else maps
 
 
 @pytest.mark.parametrize("name", ALL_TINY)
-def test_add_lora_default_every_linear_map_of_the_blocks(name):
+def test_add_lora_by_default_adapts_every_linear_module_of_the_blocks(name):
     model = make_tiny(name)
     expected = block_maps(model)
     assert adapted_maps(add_lora(model, ModelArguments())) == expected
@@ -52,7 +52,7 @@ def test_add_lora_default_every_linear_map_of_the_blocks(name):
         ("layers.1.mlp.up_proj,lm_head", {"up_proj", "lm_head"}),
     ],
 )
-def test_add_lora_named_targets_adapted(text, expected):
+def test_add_lora_with_named_targets_adapts_them(text, expected):
     assert adapted_maps(add_lora(make_tiny("gqa"), ModelArguments(peft_target_modules=text))) == expected
 
 
@@ -68,7 +68,7 @@ def test_add_lora_named_targets_adapted(text, expected):
         ("gqa", " ,", "give at least one name"),
     ],
 )
-def test_check_lora_targets_name_without_match_refused(name, text, message):
+def test_check_lora_targets_without_a_match_is_refused(name, text, message):
     arguments = ModelArguments(use_lora=True, peft_target_modules=text)
     with pytest.raises(UserError, match=f"^--peft_target_modules {text}: .*{message}"):
         check_lora_targets(arguments, make_tiny(name).config)
@@ -92,7 +92,7 @@ def slim_copy(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("name", ["tied", "gemma2", "opt"])
 @pytest.mark.parametrize("targets", ["lm_head", "embed_tokens", "embed_tokens,lm_head,q_proj"])
 @pytest.mark.parametrize("slim", [False, True], ids=["dense", "slim"])
-def test_fuse_lora_tied_embeddings_is_base_and_adapters(tmp_path, samples, name, targets, slim):
+def test_fuse_lora_of_tied_embeddings_equals_base_plus_adapters(tmp_path, samples, name, targets, slim):
     model = make_tiny(name, tie_word_embeddings=True)
     if slim:
         model = slim_copy(model)
@@ -115,7 +115,7 @@ def test_fuse_lora_tied_embeddings_is_base_and_adapters(tmp_path, samples, name,
     assert fused.config.model_type == model.config.model_type
 
 
-def test_fuse_lora_tied_embeddings_untouched_stay_tied(tmp_path):
+def test_fuse_lora_of_unadapted_tied_embeddings_keeps_them_tied(tmp_path):
     make_tiny("tied").save_pretrained(tmp_path / "base")
     add_lora(load_model(str(tmp_path / "base"), "auto", False), ModelArguments()).save_pretrained(tmp_path / "adapters")
     fused = fuse_lora(str(tmp_path / "base"), str(tmp_path / "adapters"), False)
@@ -124,7 +124,7 @@ def test_fuse_lora_tied_embeddings_untouched_stay_tied(tmp_path):
 
 
 @pytest.mark.parametrize("name", list(SLIM_CLASSES))
-def test_get_peft_model_without_targets_slim_as_dense(name):
+def test_get_peft_model_without_targets_adapts_slim_models_like_dense_ones(name):
     dense = make_tiny("gqa" if name == "llama" else name)
     slim = slim_copy(dense)
     try:

@@ -1,4 +1,4 @@
-"""Pruned weights stay exactly zero through any optimizer; the losses and checks of the Trainer."""
+"""Mask callback with any optimizer, and focal loss."""
 
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ OPTIMIZERS = {
 
 
 def masks_of(config) -> list[LayerMask]:
-    """Masks that remove another kv group and other columns in every layer."""
+    """Masks that remove a different kv group and different columns in every layer."""
     return [
         LayerMask.from_groups(
             shape,
@@ -35,8 +35,8 @@ def masks_of(config) -> list[LayerMask]:
     ]
 
 
-def zeroed(variant: str):
-    """A random model, its family and masks, the removed weights zero."""
+def masked_model(variant: str):
+    """A random masked model, its family and masks."""
     model = make_tiny(variant)
     family, masks = find_family(model.config), masks_of(model.config)
     zero_removed(model, family, masks)
@@ -44,7 +44,7 @@ def zeroed(variant: str):
 
 
 def removed_weights(model, masks) -> list[torch.Tensor]:
-    """What has to be zero, written out name by name."""
+    """The removed weights, selected by module name, independent of ``removed_indices``."""
     removed = []
     for layer, mask in zip(model.model.layers, masks, strict=True):
         dim, shape = mask.shape.head_dim, mask.shape
@@ -71,19 +71,19 @@ def removed_weights(model, masks) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("variant", ["gqa", "biases", "mixtral"])
-def test_zero_after_every_step_of_any_optimizer(samples, optimizer, variant):
-    model, family, masks = zeroed(variant)
+def test_mask_callback_with_any_optimizer_keeps_zeros_after_every_step(samples, optimizer, variant):
+    model, family, masks = masked_model(variant)
     before = [parameter.clone() for parameter in model.parameters()]
     mask = MaskCallback(list(masked_slices(model, family, masks)))
-    chosen = OPTIMIZERS[optimizer](model.parameters())
+    instance = OPTIMIZERS[optimizer](model.parameters())
     model.train()
     for step in range(6):
         model(samples, labels=samples).loss.backward()
-        if step % 2:  # two accumulated batches a step
-            chosen.step()
+        if step % 2:  # two accumulated batches per step
+            instance.step()
             assert all(not weights.any() for weights in removed_weights(model, masks))
             mask.on_optimizer_step()
-            chosen.zero_grad()
+            instance.zero_grad()
     assert (mask.steps, int(mask.moved), mask.nonzeros()) == (3, 0, 0)
     assert mask.size() == sum(weights.numel() for weights in removed_weights(model, masks))
     assert all((old != new).any() for old, new in zip(before, model.parameters(), strict=True))
@@ -94,8 +94,8 @@ def test_zero_after_every_step_of_any_optimizer(samples, optimizer, variant):
     assert difference < 1e-4
 
 
-def test_what_an_optimizer_moves_is_counted_and_put_back():
-    model, family, masks = zeroed("gqa")
+def test_mask_callback_counts_moved_weights_and_zeroes_them():
+    model, family, masks = masked_model("gqa")
     mask = MaskCallback(list(masked_slices(model, family, masks)))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -108,8 +108,8 @@ def test_what_an_optimizer_moves_is_counted_and_put_back():
 
 
 @pytest.mark.parametrize("bias", ["none", "all"])
-def test_fused_adapters_leave_the_zeros_alone(samples, bias):
-    model, family, masks = zeroed("biases")
+def test_mask_callback_with_lora_keeps_zeros_in_the_fused_model(samples, bias):
+    model, family, masks = masked_model("biases")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets, bias=bias))
     mask = MaskCallback(list(masked_slices(adapted, family, masks)))
@@ -130,7 +130,7 @@ def test_fused_adapters_leave_the_zeros_alone(samples, bias):
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 2.5])
-def test_focal_loss_is_the_papers(gamma):
+def test_focal_loss_matches_the_formula_of_the_paper(gamma):
     logits = torch.randn(2, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([[1, 2, IGNORED_LABEL, 4, 5], [IGNORED_LABEL, 0, 6, 3, IGNORED_LABEL]])
     terms = []
