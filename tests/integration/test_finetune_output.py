@@ -38,37 +38,37 @@ def stop_at(monkeypatch):
 
 
 @pytest.fixture
-def own(slim, tmp_path) -> Path:
+def earlier(slim, tmp_path) -> Path:
     """A copy of the pruned model's folder."""
-    return Path(shutil.copytree(slim, tmp_path / "own"))
+    return Path(shutil.copytree(slim, tmp_path / "earlier"))
 
 
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
-        ("--model_name_or_path", "{own}/pruned_weights"),
-        ("--distill_from", "{own}"),
-        ("--data_path", "{own}/rows.jsonl"),
+        ("--model_name_or_path", "{earlier}/pruned_weights"),
+        ("--distill_from", "{earlier}"),
+        ("--data_path", "{earlier}/rows.jsonl"),
         ("--data_path", "{link}/rows.jsonl"),
-        ("--extra_val_set", "mine={own}/text.txt"),
-        ("--mask_config_dir", "{own}/pruning.json"),
-        ("--mask_config_dir", "{own}"),
-        ("--resume_from_checkpoint", "{own}/pruned_weights/checkpoint-2"),
+        ("--extra_val_set", "mine={earlier}/text.txt"),
+        ("--mask_config_dir", "{earlier}/pruning.json"),
+        ("--mask_config_dir", "{earlier}"),
+        ("--resume_from_checkpoint", "{earlier}/pruned_weights/checkpoint-2"),
     ],
 )
 def test_finetune_with_an_input_inside_its_output_is_refused(
-    slim, own, argv, tmp_path, instruction_file, text_file, flag, value
+    slim, earlier, argv, tmp_path, instruction_file, text_file, flag, value
 ):
-    shutil.copy(instruction_file, own / "rows.jsonl")
-    shutil.copy(text_file, own / "text.txt")
-    (own / "pruned_weights" / "checkpoint-2").mkdir()
-    (own / "pruned_weights" / "checkpoint-2" / "trainer_state.json").write_text("{}")
-    (tmp_path / "link").symlink_to(own)
-    value, before = value.format(own=own, link=tmp_path / "link"), contents(own)
+    shutil.copy(instruction_file, earlier / "rows.jsonl")
+    shutil.copy(text_file, earlier / "text.txt")
+    (earlier / "pruned_weights" / "checkpoint-2").mkdir()
+    (earlier / "pruned_weights" / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    (tmp_path / "link").symlink_to(earlier)
+    value, before = value.format(earlier=earlier, link=tmp_path / "link"), contents(earlier)
     flags = ["--is_mask_training", "true"] if flag == "--mask_config_dir" else []
     with pytest.raises(UserError, match=f"{flag} .*: inside --output_dir .*; choose another --output_dir"):
-        main([*argv(slim, "--output_dir", own, "--overwrite", "true", *flags), flag, value])
-    assert contents(own) == before
+        main([*argv(slim, "--output_dir", earlier, "--overwrite", "true", *flags), flag, value])
+    assert contents(earlier) == before
 
 
 @pytest.mark.parametrize("lora", ["true", "false"])
@@ -140,14 +140,14 @@ def test_finetune_overwrite_that_cannot_move_its_result_restores_the_earlier_one
     assert (out / ".unfinished" / "run.json").is_file()
 
 
-def test_finetune_resume_from_another_folder_checks_the_output(slim, argv, own, tmp_path):
+def test_finetune_resume_from_another_folder_checks_the_output(slim, argv, earlier, tmp_path):
     arguments = argv(slim / "pruned_weights", "--use_lora", "true", *CHECKPOINTS)
     main(arguments)
-    checkpoint, before = tmp_path / "out" / "checkpoint-4", contents(own)
+    checkpoint, before = tmp_path / "out" / "checkpoint-4", contents(earlier)
     resume = [*arguments, "--resume_from_checkpoint", str(checkpoint), "--output_dir"]
-    with pytest.raises(UserError, match=r"--output_dir .*own: exists; choose another or pass --overwrite"):
-        main([*resume, str(own)])
-    assert contents(own) == before
+    with pytest.raises(UserError, match=r"--output_dir .*earlier: exists; choose another or pass --overwrite"):
+        main([*resume, str(earlier)])
+    assert contents(earlier) == before
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "config.json").write_text('{"mine": 1}')
@@ -158,7 +158,7 @@ def test_finetune_resume_from_another_folder_checks_the_output(slim, argv, own, 
     whole = losses(tmp_path / "out")
     main([*resume, str(tmp_path / "new")])
     assert losses(tmp_path / "new") == pytest.approx(whole, rel=1e-6)
-    main([*resume, str(own), "--overwrite", "true"])
-    assert losses(own) == pytest.approx(whole, rel=1e-6)
-    assert not (own / PRUNING_FILE).exists()
-    assert json.loads((own / "run.json").read_text())["finished"] is True
+    main([*resume, str(earlier), "--overwrite", "true"])
+    assert losses(earlier) == pytest.approx(whole, rel=1e-6)
+    assert not (earlier / PRUNING_FILE).exists()
+    assert json.loads((earlier / "run.json").read_text())["finished"] is True

@@ -98,7 +98,7 @@ def main(*argv) -> None:
 
 
 def run(*argv, **options) -> subprocess.CompletedProcess:
-    """Run the script in a process of its own."""
+    """Run the script in a new process."""
     return run_python("model_evaluate.py", *argv, **options)
 
 

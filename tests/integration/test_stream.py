@@ -27,16 +27,16 @@ def main(*arguments: object) -> None:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Everything that the safetensors files of a checkpoint hold."""
-    found = {}
+    """All tensors in the safetensors files of a checkpoint, by name."""
+    content = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    return found
+            content |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return content
 
 
 def assert_same_output(streamed: Path, whole: Path) -> None:
-    """Same bits, same files but for the shards, same figures."""
+    """Assert the same tensors, the same files except shards, and the same perplexities."""
     for folder in (".", "pruned_weights"):
         got, expected = tensors(streamed / folder), tensors(whole / folder)
         assert got.keys() == expected.keys()
@@ -57,25 +57,25 @@ def assert_same_output(streamed: Path, whole: Path) -> None:
 
 @pytest.fixture
 def argv(text_file) -> list:
-    """Flags of a run; without model, ratio and output."""
+    """Flags of a run, without model, ratio and output."""
     return ["--data_file", text_file, *FLAGS, "--eval_datasets", text_file, "--eval_seqlens", 16]
 
 
 @pytest.mark.parametrize("variant", ALL_TINY)
 def test_model_slimming_streamed_gives_the_same_bits_for_every_family(variant, argv, tokenizer, tmp_path, monkeypatch):
     make_tiny(variant).save_pretrained(tmp_path / "model", max_shard_size="20KB")
-    # Some families have a tokenizer of their own.
+    # Some families require another tokenizer class.
     monkeypatch.setattr(model_slimming, "load_tokenizer", lambda *args: tokenizer)
     ratios = ["--non_uniform", "--min_sparsity", 0.2, "--max_sparsity", 0.6]
     main(tmp_path / "model", *argv, *ratios, "--save_dir", tmp_path / "whole")
     main(tmp_path / "model", *argv, *ratios, "--stream", "--save_dir", tmp_path / "streamed")
     assert_same_output(tmp_path / "streamed", tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "streamed", "whole"]
-    small = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed" / "pruned_weights")
-    zeroed = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed")
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed" / "pruned_weights")
+    masked = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed")
     ids = torch.arange(3, 19)[None]
     with torch.no_grad():
-        assert torch.allclose(small(ids).logits, zeroed(ids).logits, atol=1e-4)
+        assert torch.allclose(pruned(ids).logits, masked(ids).logits, atol=1e-4)
 
 
 @pytest.mark.parametrize(

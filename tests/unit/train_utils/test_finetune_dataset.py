@@ -49,7 +49,7 @@ def test_encode_of_a_truncated_sample_has_no_eos_and_without_answer_is_dropped(t
 
 
 def test_encode_adds_the_special_tokens_of_the_tokenizer(tokenizer, monkeypatch):
-    """A tokenizer that begins with BOS and ends with EOS gives each once."""
+    """A tokenizer that adds BOS and EOS gives each once."""
 
     class Wrapped:
         eos_token_id = 2
