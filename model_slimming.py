@@ -116,7 +116,7 @@ def open_store(
 ) -> LayerStore | None:
     """Open the store of finished layers, which ``--resume`` reads; ``None`` except in the main process."""
     processes.barrier()
-    store = LayerStore(Path(config.save_dir))
+    store = LayerStore(Path(config.save_dir), config.keep_activations)
     settings = config.flags(Effect.VALUE)
     settings |= {"--profile": config.profile and hashlib.sha256(config.profile.read_bytes()).hexdigest()}
     settings |= {"device": config.torch_device.type, "processes": processes.world_size}

@@ -28,6 +28,7 @@ from slim_utils.allocation.schedules import layer_range, layer_ratios, non_unifo
 from slim_utils.allocation.sensitivity import LayerSensitivity, loss_curves, max_removable_weights, measure
 from slim_utils.common.errors import UserError
 from slim_utils.families import LayerShape, find_family, layer_shapes
+from slim_utils.layerwise.device_defaults import CPU_TOKENS_PER_FORWARD, resolve_solve_dtype
 from slim_utils.layerwise.offload import ResidentModel
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerMask, LayerPlan
@@ -57,6 +58,8 @@ def pruning_settings(config: PruningConfig) -> PruningSettings:
         compensate=not config.no_compensate,
         selection=SelectionOptions(config.exact_heads, config.column_group or 0),
         gqa_unit=config.gqa_unit,
+        tokens_per_forward=config.tokens_per_forward or CPU_TOKENS_PER_FORWARD,
+        solve_dtype=resolve_solve_dtype(config.solve_dtype, config.torch_device),
     )
 
 

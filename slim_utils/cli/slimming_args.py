@@ -6,6 +6,7 @@ from pathlib import Path
 from slim_utils.allocation.schedules import STRATEGIES
 from slim_utils.common.bos import BOS_HELP, BOS_POLICIES
 from slim_utils.common.loading import DTYPES
+from slim_utils.layerwise.device_defaults import CPU_TOKENS_PER_FORWARD, MAX_TOKENS_PER_FORWARD, SOLVE_DTYPES
 from slim_utils.layerwise.settings import GQA_UNITS
 from slim_utils.output.hub import add_hub_flags
 from slim_utils.pruning_config import BEST_COLUMN_GROUP, BEST_SINK_WINDOWS, SENSITIVITY
@@ -66,6 +67,18 @@ def add_machine_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--batch_samples", type=int, help="samples moved from --cache_dev to --device at once (default %(default)s)"
     )
+    group.add_argument(
+        "--tokens_per_forward",
+        type=int,
+        help=f"tokens of a forward of one layer (default: {CPU_TOKENS_PER_FORWARD} on a CPU, up to "
+        f"{MAX_TOKENS_PER_FORWARD} on a GPU by its free memory)",
+    )
+    group.add_argument(
+        "--solve_dtype",
+        choices=("auto", *SOLVE_DTYPES),
+        help="precision of the solver (default: float64, or float32 on a GPU with slow fp64; a solve in float32 that "
+        "fails its check is repeated in float64 on the CPU)",
+    )
     group.add_argument("--stream", action="store_true", help="for models larger than memory: one layer at a time")
     group.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (auto: the checkpoint's)")
     group.add_argument("--trust_remote_code", action="store_true", help="run model code found in the checkpoint")
@@ -80,6 +93,13 @@ def add_output_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--overwrite", action="store_true", help="replace the --save_dir of an earlier run")
     group.add_argument("--resume", action="store_true", help="continue an interrupted run of the same --save_dir")
+    group.add_argument(
+        "--keep_activations",
+        type=float,
+        metavar="GIB",
+        help="disk space for the activations that spare --resume the finished layers; 0 for none (default: a tenth of "
+        "the free space)",
+    )
     add_hub_flags(group)
 
 

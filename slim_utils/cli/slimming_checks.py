@@ -152,9 +152,11 @@ def check_ranges(config: PruningConfig) -> None:
     for name in ("sparsity", "min_sparsity", "max_sparsity"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: at least 0 and less than 1")
-    for name in ("percdamp", "column_group", "sink_windows"):
+    for name in ("percdamp", "column_group", "sink_windows", "keep_activations"):
         if (getattr(config, name) or 0) < 0:
             raise UserError(f"--{name} {getattr(config, name)}: at least 0")
+    if config.tokens_per_forward is not None and config.tokens_per_forward < 1:
+        raise UserError(f"--tokens_per_forward {config.tokens_per_forward}: at least 1")
     if any(seqlen < 2 for seqlen in config.eval_seqlens or ()):
         raise UserError("--eval_seqlens: at least 2")
 

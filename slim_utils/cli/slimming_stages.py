@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from slim_utils.allocation.planner import Planner, Sensitivities, no_cache, pruning_settings
 from slim_utils.common.loading import load_model, model_on_meta, scratch_folder
-from slim_utils.families import find_family
+from slim_utils.families import find_family, layer_shapes
+from slim_utils.layerwise.device_defaults import CPU_TOKENS_PER_FORWARD, default_tokens_per_forward
 from slim_utils.layerwise.distributed import ProcessGroup
 from slim_utils.layerwise.layer_report import LayerReport
 from slim_utils.layerwise.offload import OffloadedModel, ResidentModel
@@ -24,6 +26,8 @@ from slim_utils.slim_dataset import CalibrationData, sink_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,26 @@ def plan_without_weights(config: PruningConfig, model_config: PreTrainedConfig) 
     return ModelPlan(plans, planner.size_masks(plans))
 
 
+def with_tokens_per_forward(config: PruningConfig, host: ResidentModel, num_tokens: int) -> PruningConfig:
+    """Return ``config`` with the default of ``--tokens_per_forward``, which depends on the free memory of a GPU.
+
+    Args:
+        config: flags.
+        host: the model.
+        num_tokens: calibration tokens of this process.
+    """
+    if config.tokens_per_forward is not None:
+        return config
+    model, device = host.model, config.torch_device
+    hidden_size = model.config.hidden_size
+    # Layers hold the activations of all tokens up to three times.
+    cached = 3 * num_tokens * hidden_size * model.dtype.itemsize if config.torch_cache_dev == device else 0
+    tokens = default_tokens_per_forward(device, layer_shapes(model.config), hidden_size, model.dtype, cached)
+    if tokens != CPU_TOKENS_PER_FORWARD:
+        logger.info("%d tokens per forward (--tokens_per_forward)", tokens)
+    return replace(config, tokens_per_forward=tokens)
+
+
 def measured_plan(
     config: PruningConfig, host: ResidentModel, samples: Tensor, windows: Tensor | None, store: LayerStore | None
 ) -> ModelPlan:
@@ -120,6 +144,7 @@ def prune(
         processes: processes that prune the same model.
     """
     start = time.perf_counter()
+    config = with_tokens_per_forward(config, host, data.samples.numel() // processes.world_size)
     samples, windows = processes.shard(data.samples), None
     if config.sink_windows:
         windows = processes.shard(sink_windows(data.samples[:, data.bos :], config.sink_windows), "--sink_windows")

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from slim_utils.families import LayerShape
+from slim_utils.layerwise.device_defaults import CPU_TOKENS_PER_FORWARD
 from slim_utils.masks import LayerMask, LayerPlan
 from slim_utils.obs import PAPER_SELECTION, SelectionOptions
 
-TOKENS_PER_FORWARD = 4096
 GQA_UNITS = ("query_head", "kv_group")
 
 
@@ -21,6 +21,7 @@ class PruningSettings:
         device: compute device; layers are onloaded to it one by one.
         cache_dev: device of the activations between layers.
         batch_samples: samples per forward at most.
+        tokens_per_forward: tokens per forward at most, but at least one sample.
         percdamp: damping, as a share of the mean of the Hessian's diagonal.
         compensate: whether the remaining weights are updated.
         selection: how units are selected.
@@ -36,15 +37,16 @@ class PruningSettings:
     compensate: bool = True
     selection: SelectionOptions = PAPER_SELECTION
     gqa_unit: str = "query_head"
+    tokens_per_forward: int = CPU_TOKENS_PER_FORWARD
     solve_dtype: torch.dtype = torch.float64
 
     def micro_batches(self, samples: Tensor) -> list[tuple[int, int]]:
-        """Start and stop of each forward: at most ``batch_samples`` samples and ``TOKENS_PER_FORWARD`` tokens."""
+        """Start and stop of each forward: at most ``batch_samples`` samples and ``tokens_per_forward``."""
         step = self._samples_at_once(samples)
         return [(start, min(start + step, len(samples))) for start in range(0, len(samples), step)]
 
     def _samples_at_once(self, samples: Tensor) -> int:
-        return min(self.batch_samples, len(samples), max(1, TOKENS_PER_FORWARD // samples.shape[1]))
+        return min(self.batch_samples, len(samples), max(1, self.tokens_per_forward // samples.shape[1]))
 
     def with_less_memory(self, samples: Tensor) -> "PruningSettings | None":
         """Settings that need less device memory: half the samples per forward; at one sample, activations on the host.

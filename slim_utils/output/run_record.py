@@ -157,11 +157,13 @@ def layer_record(report: LayerReport) -> dict[str, Any]:
     }
 
 
-def _errors(result: PruneResult) -> dict[str, float]:
+def _errors(result: PruneResult) -> dict[str, Any]:
     return {
         "error_before_compensation": result.error_uncompensated,
         "error_after_compensation": result.error_compensated,
         "percdamp": result.percdamp,
+        "solve_dtype": result.solve_dtype,
+        "solve_device": result.solve_device,
     }
 
 

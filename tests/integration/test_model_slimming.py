@@ -349,3 +349,29 @@ def test_model_slimming_with_multiples_aligns_every_layer(small_run, tmp_path, c
 
 def test_checkpoint_fixture_has_the_vocabulary_of_the_tests(checkpoint):
     assert AutoModelForCausalLM.from_pretrained(checkpoint).config.vocab_size == VOCAB
+
+
+def test_model_slimming_records_dtype_and_device_of_every_solve(small_run, tmp_path, caplog):
+    flags = ["--sparsity", 0.4, "--skip_evaluate"]
+    main(*small_run, *flags, "--solve_dtype", "float32", "--save_dir", tmp_path / "out")
+    layers = json.loads((tmp_path / "out" / "run.json").read_text())["layers"]
+    maps = [layer[part] for layer in layers for part in ("attention", "mlp")]
+    places = {(of_map["solve_dtype"], of_map["solve_device"]) for of_map in maps}
+    assert places == {("float32", "cpu")}
+    masks = read_pruning(tmp_path / "out" / "pruning.json")
+    main(*small_run, *flags, "--save_dir", tmp_path / "double")
+    record = json.loads((tmp_path / "double" / "run.json").read_text())
+    assert record["layers"][0]["mlp"]["solve_dtype"] == "float64"
+    assert [mask.shape for mask in read_pruning(tmp_path / "double" / "pruning.json")] == [mask.shape for mask in masks]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tokens_per_forward", 0], "--tokens_per_forward 0: at least 1"),
+        (["--keep_activations", -1], "--keep_activations -1.0: at least 0"),
+    ],
+)
+def test_model_slimming_with_impossible_memory_flags_is_refused(small_run, flags, message):
+    with pytest.raises(UserError, match=message):
+        main(*small_run, "--sparsity", 0.4, *flags)

@@ -12,12 +12,14 @@ from itertools import product
 from pathlib import Path, PurePosixPath
 
 import pytest
+import torch
 
 import model_evaluate
 import model_slimming
 import test_flops
 from ppl_eval.zero_shot import ACC_NORM_IN_PAPERS
 from scripts import report
+from slim_utils.obs import solve_bytes
 from train_utils import finetune_args
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -383,3 +385,12 @@ def test_table_of_constants_is_that_of_the_file():
     from benchmarks.constants import table
 
     assert table(json.loads((RESULTS / "constants.json").read_text())["rows"]) in TABLES
+
+
+def test_memory_of_the_solver_in_the_docs_is_that_of_its_formula():
+    rows = re.findall(r"\((\d+) → (\d+)\) \| ([\d.]+) \| ([\d.]+) \|", (ROOT / "docs" / "large-models.md").read_text())
+    assert len(rows) == 3
+    for columns, outputs, *promised in rows:
+        for dtype, gib in zip((torch.float64, torch.float32), promised, strict=True):
+            size = solve_bytes(int(columns), int(outputs), int(columns) // 4, dtype)
+            assert f"{size / 2**30:.1f}" == gib

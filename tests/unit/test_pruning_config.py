@@ -26,5 +26,6 @@ def test_build_parser_defaults_are_those_of_the_config():
 
 def test_flags_of_one_effect_are_named_as_on_the_command_line():
     config = PruningConfig(batch_samples=7)
-    assert config.flags(Effect.ROUNDING) == {"--batch_samples": 7}
+    rounding = {"--batch_samples": 7, "--tokens_per_forward": None, "--solve_dtype": "auto"}
+    assert config.flags(Effect.ROUNDING) == rounding
     assert "--sparsity" in config.flags(Effect.VALUE) and "--save_dir" not in config.flags(Effect.VALUE)

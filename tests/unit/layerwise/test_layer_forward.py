@@ -7,7 +7,6 @@ import torch
 
 from slim_utils.families import find_family
 from slim_utils.layerwise import layer_forward as layer_replay
-from slim_utils.layerwise import settings as walk_settings
 from slim_utils.layerwise.layer_forward import LayerForward, capture_layer_kwargs
 from slim_utils.layerwise.settings import PruningSettings
 from tests.conftest import ALL_TINY, make_tiny
@@ -17,9 +16,9 @@ CPU = torch.device("cpu")
 ELSEWHERE = torch.device("cpu", 0)
 
 
-def first_replay(model, samples, cache_dev=CPU) -> LayerForward:
+def first_replay(model, samples, cache_dev=CPU, **settings) -> LayerForward:
     """The first layer on its inputs."""
-    family, settings = find_family(model.config), PruningSettings(CPU, cache_dev)
+    family, settings = find_family(model.config), PruningSettings(CPU, cache_dev, **settings)
     layers = family.decoder_layers(model)
     hidden, calls = capture_layer_kwargs(model, layers, samples, settings)
     return LayerForward(layers[0], family, hidden, calls[0], settings)
@@ -46,10 +45,9 @@ def plain_forward(model, samples, name: str):
 @torch.no_grad()
 @pytest.mark.parametrize("cache_dev", [CPU, ELSEWHERE])
 @pytest.mark.parametrize("variant", ALL_TINY)
-def test_parts_are_those_of_the_whole_layer(variant, cache_dev, samples, monkeypatch):
-    monkeypatch.setattr(walk_settings, "TOKENS_PER_FORWARD", 48)
+def test_parts_are_those_of_the_whole_layer(variant, cache_dev, samples):
     model = make_tiny(variant, torch.float64)
-    replay = first_replay(model, samples, cache_dev)
+    replay = first_replay(model, samples, cache_dev, tokens_per_forward=48)
     family, layer = replay.family, replay.layer
     (expected,), _ = plain_forward(model, samples, family.attention_out)
     assert torch.allclose(torch.cat(list(replay.attention_inputs())), expected)
@@ -103,7 +101,6 @@ def test_columns_are_kept_only_where_there_is_room(samples, monkeypatch):
 @pytest.mark.parametrize(
     ("batch_samples", "expected"), [(128, [(0, 4), (4, 8)]), (3, [(0, 3), (3, 6), (6, 8)]), (1, None)]
 )
-def test_batches_hold_so_many_tokens_and_samples(monkeypatch, samples, batch_samples, expected):
-    monkeypatch.setattr(walk_settings, "TOKENS_PER_FORWARD", 64)
-    spans = PruningSettings(CPU, CPU, batch_samples=batch_samples).micro_batches(samples)
+def test_batches_hold_so_many_tokens_and_samples(samples, batch_samples, expected):
+    spans = PruningSettings(CPU, CPU, batch_samples=batch_samples, tokens_per_forward=64).micro_batches(samples)
     assert spans == (expected or [(i, i + 1) for i in range(8)])

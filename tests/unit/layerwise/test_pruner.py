@@ -12,7 +12,6 @@ from slim_utils.allocation.alignment import Alignment
 from slim_utils.allocation.planner import plans_of
 from slim_utils.common.errors import UserError
 from slim_utils.families import find_family, layer_shapes
-from slim_utils.layerwise import settings as walk_settings
 from slim_utils.layerwise.layer_forward import LayerForward
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import PruningSettings
@@ -97,11 +96,10 @@ def test_multi_head_attention_has_one_unit(samples):
 
 
 @pytest.mark.parametrize(("batch_samples", "tokens_per_forward"), [(128, 8192), (3, 8192), (128, 32), (5, 48), (1, 1)])
-def test_batches_do_not_matter(monkeypatch, samples, batch_samples, tokens_per_forward):
+def test_batches_do_not_matter(samples, batch_samples, tokens_per_forward):
     whole, parts = make_tiny("gqa"), make_tiny("gqa")
     expected, _ = walk(whole, samples)
-    monkeypatch.setattr(walk_settings, "TOKENS_PER_FORWARD", tokens_per_forward)
-    masks, _ = walk(parts, samples, batch_samples=batch_samples)
+    masks, _ = walk(parts, samples, batch_samples=batch_samples, tokens_per_forward=tokens_per_forward)
     assert masks == expected
     for name, weight in whole.state_dict().items():
         assert torch.allclose(parts.state_dict()[name], weight, rtol=1e-3, atol=1e-3), name
