@@ -265,9 +265,9 @@ def check_model_args(args: FinetuneArguments) -> None:
         "--label_smoothing_factor": args.training.label_smoothing_factor,
         "--distill_from": model.distill_from is not None,
     }
-    chosen = [flag for flag, value in losses.items() if value]
-    if len(chosen) > 1:
-        raise UserError(f"{' and '.join(chosen)} exclude each other; leave one out")
+    loss_flags = [flag for flag, value in losses.items() if value]
+    if len(loss_flags) > 1:
+        raise UserError(f"{' and '.join(loss_flags)} exclude each other; leave one out")
     if args.sparse.mask_config_dir and not args.sparse.is_mask_training:
         raise UserError("--mask_config_dir has no effect without --is_mask_training true")
 

@@ -68,7 +68,7 @@ def open_run_folder(folder: Path, record: dict[str, Any], resumes: bool) -> None
     """Create the folder to train in and write its unfinished ``run.json``.
 
     Args:
-        folder: of :func:`choose_run_folder`.
+        folder: result of :func:`choose_run_folder`.
         record: content of ``run.json``.
         resumes: whether a run is resumed; the record of a finished run then stays until the new result is complete.
     """

@@ -32,13 +32,13 @@ def add_calibration_flags(group: argparse._ArgumentGroup) -> None:
 
 def add_ratio_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags of the original that set the pruning ratios."""
-    group.add_argument("--sparsity", type=float, help="one pruning ratio for all layers (default %(default)s)")
+    group.add_argument("--sparsity", type=float, help="one pruning ratio for all layers (default: %(default)s)")
     group.add_argument("--non_uniform", action="store_true", help="a ratio per layer, from min to max")
     group.add_argument(
-        "--non_uniform_strategy", choices=STRATEGIES, help="schedule of --non_uniform (default %(default)s)"
+        "--non_uniform_strategy", choices=STRATEGIES, help="schedule of --non_uniform (default: %(default)s)"
     )
-    group.add_argument("--min_sparsity", type=float, help="lowest ratio of a schedule (default %(default)s)")
-    group.add_argument("--max_sparsity", type=float, help="highest ratio of --non_uniform (default %(default)s)")
+    group.add_argument("--min_sparsity", type=float, help="lowest ratio of a schedule (default: %(default)s)")
+    group.add_argument("--max_sparsity", type=float, help="highest ratio of --non_uniform (default: %(default)s)")
 
 
 def add_unit_flags(group: argparse._ArgumentGroup) -> None:
@@ -47,7 +47,7 @@ def add_unit_flags(group: argparse._ArgumentGroup) -> None:
         "--gqa_unit",
         choices=GQA_UNITS,
         help="unit of removal in grouped-query attention: the same number of query heads from every kv group, or whole "
-        "groups (default %(default)s)",
+        "groups (default: %(default)s)",
     )
     group.add_argument("--multiple_of", type=int, help="every layer keeps a multiple of N FFN columns")
     group.add_argument("--even_heads", action="store_true", help="every layer keeps an even number of heads")
@@ -57,15 +57,15 @@ def add_unit_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--no_compensate", action="store_true", help="zero the pruned weights without updating the remaining ones"
     )
-    group.add_argument("--percdamp", type=float, help="damping of the Hessian (default %(default)s)")
+    group.add_argument("--percdamp", type=float, help="damping of the Hessian (default: %(default)s)")
 
 
 def add_machine_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags of device, memory and dtype."""
-    group.add_argument("--device", help="auto, cuda, cuda:N or cpu (default %(default)s)")
+    group.add_argument("--device", help="auto, cuda, cuda:N or cpu (default: %(default)s)")
     group.add_argument("--cache_dev", help="cuda or cpu: device of the activations between layers (default: --device)")
     group.add_argument(
-        "--batch_samples", type=int, help="samples moved from --cache_dev to --device at once (default %(default)s)"
+        "--batch_samples", type=int, help="samples moved from --cache_dev to --device at once (default: %(default)s)"
     )
     group.add_argument(
         "--tokens_per_forward",
@@ -80,7 +80,7 @@ def add_machine_flags(group: argparse._ArgumentGroup) -> None:
         "fails its check is repeated in float64 on the CPU)",
     )
     group.add_argument("--stream", action="store_true", help="for models larger than memory: one layer at a time")
-    group.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (auto: the checkpoint's)")
+    group.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (auto: as stored)")
     group.add_argument("--trust_remote_code", action="store_true", help="run model code found in the checkpoint")
 
 
