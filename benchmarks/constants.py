@@ -58,11 +58,13 @@ class Variant:
         config: configuration of the run.
         depth_decay: depth decay of the sensitivity analysis.
         reference: ratio of units removed to measure a loss.
+        stride: tokens from one compared prediction to the next.
     """
 
     config: PruningConfig
     depth_decay: float = budget.DEPTH_DECAY
     reference: float = sensitivity.REFERENCE_RATIO
+    stride: int = 1
 
 
 PAPER, FINE = (replace(config, **LOG_INCREASE) for config in (bench_quality.PAPER, bench_quality.FINE))
@@ -83,6 +85,7 @@ VARIANTS: dict[str, Variant] = {
     "search, depth decay 3": Variant(SEARCH, depth_decay=3.0),
     "search, reference 0.15": Variant(SEARCH, reference=0.15),
     "search, reference 0.5": Variant(SEARCH, reference=0.5),
+    "search, every 4th token": Variant(SEARCH, stride=4),
 }
 
 
@@ -104,6 +107,7 @@ def prune(model: PreTrainedModel, samples: Tensor, share: float, variant: Varian
     config = replace(variant.config, target_ratio=share)
     with (
         patch.object(sensitivity, "REFERENCE_RATIO", variant.reference),
+        patch.object(sensitivity, "PROBE_STRIDE", variant.stride),
         patch.object(budget, "DEPTH_DECAY", variant.depth_decay),
     ):
         return prune_with(config, model, samples, {0: cache_file}.get)
@@ -117,7 +121,7 @@ def measure(args: argparse.Namespace, folder: Path, model_name: str, share: floa
     if share:
         variant = VARIANTS[name]
         data = load_calibration([args.calib_file], tokenizer, NUM_SAMPLES, SEQLEN, args.seed, variant.config.bos)
-        cache_file = folder / f"{model_name}-{variant.config.bos}-{variant.reference}.json"
+        cache_file = folder / f"{model_name}-{variant.config.bos}-{variant.reference}-{variant.stride}.json"
         masks = prune(model, data.samples, share, variant, cache_file)
         family = find_family(model.config)
         row["calibration_bos"] = data.bos

@@ -25,6 +25,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from slim_utils.allocation.budget import LayerCurves, LayerUnits, LossCurve, allocate_layers, plans_of_counts
 from slim_utils.allocation.sensitivity import (
     MIN_LOSS,
+    PROBE_STRIDE,
     PROBE_TOKENS,
     REL_TOLERANCE,
     KLProbe,
@@ -160,7 +161,8 @@ def measure_around(
         UserError: if activations or predictions are not finite, naming the layer.
     """
     family, layers = host.family, [index for index, plan in enumerate(plans) if plan]
-    protocol = [PROBE_STEP, REFINEMENT_SAMPLES, PROBE_TOKENS, *([plan.heads, plan.columns] for plan in plans)]
+    counts = [[plan.heads, plan.columns] for plan in plans]
+    protocol = [PROBE_STEP, PROBE_STRIDE, REFINEMENT_SAMPLES, PROBE_TOKENS, *counts]
     cache = SensitivityCache(layers, len(plans), protocol, cache_file, time_limit)
     if cache.complete:
         return cache.sensitivities

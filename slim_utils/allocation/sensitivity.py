@@ -48,6 +48,8 @@ REL_TOLERANCE, MIN_LOSS = 1e-6, 1e-6
 # Calibration samples for the losses of heads and of columns, and tokens of each sample. Columns are many, so their
 # losses vary less between samples.
 HEAD_PROBE_SAMPLES, COLUMN_PROBE_SAMPLES, PROBE_TOKENS = 4, 2, 512
+# Predictions are compared at every PROBE_STRIDE-th token.
+PROBE_STRIDE = 1
 # Version of the cache file; a file of another version is ignored.
 CACHE_FORMAT = 2
 
@@ -63,6 +65,7 @@ class KLProbe:
 
     def __init__(self, host: ResidentModel, samples: Tensor, settings: PruningSettings) -> None:
         self._host, self._samples, self._settings = host, samples, settings
+        self._positions = torch.arange(PROBE_STRIDE - 1, samples.shape[1], PROBE_STRIDE, device=host.model.device)
         self._hidden, self._calls = capture_layer_kwargs(host.model, host.layers, samples, settings)
         self._dense = list(self._log_probabilities(self._outputs(0)))
 
@@ -83,7 +86,7 @@ class KLProbe:
             raise UserError(
                 f"layer {index}: predictions are not finite after pruning it; try --dtype bfloat16 or float32"
             )
-        return total / self._samples.numel()
+        return total / (len(self._samples) * len(self._positions))
 
     def _outputs(self, index: int) -> Tensor:
         hidden = self._hidden.clone()
@@ -98,11 +101,13 @@ class KLProbe:
         LayerForward(layer, self._host.family, hidden, self._calls[index], self._settings).advance()
 
     def _log_probabilities(self, outputs: Tensor) -> Iterator[Tensor]:
-        """Yield log-probabilities (tokens, vocabulary) sample by sample; all at once may be larger than the model."""
+        """Yield log-probabilities (positions, vocabulary) by sample; all at once may be larger than the model."""
         model = self._host.model
         for sample, output in zip(self._samples, outputs, strict=True):
             with layer_outputs_given(self._host.layers, iter([output[None].to(model.device)])):
-                logits = model(input_ids=sample[None].to(model.device), use_cache=False).logits
+                logits = model(
+                    input_ids=sample[None].to(model.device), use_cache=False, logits_to_keep=self._positions
+                ).logits
             yield logits[0].float().log_softmax(-1)
 
 
@@ -227,7 +232,7 @@ def measure(
     Raises:
         UserError: if predictions are not finite, naming the layer.
     """
-    protocol = [REFERENCE_RATIO, MAX_CURVE_RATIO, HEAD_PROBE_SAMPLES, COLUMN_PROBE_SAMPLES, PROBE_TOKENS]
+    protocol = [PROBE_STRIDE, REFERENCE_RATIO, MAX_CURVE_RATIO, HEAD_PROBE_SAMPLES, COLUMN_PROBE_SAMPLES, PROBE_TOKENS]
     cache = SensitivityCache(layers, len(host.layers), protocol, cache_file, time_limit)
     if cache.complete:
         return cache.sensitivities
