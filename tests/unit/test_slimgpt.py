@@ -98,6 +98,24 @@ def rank_by_refactorising(weight, hessian, target, unit_size, compensate, select
     return removed
 
 
+def rank_by_downdates(weight, hessian, target, unit_size, compensate, selection) -> tuple[list[int], torch.Tensor]:
+    """The units that go, in their order, and the weights; each step updates the whole inverse."""
+    weight, inverse, removed = weight.clone(), torch.linalg.inv(hessian), []
+    for count in group_sizes(target, unit_size, selection.column_group):
+        scores = unit_scores(weight, diagonal_blocks(inverse, unit_size), selection.exact_heads)
+        scores[removed] = torch.inf
+        units = scores.argsort(stable=True)[:count].tolist()
+        columns = [u * unit_size + i for u in units for i in range(unit_size)]
+        solved = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
+        if compensate:
+            weight -= weight[:, columns] @ solved
+        inverse -= inverse[:, columns] @ solved
+        weight[:, columns] = inverse[columns] = inverse[:, columns] = 0
+        inverse[columns, columns] = 1
+        removed += units
+    return removed, weight
+
+
 @pytest.mark.parametrize("compensate", [True, False])
 @pytest.mark.parametrize(
     ("unit", "selection"),
@@ -109,7 +127,7 @@ def rank_by_refactorising(weight, hessian, target, unit_size, compensate, select
         (6, SelectionOptions(exact_heads=True)),
     ],
 )
-def test_greedy_obs_left_looking_chooses_as_refactorising_does(unit, selection, compensate):
+def test_greedy_obs_left_looking_chooses_as_refactorising_and_downdating_do(unit, selection, compensate):
     weight = torch.randn(16, 180, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     hessian = hessian_of(random_inputs(180))
     hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
@@ -117,6 +135,9 @@ def test_greedy_obs_left_looking_chooses_as_refactorising_does(unit, selection, 
     kept = inverse.clone()
     removal = greedy_obs(pruned, inverse, 120 // unit, unit, compensate, selection=selection)
     assert removal.units.tolist() == rank_by_refactorising(weight, hessian, 120 // unit, unit, compensate, selection)
+    ranked, downdated = rank_by_downdates(weight, hessian, 120 // unit, unit, compensate, selection)
+    assert removal.units.tolist() == ranked
+    assert torch.allclose(pruned, downdated, rtol=1e-7, atol=1e-9)
     assert torch.equal(inverse, kept)
     columns = [u * unit + i for u in removal.units.tolist() for i in range(unit)]
     expected = least_squares(weight, hessian, columns)[0] if compensate else weight.clone()
