@@ -43,7 +43,14 @@ from slim_utils.cli.slimming_checks import (
     with_devices,
     with_preset,
 )
-from slim_utils.cli.slimming_stages import ModelPlan, PrunedModel, open_host, plan_without_weights, prune
+from slim_utils.cli.slimming_stages import (
+    ModelPlan,
+    PrunedModel,
+    open_host,
+    plan_without_weights,
+    prune,
+    with_device_defaults,
+)
 from slim_utils.common.input_checks import check_length, check_token_ids
 from slim_utils.common.loading import (
     PRUNED_MODEL_FOLDER,
@@ -213,6 +220,8 @@ def run(config: PruningConfig) -> None:
             warn_if_short_of_space(Path(config.save_dir), host.model, copies=2 + config.save_pruned_weights)
         logger.info(inputs.data.log_line())
         processes = ProcessGroup.init(config.torch_device)
+        config = with_device_defaults(config, host, inputs.data.samples.numel() // processes.world_size)
+        inputs = replace(inputs, config=config)
         store = open_store(config, host, inputs.data, processes) if config.save_dir else None
         pruned = prune(config, inputs.data, inputs.plan, host, store, processes)
         processes.destroy()

@@ -88,8 +88,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         original(pruner.linear, hessian, count, dtype)
     else:
         result = pruner.struct_prune(count, percdamp=PERCDAMP, solve_dtype=dtype)
-        if SOLVE_DTYPES[result.solve_dtype] != dtype:
-            raise UserError(f"{columns} columns: the solve in {dtype} failed its check")
+        place = SOLVE_DTYPES[result.solve_dtype], torch.device(result.solve_device).type, result.percdamp
+        if place != (dtype, device.type, PERCDAMP):
+            raise UserError(f"{columns} columns: solved with {place}, not as requested")
     return {"seconds": watch.now() - start, "peak_memory_mib": peak_memory_mib(device)}
 
 

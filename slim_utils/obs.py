@@ -20,8 +20,10 @@ LARGEST_PERCDAMP = 1.0
 # A Gram matrix is computed by so many blocks of rows, none narrower than this.
 GRAM_BLOCKS, GRAM_BLOCK = 8, 256
 INVERSE_BLOCK = 256
-# Rows that sums of squares are formed of at once.
-CPU_ROWS, GPU_ROWS = 64, 2048
+# Rows of sums of squares that are computed at once, and of the outputs' energy.
+CPU_ROWS, GPU_ROWS, ENERGY_ROWS = 64, 256, 1024
+# Largest step of the dynamic group size.
+MAX_STEP = 1024
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Removal:
     Attributes:
         units: (n,) indices.
         steps: units pruned at each step.
-        costs: (steps,) ``tr(W_S (H⁻¹_SS)⁻¹ W_Sᵀ)`` of each step; with compensation their sum is ``tr(ΔW H ΔWᵀ)``.
+        costs: (steps,) ``tr(W_S (H⁻¹_SS)⁻¹ W_Sᵀ)`` of each step; with compensation their sum is ``tr(ΔW H ΔWᵀ)``
+            for the damped H.
         row_costs: (out,) the same sum, by output row.
     """
 
@@ -71,11 +74,12 @@ def group_sizes(target: int, unit_size: int, column_group: int = 0) -> Iterator[
     """Units to prune at each step; the sum is ``target``.
 
     Heads are pruned one at a time. Columns are pruned ``column_group`` at a time or, if that is 0, by the paper's
-    dynamic group size: it starts at ``(target − 512) // 2`` and becomes ``(size − 512) // 2``, clamped to 64 … 1024.
+    dynamic group size: it starts at ``(target − 512) // 2`` and becomes ``(size − 512) // 2``, clamped to 64 and
+    ``MAX_STEP``.
     """
     size = (target - 512) // 2
     while target:
-        count = 1 if unit_size > 1 else min(target, column_group or max(min(size, 1024), 64))
+        count = 1 if unit_size > 1 else min(target, column_group or max(min(size, MAX_STEP), 64))
         yield count
         target -= count
         size = (size - 512) // 2
@@ -118,22 +122,26 @@ def symmetrise_upper(matrix: Tensor) -> Tensor:
 
 def output_energy(W: Tensor, H: Tensor) -> float:
     """``tr(W H Wᵀ)`` in the dtype of the symmetric ``H`` (in, in), of which only the upper triangle is multiplied."""
-    W, total = W.to(H.dtype), torch.zeros((), dtype=torch.float64, device=H.device)
-    for start in range(0, len(H), GRAM_BLOCK):
-        stop = min(start + GRAM_BLOCK, len(H))
-        rows = W[:, start:stop]
-        products = rows.T @ W[:, start:] * H[start:stop, start:]
-        total += 2 * products.sum() - products[:, : stop - start].sum()
+    total = torch.zeros((), dtype=torch.float64, device=H.device)
+    # By rows, so that no copy of W in another dtype is needed.
+    for rows in W.split(ENERGY_ROWS):
+        rows = rows.to(H.dtype)
+        for start in range(0, len(H), GRAM_BLOCK):
+            stop = min(start + GRAM_BLOCK, len(H))
+            products = rows[:, start:stop].T @ rows[:, start:] * H[start:stop, start:]
+            total += 2 * products.sum() - products[:, : stop - start].sum()
     return total.item()
 
 
 def solve_bytes(columns: int, rows: int, pruned: int, dtype: torch.dtype) -> int:
     """Bytes that solving a map of ``columns`` inputs and ``rows`` outputs takes at its peak, besides its own weight.
 
-    The fp32 Hessian and one matrix in the dtype of the solve, a panel for every pruned column, the weights, and blocks.
+    The fp32 Hessian and one matrix in the dtype of the solve, a panel for every pruned column, the weights, and the
+    rows of the largest step.
     """
-    blocks = 2 * max(INVERSE_BLOCK, GRAM_BLOCK) * columns * 8
-    return columns * columns * (4 + dtype.itemsize) + (pruned * columns + rows * columns) * dtype.itemsize + blocks
+    blocks = 2 * INVERSE_BLOCK * columns * 8
+    step = 2 * min(pruned, MAX_STEP) * (columns + rows) * dtype.itemsize
+    return columns * columns * (4 + dtype.itemsize) + (pruned + rows) * columns * dtype.itemsize + step + blocks
 
 
 def invert_in_place(H: Tensor) -> bool:
@@ -260,6 +268,7 @@ def greedy_obs(
         pruned[units] = True
         order.append(units)
         rank += len(S)
+        del rows, E, squares
     units = torch.cat(order) if order else torch.empty(0, dtype=torch.long, device=W.device)
     W[:, unit_columns(units, unit_size)] = 0
     return Removal(units, steps, costs, row_costs) if positive_definite else None

@@ -114,6 +114,8 @@ class SlimGPT:
         )
         self._hessian: Tensor | None = None
         self._inverse: _Inverse | None = None
+        # Device, dtype and damping that a request was solved with, by its damping and dtype.
+        self._solved: dict[tuple[float, torch.dtype], tuple[torch.device, torch.dtype, float]] = {}
 
     @property
     def hessian(self) -> Tensor:
@@ -126,6 +128,7 @@ class SlimGPT:
     @hessian.setter
     def hessian(self, hessian: Tensor) -> None:
         self._hessian, self._gram, self._inverse = hessian, None, None
+        self._solved.clear()
 
     def _upper_gram(self) -> Tensor:
         if self._gram is None:
@@ -247,8 +250,20 @@ class SlimGPT:
             raise UserError(f"{self.name}: non-finite activations; try --dtype bfloat16 or float32")
 
     def _solve(self, target: _Target, percdamp: float, dtype: torch.dtype) -> _Solution:
-        """The first sound solution: on the Hessian's device or, where its memory is too small, on the CPU."""
-        device = self.hessian.device
+        """The first sound solution: on the Hessian's device or, where its memory is too small, on the CPU.
+
+        A request that needed another device, dtype or damping once begins with those the next time.
+        """
+        request = percdamp, dtype
+        device, dtype, percdamp = self._solved.get(request, (self.hessian.device, dtype, percdamp))
+        solution = self._solve_or_offload(device, target, percdamp, dtype)
+        matrix = solution.inverse.matrix
+        self._solved[request] = matrix.device, matrix.dtype, solution.inverse.percdamp
+        return solution
+
+    def _solve_or_offload(
+        self, device: torch.device, target: _Target, percdamp: float, dtype: torch.dtype
+    ) -> _Solution:
         try:
             return self._solve_on(device, target, percdamp, dtype)
         except torch.OutOfMemoryError:
@@ -350,7 +365,7 @@ class SlimGPT:
             return True
         damped = compensated + damping * change.double().square().sum().item()
         cost = solution.removal.row_costs[rows].double().sum().item()
-        return damped <= cost * (1 + FP32_EXCESS) + tolerance
+        return abs(damped - cost) <= cost * FP32_EXCESS + tolerance
 
     def _quadratic(self, rows: Tensor) -> float:
         """``tr(R H Rᵀ)`` of a few rows (n, in), in fp64, whose rounding alone can turn a small one negative."""
@@ -368,7 +383,7 @@ class SlimGPT:
         H, W = self.hessian, self.linear.weight
         energy = max(output_energy(W, H), torch.finfo(H.dtype).tiny)
         removed = W[:, columns].to(H.dtype)
-        uncompensated = max(((removed @ H[columns][:, columns]) * removed).sum().item(), 0.0) / energy
+        uncompensated = max(((removed @ H[columns[:, None], columns]) * removed).sum().item(), 0.0) / energy
         if not compensate:
             return uncompensated, uncompensated
         live, change = H.diagonal() != 0, torch.zeros((), dtype=torch.float64, device=W.device)

@@ -310,6 +310,8 @@ def _unit_sensitivity(
                 selection=settings.selection,
                 solve_dtype=settings.solve_dtype,
             )
+            # The rest of the model needs the memory.
+            pruner.release()
             sensitivity.loss = max(probe.divergence(index), MIN_LOSS)
         finally:
             # Also for the retry after an out-of-memory error.

@@ -13,7 +13,11 @@ from torch import Tensor
 from slim_utils.allocation.planner import Planner, Sensitivities, no_cache, pruning_settings
 from slim_utils.common.loading import load_model, model_on_meta, scratch_folder
 from slim_utils.families import find_family, layer_shapes
-from slim_utils.layerwise.device_defaults import CPU_TOKENS_PER_FORWARD, default_tokens_per_forward
+from slim_utils.layerwise.device_defaults import (
+    CPU_TOKENS_PER_FORWARD,
+    default_tokens_per_forward,
+    resolve_solve_dtype,
+)
 from slim_utils.layerwise.distributed import ProcessGroup
 from slim_utils.layerwise.layer_report import LayerReport
 from slim_utils.layerwise.offload import OffloadedModel, ResidentModel
@@ -96,17 +100,19 @@ def plan_without_weights(config: PruningConfig, model_config: PreTrainedConfig) 
     return ModelPlan(plans, planner.size_masks(plans))
 
 
-def with_tokens_per_forward(config: PruningConfig, host: ResidentModel, num_tokens: int) -> PruningConfig:
-    """Return ``config`` with the default of ``--tokens_per_forward``, which depends on the free memory of a GPU.
+def with_device_defaults(config: PruningConfig, host: ResidentModel, num_tokens: int) -> PruningConfig:
+    """Return ``config`` with the solver's dtype and the tokens per forward that suit the device.
 
     Args:
         config: flags.
         host: the model.
         num_tokens: calibration tokens of this process.
     """
+    model, device = host.model, config.torch_device
+    solve_dtype = str(resolve_solve_dtype(config.solve_dtype, device)).removeprefix("torch.")
+    config = replace(config, solve_dtype=solve_dtype)
     if config.tokens_per_forward is not None:
         return config
-    model, device = host.model, config.torch_device
     hidden_size = model.config.hidden_size
     # Layers hold the activations of all tokens up to three times.
     cached = 3 * num_tokens * hidden_size * model.dtype.itemsize if config.torch_cache_dev == device else 0
@@ -136,7 +142,7 @@ def prune(
     """Prune the model in place, each process on its shard of the calibration samples.
 
     Args:
-        config: flags, with the preset resolved.
+        config: flags, with the preset and the defaults of the device resolved.
         data: calibration samples of all processes.
         plan: plan of every layer; ``None`` to measure it.
         host: the dense model.
@@ -144,7 +150,6 @@ def prune(
         processes: processes that prune the same model.
     """
     start = time.perf_counter()
-    config = with_tokens_per_forward(config, host, data.samples.numel() // processes.world_size)
     samples, windows = processes.shard(data.samples), None
     if config.sink_windows:
         windows = processes.shard(sink_windows(data.samples[:, data.bos :], config.sink_windows), "--sink_windows")
@@ -154,5 +159,8 @@ def prune(
     masks, reports = prune_layers(
         host.model, host.family, samples, plan.layers, settings, store, processes, host, windows
     )
+    if store:
+        # No longer needed, and the output may need the disk space.
+        store.activations.remove()
     seconds = time.perf_counter() - start + (store.seconds_before if store else 0)
     return PrunedModel(masks, reports, plan.sensitivities, output, seconds)

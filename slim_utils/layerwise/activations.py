@@ -3,6 +3,7 @@
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -48,16 +49,33 @@ class ActivationStore:
         self._written_at = time.perf_counter()
         self._write_seconds = self._written_at - start
 
-    def load(self, device: torch.device) -> tuple[int, list[Tensor]] | None:
-        """The index of the last kept layer and its outputs, on ``device``; ``None`` where nothing is kept."""
+    def load(
+        self, device: torch.device, is_usable: Callable[[int], bool] = lambda index: True
+    ) -> tuple[int, list[Tensor]] | None:
+        """Read the stored activations.
+
+        Args:
+            device: to read them to.
+            is_usable: whether those after a layer are of use, by its index.
+
+        Returns:
+            The index of the layer and its outputs, ``None`` where there are none of use.
+        """
         if self._limit == 0 or not self.path.exists():
             return None
+        # A mapped file would keep its disk space when it is replaced.
+        backend = {"backend": "pread"} if device.type == "cpu" else {}
         try:
-            with safe_open(self.path, "pt", device=str(device)) as file:
-                return int(file.metadata()["layer"]), [file.get_tensor(name) for name in sorted(file.keys())]
+            with safe_open(self.path, "pt", device=str(device), **backend) as file:
+                index = int(file.metadata()["layer"])
+                return (index, [file.get_tensor(name) for name in sorted(file.keys())]) if is_usable(index) else None
         except SafetensorError:
             logger.warning("--resume: %s cannot be read; finished layers are run again", self.path)
             return None
+
+    def remove(self) -> None:
+        """Remove the file."""
+        self.path.unlink(missing_ok=True)
 
     def _room(self) -> float:
         """Bytes that the file may take."""

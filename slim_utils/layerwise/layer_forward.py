@@ -18,6 +18,7 @@ from slim_utils.common.memory import free_memory
 from slim_utils.families import Family, linear_map
 from slim_utils.layerwise.distributed import SINGLE_PROCESS, ProcessGroup
 from slim_utils.layerwise.settings import PruningSettings
+from slim_utils.obs import solve_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,12 +154,15 @@ class LayerForward:
         return _forward_replaced(block, lambda *args, **kwargs: columns_to_hidden(inputs))
 
     def _columns_kept(self, columns_to_hidden: nn.Linear) -> bool:
-        """Whether to cache the inputs of the FFN's output map: they take at most half of the free memory."""
+        """Whether the inputs of the FFN's output map take at most half of the memory that its solve leaves free."""
         settings = self.settings
         if settings.device != settings.cache_dev or self._mlp_block() is None:
             return False
         needed = self.hidden[..., 0].numel() * columns_to_hidden.in_features * self.hidden.element_size()
-        return needed <= free_memory(settings.device) / 2
+        columns, rows = columns_to_hidden.in_features, columns_to_hidden.out_features
+        # The Hessian is there already.
+        solve = solve_bytes(columns, rows, columns // 2, settings.solve_dtype) - 4 * columns**2
+        return needed <= (free_memory(settings.device) - solve) / 2
 
     def _mlp_block(self) -> nn.Module | None:
         """The module that contains the FFN's output map; ``None`` where the layer contains it directly."""

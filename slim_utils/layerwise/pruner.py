@@ -148,6 +148,9 @@ class _SequentialPruner:
 
     def load_activations(self, pruned: list[int]) -> int:
         """Load the activations that an earlier process stored; returns the index of their layer, −1 without any."""
+        if self._solo_store and self._solo_store.has_all(pruned):
+            # Nothing is left to prune.
+            return pruned[-1]
         kept = self._solo_store and self._solo_store.kept_activations(pruned, self.settings.cache_dev)
         if not kept:
             return -1

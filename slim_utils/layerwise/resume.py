@@ -141,7 +141,7 @@ class LayerStore:
                 stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
         except SafetensorError as error:
             raise self._damaged(index) from error
-        if metadata.get(CHECKSUM) != checksum(stored):
+        if metadata.get(CHECKSUM, checksum(stored)) != checksum(stored):
             raise self._damaged(index)
         with torch.no_grad():
             for name, tensor in stored.items():
@@ -155,13 +155,15 @@ class LayerStore:
             pruned: indices of the layers that the run prunes; up to the kept activations all have to be finished.
             device: to load the activations to.
         """
-        kept = self.activations.load(device)
-        if kept is None or not all(self._path(index).exists() for index in pruned if index <= kept[0]):
-            return None
-        return kept
+        return self.activations.load(device, lambda last: self.has_all(index for index in pruned if index <= last))
+
+    def has_all(self, layers: Iterable[int]) -> bool:
+        """Whether all of ``layers`` are finished."""
+        return all(self._path(index).exists() for index in layers)
 
     def _damaged(self, index: int) -> UserError:
-        return UserError(f"--resume: {self._path(index)} is damaged; remove it to prune that layer again")
+        path = self._path(index)
+        return UserError(f"--resume: {path} is damaged; remove it and the later layers to prune them again")
 
     def _path(self, index: int) -> Path:
         return self.folder / f"layer_{index:04}.safetensors"

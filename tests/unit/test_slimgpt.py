@@ -445,6 +445,18 @@ def test_struct_prune_in_fp32_of_an_ill_conditioned_hessian_is_solved_in_fp64(ca
         assert result.error_compensated == pytest.approx(expected.error_compensated, rel=1e-2)
 
 
+def test_a_fallback_is_where_the_next_solve_begins(monkeypatch, caplog):
+    weight, inputs = torch.randn(16, 64), random_inputs(64, tokens=200)
+    inputs[..., 1] = inputs[..., 0] * (1 + 1e-5 * torch.randn(inputs.shape[:2], dtype=torch.float64))
+    dtypes = []
+    monkeypatch.setattr(slimgpt, "invert_in_place", lambda H: dtypes.append(H.dtype) or invert_in_place(H))
+    pruner = make_pruner(weight, inputs)
+    for _ in range(2):
+        pruner.error_curve(32, percdamp=0.0, solve_dtype=torch.float32)
+    assert dtypes == [torch.float32, torch.float64]
+    assert caplog.text.count("ill-conditioned in fp32") == 1
+
+
 @pytest.mark.parametrize("failing", ["invert_in_place", "greedy_obs"])
 def test_struct_prune_out_of_device_memory_solves_on_the_cpu(failing, monkeypatch, caplog):
     weight, inputs = torch.randn(8, 32), random_inputs(32)
@@ -517,4 +529,4 @@ def test_struct_prune_peak_memory_is_two_matrices_and_the_panels(dtype):
     itemsize = getattr(torch, dtype).itemsize
     # Buffers of the linear algebra library take some; a third matrix would take more.
     assert peak <= promised + 0.7 * 4096**2 * itemsize
-    assert promised <= (2 * 4096**2 + 4096 * (256 + 4 * 512)) * itemsize
+    assert promised <= (2 * 4096**2 + 4096 * (256 + 5 * 512)) * itemsize

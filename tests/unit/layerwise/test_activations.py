@@ -133,10 +133,22 @@ def test_damaged_layer_is_named(samples, cut_off, damage):
     store = cut_off("gqa", 2)
     path = store.folder / "layer_0001.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=r"--resume: .*layer_0001.safetensors is damaged; remove it to prune that"):
+    with pytest.raises(
+        UserError, match=r"--resume: .*layer_0001.safetensors is damaged; remove it and the later layers"
+    ):
         prune("gqa", samples, store)
     path.unlink()
     assert prune("gqa", samples, store)[1] == prune("gqa", samples)[1]
+
+
+def test_nothing_is_run_where_every_layer_is_finished(samples, tmp_path, monkeypatch):
+    first = LayerStore(tmp_path / "out", 0)
+    first.open({}, False)
+    expected = prune("gqa", samples, first)[1]
+    again = LayerStore(tmp_path / "out", 0)
+    again.open({}, True)
+    monkeypatch.setattr(LayerForward, "advance", lambda self: pytest.fail("run"))
+    assert prune("gqa", samples, again)[1] == expected
 
 
 def test_damaged_activations_are_told_and_done_without(samples, cut_off, caplog):

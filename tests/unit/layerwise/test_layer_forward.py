@@ -9,6 +9,7 @@ from slim_utils.families import find_family
 from slim_utils.layerwise import layer_forward as layer_replay
 from slim_utils.layerwise.layer_forward import LayerForward, capture_layer_kwargs
 from slim_utils.layerwise.settings import PruningSettings
+from slim_utils.obs import solve_bytes
 from tests.conftest import ALL_TINY, make_tiny
 
 CPU = torch.device("cpu")
@@ -89,7 +90,11 @@ def test_every_map_is_run_once(cache_dev, times, samples):
 
 @torch.no_grad()
 def test_columns_are_kept_only_where_there_is_room(samples, monkeypatch):
-    for free, kept in ((2 * 8 * 16 * 40 * 4, True), (2 * 8 * 16 * 40 * 4 - 1, False)):
+    model = make_tiny("gqa")
+    # The solve of the FFN's map, but for the Hessian, comes first.
+    solve = solve_bytes(40, model.config.hidden_size, 20, torch.float64) - 4 * 40**2
+    inputs = 8 * 16 * 40 * 4
+    for free, kept in ((solve + 2 * inputs, True), (solve + 2 * inputs - 1, False)):
         monkeypatch.setattr(layer_replay, "free_memory", lambda device, free=free: free)
         replay = first_replay(make_tiny("gqa"), samples)
         list(replay.attention_inputs())
