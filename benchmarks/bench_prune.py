@@ -38,8 +38,8 @@ from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import DTYPES, check_output_file, choose_device, peak_memory_mib, write_json_atomic
-from slim_utils.families import find_family, layer_shapes
-from slim_utils.layerwise.device_defaults import default_tokens_per_forward, resolve_solve_dtype
+from slim_utils.families import find_family
+from slim_utils.layerwise.device_defaults import model_tokens_per_forward, resolve_solve_dtype
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.obs import PAPER_SELECTION, SelectionOptions
@@ -176,17 +176,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         SlimGPT.add_batch = watch.timed("hessian", SlimGPT.add_batch)
         SlimGPT.struct_prune = watch.timed("solve", SlimGPT.struct_prune)
         selection = SelectionOptions(True, args.column_group) if args.measure == "ours_fine" else PAPER_SELECTION
-        cached = 3 * samples.numel() * model.config.hidden_size * model.dtype.itemsize if cache_dev == device else 0
-        tokens = default_tokens_per_forward(
-            device, layer_shapes(model.config), model.config.hidden_size, model.dtype, cached
-        )
         settings = PruningSettings(
             device,
             cache_dev,
             percdamp=PERCDAMP,
             selection=selection,
             gqa_unit="kv_group",
-            tokens_per_forward=tokens,
+            tokens_per_forward=model_tokens_per_forward(model, device, cache_dev, samples.numel()),
             solve_dtype=resolve_solve_dtype("auto", device),
         )
         start = watch.now()

@@ -119,14 +119,7 @@ class _ProbeHook:
         weight, candidate_weights = pruner.linear.weight, {}
         dense = weight.clone()
         for candidate in candidates:
-            pruner.struct_prune(
-                candidate * num_groups,
-                unit_size,
-                settings.percdamp,
-                num_groups=num_groups,
-                selection=settings.selection,
-                solve_dtype=settings.solve_dtype,
-            )
+            settings.struct_prune(pruner, candidate * num_groups, unit_size, num_groups)
             candidate_weights[candidate] = weight.to("cpu", copy=True)
             weight.copy_(dense)
         self.maps[index, name] = _ProbedMap(errors, reference_count(errors, per_group), count, candidate_weights)

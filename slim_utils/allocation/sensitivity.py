@@ -302,14 +302,7 @@ def _unit_sensitivity(
     if probe and count < len(errors):
         dense = pruner.linear.weight.clone()
         try:
-            pruner.struct_prune(
-                count * num_groups,
-                unit_size,
-                settings.percdamp,
-                num_groups=num_groups,
-                selection=settings.selection,
-                solve_dtype=settings.solve_dtype,
-            )
+            settings.struct_prune(pruner, count * num_groups, unit_size, num_groups)
             # The rest of the model needs the memory.
             pruner.release()
             sensitivity.loss = max(probe.divergence(index), MIN_LOSS)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from slim_utils.allocation.planner import Planner, Sensitivities, no_cache, pruning_settings
 from slim_utils.common.loading import load_model, model_on_meta, scratch_folder
-from slim_utils.families import find_family, layer_shapes
+from slim_utils.families import find_family
 from slim_utils.layerwise.device_defaults import (
     CPU_TOKENS_PER_FORWARD,
-    default_tokens_per_forward,
+    model_tokens_per_forward,
     resolve_solve_dtype,
 )
 from slim_utils.layerwise.distributed import ProcessGroup
@@ -108,15 +108,12 @@ def with_device_defaults(config: PruningConfig, host: ResidentModel, num_tokens:
         host: the model.
         num_tokens: calibration tokens of this process.
     """
-    model, device = host.model, config.torch_device
+    device = config.torch_device
     solve_dtype = str(resolve_solve_dtype(config.solve_dtype, device)).removeprefix("torch.")
     config = replace(config, solve_dtype=solve_dtype)
     if config.tokens_per_forward is not None:
         return config
-    hidden_size = model.config.hidden_size
-    # Layers hold the activations of all tokens up to three times.
-    cached = 3 * num_tokens * hidden_size * model.dtype.itemsize if config.torch_cache_dev == device else 0
-    tokens = default_tokens_per_forward(device, layer_shapes(model.config), hidden_size, model.dtype, cached)
+    tokens = model_tokens_per_forward(host.model, device, config.torch_cache_dev, num_tokens)
     if tokens != CPU_TOKENS_PER_FORWARD:
         logger.info("%d tokens per forward (--tokens_per_forward)", tokens)
     return replace(config, tokens_per_forward=tokens)

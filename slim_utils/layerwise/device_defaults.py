@@ -1,13 +1,19 @@
 """Defaults that depend on the device: precision of the solver, tokens per forward."""
 
+from __future__ import annotations
+
 import statistics
 import time
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
 from slim_utils.common.memory import free_memory
-from slim_utils.families import LayerShape
+from slim_utils.families import LayerShape, layer_shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SOLVE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 # Of a device without slow fp64, fp64 runs at half the rate of fp32 or above it; others are at 1/32 and below.
@@ -42,6 +48,16 @@ def _product_seconds(device: torch.device, dtype: torch.dtype) -> float:
         torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
+
+
+def model_tokens_per_forward(
+    model: PreTrainedModel, device: torch.device, cache_dev: torch.device, num_tokens: int
+) -> int:
+    """:func:`default_tokens_per_forward` of a run on ``model`` with so many calibration tokens in this process."""
+    hidden_size, dtype = model.config.hidden_size, model.dtype
+    # Layers hold the activations of all tokens up to three times.
+    cached = 3 * num_tokens * hidden_size * dtype.itemsize if cache_dev == device else 0
+    return default_tokens_per_forward(device, layer_shapes(model.config), hidden_size, dtype, cached)
 
 
 def default_tokens_per_forward(

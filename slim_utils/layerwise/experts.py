@@ -101,16 +101,7 @@ def _solve(pruners: list[SlimGPT], tokens: list[int], count: int, settings: Prun
             # Without tokens all columns weigh the same.
             pruner.hessian.fill_diagonal_(1)
         damping = max(settings.percdamp, UNDER_CALIBRATED_PERCDAMP) if tokens[index] < columns else settings.percdamp
-        results.append(
-            pruner.struct_prune(
-                count,
-                1,
-                damping,
-                settings.compensate,
-                selection=settings.selection,
-                solve_dtype=settings.solve_dtype,
-            )
-        )
+        results.append(settings.struct_prune(pruner, count, percdamp=damping))
         pruner.release()
     return PruneResult(
         pruned_units=[index * columns + unit for index, result in enumerate(results) for unit in result.pruned_units],

@@ -296,16 +296,7 @@ def _prune_layer(
         if hook:
             hook(index, name, pruner, count, unit_size, num_groups)
         result = processes.on_main(
-            lambda: pruner.struct_prune(
-                count,
-                unit_size,
-                settings.percdamp,
-                settings.compensate,
-                num_groups,
-                settings.selection,
-                settings.solve_dtype,
-            ),
-            [linear.weight.data],
+            lambda: settings.struct_prune(pruner, count, unit_size, num_groups), [linear.weight.data]
         )
         pruner.release()
         return result

@@ -141,7 +141,8 @@ class LayerStore:
                 stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
         except SafetensorError as error:
             raise self._damaged(index) from error
-        if metadata.get(CHECKSUM, checksum(stored)) != checksum(stored):
+        # Earlier versions stored none.
+        if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(stored):
             raise self._damaged(index)
         with torch.no_grad():
             for name, tensor in stored.items():

@@ -9,6 +9,7 @@ from slim_utils.families import LayerShape
 from slim_utils.layerwise.device_defaults import CPU_TOKENS_PER_FORWARD
 from slim_utils.masks import LayerMask, LayerPlan
 from slim_utils.obs import PAPER_SELECTION, SelectionOptions
+from slim_utils.slimgpt import PruneResult, SlimGPT
 
 GQA_UNITS = ("query_head", "kv_group")
 
@@ -39,6 +40,20 @@ class PruningSettings:
     gqa_unit: str = "query_head"
     tokens_per_forward: int = CPU_TOKENS_PER_FORWARD
     solve_dtype: torch.dtype = torch.float64
+
+    def struct_prune(
+        self, pruner: SlimGPT, count: int, unit_size: int = 1, num_groups: int = 1, percdamp: float | None = None
+    ) -> PruneResult:
+        """:meth:`SlimGPT.struct_prune` with these settings; ``percdamp`` takes the place of theirs if given."""
+        return pruner.struct_prune(
+            count,
+            unit_size,
+            self.percdamp if percdamp is None else percdamp,
+            self.compensate,
+            num_groups,
+            self.selection,
+            self.solve_dtype,
+        )
 
     def micro_batches(self, samples: Tensor) -> list[tuple[int, int]]:
         """Start and stop of each forward: at most ``batch_samples`` samples and ``tokens_per_forward``."""
