@@ -4,7 +4,6 @@ import ast
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -118,6 +117,5 @@ def test_compare_models_with_a_failed_process_exits_with_its_code(checkpoint, te
 
 @pytest.mark.parametrize("script", ["model_slimming.py", "model_finetune.py", "model_evaluate.py", "test_flops.py"])
 def test_entry_scripts_with_help_print_their_usage(script, tmp_path):
-    command = [sys.executable, str(ROOT / script), "--help"]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    process = run_python(ROOT / script, "--help", cwd=tmp_path)
     assert process.returncode == 0 and process.stdout.startswith(f"usage: {script} "), process.stderr

@@ -1,9 +1,5 @@
 """Masked and pruned models: equal logits, sizes, saving and fine-tuning."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -15,6 +11,7 @@ from slim_utils.masks import LayerMask, read_pruning, write_pruning
 from slim_utils.params_remove import kept_indices, shrink, zero_removed
 from slim_utils.profiling.model_stats import model_stats, removed_share
 from tests.conftest import ALL_TINY, TINY_VARIANTS, make_tiny, set_attention
+from tests.processes import run_python
 
 # Families whose q/k norms or routers compute in fp32 for any dtype; sums with and without zeros differ by rounding.
 FP32_INSIDE = ("olmo2", "mixtral", "qwen3_moe")
@@ -152,8 +149,8 @@ def test_experts_implementation_can_be_set(variant):
         "slim = SLIM_CLASSES[name][1]; assert slim._can_set_experts_implementation()\n"
         "assert slim.__mro__[2]._can_set_experts_implementation()"
     )
-    root = Path(__file__).resolve().parents[2]
-    subprocess.run([sys.executable, "-c", script, variant], cwd=root, check=True)
+    process = run_python("-c", script, variant)
+    assert process.returncode == 0, process.stderr
 
 
 def test_from_heads_different_numbers_per_kv_head_are_refused():
