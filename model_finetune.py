@@ -1,4 +1,4 @@
-"""Recover a pruned model on instruction data, with LoRA or in full, optionally keeping pruned weights at zero.
+"""Recover a pruned model on plain text or instructions, with LoRA or in full, optionally keeping pruned weights zero.
 
     python model_finetune.py --model_name_or_path OUT/pruned_weights --data_path alpaca.json --use_lora true \
         --bf16 true --learning_rate 1e-4 --num_train_epochs 1 --max_length 256 --output_dir SFT 2>&1 | tee -i SFT.log
@@ -27,6 +27,7 @@ from torch import distributed
 from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalKey, EvalSets, load_eval_sets, split_eval_specs
 from ppl_eval.ppl_eval import evaluate
 from slim_utils.cli.app import run_cli
+from slim_utils.common.bos import calibration_bos
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import annotate_errors
 from slim_utils.common.input_checks import check_length, check_token_ids
@@ -39,8 +40,9 @@ from slim_utils.common.loading import (
     peak_memory_mib,
     write_json_atomic,
 )
+from slim_utils.common.ngrams import NgramSample
 from slim_utils.common.output_folder import output_lock
-from slim_utils.output.provenance import read_provenance
+from slim_utils.output.provenance import calibration_ngrams, read_provenance
 from slim_utils.profiling.tables import side_by_side
 from train_utils.finetune_args import FinetuneArguments, parse_args
 from train_utils.finetune_dataset import (
@@ -49,6 +51,7 @@ from train_utils.finetune_dataset import (
     default_cache_dir,
     load_finetune_data,
 )
+from train_utils.packed_text import TextSettings, load_text_data, parse_text_source
 from train_utils.prompts import check_tokenizer
 from train_utils.run_folder import install_result, open_run_folder
 
@@ -59,29 +62,41 @@ if TYPE_CHECKING:
 logger = logging.getLogger("model_finetune")
 
 
-def load_data(
-    args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase, max_positions: int
-) -> tuple[FinetuneData, EvalSets, EvalSets]:
-    """Instruction data, the evaluation windows used during training, and those used before and after it."""
+def load_samples(
+    args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase, windows: EvalSets, calibrated: NgramSample
+) -> FinetuneData:
+    """Instruction rows, or windows of text that overlap neither with ``windows`` nor with what calibrated the model."""
     data = args.data
-    settings = SampleSettings(data.prompt_template_name, data.max_length, args.training.train_full_prompt)
     cache_dir = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
+    cache = cache_dir if data.cache_dataset else None
+    if data.train_text is None:
+        settings = SampleSettings(data.prompt_template_name, data.max_length, args.training.train_full_prompt)
+        return load_finetune_data(data.train_data, data.data_path, tokenizer, settings, data.val_dataset_size, cache)
+    excluded = {
+        "the calibration samples of the model": calibrated,
+        "the texts of --extra_val_set": NgramSample.of_windows(windows.values()),
+    }
+    text_settings = TextSettings(
+        data.max_length, data.max_train_tokens, data.val_dataset_size, calibration_bos(tokenizer, data.bos)
+    )
+    sources = [parse_text_source(spec) for spec in data.train_text]
+    return load_text_data(sources, tokenizer, text_settings, excluded, cache)
+
+
+def load_data(
+    args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase, max_positions: int, calibrated: NgramSample
+) -> tuple[FinetuneData, EvalSets, EvalSets]:
+    """The training data, the evaluation windows used during training, and those used before and after it."""
+    data = args.data
     # Rank 0 tokenises and fills the cache; the other ranks read the cache.
     with args.training.main_process_first(desc="data"):
-        samples = load_finetune_data(
-            data.train_data,
-            data.data_path,
-            tokenizer,
-            settings,
-            data.val_dataset_size,
-            cache_dir if data.cache_dataset else None,
-        )
         default_seqlens = [seqlen for seqlen in DEFAULT_EVAL_SEQLENS[1:] if seqlen <= max_positions]
         seqlens = data.eval_seqlens or [data.extra_val_seqlen, *default_seqlens]
         all_seqlens = sorted({*seqlens, data.extra_val_seqlen})
         flags = {data.extra_val_seqlen: "--extra_val_seqlen"}
         specs = split_eval_specs(data.extra_val_set)
         windows = load_eval_sets(specs, tokenizer, all_seqlens, max_positions, data.bos, flags)
+        samples = load_samples(args, tokenizer, windows, calibrated)
     training_windows: EvalSets = {}
     for key, value in windows.items():
         # For a text with and without a BOS, the variant to quote comes first.
@@ -138,9 +153,10 @@ def run(args: FinetuneArguments) -> None:
     # Imported after the flags are checked: peft and the Trainer take seconds.
     from train_utils.distillation import check_teacher, load_teacher
     from train_utils.finetune_result import load_masks, mask_record, save_result, warn_if_not_masked, write_cards
-    from train_utils.lora import check_lora_targets, prepare_model
+    from train_utils.lora import check_lora_targets
     from train_utils.resumption import check_resumed, run_settings
     from train_utils.sparse_trainer import MaskCallback, masked_slices
+    from train_utils.trainable import prepare_model
     from train_utils.trainer_setup import best_metric, build_trainer, evaluation_sets
 
     training = args.training
@@ -157,12 +173,14 @@ def run(args: FinetuneArguments) -> None:
     check_lora_targets(args.model, config)
     if args.model.distill_from is not None:
         check_teacher(args, config, tokenizer)
-    data, training_windows, windows = load_data(args, tokenizer, config.max_position_embeddings)
+    provenance = read_provenance(path, config, trusted)
+    data, training_windows, windows = load_data(
+        args, tokenizer, config.max_position_embeddings, calibration_ngrams(provenance)
+    )
     splits = [split["input_ids"] for split in (data.train, data.validation) if split is not None]
     check_token_ids(config, tokenizer, *splits, *training_windows.values(), *windows.values())
     eval_sets = evaluation_sets(data, training_windows)
     training.metric_for_best_model = best_metric(training.metric_for_best_model, list(eval_sets))
-    provenance = read_provenance(path, config, trusted)
     model = load_model(path, "auto", trusted)
     teacher = load_teacher(args) if args.model.distill_from is not None else None
     settings = run_settings(args, data, model, teacher, pruned.masks if pruned else None)

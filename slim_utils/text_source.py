@@ -40,6 +40,8 @@ HUB_SOURCES: dict[str, dict[str, str]] = {
 }
 Row = dict[str, Any]
 FILE_KINDS = "txt, json, jsonl, csv, tsv (each also .gz or .zst) or parquet"
+# Characters of plain text that :func:`file_pieces` reads at once.
+PIECE_CHARS = 1 << 20
 _GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
@@ -100,17 +102,30 @@ def file_documents(path: Path) -> Iterator[str]:
     return _documents(file_rows(path), str(path))
 
 
-def file_rows(path: Path) -> Iterator[Row]:
+def file_pieces(path: Path) -> Iterator[str]:
+    """Stream the documents of a local file, see :func:`file_documents`; plain text in pieces that end at a line's end.
+
+    Raises:
+        UserError: as :func:`file_documents`.
+    """
+    return _documents(file_rows(path, PIECE_CHARS), str(path))
+
+
+def file_rows(path: Path, piece_chars: int | None = None) -> Iterator[Row]:
     """Stream the rows of a local csv, tsv, json, jsonl or parquet file; any other file is one row with a ``text``.
 
     Text files are UTF-8, with or without a byte-order mark, and may be compressed by gzip or zstd.
+
+    Args:
+        path: the file.
+        piece_chars: characters after which the row of plain text ends with its line, and another one begins.
 
     Raises:
         UserError: if the file is missing or unreadable.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file (--data_file, --data_path, --eval_datasets, --extra_val_set)")
-    read, newline = _reader(path)
+    read, newline = _reader(path, piece_chars)
     try:
         with _decompressed(path) as file:
             # pyarrow reads bytes, the other readers text.
@@ -120,7 +135,7 @@ def file_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: cannot be read as {FILE_KINDS} ({error_reason(error)})") from error
 
 
-def _reader(path: Path) -> tuple[Callable[[Any], Iterator[Row]], str | None]:
+def _reader(path: Path, piece_chars: int | None) -> tuple[Callable[[Any], Iterator[Row]], str | None]:
     """Return the row reader for the suffix of ``path``, and the ``newline`` argument that it needs."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     while suffixes and suffixes[-1] in (".gz", ".zst"):
@@ -133,7 +148,7 @@ def _reader(path: Path) -> tuple[Callable[[Any], Iterator[Row]], str | None]:
         ".jsonl": _json_rows,
         ".parquet": _parquet_rows,
     }
-    return readers.get(kind, _text_rows), None
+    return readers.get(kind, partial(_text_rows, piece_chars=piece_chars)), None
 
 
 def _decompressed(path: Path) -> io.BufferedIOBase:
@@ -149,8 +164,12 @@ def _decompressed(path: Path) -> io.BufferedIOBase:
     return pyarrow.input_stream(path, compression="zstd")
 
 
-def _text_rows(file: IO[str]) -> Iterator[Row]:
-    yield {"text": file.read()}
+def _text_rows(file: IO[str], piece_chars: int | None) -> Iterator[Row]:
+    if piece_chars is None:
+        yield {"text": file.read()}
+        return
+    while lines := file.readlines(piece_chars):
+        yield {"text": "".join(lines)}
 
 
 def _table_rows(file: IO[str], delimiter: str) -> Iterator[Row]:

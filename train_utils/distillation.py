@@ -5,28 +5,30 @@ Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015).
 
 from __future__ import annotations
 
-from functools import partial, reduce
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_checks import check_length
 from slim_utils.common.loading import load_config, load_model, load_tokenizer
 from train_utils.finetune_args import FinetuneArguments
 from train_utils.finetune_dataset import IGNORED_LABEL
-from train_utils.lora import cast_parameters, frozen_dtype
 from train_utils.sparse_trainer import SlimTrainer
+from train_utils.trainable import cast_parameters, frozen_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.modeling_outputs import CausalLMOutput
+    from transformers.modeling_outputs import CausalLMOutput, ModelOutput
 
-# The fp32 logits of one chunk take 150 MB at a vocabulary of 150,000.
+# The fp32 logits of one chunk take 150 MB at a vocabulary of 150,000. Heads run once for each chunk.
 CHUNK_TOKENS = 256
 
 
@@ -70,35 +72,113 @@ def load_teacher(args: FinetuneArguments) -> PreTrainedModel:
     return teacher.requires_grad_(False).to(args.training.device)
 
 
-def target_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """The rows (targets, vocabulary) of ``logits`` (batch, seqlen, vocabulary) that predict a target.
+def target_rows(states: Tensor, labels: Tensor) -> Tensor:
+    """The rows (targets, n) of ``states`` (batch, seqlen, n) at the positions that predict a target.
 
     Args:
-        logits: logits of a causal language model; position ``t`` predicts token ``t + 1``.
+        states: states of a causal language model; position ``t`` predicts token ``t + 1``.
         labels: (batch, seqlen) token ids, ``IGNORED_LABEL`` for non-targets.
     """
-    return logits[:, :-1][labels[:, 1:] != IGNORED_LABEL]
+    return states[:, :-1][labels[:, 1:] != IGNORED_LABEL]
 
 
-def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of the softmaxes of logits, summed over tokens, in nats, computed in fp32.
+class Head:
+    """The map from final hidden states to logits of a causal language model, with its scaling and soft-capping.
 
-    Equals the cross-entropy with soft targets of Hinton et al. (2015, section 2) at temperature 1, minus the entropy of
-    the teacher. fp32 tensors exist for ``CHUNK_TOKENS`` tokens at a time, in the backward pass too.
+    It runs the model's own forward with the decoder's output given, so that nothing of it is written again.
 
     Args:
-        student: logits (tokens, vocabulary); gradients flow to them.
-        teacher: logits of the same shape.
+        model: a causal language model, with or without adapters.
     """
-    # The forward is deterministic: no RNG state to restore.
-    chunk_divergence = partial(checkpoint, _chunk_divergence, use_reentrant=False, preserve_rng_state=False)
-    chunks = zip(student.split(CHUNK_TOKENS), teacher.split(CHUNK_TOKENS), strict=True)
-    return reduce(torch.add, (chunk_divergence(*chunk) for chunk in chunks))
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        self._model = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.decoder: nn.Module = self._model.get_decoder()
+        self._output_class: type[ModelOutput] = BaseModelOutputWithPast
+        self.hidden: Tensor | None = None
+        self.decoder.register_forward_hook(self._capture)
+
+    def _capture(self, decoder: nn.Module, inputs: Any, output: ModelOutput) -> None:
+        self._output_class, self.hidden = type(output), output.last_hidden_state
+
+    def take_hidden(self) -> Tensor:
+        """Return the hidden states (batch, seqlen, hidden) of the last forward, once."""
+        hidden, self.hidden = self.hidden, None
+        assert hidden is not None
+        return hidden
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the trained parameters of the head."""
+        return [parameter for parameter in self._model.get_output_embeddings().parameters() if parameter.requires_grad]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return the logits (tokens, vocabulary) of ``hidden`` (tokens, hidden)."""
+        output = self._output_class(last_hidden_state=hidden[None])
+        tokens = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        with _output_given(self.decoder, output):
+            logits = self._model(input_ids=tokens, use_cache=False).logits[0]
+        self.hidden = None
+        return logits
 
 
-def _chunk_divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    student, teacher = (functional.log_softmax(logits, -1, dtype=torch.float32) for logits in (student, teacher))
-    return functional.kl_div(student, teacher, reduction="sum", log_target=True)
+@contextmanager
+def _output_given(module: nn.Module, output: ModelOutput) -> Iterator[None]:
+    """Let ``module`` return ``output`` instead of running."""
+    forward = module.__dict__.get("forward")
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del module.forward
+        if forward is not None:
+            module.forward = forward
+
+
+class ChunkedDivergence(torch.autograd.Function):
+    """KL(teacher ‖ student) of the predictions from hidden states, summed over tokens, in nats, computed in fp32.
+
+    Equals the cross-entropy with soft targets of Hinton et al. (2015, section 2) at temperature 1, minus the entropy of
+    the teacher. Logits exist for ``CHUNK_TOKENS`` tokens at a time, and once: the gradient of a chunk is computed with
+    its loss (as in Liger's fused linear losses).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Head, teacher: Head, hidden: Tensor, teacher_hidden: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        """The divergence.
+
+        Args:
+            ctx: context of autograd.
+            student: head of the student.
+            teacher: head of the teacher.
+            hidden: (tokens, hidden) states of the student; gradients flow to them.
+            teacher_hidden: (tokens, hidden) states of the teacher.
+            parameters: trained parameters of the student's head; gradients flow to them.
+        """
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradients = [torch.empty_like(hidden), *map(torch.zeros_like, parameters)]
+        for start in range(0, len(hidden), CHUNK_TOKENS):
+            chunk = slice(start, start + CHUNK_TOKENS)
+            with torch.no_grad():
+                target = functional.log_softmax(teacher(teacher_hidden[chunk]), -1, dtype=torch.float32)
+            with torch.enable_grad():
+                leaf = hidden[chunk].detach().requires_grad_()
+                predicted = functional.log_softmax(student(leaf), -1, dtype=torch.float32)
+                loss = functional.kl_div(predicted, target, reduction="sum", log_target=True)
+                hidden_gradient, *others = torch.autograd.grad(loss, [leaf, *parameters])
+            total += loss.detach()
+            gradients[0][chunk] = hidden_gradient
+            for gradient, other in zip(gradients[1:], others, strict=True):
+                gradient += other
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the arguments of :meth:`forward`."""
+        hidden, *parameters = (gradient * outputs[0].to(gradient.dtype) for gradient in ctx.saved_tensors)
+        return None, None, hidden, None, *parameters
 
 
 class DistillationTrainer(SlimTrainer):
@@ -110,37 +190,44 @@ class DistillationTrainer(SlimTrainer):
     def __init__(self, *args: Any, teacher: PreTrainedModel, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.teacher = teacher
-        self.teacher_logits: Tensor | None = None
+        self._student_head, self._teacher_head = Head(self.accelerator.unwrap_model(self.model)), Head(teacher)
+        self._teacher_hidden: Tensor | None = None
         self.compute_loss_func = self.loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's loss; in training, runs the teacher first."""
-        # The teacher's activations are freed before those of the student are allocated.
-        self.teacher_logits = self.compute_teacher_logits(inputs) if model.training else None
+        """The Trainer's loss; in training, runs the teacher first, and no head."""
+        self._teacher_hidden = None
+        if model.training:
+            # The teacher's activations are freed before those of the student are allocated.
+            self._teacher_hidden = self._teacher_states(inputs)
+            # The logits of one position: the heads run on the hidden states, chunk by chunk.
+            inputs = {**inputs, "logits_to_keep": 1}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     @torch.no_grad()
-    def compute_teacher_logits(self, inputs: dict[str, Any]) -> Tensor:
-        """Logits (targets, vocabulary) of the teacher for a batch."""
+    def _teacher_states(self, inputs: dict[str, Any]) -> Tensor:
+        """Hidden states (targets, hidden) of the teacher for a batch."""
         with self.accelerator.autocast():
-            outputs = self.teacher(
+            self._teacher_head.decoder(
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
             )
-        return target_logits(outputs.logits, inputs["labels"])
+        return target_rows(self._teacher_head.take_hidden(), inputs["labels"])
 
     def loss(self, outputs: CausalLMOutput, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Mean loss per target: the KL divergence in training, the cross-entropy in evaluation.
 
         Args:
-            outputs: outputs of the student, with logits (batch, seqlen, vocabulary).
+            outputs: outputs of the student; in evaluation with logits (batch, seqlen, vocabulary).
             labels: (batch, seqlen) token ids, ``IGNORED_LABEL`` for non-targets.
             num_items_in_batch: divisor of the sum, the number of targets of a whole accumulated batch; ``None`` for the
                 targets in ``labels``.
         """
-        logits, labels = outputs.logits, labels.to(outputs.logits.device)
-        if self.teacher_logits is None:
-            return ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch)
-        # Dropped within the step, so that the logits of two steps are never held at once.
-        teacher_logits, self.teacher_logits = self.teacher_logits, None
-        total = divergence(target_logits(logits, labels), teacher_logits)
-        return total / (len(teacher_logits) if num_items_in_batch is None else num_items_in_batch)
+        if self._teacher_hidden is None:
+            logits = outputs.logits
+            return ForCausalLMLoss(logits, labels.to(logits.device), logits.shape[-1], num_items_in_batch)
+        # Dropped within the step, so that the states of two steps are never held at once.
+        teacher_hidden, self._teacher_hidden = self._teacher_hidden, None
+        student = self._student_head
+        hidden = target_rows(student.take_hidden(), labels)
+        total = ChunkedDivergence.apply(student, self._teacher_head, hidden, teacher_hidden, *student.parameters())
+        return total / (len(hidden) if num_items_in_batch is None else num_items_in_batch)

@@ -20,6 +20,7 @@ from slim_utils.common.errors import UserError
 from slim_utils.common.input_paths import check_inputs_outside, eval_files
 from slim_utils.common.output_folder import output_lock
 from train_utils.optional_packages import check_packages
+from train_utils.packed_text import parse_text_source
 from train_utils.prompts import TEMPLATES
 from train_utils.run_folder import choose_run_folder
 
@@ -34,6 +35,27 @@ RENAMED_FLAGS = {
 }
 RENAMED_VALUES = {("--optim", "adamw_hf"): "adamw_torch"}
 LORA_BIASES = ("none", "all", "lora_only")
+LORA, ALL_WEIGHTS, BLOCK_WEIGHTS, SCALES = "lora", "all", "block_weights", "scales"
+TRAINED_PARTS = {
+    LORA: "LoRA adapters",
+    ALL_WEIGHTS: "all weights",
+    BLOCK_WEIGHTS: "the weights of the decoder layers",
+    SCALES: "one scale per head and FFN column, folded into the weights",
+}
+# Defaults of runs on plain text, measured by benchmarks/bench_recovery.py.
+TEXT_DEFAULTS = {
+    "--max_length": 512,
+    "--val_dataset_size": 32,
+    "--per_device_train_batch_size": 2,
+    "--num_train_epochs": 1,
+    "--lr_scheduler_type": "cosine",
+    "--warmup_steps": 0.05,
+    "--peft_lora_r": 16,
+    "--peft_lora_alpha": 32,
+    "--peft_lora_dropout": 0,
+    "--logging_steps": 10,
+}
+TEXT_LEARNING_RATES = {LORA: 5e-4, ALL_WEIGHTS: 3e-4, BLOCK_WEIGHTS: 3e-4, SCALES: 5e-3}
 
 
 @dataclass
@@ -42,6 +64,15 @@ class ModelArguments:
 
     model_name_or_path: str = field(default="", metadata={"help": "checkpoint folder or hub name"})
     use_lora: bool = field(default=False, metadata={"help": "train LoRA adapters instead of all weights"})
+    train: str | None = field(
+        default=None,
+        metadata={
+            "help": "what to train: "
+            + "; ".join(f"{name} ({text})" for name, text in TRAINED_PARTS.items())
+            + " (default: lora with --use_lora true, else all)",
+            "choices": list(TRAINED_PARTS),
+        },
+    )
     peft_lora_r: int = field(default=8, metadata={"help": "rank of the adapters"})
     peft_lora_alpha: int = field(default=16, metadata={"help": "scale of the adapters, as alpha / r"})
     peft_lora_dropout: float = field(default=0.05, metadata={"help": "dropout before the adapters"})
@@ -62,22 +93,37 @@ class ModelArguments:
     quantization_bit: int | None = field(default=None, metadata={"help": "refused"})
     auto_load: bool = field(default=False, metadata={"help": "refused"})
 
+    @property
+    def trained_part(self) -> str:
+        """What the run trains, a key of ``TRAINED_PARTS``."""
+        return LORA if self.use_lora else self.train or ALL_WEIGHTS
+
 
 @dataclass
 class DataArguments:
-    """Flags of the instruction data and of the perplexity texts."""
+    """Flags of the training data and of the perplexity texts."""
 
     train_data: str = field(default="alpaca", metadata={"help": "alpaca or gpt4_alpaca, from the hub"})
     data_path: str | None = field(
         default=None, metadata={"help": "json, jsonl, csv, tsv or parquet file, or hub name; replaces --train_data"}
     )
-    max_length: int = field(default=512, metadata={"help": "tokens per sample; longer samples are truncated"})
-    cache_dataset: bool = field(default=True, metadata={"help": "cache the tokenised samples"})
+    train_text: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "plain text to train on, every token a target, instead of instructions: wikitext2, c4, a hub name, "
+            "or a txt, json[l], csv, tsv or parquet file (also .gz, .zst); NAME:WEIGHT or FILE:WEIGHT in a mixture"
+        },
+    )
+    max_train_tokens: float = field(default=1e6, metadata={"help": "tokens of --train_text to train on"})
+    max_length: int = field(
+        default=512, metadata={"help": "tokens per sample, or per window of text; longer samples are truncated"}
+    )
+    cache_dataset: bool = field(default=True, metadata={"help": "cache the tokenised samples or windows"})
     cache_dir: str | None = field(
         default=None, metadata={"help": "cache folder (default: $SLIMGPT_CACHE or ~/.cache/slimgpt)"}
     )
     prompt_template_name: str = field(default="alpaca", metadata={"help": f"one of {', '.join(TEMPLATES)}"})
-    val_dataset_size: int = field(default=2000, metadata={"help": "rows held out for evaluation"})
+    val_dataset_size: int = field(default=2000, metadata={"help": "rows, or windows of text, held out for evaluation"})
     extra_val_set: str = field(
         default="wikitext2",
         metadata={"help": "perplexity texts: wikitext2, ptb, FILE or NAME=FILE, comma-separated"},
@@ -192,7 +238,7 @@ def parse_args(argv: list[str] | None = None) -> FinetuneArguments:
     Raises:
         UserError: naming the flag to change.
     """
-    argv = translate_legacy_flags(sys.argv[1:] if argv is None else argv)
+    argv = with_text_defaults(translate_legacy_flags(sys.argv[1:] if argv is None else argv))
     provide_single_process_group(argv)
     parser = build_parser()
     try:
@@ -205,7 +251,21 @@ def parse_args(argv: list[str] | None = None) -> FinetuneArguments:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args = FinetuneArguments(*parsed)
     check_args(args)
+    args.model.use_lora = args.model.use_lora or args.model.train == LORA
+    if args.data.train_text and not _given("--learning_rate", argv):
+        args.training.learning_rate = TEXT_LEARNING_RATES[args.model.trained_part]
     return args
+
+
+def _given(flag: str, argv: Sequence[str]) -> bool:
+    return any(argument.partition("=")[0] == flag for argument in argv)
+
+
+def with_text_defaults(argv: list[str]) -> list[str]:
+    """``argv`` after the defaults of runs on plain text, if it is one; later flags win."""
+    if not _given("--train_text", argv):
+        return argv
+    return [*(str(word) for pair in TEXT_DEFAULTS.items() for word in pair), *argv]
 
 
 def translate_legacy_flags(argv: list[str]) -> list[str]:
@@ -227,7 +287,7 @@ def translate_legacy_flags(argv: list[str]) -> list[str]:
 
 def provide_single_process_group(argv: list[str]) -> None:
     """Set the environment of a single-process group, so that DeepSpeed starts without a launcher."""
-    if any(argument.partition("=")[0] == "--deepspeed" for argument in argv) and "RANK" not in os.environ:
+    if _given("--deepspeed", argv) and "RANK" not in os.environ:
         group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         os.environ.update({name: value for name, value in group.items() if name not in os.environ})
 
@@ -260,6 +320,8 @@ def check_model_args(args: FinetuneArguments) -> None:
         raise UserError(f"--peft_lora_bias {model.peft_lora_bias}: choose one of {', '.join(LORA_BIASES)}")
     if model.use_lora and model.peft_lora_r < 1:
         raise UserError(f"--peft_lora_r {model.peft_lora_r}: at least 1")
+    if model.use_lora and model.train not in (None, LORA):
+        raise UserError(f"--use_lora true and --train {model.train} exclude each other; leave one out")
     losses = {
         "--use_focal_loss": model.use_focal_loss,
         "--label_smoothing_factor": args.training.label_smoothing_factor,
@@ -279,6 +341,13 @@ def check_data_args(data: DataArguments) -> None:
     for name, lowest in (("max_length", 2), ("val_dataset_size", 0), ("extra_val_seqlen", 2)):
         if getattr(data, name) < lowest:
             raise UserError(f"--{name} {getattr(data, name)}: at least {lowest}")
+    if data.train_text is not None:
+        if data.data_path is not None:
+            raise UserError("--train_text and --data_path exclude each other; leave one out")
+        if not data.max_train_tokens >= data.max_length:
+            raise UserError(f"--max_train_tokens {data.max_train_tokens:g}: at least --max_length {data.max_length}")
+        for spec in data.train_text:
+            parse_text_source(spec)
     if any(seqlen < 2 for seqlen in data.eval_seqlens or ()):
         raise UserError("--eval_seqlens: at least 2")
     if "validation" in name_eval_sets(split_eval_specs(data.extra_val_set), "--extra_val_set"):
@@ -313,6 +382,7 @@ def check_output_dir(args: FinetuneArguments) -> None:
         "--model_name_or_path": [args.model.model_name_or_path],
         "--distill_from": [args.model.distill_from],
         "--data_path": [args.data.data_path],
+        "--train_text": [parse_text_source(spec).name for spec in args.data.train_text or ()],
         "--mask_config_dir": [args.sparse.mask_config_dir],
         "--extra_val_set": eval_files(split_eval_specs(args.data.extra_val_set)),
         "--deepspeed": [deepspeed],

@@ -32,7 +32,7 @@ IGNORED_LABEL = -100
 SPLIT_SEED = 24
 CACHE_FORMAT = 1
 # Errors of a cache folder that is read-only, owned by another user, or below a file.
-NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
 Sample = dict[str, list[int]]
 
 

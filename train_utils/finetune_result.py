@@ -23,9 +23,10 @@ from slim_utils.output.provenance import (
 )
 from slim_utils.params_remove import shrink, zero_removed
 from slim_utils.text_source import hub_datasets
-from train_utils.finetune_args import FinetuneArguments
-from train_utils.lora import cast_parameters, fuse_lora, lora_targets
+from train_utils.finetune_args import BLOCK_WEIGHTS, SCALES, TRAINED_PARTS, FinetuneArguments
+from train_utils.lora import fuse_lora, lora_targets
 from train_utils.sparse_trainer import MaskCallback, masked_slices
+from train_utils.trainable import cast_parameters, fuse_scales, with_trained_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -91,11 +92,15 @@ def save_result(
         pruned: masks of the model, if it is trained with masks.
         folder: output folder.
     """
-    trusted = args.model.trust_remote_code
+    base, trusted = args.model.model_name_or_path, args.model.trust_remote_code
     if args.model.use_lora:
         model.save_pretrained(folder, save_embedding_layers=False)
-        result = fuse_lora(args.model.model_name_or_path, str(folder), trusted)
+        result = fuse_lora(base, str(folder), trusted)
         folder = folder / FUSED_FOLDER
+    elif args.model.train == SCALES:
+        result = fuse_scales(base, model, trusted)
+    elif args.model.train == BLOCK_WEIGHTS:
+        result = with_trained_weights(base, model, trusted)
     else:
         result = model.cpu()
         cast_parameters(result, dtype)
@@ -155,7 +160,7 @@ def recovery_settings(args: FinetuneArguments, record: dict[str, Any], saved: Pr
         saved: the saved model.
     """
     model, training, data = args.model, args.training, record["data"]
-    trained = "all weights"
+    trained = TRAINED_PARTS[model.trained_part]
     if model.use_lora:
         targets = lora_targets(saved, model.peft_target_modules)
         names = targets if isinstance(targets, str) else ",".join(targets)
@@ -165,7 +170,7 @@ def recovery_settings(args: FinetuneArguments, record: dict[str, Any], saved: Pr
         ("pruned weights kept at zero", "yes" if args.sparse.is_mask_training else "no"),
         ("teacher", public_name(model.distill_from) if model.distill_from else "none"),
         ("data", public_name(data["source"])),
-        ("samples", data["train_samples"]),
+        ("windows" if args.data.train_text else "samples", data["train_samples"]),
         ("their fingerprint (sha256)", data["sha256"]),
         ("epochs", f"{record['log'][-1]['epoch']:g}"),
         (

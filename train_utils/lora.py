@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import load_model, model_on_meta
 from slim_utils.families import FAMILIES, Family
-from train_utils.finetune_args import FinetuneArguments, ModelArguments, TrainingArguments
+from train_utils.finetune_args import ModelArguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -152,31 +152,3 @@ def fuse_lora(model_path: str, adapter_dir: str, trust_remote_code: bool) -> Pre
         layer.merge()
         weight.data = weight.data.to(dtype)
     return adapted.unload().eval()
-
-
-def prepare_model(model: PreTrainedModel, args: FinetuneArguments) -> PreTrainedModel | PeftModel:
-    """``model`` in its training dtype, with adapters if ``--use_lora``.
-
-    Trained weights are fp32; frozen weights have the dtype of :func:`frozen_dtype`.
-    """
-    training = args.training
-    cast_parameters(model, frozen_dtype(training) if args.model.use_lora else torch.float32)
-    if not args.model.use_lora:
-        return model
-    if training.gradient_checkpointing:
-        model.enable_input_require_grads()
-    adapted = add_lora(model, args.model)
-    if training.process_index == 0:
-        adapted.print_trainable_parameters()
-    return adapted
-
-
-def frozen_dtype(training: TrainingArguments) -> torch.dtype:
-    """Dtype of frozen weights: bf16, fp16 or fp32, as used for computation."""
-    return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-
-
-def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast all parameters to ``dtype``; buffers (rotary frequencies) keep theirs."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)

@@ -42,7 +42,7 @@ def run_settings(
         masks: masks of ``--is_mask_training``.
     """
     training = args.training
-    settings = {f"--{name}": getattr(args.model, name) for name in ("use_lora", *_LORA_FLAGS)}
+    settings = {"--train": args.model.trained_part} | {f"--{name}": getattr(args.model, name) for name in _LORA_FLAGS}
     if not args.model.use_lora:
         settings |= {f"--{name}": None for name in _LORA_FLAGS}
     settings |= {f"--{name}": getattr(args.data, name) for name in _DATA_FLAGS}

@@ -9,12 +9,15 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, hf_hub_download
 
 from slim_utils.common.loading import model_on_meta, write_json_atomic
+from slim_utils.common.ngrams import NgramSample
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.masks import LayerMask
 from slim_utils.profiling.model_stats import count_parameters, weights_of
@@ -73,15 +76,19 @@ def public_name(path: str) -> str:
     return Path(path).resolve().name if Path(path).exists() else path
 
 
-def pruning_step(settings: list[tuple[str, Any]], block_weights: int, datasets: Sequence[str] = ()) -> dict[str, Any]:
+def pruning_step(
+    settings: list[tuple[str, Any]], block_weights: int, datasets: Sequence[str] = (), ngrams: str = ""
+) -> dict[str, Any]:
     """A step that removes weights.
 
     Args:
         settings: names and values for the model card.
         block_weights: number of remaining block weights.
         datasets: hub names of the calibration texts.
+        ngrams: :attr:`NgramSample.text` of the calibration samples, which later training data should not overlap with.
     """
-    return {"kind": PRUNING, "settings": dict(settings), "block_weights": block_weights, "datasets": list(datasets)}
+    step = {"kind": PRUNING, "settings": dict(settings), "block_weights": block_weights, "datasets": list(datasets)}
+    return step | ({"calibration_ngrams": ngrams} if ngrams else {})
 
 
 def recovery_step(settings: list[tuple[str, Any]], datasets: Sequence[str] = ()) -> dict[str, Any]:
@@ -97,6 +104,12 @@ def with_step(provenance: dict[str, Any], step: dict[str, Any]) -> dict[str, Any
 def pruning_steps(provenance: dict[str, Any]) -> list[dict[str, Any]]:
     """The pruning steps of ``provenance``."""
     return [step for step in provenance["steps"] if step["kind"] == PRUNING]
+
+
+def calibration_ngrams(provenance: dict[str, Any]) -> NgramSample:
+    """A sample of the n-grams of all calibration samples that the pruning steps used, as far as they are recorded."""
+    texts = [step["calibration_ngrams"] for step in pruning_steps(provenance) if "calibration_ngrams" in step]
+    return reduce(or_, map(NgramSample.from_text, texts), NgramSample.of_windows([]))
 
 
 def total_share_removed(provenance: dict[str, Any]) -> float:

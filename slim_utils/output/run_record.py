@@ -6,6 +6,7 @@ from typing import Any
 from slim_utils.allocation.planner import Sensitivities
 from slim_utils.allocation.sensitivity import LayerSensitivity, UnitSensitivity
 from slim_utils.common.environment import command_line, environment
+from slim_utils.common.ngrams import NgramSample
 from slim_utils.layerwise.layer_report import LayerReport
 from slim_utils.pruning_config import Effect, PruningConfig
 from slim_utils.slim_dataset import CalibrationData
@@ -129,7 +130,7 @@ def pruning_record(
 
 
 def calibration_record(data: CalibrationData) -> dict[str, Any]:
-    """Return the fingerprint of the calibration samples."""
+    """Return the fingerprints of the calibration samples: their hash, and a sample of their n-grams."""
     num_samples, seqlen = data.samples.shape
     return {
         "source": data.source,
@@ -139,6 +140,7 @@ def calibration_record(data: CalibrationData) -> dict[str, Any]:
         "num_samples": num_samples,
         "seqlen": seqlen,
         "samples_sha256": data.sha256,
+        "ngrams": NgramSample.of_windows([data.samples]).text,
     }
 
 

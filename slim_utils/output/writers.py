@@ -228,7 +228,7 @@ def write_output(
             record.sizes.parameters_pruned = count_parameters(pruned_model)
         remaining = remaining_weights(output.family.decoder_layers(output.model), output.family, masks)
         texts = hub_datasets(source["name"] for source in record.calibration["sources"])
-        step = pruning_step(pruning_settings(record.to_json()), remaining, texts)
+        step = pruning_step(pruning_settings(record.to_json()), remaining, texts, record.calibration["ngrams"])
         record.provenance = with_step(record.provenance, step)
         record.sizes.block_share_removed_in_total = total_share_removed(record.provenance)
         write_provenance(folder, record.provenance)

@@ -1,0 +1,117 @@
+"""``model_finetune.py --train_text``: windows of plain text, parts of the model, and the dense model as teacher."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from slim_utils.common.errors import UserError
+from slim_utils.common.loading import load_model, load_tokenizer
+from tests.conftest import random_text
+from tests.integration.finetuning import logits, losses, main, run
+from train_utils.finetune_args import TEXT_DEFAULTS, TEXT_LEARNING_RATES, parse_args
+from train_utils.packed_text import TextSettings, TextSource, load_text_data
+
+
+@pytest.fixture
+def text_argv(tmp_path, text_file):
+    """Function that builds the arguments of a run on a text for a model and more flags."""
+    text = tmp_path / "train.txt"
+    text.write_text(random_text(3000, 5))
+
+    def build(model, *flags) -> list[str]:
+        argv = ["--model_name_or_path", model, "--output_dir", tmp_path / "out", "--train_text", text]
+        argv += ["--max_length", 32, "--val_dataset_size", 4, "--max_train_tokens", 1024, "--cache_dataset", "false"]
+        argv += ["--save_strategy", "no", "--extra_val_set", f"text={text_file}", "--extra_val_seqlen", 16]
+        return list(map(str, [*argv, "--eval_seqlens", 16, "--logging_steps", 1, *flags]))
+
+    return build
+
+
+@pytest.mark.parametrize("part", ["lora", "all", "block_weights", "scales"])
+def test_distillation_on_text_of_every_part_lowers_the_loss(slim, text_argv, tmp_path, checkpoint, samples, part):
+    base, out = slim / "pruned_weights", tmp_path / "out"
+    main(
+        text_argv(base, "--train", part, "--distill_from", checkpoint, "--learning_rate", 2e-3, "--num_train_epochs", 4)
+    )
+    trained = losses(out)
+    first, last = (sum(list(trained.values())[part]) for part in (slice(16), slice(-16, None)))
+    assert last < 0.97 * first
+    record = json.loads((out / "run.json").read_text())
+    assert record["data"]["train_samples"] == 32 and record["data"]["validation_samples"] == 4
+    saved = out / "lora_fused_model" if part == "lora" else out
+    before, after = load_file(base / "model.safetensors"), load_file(saved / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    if part == "scales":
+        assert {name.rpartition(".")[0].rpartition(".")[2] for name in changed} == {"o_proj", "down_proj"}
+    elif part != "all":
+        assert changed and all(".layers." in name for name in changed)
+    else:
+        assert "model.embed_tokens.weight" in changed
+    assert not torch.equal(logits(saved, samples), logits(base, samples))
+    card = (saved / "README.md").read_text()
+    assert "| windows | 32 |" in card and "train.txt" in card
+
+
+def test_train_text_without_teacher_trains_on_every_token(slim, text_argv, tmp_path):
+    main(text_argv(slim / "pruned_weights", "--train", "block_weights", "--learning_rate", 0, "--num_train_epochs", 1))
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    model = load_model(str(slim / "pruned_weights"), "auto", False)
+    tokenizer = load_tokenizer(str(slim / "pruned_weights"), False)
+    source = TextSource(str(tmp_path / "train.txt"), 1)
+    data = load_text_data([source], tokenizer, TextSettings(32, 1024, 4, None), {}, None)
+    ids = torch.tensor(data.train["input_ids"][:])
+    with torch.no_grad():
+        expected = model(ids, labels=ids).loss.item()
+    assert record["log"][-1]["train_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_train_text_skips_what_calibrated_the_model(slim, text_argv, tmp_path, text_file):
+    process = run(text_argv(slim / "pruned_weights", "--train_text", text_file, "--extra_val_set", "none"))
+    assert process.returncode == 0, process.stderr
+    assert "windows skipped that overlap with the calibration samples of the model" in process.stderr
+
+
+def test_parse_args_with_train_text_sets_the_defaults_of_text(slim, text_argv):
+    args = parse_args(text_argv(slim / "pruned_weights", "--train", "scales"))
+    assert args.training.learning_rate == TEXT_LEARNING_RATES["scales"]
+    assert args.training.lr_scheduler_type == TEXT_DEFAULTS["--lr_scheduler_type"]
+    # A flag of the user wins.
+    assert args.data.max_length == 32
+    args = parse_args(text_argv(slim / "pruned_weights", "--learning_rate", 1e-6, "--use_lora", "true"))
+    assert args.training.learning_rate == 1e-6 and args.model.peft_lora_r == 16
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train_text", "none.txt"], "--train_text none.txt: no such file"),
+        (["--data_path", "x.json"], "--train_text and --data_path exclude each other"),
+        (["--max_train_tokens", 31], "--max_train_tokens 31: at least --max_length 32"),
+        (["--max_train_tokens", "nan"], "--max_train_tokens nan: at least"),
+        (["--train", "scales", "--use_lora", "true"], "--use_lora true and --train scales exclude each other"),
+        (["--train", "heads"], "--train: invalid choice"),
+    ],
+)
+def test_parse_args_with_wrong_flags_of_text_is_refused(slim, text_argv, flags, message, capsys):
+    with pytest.raises((UserError, SystemExit)) as error:
+        parse_args(text_argv(slim / "pruned_weights", *flags))
+    assert message in str(error.value) + capsys.readouterr().err
+
+
+def test_train_of_scales_resumed_continues_the_same_loss_curve(slim, text_argv, tmp_path, checkpoint):
+    flags = ["--train", "scales", "--distill_from", checkpoint, "--save_strategy", "steps", "--save_steps", 8]
+    flags += ["--learning_rate", 1e-2, "--save_total_limit", 1, "--lr_scheduler_type", "constant"]
+    main(text_argv(slim / "pruned_weights", *flags))
+    whole = losses(tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    main(text_argv(slim / "pruned_weights", *flags, "--output_dir", tmp_path / "half", "--max_steps", 8))
+    argv = text_argv(slim / "pruned_weights", *flags, "--output_dir", tmp_path / "rest")
+    main([*argv, "--resume_from_checkpoint", str(tmp_path / "half" / "checkpoint-8")])
+    rest = losses(tmp_path / "rest")
+    assert {step: loss for step, loss in rest.items() if step > 8} == pytest.approx(
+        {step: loss for step, loss in whole.items() if step > 8}, rel=1e-2
+    )
+    assert weights.keys() == load_file(tmp_path / "rest" / "model.safetensors").keys()

@@ -1,0 +1,89 @@
+"""What a run trains: block weights and scales, for every family, and the checkpoints that hold them."""
+
+import copy
+
+import pytest
+import torch
+
+from slim_utils.common.loading import load_model
+from slim_utils.families import find_family, layer_shapes
+from tests.conftest import ALL_TINY, make_tiny
+from train_utils.trainable import SCALE, add_scales, fuse_scales, scaled_maps, train_only, with_trained_weights
+
+
+class Precision:
+    """Flags of a run that computes in fp32, or in bf16."""
+
+    def __init__(self, bf16: bool = False) -> None:
+        self.bf16, self.fp16, self.gradient_checkpointing = bf16, False, False
+
+
+def logits(model, samples) -> torch.Tensor:
+    with torch.no_grad():
+        return model(samples).logits
+
+
+@pytest.mark.parametrize("variant", ALL_TINY)
+def test_add_scales_has_one_per_head_and_column(variant, samples):
+    model = make_tiny(variant)
+    dense, names = logits(model, samples), dict(model.named_parameters()).keys()
+    scales = add_scales(model)
+    assert torch.equal(logits(model, samples), dense)
+    expected = 0
+    for shape in layer_shapes(model.config):
+        expected += shape.num_heads + (0 if shape.num_experts else shape.num_columns)
+    assert sum(scale.numel() for scale in scales.values()) == expected
+    assert dict(model.named_parameters()).keys() - names == scales.keys()
+
+
+@pytest.mark.parametrize("variant", ALL_TINY)
+def test_fuse_scales_gives_the_logits_of_the_scaled_model(variant, samples, tmp_path):
+    model = make_tiny(variant)
+    model.save_pretrained(tmp_path)
+    dense = logits(model, samples)
+    train_only(model, add_scales(model).values(), Precision())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, linear, _ in scaled_maps(model):
+            getattr(linear, SCALE).copy_(0.5 + torch.rand(getattr(linear, SCALE).shape, generator=generator))
+    scaled = logits(model, samples)
+    fused = fuse_scales(str(tmp_path), model, False)
+    assert not [name for name, _ in fused.named_parameters() if name.endswith(SCALE)]
+    error = (logits(fused, samples) - scaled).abs().max()
+    assert error <= 1e-5 * scaled.abs().max() < (scaled - dense).abs().max()
+
+
+@pytest.mark.parametrize("variant", ALL_TINY)
+def test_with_trained_weights_changes_the_block_weights_alone(variant, tmp_path):
+    model = make_tiny(variant)
+    # Weights that bf16 rounds: frozen ones must not come from the copy in training.
+    model.save_pretrained(tmp_path)
+    before = copy.deepcopy(model.state_dict())
+    layers = find_family(model.config).decoder_layers(model)
+    train_only(model, layers.parameters(), Precision(bf16=True))
+    assert {parameter.dtype for parameter in layers.parameters()} == {torch.float32}
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert not model.get_input_embeddings().weight.requires_grad
+    with torch.no_grad():
+        for parameter in layers.parameters():
+            parameter.add_(0.25)
+    saved = with_trained_weights(str(tmp_path), model, False).state_dict()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and saved.keys() == before.keys()
+    for name, weight in saved.items():
+        assert torch.equal(weight, before[name] + 0.25 if name in trained else before[name]), name
+
+
+def test_fuse_scales_of_a_bf16_checkpoint_rounds_once(tmp_path):
+    model = make_tiny("gqa", torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    add_scales(model)
+    linear = next(linear for name, linear, _ in scaled_maps(model) if "down_proj" in name)
+    getattr(linear, SCALE).data.fill_(1.003)
+    fused = fuse_scales(str(tmp_path), model, False)
+    dense = load_model(str(tmp_path), "auto", False)
+    weight, expected = (
+        next(linear.weight for name, linear, _ in scaled_maps(m) if "down_proj" in name) for m in (fused, dense)
+    )
+    assert weight.dtype == torch.bfloat16
+    assert torch.equal(weight, (expected.float() * 1.003).bfloat16())

@@ -1,0 +1,281 @@
+"""Plain text for training: documents joined by EOS tokens and packed into windows in which every token is a target.
+
+1. Stream the documents of every text.
+2. Tokenise them, append an EOS token to each, and cut the stream of tokens into windows.
+3. Skip windows that share a passage with the calibration samples of the model or with an evaluation text.
+4. Hold out the first windows of every text; write all to an Arrow file, which is mapped and never read whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from slim_utils.common.errors import UserError
+from slim_utils.common.loading import atomic_folder
+from slim_utils.common.ngrams import NgramSample
+from slim_utils.text_source import HUB_SOURCES, file_pieces, hub_documents
+from train_utils.finetune_dataset import NOT_WRITABLE, FinetuneData, fingerprint
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+FLAG = "--train_text"
+WINDOWS_FILE, COUNTS_FILE = "windows.arrow", "counts.json"
+# Windows of one record batch of the file.
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A text and its weight in the mixture.
+
+    Attributes:
+        name: local file, key of ``HUB_SOURCES``, or hub name of a data set with a column of text.
+        weight: relative number of windows.
+    """
+
+    name: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """Settings that, together with texts and tokenizer, determine the windows.
+
+    Attributes:
+        length: tokens of a window, including its BOS.
+        max_tokens: tokens of all training windows.
+        val_windows: held-out windows.
+        bos: id of the first token of every window; ``None`` for none.
+    """
+
+    length: int
+    max_tokens: float
+    val_windows: int
+    bos: int | None
+
+
+@dataclass
+class SourceWindows:
+    """Windows of a text.
+
+    Attributes:
+        name: the text.
+        wanted: windows that the mixture takes, held-out ones included.
+        windows: windows taken; fewer if the text is too short.
+        skipped: windows left out because of an overlap, by what they overlap with.
+    """
+
+    name: str
+    wanted: int
+    windows: int
+    skipped: dict[str, int]
+
+
+def parse_text_source(spec: str) -> TextSource:
+    """Return the text and weight of ``spec``: ``NAME``, ``FILE``, ``NAME:WEIGHT`` or ``FILE:WEIGHT``.
+
+    Raises:
+        UserError: if the weight is not a positive number, or a local file does not exist.
+    """
+    name, colon, weight = spec.rpartition(":")
+    source = TextSource(spec, 1.0)
+    if colon and not Path(spec).is_file():
+        try:
+            source = TextSource(name, float(weight))
+        except ValueError:
+            raise UserError(
+                f"{FLAG} {spec}: the weight {weight} is not a number; give NAME:WEIGHT or FILE:WEIGHT"
+            ) from None
+    if not (source.weight > 0 and math.isfinite(source.weight)):
+        raise UserError(f"{FLAG} {spec}: the weight must be positive")
+    path = Path(source.name).expanduser()
+    if (
+        not path.is_file()
+        and source.name not in HUB_SOURCES
+        and (path.suffix or source.name.startswith((".", "/", "~")))
+    ):
+        raise UserError(f"{FLAG} {source.name}: no such file")
+    return source
+
+
+def load_text_data(
+    sources: Sequence[TextSource],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TextSettings,
+    excluded: Mapping[str, NgramSample],
+    cache_dir: Path | None,
+) -> FinetuneData:
+    """Return packed windows of a mixture of texts, and held-out windows.
+
+    Args:
+        sources: texts with their weights.
+        tokenizer: tokenizer of the model.
+        settings: number and length of the windows.
+        excluded: samples of the texts that no window may overlap with, by their names in messages.
+        cache_dir: cache of the windows; ``None`` disables it.
+
+    Raises:
+        UserError: if a text cannot be read, or no training window is left.
+    """
+    texts: dict[str, Any] = {"sources": [[source.name, source.weight, *_file_state(source)] for source in sources]}
+    texts["excluded"] = {name: hashlib.sha256(sample.hashes.tobytes()).hexdigest() for name, sample in excluded.items()}
+    key = fingerprint([texts], tokenizer, settings)
+    folder = cache_dir and cache_dir / f"text-{key[:32]}"
+    if folder and folder.is_dir():
+        logger.info("using the windows cached in %s", folder)
+        return _split(folder, settings, key)
+    try:
+        if folder:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_folder(folder) as partial:
+                _write_windows(partial, sources, tokenizer, settings, excluded)
+            return _split(folder, settings, key)
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        logger.warning("the windows are not cached (%s); choose another --cache_dir", error)
+    # The mapped file stays readable once its name is gone.
+    with tempfile.TemporaryDirectory(prefix="slimgpt-text-") as scratch:
+        _write_windows(Path(scratch), sources, tokenizer, settings, excluded)
+        return _split(Path(scratch), settings, key)
+
+
+def _file_state(source: TextSource) -> list[int]:
+    """Size and time of change of a local file; nothing for a data set on the hub."""
+    path = Path(source.name).expanduser()
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
+
+
+def _split(folder: Path, settings: TextSettings, key: str) -> FinetuneData:
+    """The windows in ``folder``: the first ones are held out."""
+    import datasets
+
+    counts = [SourceWindows(**entry) for entry in json.loads((folder / COUNTS_FILE).read_text(encoding="utf-8"))]
+    names, skipped = " + ".join(entry.name for entry in counts), sum(sum(entry.skipped.values()) for entry in counts)
+    for entry in counts:
+        _log_counts(entry)
+    windows: datasets.Dataset = datasets.Dataset.from_file(str(folder / WINDOWS_FILE))
+    if len(windows) <= settings.val_windows:
+        raise UserError(
+            f"{FLAG} {names}: {len(windows)} windows of --max_length {settings.length}, {settings.val_windows} of them "
+            "held out; give more text, or lower --max_length or --val_dataset_size"
+        )
+    validation = windows.select(range(settings.val_windows)) if settings.val_windows else None
+    train = windows.select(range(settings.val_windows, len(windows)))
+    return FinetuneData(train, validation, names, skipped, key)
+
+
+def _log_counts(entry: SourceWindows) -> None:
+    for name, count in entry.skipped.items():
+        logger.warning("%s: %d windows skipped that overlap with %s", entry.name, count, name)
+    if entry.windows < entry.wanted:
+        logger.warning("%s: the text is used up after %d of %d windows", entry.name, entry.windows, entry.wanted)
+
+
+def _write_windows(
+    folder: Path,
+    sources: Sequence[TextSource],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TextSettings,
+    excluded: Mapping[str, NgramSample],
+) -> None:
+    """Write the windows of all texts, alternating by weight, and their numbers to ``folder``."""
+    import pyarrow
+
+    total = settings.val_windows + max(1, int(settings.max_tokens // settings.length))
+    counts = [
+        SourceWindows(source.name, count, 0, {}) for source, count in zip(sources, _shares(sources, total), strict=True)
+    ]
+    streams = [_accepted(_windows(documents(entry.name), tokenizer, settings), entry, excluded) for entry in counts]
+    kinds = {"input_ids": pyarrow.int32(), "attention_mask": pyarrow.int8(), "labels": pyarrow.int32()}
+    schema = pyarrow.schema([(name, pyarrow.list_(kind)) for name, kind in kinds.items()])
+    progress = tqdm(
+        _alternating(streams, counts), total=total, desc="tokenise", unit="window", disable=None, leave=False
+    )
+    path = str(folder / WINDOWS_FILE)
+    with closing(progress), pyarrow.OSFile(path, "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
+        for rows in _batches(progress):
+            ids = rows.tolist()
+            writer.write_batch(pyarrow.record_batch([ids, np.ones_like(rows).tolist(), ids], schema=schema))
+    (folder / COUNTS_FILE).write_text(json.dumps([asdict(entry) for entry in counts]), encoding="utf-8")
+
+
+def _shares(sources: Sequence[TextSource], total: int) -> list[int]:
+    """Windows of every text; their sum is ``total``."""
+    weights = np.array([source.weight for source in sources])
+    ends = np.rint(np.cumsum(weights) / weights.sum() * total).astype(int)
+    return np.diff(ends, prepend=0).tolist()
+
+
+def documents(name: str) -> Iterator[str]:
+    """Stream the documents of a local file or of a data set on the hub."""
+    path = Path(name).expanduser()
+    return file_pieces(path) if path.is_file() else hub_documents(name, "train")
+
+
+def _windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, settings: TextSettings) -> Iterator[np.ndarray]:
+    """Windows (length,) int32 of the tokens of ``texts``, each followed by an EOS token; the rest is dropped."""
+    first = [] if settings.bos is None else [settings.bos]
+    step, buffer = settings.length - len(first), []
+    for text in texts:
+        buffer += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        buffer.append(tokenizer.eos_token_id)
+        stop = len(buffer) // step * step
+        for start in range(0, stop, step):
+            yield np.array(first + buffer[start : start + step], dtype=np.int32)
+        buffer = buffer[stop:]
+
+
+def _accepted(
+    windows: Iterable[np.ndarray], entry: SourceWindows, excluded: Mapping[str, NgramSample]
+) -> Iterator[np.ndarray]:
+    """The first ``entry.wanted`` of ``windows`` without overlap; counts them and the skipped ones in ``entry``."""
+    for window in windows:
+        if entry.windows == entry.wanted:
+            return
+        overlap = next((name for name, sample in excluded.items() if sample.overlaps(window)), None)
+        if overlap is None:
+            entry.windows += 1
+            yield window
+        else:
+            entry.skipped[overlap] = entry.skipped.get(overlap, 0) + 1
+
+
+def _alternating(streams: Sequence[Iterator[np.ndarray]], counts: Sequence[SourceWindows]) -> Iterator[np.ndarray]:
+    """The windows of all texts in proportion, so that the first ones are a sample of the mixture."""
+    alive = dict(enumerate(streams))
+    while alive:
+        index = min(alive, key=lambda index: (counts[index].windows + 1) / max(counts[index].wanted, 1))
+        window = next(alive[index], None)
+        if window is None:
+            del alive[index]
+        else:
+            yield window
+
+
+def _batches(windows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Stacks (count, length) of up to ``BATCH`` windows."""
+    rows: list[np.ndarray] = []
+    for window in windows:
+        rows.append(window)
+        if len(rows) == BATCH:
+            yield np.stack(rows)
+            rows = []
+    if rows:
+        yield np.stack(rows)
