@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from torch import Tensor
 
-from slim_utils.common.errors import UserError, error_reason
+from slim_utils.common.errors import UserError, error_reason, row_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -214,10 +214,8 @@ def _parquet_rows(file: BinaryIO) -> Iterator[Row]:
 def _documents(rows: Iterable[Row], source: str) -> Iterator[str]:
     """Yield the texts of ``rows``; errors name the ``source`` and the row."""
     for index, row in enumerate(rows):
-        try:
+        with row_errors(source, index):
             text = row_text(row)
-        except UserError as error:
-            raise UserError(f"{source}: row {index}: {error}") from None
         yield text
 
 
@@ -231,11 +229,19 @@ def row_text(row: Row) -> str:
     """
     if "instruction" in row and "output" in row:
         return "\n".join(instruction_columns(row).values())
-    columns = [column for column in ("text", "sentence") if column in row]
-    if not columns:
+    column = first_filled(row, ("text", "sentence"))
+    if column is None:
         raise UserError(f"no column text, sentence or instruction/output among: {', '.join(row)}")
-    # Readers fill columns that a row lacks with null.
-    return text_value(row, next((column for column in columns if row[column] is not None), columns[0]))
+    return text_value(row, column)
+
+
+def first_filled(row: Row, columns: Iterable[str]) -> str | None:
+    """Return the first of ``columns`` with a value in ``row``, else the first that it has, else ``None``.
+
+    Readers fill columns that a row lacks with null.
+    """
+    present = [column for column in columns if column in row]
+    return next((column for column in present if row[column] is not None), present[0] if present else None)
 
 
 def instruction_columns(row: Row) -> dict[str, str]:

@@ -105,7 +105,11 @@ class DataArguments:
 
     train_data: str = field(default="alpaca", metadata={"help": "alpaca or gpt4_alpaca, from the hub"})
     data_path: str | None = field(
-        default=None, metadata={"help": "json, jsonl, csv, tsv or parquet file, or hub name; replaces --train_data"}
+        default=None,
+        metadata={
+            "help": "json, jsonl, csv, tsv or parquet file, or hub name, with rows of instruction, input and output, "
+            "of messages, or of ShareGPT's conversations; replaces --train_data"
+        },
     )
     train_text: list[str] | None = field(
         default=None,
@@ -122,7 +126,13 @@ class DataArguments:
     cache_dir: str | None = field(
         default=None, metadata={"help": "cache folder (default: $SLIMGPT_CACHE or ~/.cache/slimgpt)"}
     )
-    prompt_template_name: str = field(default="alpaca", metadata={"help": f"one of {', '.join(TEMPLATES)}"})
+    prompt_template_name: str = field(
+        default="alpaca",
+        metadata={
+            "help": f"template of instruction rows: one of {', '.join(TEMPLATES)}; conversations always use chat, the "
+            "tokenizer's chat template"
+        },
+    )
     val_dataset_size: int = field(default=2000, metadata={"help": "rows, or windows of text, held out for evaluation"})
     extra_val_set: str = field(
         default="wikitext2",

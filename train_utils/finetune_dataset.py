@@ -1,4 +1,4 @@
-"""Instruction data for fine-tuning: rows, prompts, masked labels, validation split, cache of tokenised samples."""
+"""Data for fine-tuning: rows, prompts, masked labels, validation split, cache of tokenised samples."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +16,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from slim_utils.common.errors import UserError
+from slim_utils.common.errors import UserError, row_errors
 from slim_utils.common.loading import atomic_folder
 from slim_utils.text_source import HUB_SOURCES, Row, file_rows, hub_rows, instruction_columns
-from train_utils.prompts import CHAT, TEMPLATES, chat_texts
+from train_utils.conversations import (
+    MESSAGES,
+    common_prefix,
+    conversation_row,
+    encode_conversation,
+    instruction_messages,
+    is_answer,
+    is_conversation,
+)
+from train_utils.prompts import CHAT, TEMPLATES, Template
 
 if TYPE_CHECKING:
     import datasets
@@ -41,7 +49,7 @@ class SampleSettings:
     """Settings that, together with the tokenizer, determine how a row becomes a sample.
 
     Attributes:
-        template: a name of ``TEMPLATES``.
+        template: a name of ``TEMPLATES``, for instruction rows; conversations use the tokenizer's chat template.
         max_length: tokens per sample; longer samples are truncated at their end.
         train_full_prompt: whether the prompt tokens are targets too.
     """
@@ -78,7 +86,7 @@ def load_finetune_data(
     val_size: int,
     cache_dir: Path | None,
 ) -> FinetuneData:
-    """Read, tokenise and split instruction data.
+    """Read, tokenise and split instruction rows and conversations.
 
     Args:
         train_data: a name of ``HUB_SOURCES``; ignored if ``data_path`` is given.
@@ -89,13 +97,15 @@ def load_finetune_data(
         cache_dir: cache of tokenised samples; ``None`` disables it.
 
     Raises:
-        UserError: if the data cannot be read, or no training sample is left.
+        UserError: if the data cannot be read, the tokenizer has no chat template for a conversation or it fails on it,
+            or no training sample is left.
     """
     source = data_path or train_data
-    rows = instruction_rows(source)
-    answered = [row for row in rows if row["output"].strip()]
-    key = fingerprint(answered, tokenizer, settings)
-    samples = cached_samples(cache_dir and cache_dir / f"finetune-{key[:32]}", answered, tokenizer, settings)
+    rows = training_rows(source)
+    check_chat_template(rows, tokenizer, settings, source)
+    answered = {index: row for index, row in enumerate(rows) if has_answer(row)}
+    key = fingerprint(list(answered.values()), tokenizer, settings)
+    samples = cached_samples(cache_dir and cache_dir / f"finetune-{key[:32]}", answered, source, tokenizer, settings)
     num_empty, num_truncated = len(rows) - len(answered), len(answered) - len(samples)
     if len(samples) == 0:
         reasons = [f"{num_empty} {'has' if num_empty == 1 else 'have'} an empty answer"] if num_empty else []
@@ -120,11 +130,11 @@ def load_finetune_data(
     return FinetuneData(split["train"], split["test"], source, dropped, key)
 
 
-def instruction_rows(source: str) -> list[Row]:
-    """Rows with ``instruction``, ``input`` and ``output`` of a file, a known data set, or a hub name.
+def training_rows(source: str) -> list[Row]:
+    """Instruction rows and conversations (see ``check_row``) of a file, a known data set, or a hub name.
 
     Raises:
-        UserError: if the data cannot be read, or a row lacks one of the columns or has a value that is not text.
+        UserError: if the data cannot be read, or a row lacks its columns or has a value that is not text.
     """
     if source not in HUB_SOURCES and (Path(source).suffix or source.startswith((".", "/", "~"))):
         rows: Iterable[Row] = file_rows(Path(source).expanduser())
@@ -134,49 +144,101 @@ def instruction_rows(source: str) -> list[Row]:
 
 
 def check_row(row: Row, index: int, source: str) -> Row:
-    """The columns ``instruction``, ``input`` and ``output`` of ``row``; a missing ``input`` is an empty text.
+    """The column ``messages`` of a conversation, or ``instruction``, ``input`` and ``output`` of any other row.
+
+    A missing ``input`` is an empty text.
 
     Raises:
         UserError: naming the row.
     """
-    if not {"instruction", "output"} <= row.keys():
-        raise UserError(f"{source}: row {index} needs the columns instruction and output, but has: {', '.join(row)}")
-    try:
+    with row_errors(source, index):
+        if is_conversation(row):
+            return conversation_row(row)
+        if not {"instruction", "output"} <= row.keys():
+            raise UserError(
+                f"needs the columns instruction and output, messages, or conversations, but has: {', '.join(row)}"
+            )
         return instruction_columns(row)
-    except UserError as error:
-        raise UserError(f"{source}: row {index}: {error}") from None
+
+
+def check_chat_template(
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, settings: SampleSettings, source: str
+) -> None:
+    """Check that the tokenizer has a chat template if ``rows`` have conversations; logs where it replaces another.
+
+    Raises:
+        UserError: if it has none.
+    """
+    count = sum(MESSAGES in row for row in rows)
+    if count and not tokenizer.chat_template:
+        raise UserError(
+            f"{source}: {count} of {len(rows)} rows are conversations, but the tokenizer has no chat template; set "
+            "chat_template in its tokenizer_config.json"
+        )
+    if count and settings.template != CHAT:
+        logger.info(
+            "%d of %d rows are conversations: they use the tokenizer's chat template, not --prompt_template_name %s",
+            count,
+            len(rows),
+            settings.template,
+        )
+
+
+def has_answer(row: Row) -> bool:
+    """Whether the output of an instruction row, or an answer of a conversation, is not blank."""
+    return any(map(is_answer, row[MESSAGES])) if MESSAGES in row else bool(row["output"].strip())
 
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase, settings: SampleSettings) -> Sample | None:
-    """One sample of prompt and answer; prompt labels are ``IGNORED_LABEL`` unless ``train_full_prompt``.
+    """One sample of a row; labels outside of answers are ``IGNORED_LABEL`` unless ``train_full_prompt``.
 
-    Special tokens are added as the tokenizer does, and its EOS token if the sample is shorter than ``max_length``. The
-    prompt is the longest common prefix of the tokens of the prompt alone and of prompt with answer, so that no answer
-    token is masked.
+    Args:
+        row: result of ``check_row``.
+        tokenizer: tokenizer of the model.
+        settings: prompts and lengths.
 
     Returns:
         ``None`` if truncation leaves no answer token to predict.
+
+    Raises:
+        UserError: if the tokenizer's chat template is needed, and is missing or fails.
     """
     template = TEMPLATES[settings.template]
-    if template is None:
-        prompt, text = chat_texts(tokenizer, row["instruction"], row["input"], row["output"])
+    if MESSAGES in row:
+        ids, spans = encode_conversation(row[MESSAGES], tokenizer)
+    elif template is None:
+        ids, spans = encode_conversation(instruction_messages(row), tokenizer)
     else:
-        prompt = template.prompt(row["instruction"], row["input"])
-        text = prompt + row["output"]
-    # A chat template contains the special tokens.
-    special = settings.template != CHAT
-    prompt_ids = tokenizer(prompt, add_special_tokens=special, verbose=False).input_ids
-    ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
-    prompt_length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, ids, strict=False)))
+        ids, spans = encode_instruction(row, template, tokenizer)
     ids = ids[: settings.max_length]
+    labels = [IGNORED_LABEL] * len(ids)
+    for start, end in spans:
+        labels[start:end] = ids[start:end]
     # The first token is never a target.
-    if not any(position > 0 for position in range(prompt_length, len(ids))):
+    if all(label == IGNORED_LABEL for label in labels[1:]):
         return None
-    if special and len(ids) < settings.max_length and ids[-1] != tokenizer.eos_token_id:
+    return {
+        "input_ids": ids,
+        "attention_mask": [1] * len(ids),
+        "labels": list(ids) if settings.train_full_prompt else labels,
+    }
+
+
+def encode_instruction(
+    row: Row, template: Template, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of prompt and answer, and the span (start, end) of the answer in them.
+
+    Special tokens are added as the tokenizer does, and its EOS token. The prompt is the longest common prefix of the
+    tokens of the prompt alone and of prompt with answer, so that no answer token is masked.
+    """
+    prompt = template.prompt(row["instruction"], row["input"])
+    prompt_ids = tokenizer(prompt, add_special_tokens=True, verbose=False).input_ids
+    ids = tokenizer(prompt + row["output"], add_special_tokens=True, verbose=False).input_ids
+    start = common_prefix(prompt_ids, ids)
+    if start < len(ids) and ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)
-    num_masked = 0 if settings.train_full_prompt else prompt_length
-    labels = [IGNORED_LABEL] * num_masked + ids[num_masked:]
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+    return ids, [(start, len(ids))]
 
 
 def fingerprint(rows: list[Row], tokenizer: PreTrainedTokenizerBase, settings: SampleSettings) -> str:
@@ -191,16 +253,35 @@ def fingerprint(rows: list[Row], tokenizer: PreTrainedTokenizerBase, settings: S
 
 
 def cached_samples(
-    folder: Path | None, rows: list[Row], tokenizer: PreTrainedTokenizerBase, settings: SampleSettings
+    folder: Path | None,
+    rows: Mapping[int, Row],
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: SampleSettings,
 ) -> datasets.Dataset:
-    """The tokenised samples of ``rows``, read from the cache ``folder``, or made and written to it (Arrow and json)."""
+    """The tokenised samples of ``rows``, read from the cache ``folder``, or made and written to it (Arrow and json).
+
+    Args:
+        folder: folder of the samples; ``None`` disables the cache.
+        rows: checked rows by their number in ``source``.
+        source: file or hub name, for errors.
+        tokenizer: tokenizer of the model.
+        settings: prompts and lengths.
+
+    Raises:
+        UserError: naming the row on which the tokenizer's chat template fails.
+    """
     import datasets
 
     if folder is not None and folder.is_dir():
         logger.info("using the tokenised samples cached in %s", folder)
         return datasets.load_from_disk(str(folder))
-    progress = tqdm(rows, desc="tokenise", unit="row", disable=None, leave=False)
-    samples = [sample for row in progress if (sample := encode(row, tokenizer, settings)) is not None]
+    samples = []
+    for index, row in tqdm(rows.items(), desc="tokenise", unit="row", disable=None, leave=False):
+        with row_errors(source, index):
+            sample = encode(row, tokenizer, settings)
+        if sample is not None:
+            samples.append(sample)
     dataset = datasets.Dataset.from_list(samples)
     if folder is not None:
         try:

@@ -1,4 +1,4 @@
-"""Prompt templates for instruction data."""
+"""Prompt templates for instruction data, and the tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -50,24 +50,21 @@ CHAT = "chat"
 TEMPLATES: dict[str, Template | None] = {"alpaca": _ALPACA, "alpaca_zh": _ALPACA_ZH, "none": _NONE, CHAT: None}
 
 
-def chat_texts(tokenizer: PreTrainedTokenizerBase, instruction: str, context: str, answer: str) -> tuple[str, str]:
-    """Prompt, and prompt with answer, in the chat template of the tokenizer.
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = False
+) -> str:
+    """The text of ``messages``, each with ``role`` and ``content``, in the chat template of the tokenizer.
 
     Raises:
         UserError: if the tokenizer has no chat template, or the template fails.
     """
     if not tokenizer.chat_template:
-        raise UserError("--prompt_template_name chat: the tokenizer has no chat template; choose alpaca")
-    question = {"role": "user", "content": f"{instruction}\n{context}" if context else instruction}
-    reply = {"role": "assistant", "content": answer}
+        raise UserError("the tokenizer has no chat template")
     try:
-        prompt = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
-        return prompt, tokenizer.apply_chat_template([question, reply], tokenize=False)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:
         # A template is third-party code: it may raise any exception, also on purpose.
-        raise UserError(
-            f"--prompt_template_name {CHAT}: the tokenizer's chat template fails ({error_reason(error)}); choose alpaca"
-        ) from error
+        raise UserError(f"the tokenizer's chat template fails ({error_reason(error)})") from error
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, model_path: str) -> None:
@@ -83,4 +80,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, model_pat
             "tokenizer_config.json"
         )
     if template == CHAT:
-        chat_texts(tokenizer, "question", "", "answer")
+        question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+        try:
+            chat_text(tokenizer, [question], add_generation_prompt=True)
+            chat_text(tokenizer, [question, answer])
+        except UserError as error:
+            raise UserError(f"--prompt_template_name {CHAT}: {error}; choose alpaca") from error

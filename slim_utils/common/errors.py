@@ -34,6 +34,15 @@ def annotate_errors(note: str) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def row_errors(source: str, index: int) -> Iterator[None]:
+    """Put ``source`` and row number ``index`` in front of a :class:`UserError` that leaves the block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{source}: row {index}: {error}") from error.__cause__
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether ``error``, or an exception in its cause or context chain, reports a full disk or an exceeded quota."""
     current: BaseException | None = error

@@ -234,6 +234,38 @@ def test_model_finetune_with_focal_loss_lowers_the_loss_values(slim, argv, tmp_p
     assert 0 < focal[1] < plain[1]
 
 
+def test_model_finetune_with_messages_and_conversations_trains_on_their_answers(slim, argv, tmp_path, caplog):
+    base = tmp_path / "base"
+    shutil.copytree(slim / "pruned_weights", base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'w10' if m.role == 'user' else 'w11' }} {{ m.content }} </s> {% endfor %}"
+        "{{ 'w11' if add_generation_prompt }}"
+    )
+    tokenizer.save_pretrained(base)
+    turns = [("user", "w3 w4"), ("assistant", "w5"), ("user", "w6"), ("assistant", "w7 w8")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    names = {"user": "human", "assistant": "gpt"}
+    conversation = [{"from": names[role], "value": content} for role, content in turns]
+    file = tmp_path / "chat.jsonl"
+    rows = [{"messages": messages}, {"conversations": conversation}, {"messages": messages[:1]}] * 8
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--data_path", file, "--cache_dataset", "true", "--cache_dir", tmp_path / "cache"]
+    flags += ["--num_train_epochs", 20, "--learning_rate", 5e-2]
+    with caplog.at_level("INFO"):
+        main(argv(base, *flags))
+    assert "24 of 24 rows are conversations: they use the tokenizer's chat template" in caplog.text
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (record["data"]["train_samples"], record["data"]["dropped_rows"]) == (8, 8)
+    loss = losses(tmp_path / "out")
+    assert loss[max(loss)] < 0.5 * loss[1]
+    # The answers, with the ends of their turns, are learned.
+    prompt = tokenizer.apply_chat_template(messages[:3], tokenize=False, add_generation_prompt=True)
+    ids = torch.tensor([tokenizer(prompt + " w7 w8 </s>").input_ids])
+    predictions = logits(tmp_path / "out", ids).argmax(-1)
+    assert predictions[0, -4:-1].tolist() == ids[0, -3:].tolist()
+
+
 def test_model_finetune_with_an_unknown_flag_exits_with_one_line(argv):
     process = run(argv("/none", "--no_such_flag", 1))
     assert process.returncode == 2

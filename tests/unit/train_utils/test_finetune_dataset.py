@@ -13,8 +13,8 @@ from train_utils.finetune_dataset import (
     IGNORED_LABEL,
     SampleSettings,
     encode,
-    instruction_rows,
     load_finetune_data,
+    training_rows,
     window_dataset,
 )
 from train_utils.prompts import TEMPLATES, check_tokenizer
@@ -112,7 +112,7 @@ def test_encode_with_chat_uses_the_template_of_the_tokenizer(tokenizer):
 def test_encode_with_chat_without_a_template_is_refused(tokenizer):
     tokenizer.chat_template, kept = None, tokenizer.chat_template
     try:
-        with pytest.raises(UserError, match="--prompt_template_name chat: the tokenizer has no chat template"):
+        with pytest.raises(UserError, match="the tokenizer has no chat template"):
             encode(ROW, tokenizer, SampleSettings("chat", 32))
     finally:
         tokenizer.chat_template = kept
@@ -121,7 +121,7 @@ def test_encode_with_chat_without_a_template_is_refused(tokenizer):
 def test_load_finetune_data_counts_dropped_rows_and_splits_deterministically(tokenizer, instruction_file, caplog):
     settings = SampleSettings("none", 8)
     first, again = (load_finetune_data("x", str(instruction_file), tokenizer, settings, 8, None) for _ in range(2))
-    rows = instruction_rows(str(instruction_file))
+    rows = training_rows(str(instruction_file))
     expected = sum(len((row["instruction"] + " " + row["input"]).split()) >= 8 for row in rows)
     assert first.num_dropped == expected > 0
     assert f"{expected} of 48 rows dropped" in caplog.text
@@ -153,24 +153,24 @@ def test_load_finetune_data_caches_by_data_tokenizer_and_settings(tokenizer, ins
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "x"}, "row 0 needs the columns instruction and output, but has: text"),
+        ({"text": "x"}, "row 0: needs the columns instruction and output, messages, or conversations, but has: text"),
         ({"instruction": "a", "output": None}, "row 0: output is NoneType, not text"),
         ({"instruction": 3, "output": "a"}, "row 0: instruction is int, not text"),
         ({"instruction": "a", "output": ["b"]}, "row 0: output is list, not text"),
         ({"instruction": "a", "input": 0, "output": "b"}, "row 0: input is int, not text"),
     ],
 )
-def test_instruction_rows_of_a_bad_row_is_refused(tmp_path, row, message):
+def test_training_rows_of_a_bad_row_is_refused(tmp_path, row, message):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([row]))
     with pytest.raises(UserError, match=message):
-        instruction_rows(str(path))
+        training_rows(str(path))
 
 
-def test_instruction_rows_of_csv_are_read(tmp_path):
+def test_training_rows_of_csv_are_read(tmp_path):
     path = tmp_path / "data.csv"
     path.write_text('\ufeffinstruction,input,output\n"w3, w4",,2020\n', encoding="utf-8")
-    assert instruction_rows(str(path)) == [{"instruction": "w3, w4", "input": "", "output": "2020"}]
+    assert training_rows(str(path)) == [{"instruction": "w3, w4", "input": "", "output": "2020"}]
 
 
 def test_load_finetune_data_with_empty_answers_logs_the_reason(tokenizer, tmp_path, caplog):
