@@ -23,6 +23,14 @@ from train_utils.optional_packages import check_packages
 from train_utils.packed_text import parse_text_source
 from train_utils.prompts import TEMPLATES
 from train_utils.run_folder import choose_run_folder
+from train_utils.text_defaults import (
+    ALL_WEIGHTS,
+    LORA,
+    TEXT_LEARNING_RATES,
+    TRAINED_PARTS,
+    is_given,
+    with_text_defaults,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,27 +43,6 @@ RENAMED_FLAGS = {
 }
 RENAMED_VALUES = {("--optim", "adamw_hf"): "adamw_torch"}
 LORA_BIASES = ("none", "all", "lora_only")
-LORA, ALL_WEIGHTS, BLOCK_WEIGHTS, SCALES = "lora", "all", "block_weights", "scales"
-TRAINED_PARTS = {
-    LORA: "LoRA adapters",
-    ALL_WEIGHTS: "all weights",
-    BLOCK_WEIGHTS: "the weights of the decoder layers",
-    SCALES: "one scale per head and FFN column, folded into the weights",
-}
-# Defaults of runs on plain text, measured by benchmarks/bench_recovery.py.
-TEXT_DEFAULTS = {
-    "--max_length": 512,
-    "--val_dataset_size": 32,
-    "--per_device_train_batch_size": 2,
-    "--num_train_epochs": 1,
-    "--lr_scheduler_type": "cosine",
-    "--warmup_steps": 0.05,
-    "--peft_lora_r": 16,
-    "--peft_lora_alpha": 32,
-    "--peft_lora_dropout": 0,
-    "--logging_steps": 10,
-}
-TEXT_LEARNING_RATES = {LORA: 5e-4, ALL_WEIGHTS: 3e-4, BLOCK_WEIGHTS: 3e-4, SCALES: 5e-3}
 
 
 @dataclass
@@ -262,20 +249,9 @@ def parse_args(argv: list[str] | None = None) -> FinetuneArguments:
     args = FinetuneArguments(*parsed)
     check_args(args)
     args.model.use_lora = args.model.use_lora or args.model.train == LORA
-    if args.data.train_text and not _given("--learning_rate", argv):
+    if args.data.train_text and not is_given("--learning_rate", argv):
         args.training.learning_rate = TEXT_LEARNING_RATES[args.model.trained_part]
     return args
-
-
-def _given(flag: str, argv: Sequence[str]) -> bool:
-    return any(argument.partition("=")[0] == flag for argument in argv)
-
-
-def with_text_defaults(argv: list[str]) -> list[str]:
-    """``argv`` after the defaults of runs on plain text, if it is one; later flags win."""
-    if not _given("--train_text", argv):
-        return argv
-    return [*(str(word) for pair in TEXT_DEFAULTS.items() for word in pair), *argv]
 
 
 def translate_legacy_flags(argv: list[str]) -> list[str]:
@@ -297,7 +273,7 @@ def translate_legacy_flags(argv: list[str]) -> list[str]:
 
 def provide_single_process_group(argv: list[str]) -> None:
     """Set the environment of a single-process group, so that DeepSpeed starts without a launcher."""
-    if _given("--deepspeed", argv) and "RANK" not in os.environ:
+    if is_given("--deepspeed", argv) and "RANK" not in os.environ:
         group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         os.environ.update({name: value for name, value in group.items() if name not in os.environ})
 

@@ -241,7 +241,7 @@ def encode_instruction(
     return ids, [(start, len(ids))]
 
 
-def fingerprint(rows: list[Row], tokenizer: PreTrainedTokenizerBase, settings: SampleSettings) -> str:
+def fingerprint(rows: list[Row], tokenizer: PreTrainedTokenizerBase, settings: object) -> str:
     """sha256 of everything that the tokenised samples depend on."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary: Any = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())

@@ -23,9 +23,10 @@ from slim_utils.output.provenance import (
 )
 from slim_utils.params_remove import shrink, zero_removed
 from slim_utils.text_source import hub_datasets
-from train_utils.finetune_args import BLOCK_WEIGHTS, SCALES, TRAINED_PARTS, FinetuneArguments
+from train_utils.finetune_args import FinetuneArguments
 from train_utils.lora import fuse_lora, lora_targets
 from train_utils.sparse_trainer import MaskCallback, masked_slices
+from train_utils.text_defaults import BLOCK_WEIGHTS, SCALES, TRAINED_PARTS
 from train_utils.trainable import cast_parameters, fuse_scales, with_trained_weights
 
 if TYPE_CHECKING:

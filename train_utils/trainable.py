@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from slim_utils.common.loading import load_model
 from slim_utils.families import Family, LayerShape, find_family, layer_shapes, linear_map
-from train_utils.finetune_args import BLOCK_WEIGHTS, LORA, SCALES, FinetuneArguments, TrainingArguments
+from train_utils.finetune_args import FinetuneArguments, TrainingArguments
 from train_utils.lora import add_lora
+from train_utils.text_defaults import BLOCK_WEIGHTS, LORA, SCALES
 
 if TYPE_CHECKING:
     from peft import PeftModel

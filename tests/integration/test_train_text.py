@@ -10,8 +10,9 @@ from slim_utils.common.errors import UserError
 from slim_utils.common.loading import load_model, load_tokenizer
 from tests.conftest import random_text
 from tests.integration.finetuning import logits, losses, main, run
-from train_utils.finetune_args import TEXT_DEFAULTS, TEXT_LEARNING_RATES, parse_args
+from train_utils.finetune_args import parse_args
 from train_utils.packed_text import TextSettings, TextSource, load_text_data
+from train_utils.text_defaults import TEXT_DEFAULTS, TEXT_LEARNING_RATES
 
 
 @pytest.fixture
