@@ -96,19 +96,21 @@ def test_report_command_as_shown_is_parsed():
 def test_fine_tuning_commands_as_shown_are_parsed(monkeypatch):
     monkeypatch.setattr(finetune_args, "provide_single_process_group", lambda argv: None)
     (command,) = [line for line in commands("torchrun") if "model_finetune.py" in line]
-    (short_command,) = commands("python model_finetune.py")
+    short_commands = commands("python model_finetune.py")
+    assert len(short_commands) == 2
     argv = arguments_of(command, "model_finetune.py")
     index = argv.index("--deepspeed")
     assert (ROOT / argv[index + 1]).is_file()
     # Without --deepspeed, which would set up a process group.
-    for arguments in (argv[:index] + argv[index + 2 :], arguments_of(short_command, "model_finetune.py")):
+    recipes = [arguments_of(short_command, "model_finetune.py") for short_command in short_commands]
+    for arguments in (argv[:index] + argv[index + 2 :], *recipes):
         args = finetune_args.parse_args(arguments)
-        assert args.model.use_lora and args.training.output_dir == "SFT"
+        assert args.model.use_lora != bool(args.data.train_text) and args.training.output_dir == "SFT"
 
 
 def test_recipe_commands_as_shown_set_variables_of_the_recipe():
     lines = commands("MODEL=") + commands("NPROC=")
-    assert len(lines) == 5
+    assert len(lines) == 7
     for text in PAGES.values():
         for command in re.findall(r"^.*bash scripts/\w+\.sh$", text, flags=re.MULTILINE):
             *variables, _, script = shlex.split(command)

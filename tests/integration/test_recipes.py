@@ -10,8 +10,8 @@ import pytest
 from tests.conftest import random_text
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = ("prune.sh", "finetune.sh", "evaluate.sh", "flops.sh", "llama_7b_p20.sh")
-VARIABLES = ("MODEL", "DATA", "EVAL", "OUT", "SFT_DATA", "TASK_DATA", "TASKS")
+RECIPES = ("prune.sh", "finetune.sh", "recover.sh", "evaluate.sh", "flops.sh", "llama_7b_p20.sh")
+VARIABLES = ("MODEL", "DATA", "EVAL", "OUT", "SFT_DATA", "DENSE", "TEXT", "TOKENS", "TRAIN", "TASK_DATA", "TASKS")
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / ".venv" / "bin" / "python").exists(), reason="needs scripts/test.sh's .venv"

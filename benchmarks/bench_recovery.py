@@ -1,0 +1,222 @@
+"""Perplexity after recovery training, by what is trained, by which loss, and on how many tokens.
+
+    python -m benchmarks.bench_recovery SmolLM2-135M-Instruct --calib_file wikitext2/valid.tokens.txt \
+        --train_text c4/sample.jsonl wikitext2/train.tokens.txt --alpaca_file alpaca/stanford_original.jsonl \
+        --eval_files wikitext2=wikitext2/test.tokens.txt c4=c4/sample.jsonl ptb=ptb/valid.txt \
+        --work_dir recovery --out benchmarks/results/bench_recovery.json
+
+Protocol: heads as released, pruned by model_slimming.py on 32 × 512 tokens (seed 0): ``paper`` is log_increase with the
+paper's choices, ``best`` is --preset best. Training by model_finetune.py with its defaults for text, windows of 512
+tokens of a mixture of --train_text at equal weights, one epoch; instructions with the paper's recipe (LoRA of rank 8,
+1e-4, batches of 16, up to 256 tokens a row). Perplexity of the first 8 × 1024 tokens of every evaluation text; training
+skips windows that overlap with them or with the calibration samples. Nothing is tuned on these texts; learning rates
+were chosen by the loss on held-out windows of the training mixture.
+
+Rows that are already in --out are not measured again, so an interrupted benchmark can be resumed. With --limit,
+zero-shot accuracy is measured too.
+"""
+
+import argparse
+import json
+import logging
+import math
+import sys
+from functools import partial
+from itertools import chain, product
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.measuring import Row, measure_missing_rows, named_files
+from benchmarks.smollm2_perplexity import NUM_SAMPLES, SEQLEN
+from benchmarks.smollm2_recovery import TASKS, flag_list, is_finished, run
+from ppl_eval.ppl_dataset import load_eval_sets
+from ppl_eval.ppl_eval import evaluate
+from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.loading import load_model, load_tokenizer
+from slim_utils.profiling.tables import markdown_table
+from slim_utils.text_source import file_documents, file_rows, join_documents, row_text
+
+logger = logging.getLogger("bench_recovery")
+
+EVAL_WINDOWS, EVAL_SEQLEN = 8, 1024
+METHODS = {
+    "paper": ["--allocation", "log_increase"],
+    "best": ["--preset", "best"],
+}
+NONE, DENSE, ALPACA = "none", "dense", "LoRA on instructions"
+# Flags of model_finetune.py; those with a teacher get --distill_from.
+RECOVERIES: dict[str, dict[str, Any]] = {
+    ALPACA: {
+        **{"--use_lora": "true", "--learning_rate": 1e-4, "--lr_scheduler_type": "cosine", "--warmup_steps": 5},
+        **{"--per_device_train_batch_size": 16, "--max_length": 256, "--val_dataset_size": 0, "--num_train_epochs": 1},
+    },
+    "cross-entropy, block weights": {"--train": "block_weights"},
+    "KL, LoRA": {"--train": "lora"},
+    "KL, block weights": {"--train": "block_weights"},
+    "KL, scales": {"--train": "scales"},
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of the flags; the rest of the protocol is fixed."""
+    parser = ArgumentParser(prog="bench_recovery.py", description="Perplexity after recovery training.")
+    parser.add_argument("model", help="dense model as a checkpoint folder")
+    parser.add_argument("--calib_file", type=Path, required=True)
+    parser.add_argument("--train_text", nargs="+", required=True, help="as --train_text of model_finetune.py")
+    parser.add_argument("--alpaca_file", type=Path, required=True, help="jsonl")
+    parser.add_argument("--eval_files", nargs="+", required=True, metavar="NAME=FILE")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.33, 0.5])
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, DENSE], default=[*METHODS, DENSE])
+    parser.add_argument("--recoveries", nargs="+", choices=[NONE, *RECOVERIES], default=[NONE, *RECOVERIES])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[50_000, 100_000, 250_000, 500_000, 1_000_000])
+    parser.add_argument("--task_dir", type=Path, help="local rows of the zero-shot tasks")
+    parser.add_argument("--limit", type=int, default=0, help="rows per zero-shot task; 0 skips them")
+    parser.add_argument("--work_dir", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+def eval_specs(args: argparse.Namespace) -> list[str]:
+    """Specs of files with the first tokens of every evaluation text, written to the work folder."""
+    tokenizer, specs = load_tokenizer(args.model, False), []
+    for name, file in named_files("--eval_files", args.eval_files).items():
+        text = join_documents(file_documents(file))
+        offsets = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False).offset_mapping
+        path = args.work_dir / f"{name}.txt"
+        # One token more, so that the last window is not cut inside a word.
+        path.write_text(text[: offsets[EVAL_WINDOWS * EVAL_SEQLEN][1]], encoding="utf-8")
+        specs.append(f"{name}={path}")
+    return specs
+
+
+def alpaca_rows(args: argparse.Namespace, num_tokens: int) -> Path:
+    """File with the first rows of the instructions that have ``num_tokens`` tokens together."""
+    tokenizer, rows, total = load_tokenizer(args.model, False), [], 0
+    for row in file_rows(args.alpaca_file):
+        total += len(tokenizer(row_text(row), verbose=False).input_ids)
+        if total > num_tokens:
+            break
+        rows.append(json.dumps(row) + "\n")
+    path = args.work_dir / f"alpaca_{num_tokens}.jsonl"
+    path.write_text("".join(rows), encoding="utf-8")
+    return path
+
+
+def prune(args: argparse.Namespace, method: str, share: float) -> Path:
+    """Folder of the pruned model; the model itself for the method ``dense``."""
+    if method == DENSE:
+        return Path(args.model)
+    folder = args.work_dir / f"{method}_{share:g}"
+    if not is_finished(folder):
+        flags = {"--data_file": args.calib_file, "--num_samples": NUM_SAMPLES, "--seqlen": SEQLEN}
+        flags |= {"--target_ratio": share, "--save_dir": folder}
+        switches = ["--skip_evaluate", "--save_pruned_weights", "--overwrite"]
+        run("model_slimming.py", args.model, *flag_list(flags), *METHODS[method], *switches)
+    return folder / "pruned_weights"
+
+
+def train(args: argparse.Namespace, specs: list[str], base: Path, name: str, recovery: str, tokens: int) -> Path:
+    """Output folder of the training of ``base``."""
+    folder = args.work_dir / f"{name}_{recovery.replace(', ', '_').replace(' ', '_')}_{tokens}"
+    if is_finished(folder):
+        return folder
+    flags = {"--model_name_or_path": base, "--output_dir": folder, "--overwrite": "true", "--save_strategy": "no"}
+    flags |= {"--extra_val_set": ",".join(specs), "--extra_val_seqlen": EVAL_SEQLEN, "--eval_seqlens": EVAL_SEQLEN}
+    flags |= {"--cache_dataset": "false", "--eval_strategy": "no", **RECOVERIES[recovery]}
+    if recovery == ALPACA:
+        run("model_finetune.py", *flag_list(flags), "--data_path", alpaca_rows(args, tokens))
+        return folder
+    flags |= {"--max_train_tokens": tokens} | ({"--distill_from": args.model} if recovery.startswith("KL") else {})
+    run("model_finetune.py", *flag_list(flags), "--train_text", *args.train_text)
+    return folder
+
+
+def measure(args: argparse.Namespace, specs: list[str], method: str, share: float, recovery: str, tokens: int) -> Row:
+    """One row: perplexities of a model, and what its training cost."""
+    row: Row = {"method": method, "share": share, "recovery": recovery, "tokens": tokens}
+    model = prune(args, method, share)
+    if recovery == NONE:
+        tokenizer, loaded = load_tokenizer(args.model, False), load_model(str(model), "auto", False)
+        windows = load_eval_sets(specs, tokenizer, [EVAL_SEQLEN], loaded.config.max_position_embeddings)
+        entries = evaluate(loaded, windows)
+    else:
+        folder = train(args, specs, model, f"{method}_{share:g}", recovery, tokens)
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        entries, fused = record["perplexity"]["after"], folder / "lora_fused_model"
+        model = fused if fused.is_dir() else folder
+        row |= {key: record[key] for key in ("training_seconds", "trained_parameters", "peak_memory_mib", "data")}
+        row["loss"] = [[entry["step"], entry["loss"]] for entry in record["log"] if "loss" in entry]
+    row["perplexity"] = {entry["dataset"]: entry["perplexity"] for entry in entries}
+    if args.limit:
+        row["zero_shot"] = zero_shot(args, model)
+    logger.info("%s", {key: value for key, value in row.items() if key not in ("loss", "data")})
+    return row
+
+
+def zero_shot(args: argparse.Namespace, model: Path) -> dict[str, Any]:
+    """Zero-shot results, averages and sample counts of ``model``."""
+    path = args.work_dir / f"zero_shot_{'_'.join(model.parts[-2:])}.json"
+    if not path.exists():
+        flags = {"--tasks": ",".join(TASKS), "--data_dir": args.task_dir, "--limit": args.limit, "--batch_size": "auto"}
+        run("model_evaluate.py", "--model", model, *flag_list(flags), "--output_path", path)
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return {key: record[key] for key in ("results", "averages", "samples", "splits")}
+
+
+def row_keys(args: argparse.Namespace) -> list[tuple[str, float, str, int]]:
+    """Keys of all rows: models without recovery first, then by the number of tokens."""
+    shares = {method: [0.0] if method == DENSE else args.shares for method in args.methods}
+    models = list(chain.from_iterable(product([method], shares[method]) for method in args.methods))
+    keys = [(*model, NONE, 0) for model in models if NONE in args.recoveries]
+    for tokens, model, recovery in product(args.tokens, models, args.recoveries):
+        # A dense model is its own teacher.
+        if recovery != NONE and not (model[0] == DENSE and recovery.startswith("KL")):
+            keys.append((*model, recovery, tokens))
+    return keys
+
+
+def table(rows: list[Row]) -> str:
+    """The table in docs/results.md: perplexities and, in parentheses, the loss over dense in nats and as a share.
+
+    The share is that of the loss of the paper's procedure without recovery.
+    """
+    dense = next(row["perplexity"] for row in rows if row["method"] == DENSE and row["recovery"] == NONE)
+    originals = {row["share"]: row["perplexity"] for row in rows if (row["method"], row["recovery"]) == ("paper", NONE)}
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["share"], row["method"], row["tokens"], row["recovery"])):
+        cells = [
+            f"{100 * row['share']:.0f} %",
+            row["method"],
+            row["recovery"],
+            f"{row['tokens']:,}" if row["tokens"] else "",
+        ]
+        for text, value in row["perplexity"].items():
+            loss, cell = math.log(value / dense[text]), f"{value:.2f}"
+            if row["share"] in originals:
+                cell += f" ({loss:.3f}, {loss / math.log(originals[row['share']][text] / dense[text]):.2f})"
+            cells.append(cell)
+        seconds = row.get("training_seconds")
+        lines.append((*cells, f"{seconds:.0f}" if seconds else ""))
+    return markdown_table(("removed", "pruned by", "recovery", "tokens", *dense, "seconds"), lines)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure the missing rows."""
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    protocol = {"model": Path(args.model).name, "calibration": [NUM_SAMPLES, SEQLEN], "seed": 0}
+    protocol |= {"evaluation": [EVAL_WINDOWS, EVAL_SEQLEN], "zero_shot_limit": args.limit}
+    protocol |= {"train_text": [Path(text).name for text in args.train_text]}
+    names = ("method", "share", "recovery", "tokens")
+    print(
+        table(
+            measure_missing_rows(args.out, protocol, names, row_keys(args), partial(measure, args, eval_specs(args)))[
+                "rows"
+            ]
+        )
+    )
+
+
+if __name__ == "__main__":
+    run_cli(lambda: main(build_parser().parse_args()), "bench_recovery.py")
