@@ -52,7 +52,7 @@ from train_utils.finetune_dataset import (
     load_finetune_data,
 )
 from train_utils.packed_text import TextSettings, load_text_data, parse_text_source
-from train_utils.prompts import check_tokenizer
+from train_utils.prompts import NO_TEMPLATE, check_tokenizer
 from train_utils.run_folder import install_result, open_run_folder
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def start_record(args: FinetuneArguments, data: FinetuneData, model: PreTrainedM
         "processes": args.training.world_size,
         **environment(args.training.device, "accelerate", "peft", *(["deepspeed"] if args.training.deepspeed else [])),
         "data": {
-            "source": data.source,
+            "sources": data.sources,
             "train_samples": len(data.train),
             "validation_samples": len(data.validation or ()),
             "dropped_rows": data.num_dropped,
@@ -167,7 +167,7 @@ def run(args: FinetuneArguments) -> None:
     pruned = load_masks(args)
     path, trusted = args.model.model_name_or_path, args.model.trust_remote_code
     tokenizer = load_tokenizer(path, trusted)
-    check_tokenizer(tokenizer, args.data.prompt_template_name, path)
+    check_tokenizer(tokenizer, NO_TEMPLATE if args.data.train_text else args.data.prompt_template_name, path)
     config = load_config(path, trusted)
     check_length(args.data.max_length, config, "--max_length")
     check_lora_targets(args.model, config)

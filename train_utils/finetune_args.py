@@ -247,8 +247,8 @@ def parse_args(argv: list[str] | None = None) -> FinetuneArguments:
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args = FinetuneArguments(*parsed)
-    check_args(args)
     args.model.use_lora = args.model.use_lora or args.model.train == LORA
+    check_args(args)
     if args.data.train_text and not is_given("--learning_rate", argv):
         args.training.learning_rate = TEXT_LEARNING_RATES[args.model.trained_part]
     return args

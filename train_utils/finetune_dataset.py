@@ -66,14 +66,15 @@ class FinetuneData:
     Attributes:
         train: rows of ``input_ids``, ``attention_mask``, ``labels``.
         validation: the same for the held-out rows; ``None`` without held-out rows.
-        source: file or hub name.
-        num_dropped: number of rows with an empty answer, or with no answer token left after truncation.
+        sources: files and hub names.
+        num_dropped: number of rows with an empty answer, or with no answer token left after truncation; of windows of
+            text that were skipped.
         sha256: fingerprint of rows, tokenizer and settings.
     """
 
     train: datasets.Dataset
     validation: datasets.Dataset | None
-    source: str
+    sources: list[str]
     num_dropped: int
     sha256: str
 
@@ -125,9 +126,9 @@ def load_finetune_data(
         raise UserError(f"{source}: {len(samples)} samples, {val_size} of them held out; lower --val_dataset_size")
     dropped = num_empty + num_truncated
     if val_size == 0:
-        return FinetuneData(samples, None, source, dropped, key)
+        return FinetuneData(samples, None, [source], dropped, key)
     split = samples.train_test_split(test_size=val_size, shuffle=True, seed=SPLIT_SEED, load_from_cache_file=False)
-    return FinetuneData(split["train"], split["test"], source, dropped, key)
+    return FinetuneData(split["train"], split["test"], [source], dropped, key)
 
 
 def training_rows(source: str) -> list[Row]:

@@ -143,7 +143,7 @@ def write_cards(
         masks = Path(args.sparse.mask_config_dir or args.model.model_name_or_path)
         remaining = remaining_weights(pruned.family.decoder_layers(saved), pruned.family, pruned.masks)
         provenance = with_step(provenance, pruning_step([("masks", masks.name)], remaining))
-    step = recovery_step(recovery_settings(args, record, saved), hub_datasets([record["data"]["source"]]))
+    step = recovery_step(recovery_settings(args, record, saved), hub_datasets(record["data"]["sources"]))
     record["provenance"] = with_step(provenance, step)
     options = {"masks": pruned and pruned.masks, "perplexity": record.get("perplexity")}
     folder = folder / FUSED_FOLDER if args.model.use_lora else folder
@@ -170,7 +170,7 @@ def recovery_settings(args: FinetuneArguments, record: dict[str, Any], saved: Pr
         ("trained", trained),
         ("pruned weights kept at zero", "yes" if args.sparse.is_mask_training else "no"),
         ("teacher", public_name(model.distill_from) if model.distill_from else "none"),
-        ("data", public_name(data["source"])),
+        ("data", " + ".join(map(public_name, data["sources"]))),
         ("windows" if args.data.train_text else "samples", data["train_samples"]),
         ("their fingerprint (sha256)", data["sha256"]),
         ("epochs", f"{record['log'][-1]['epoch']:g}"),

@@ -167,14 +167,14 @@ def _split(folder: Path, settings: TextSettings, key: str) -> FinetuneData:
     import datasets
 
     counts = [SourceWindows(**entry) for entry in json.loads((folder / COUNTS_FILE).read_text(encoding="utf-8"))]
-    names, skipped = " + ".join(entry.name for entry in counts), sum(sum(entry.skipped.values()) for entry in counts)
+    names, skipped = [entry.name for entry in counts], sum(sum(entry.skipped.values()) for entry in counts)
     for entry in counts:
         _log_counts(entry)
     windows: datasets.Dataset = datasets.Dataset.from_file(str(folder / WINDOWS_FILE))
     if len(windows) <= settings.val_windows:
         raise UserError(
-            f"{FLAG} {names}: {len(windows)} windows of --max_length {settings.length}, {settings.val_windows} of them "
-            "held out; give more text, or lower --max_length or --val_dataset_size"
+            f"{FLAG} {' '.join(names)}: {len(windows)} windows of --max_length {settings.length}, "
+            f"{settings.val_windows} of them held out; give more text, or lower --max_length or --val_dataset_size"
         )
     validation = windows.select(range(settings.val_windows)) if settings.val_windows else None
     train = windows.select(range(settings.val_windows, len(windows)))

@@ -46,8 +46,8 @@ _ALPACA_ZH = Template(
 )
 _NONE = Template(with_input="{instruction}\n{input}\n", without_input="{instruction}\n")
 
-CHAT = "chat"
-TEMPLATES: dict[str, Template | None] = {"alpaca": _ALPACA, "alpaca_zh": _ALPACA_ZH, "none": _NONE, CHAT: None}
+CHAT, NO_TEMPLATE = "chat", "none"
+TEMPLATES: dict[str, Template | None] = {"alpaca": _ALPACA, "alpaca_zh": _ALPACA_ZH, NO_TEMPLATE: _NONE, CHAT: None}
 
 
 def chat_text(

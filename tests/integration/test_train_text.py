@@ -116,3 +116,19 @@ def test_train_of_scales_resumed_continues_the_same_loss_curve(slim, text_argv, 
         {step: loss for step, loss in whole.items() if step > 8}, rel=1e-2
     )
     assert weights.keys() == load_file(tmp_path / "rest" / "model.safetensors").keys()
+
+
+def test_card_of_a_mixture_names_its_texts_without_folders(slim, text_argv, tmp_path, text_file):
+    other = tmp_path / "other.txt"
+    other.write_text(random_text(3000, 9))
+    main(
+        [
+            *text_argv(slim / "pruned_weights", "--train", "scales"),
+            "--train_text",
+            str(other),
+            f"{tmp_path}/train.txt:2",
+        ]
+    )
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| data | other.txt + train.txt |" in card
+    assert str(tmp_path) not in card

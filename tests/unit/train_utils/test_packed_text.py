@@ -66,7 +66,7 @@ def test_load_text_data_of_a_mixture_alternates_by_weight(tmp_path, tokenizer):
     assert kinds.count(3) == 18 and kinds.count(4) == 6
     # Every part of the windows is a sample of the mixture.
     assert all(abs(kinds[:count].count(3) - 0.75 * count) < 2 for count in range(25))
-    assert data.source == f"{first.name} + {second.name}"
+    assert data.sources == [first.name, second.name]
 
 
 def test_load_text_data_of_a_short_text_goes_on_with_the_others(tmp_path, tokenizer, caplog):
