@@ -25,8 +25,9 @@ from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.input_paths import check_inputs_outside
 from slim_utils.common.loading import RUN_FILE, atomic_folder, check_output, write_json_atomic, write_text_atomic
-from slim_utils.report.contents import Plot, plots
+from slim_utils.report.contents import plots
 from slim_utils.report.page import Picture, page
+from slim_utils.report.plot import Plot
 from slim_utils.report.sources import raw_rows, read_sources
 
 logger = logging.getLogger("report")

@@ -84,6 +84,31 @@ class LayerPanel:
 
 
 @dataclass(frozen=True)
+class PointLine:
+    """A line through points (x, y).
+
+    Attributes:
+        label: label in the legend.
+        points: the points, in order.
+        colour: index into ``COLOURS``.
+    """
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    colour: int
+
+
+@dataclass(frozen=True)
+class PointPanel:
+    """Lines through points; ``x_unit`` and ``unit`` are the labels of the axes."""
+
+    title: str
+    x_unit: str
+    unit: str
+    lines: list[PointLine]
+
+
+@dataclass(frozen=True)
 class Bar:
     """One bar; ``runs`` are its individual measurements, drawn as dots."""
 
@@ -152,6 +177,22 @@ def layer_figure(panels: list[LayerPanel]) -> Figure:
         else:
             # Leaves room above, also if all values are equal.
             ax.set_ylim(0, 1.08 * max((value for line in panel.lines for value in line.values if value > 0), default=1))
+    _legend(figure, handles)
+    return figure
+
+
+@rc_context(STYLE)
+def point_figure(panels: list[PointPanel], columns: int = 3) -> Figure:
+    """Figure of ``panels``, ``columns`` per row, with a shared legend."""
+    figure, axes = _grid(len(panels), columns, size=(9.8 / columns, 2.9))
+    handles: dict[str, Artist] = {}
+    for ax, panel in zip(axes, panels, strict=True):
+        ax.set(title=panel.title, xlabel=panel.x_unit, ylabel=panel.unit)
+        for line in panel.lines:
+            style: dict[str, Any] = {"color": _colour(line.colour), "linestyle": _dashes(line.colour), "marker": _marker(line.colour)}
+            (handle,) = ax.plot(*zip(*line.points, strict=True), markersize=3.5, **style)
+            handles.setdefault(line.label, handle)
+        ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
     _legend(figure, handles)
     return figure
 

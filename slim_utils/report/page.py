@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from slim_utils.report.contents import SECTIONS, Plot
+from slim_utils.report.plot import SECTIONS, Plot
 from slim_utils.report.sources import Rows, Source, flatten
 
 TEMPLATE = "report.html.j2"

@@ -26,6 +26,9 @@ CALIBRATION = "perplexity by calibration data"
 CHOICES = "error by choices within a layer"
 SINKS = "attention sinks lost by pruning"
 CONSTANTS = "perplexity with one default changed at a time"
+RECOVERY_CURVE = "loss after recovery training, by tokens and seconds"
+SOLVER = "seconds of the solver alone"
+DISTILLATION_STEP = "cost of a training step with a teacher"
 
 # Keys of a file of each kind, and keys of its first row.
 _SIGNATURES: dict[str, tuple[set[str], set[str]]] = {
@@ -36,6 +39,9 @@ _SIGNATURES: dict[str, tuple[set[str], set[str]]] = {
     COMPARISON: ({"dense", "pruned"}, set()),
     SPEED: ({"models", "timings"}, set()),
     PERPLEXITY: ({"rows"}, {"heads", "share_asked", "perplexity"}),
+    RECOVERY_CURVE: ({"rows"}, {"method", "recovery", "tokens", "perplexity"}),
+    SOLVER: ({"rows", "gemm_operations_per_second"}, {"columns", "dtype", "median_seconds"}),
+    DISTILLATION_STEP: ({"rows"}, {"way", "tokens_per_second"}),
     # Before RECOVERY, whose rows have some of these keys.
     CONSTANTS: ({"rows"}, {"model", "share", "variant", "perplexity"}),
     RECOVERY: ({"rows", "protocol"}, {"model", "perplexity"}),

@@ -9,9 +9,10 @@ import pytest
 from scripts import report
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import PRUNED_MODEL_FOLDER
-from slim_utils.report.contents import COSTS, ERRORS, KEPT, SIZES, plots
+from slim_utils.report.contents import plots
 from slim_utils.report.figures import BREAKDOWN, perplexity_figure, perplexity_panels
 from slim_utils.report.page import page
+from slim_utils.report.plot import COSTS, ERRORS, KEPT, SIZES
 from slim_utils.report.sources import (
     CALIBRATION,
     CHOICES,
@@ -21,6 +22,7 @@ from slim_utils.report.sources import (
     PRUNING_COST,
     QUALITY,
     RECOVERY,
+    RECOVERY_CURVE,
     RUN,
     SERVING,
     SINKS,
@@ -233,3 +235,23 @@ def test_perplexity_figure_of_more_methods_than_colours_has_distinct_styles():
     handles = perplexity_figure(rows).legends[0].legend_handles
     styles = {(handle.get_color(), handle.get_marker(), handle.get_linestyle()) for handle in handles}
     assert len(styles) == 17
+
+
+def test_plots_of_recovery_curves_start_from_the_pruned_model(tmp_path):
+    def curve_row(method, share, recovery, tokens, perplexity):
+        seconds = {"training_seconds": tokens / 100} if tokens else {}
+        row = {"method": method, "share": share, "recovery": recovery, "tokens": tokens, **seconds}
+        return {**row, "perplexity": {"a": perplexity}}
+
+    rows = [curve_row("dense", 0.0, "none", 0, 10.0), curve_row("best", 0.2, "none", 0, 20.0)]
+    rows += [curve_row("best", 0.2, "KL, LoRA", tokens, 10 + 1000 / tokens) for tokens in (500, 200)]
+    rows += [curve_row("dense", 0.0, "cross-entropy", 500, 9.9)]
+    (source,) = read_sources([write(tmp_path / "curve.json", {"rows": rows})])
+    assert source.kind == RECOVERY_CURVE
+    (plot,) = plots([source])
+    axes = plot.draw().axes
+    assert [ax.get_xlabel() for ax in axes[:2]] == ["tokens", "seconds of training"]
+    (line,) = axes[0].get_lines()
+    assert line.get_xdata().tolist() == [0, 200, 500]
+    assert line.get_ydata() == pytest.approx([math.log(2), math.log(1.5), math.log(1.2)])
+    assert axes[1].get_lines()[0].get_xdata().tolist() == [0, 2, 5]
