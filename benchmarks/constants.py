@@ -17,7 +17,9 @@ import logging
 import math
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -56,19 +58,19 @@ class Variant:
 
     Attributes:
         config: configuration of the run.
-        depth_decay: depth decay of the sensitivity analysis.
-        reference: ratio of units removed to measure a loss.
-        stride: tokens from one compared prediction to the next.
+        depth_decay: depth decay of the allocation by a sensitivity analysis.
+        constants: constants of the sensitivity analysis that differ, by name.
     """
 
     config: PruningConfig
     depth_decay: float = budget.DEPTH_DECAY
-    reference: float = sensitivity.REFERENCE_RATIO
-    stride: int = 1
+    constants: Mapping[str, float] = field(default_factory=dict)
 
 
 PAPER, FINE = (replace(config, **LOG_INCREASE) for config in (bench_quality.PAPER, bench_quality.FINE))
 SEARCH = replace(bench_quality.FINE, allocation=SENSITIVITY)
+# Losses from every token of windows of 512.
+WHOLE = {"PROBE_STRIDE": 1, "PROBE_TOKENS": 512}
 VARIANTS: dict[str, Variant] = {
     "paper": Variant(PAPER),
     "paper, no BOS": Variant(replace(PAPER, bos="never")),
@@ -80,12 +82,14 @@ VARIANTS: dict[str, Variant] = {
     "fine, percdamp 0.001": Variant(replace(FINE, percdamp=0.001)),
     "fine, percdamp 0.1": Variant(replace(FINE, percdamp=0.1)),
     "fine, dynamic groups": Variant(replace(FINE, column_group=0)),
-    "search": Variant(SEARCH),
-    "search, depth decay 0": Variant(SEARCH, depth_decay=0.0),
-    "search, depth decay 3": Variant(SEARCH, depth_decay=3.0),
-    "search, reference 0.15": Variant(SEARCH, reference=0.15),
-    "search, reference 0.5": Variant(SEARCH, reference=0.5),
-    "search, every 4th token": Variant(SEARCH, stride=4),
+    "search": Variant(SEARCH, constants=WHOLE),
+    "search, depth decay 0": Variant(SEARCH, depth_decay=0.0, constants=WHOLE),
+    "search, depth decay 3": Variant(SEARCH, depth_decay=3.0, constants=WHOLE),
+    "search, reference 0.15": Variant(SEARCH, constants=WHOLE | {"REFERENCE_RATIO": 0.15}),
+    "search, reference 0.5": Variant(SEARCH, constants=WHOLE | {"REFERENCE_RATIO": 0.5}),
+    "search, every 4th token": Variant(SEARCH, constants=WHOLE | {"PROBE_STRIDE": 4}),
+    "search, 2 samples for heads": Variant(SEARCH, constants=WHOLE | {"PROBE_STRIDE": 4, "HEAD_PROBE_SAMPLES": 2}),
+    "search, 256 tokens": Variant(SEARCH, constants={"PROBE_STRIDE": 4, "PROBE_TOKENS": 256}),
 }
 
 
@@ -105,11 +109,10 @@ def build_parser() -> argparse.ArgumentParser:
 def prune(model: PreTrainedModel, samples: Tensor, share: float, variant: Variant, cache_file: Path) -> list[LayerMask]:
     """Prune ``model`` in place; the sensitivity analysis is cached in ``cache_file``."""
     config = replace(variant.config, target_ratio=share)
-    with (
-        patch.object(sensitivity, "REFERENCE_RATIO", variant.reference),
-        patch.object(sensitivity, "PROBE_STRIDE", variant.stride),
-        patch.object(budget, "DEPTH_DECAY", variant.depth_decay),
-    ):
+    with ExitStack() as changes:
+        changes.enter_context(patch.object(budget, "DEPTH_DECAY", variant.depth_decay))
+        for constant, value in variant.constants.items():
+            changes.enter_context(patch.object(sensitivity, constant, value))
         return prune_with(config, model, samples, {0: cache_file}.get)
 
 
@@ -121,7 +124,8 @@ def measure(args: argparse.Namespace, folder: Path, model_name: str, share: floa
     if share:
         variant = VARIANTS[name]
         data = load_calibration([args.calib_file], tokenizer, NUM_SAMPLES, SEQLEN, args.seed, variant.config.bos)
-        cache_file = folder / f"{model_name}-{variant.config.bos}-{variant.reference}-{variant.stride}.json"
+        differences = [f"{constant}={value}" for constant, value in variant.constants.items()]
+        cache_file = folder / "-".join([model_name, variant.config.bos, *differences])
         masks = prune(model, data.samples, share, variant, cache_file)
         family = find_family(model.config)
         row["calibration_bos"] = data.bos

@@ -316,6 +316,12 @@ def check_model_args(args: FinetuneArguments) -> None:
     loss_flags = [flag for flag, value in losses.items() if value]
     if len(loss_flags) > 1:
         raise UserError(f"{' and '.join(loss_flags)} exclude each other; leave one out")
+    if model.distill_from is not None and args.training.n_gpu > 1:
+        # Replicas of DataParallel would share one capture of hidden states.
+        raise UserError(
+            f"--distill_from in one process with {args.training.n_gpu} GPUs: start one process per GPU, torchrun "
+            f"--nproc_per_node={args.training.n_gpu} model_finetune.py …, or set CUDA_VISIBLE_DEVICES to one GPU"
+        )
     if args.sparse.mask_config_dir and not args.sparse.is_mask_training:
         raise UserError("--mask_config_dir has no effect without --is_mask_training true")
 

@@ -47,9 +47,9 @@ CURVE_STEPS = 64
 REL_TOLERANCE, MIN_LOSS = 1e-6, 1e-6
 # Calibration samples for the losses of heads and of columns, and tokens of each sample. Columns are many, so their
 # losses vary less between samples.
-HEAD_PROBE_SAMPLES, COLUMN_PROBE_SAMPLES, PROBE_TOKENS = 4, 2, 512
-# Predictions are compared at every PROBE_STRIDE-th token.
-PROBE_STRIDE = 1
+HEAD_PROBE_SAMPLES, COLUMN_PROBE_SAMPLES, PROBE_TOKENS = 4, 2, 256
+# Predictions are compared at every PROBE_STRIDE-th token: on a small model the head costs more than the layers.
+PROBE_STRIDE = 4
 # Version of the cache file; a file of another version is ignored.
 CACHE_FORMAT = 2
 

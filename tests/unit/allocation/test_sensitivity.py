@@ -59,7 +59,7 @@ def test_loss_curves_at_the_reference_count_are_the_divergence(name, stride, sam
     assert (len(curves[0].heads.losses), len(curves[0].columns.losses)) == (units[0].heads, 37)
 
 
-PROTOCOL = [sensitivity.PROBE_STRIDE, 0.3, 0.9, 4, 2, 512]
+PROTOCOL = [4, 0.3, 0.9, 4, 2, 256]
 HEADS = {"errors": [0.0, 1.0], "count": 1, "loss": 0.5}
 
 
