@@ -105,7 +105,7 @@ def test_parse_args_with_wrong_flags_of_text_is_refused(slim, text_argv, flags, 
 def test_check_args_of_a_teacher_with_several_gpus_in_a_process_is_refused(slim, text_argv, checkpoint, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
     assert parse_args(text_argv(slim / "pruned_weights"))
-    with pytest.raises(UserError, match="--distill_from in one process with 2 GPUs: .*torchrun --nproc_per_node=2"):
+    with pytest.raises(UserError, match=r"--distill_from in one process with 2 GPUs: .*torchrun --nproc_per_node=2"):
         parse_args(text_argv(slim / "pruned_weights", "--distill_from", checkpoint))
 
 
