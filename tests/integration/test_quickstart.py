@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.timeout(1800)
 def test_quickstart_prunes_20_percent_and_reuses_its_cache(tmp_path):
     environment = {**os.environ, "SLIMGPT_CACHE": str(tmp_path / "cache")}
-    command = ["bash", "scripts/quickstart.sh", "--save_dir", str(tmp_path / "out")]
+    command = ["bash", "scripts/quickstart.sh", "--save_dir", str(tmp_path / "out"), "--recover", "8192"]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
     result = json.loads((tmp_path / "out" / "comparison.json").read_text())
@@ -26,6 +26,10 @@ def test_quickstart_prunes_20_percent_and_reuses_its_cache(tmp_path):
     for name, value in dense["perplexities"].items():
         assert value < pruned["perplexities"][name] < 2 * value
     assert re.search(r"^pruned: \w+", process.stdout, flags=re.MULTILINE)
+    recovered = json.loads((tmp_path / "out" / "recovered.json").read_text())["pruned"]
+    assert recovered["parameters"] == pruned["parameters"]
+    for name, value in recovered["perplexities"].items():
+        assert dense["perplexities"][name] < value < 0.98 * pruned["perplexities"][name]
     cached = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
     again = subprocess.run(
         [".venv/bin/python", "-m", "scripts.fetch_smollm2", str(tmp_path / "cache")], cwd=ROOT, check=False

@@ -1,0 +1,39 @@
+"""Rows and table of the recovery benchmark."""
+
+import math
+
+from benchmarks.bench_recovery import ALPACA, NONE, build_parser, row_keys, table
+
+REQUIRED = ["model", "--calib_file", "c", "--train_text", "t", "--alpaca_file", "a", "--eval_files", "e=e"]
+REQUIRED += ["--work_dir", "w", "--out", "o"]
+
+
+def test_row_keys_begin_with_the_models_without_recovery():
+    keys = row_keys(build_parser().parse_args([*REQUIRED, "--shares", "0.2", "0.5", "--tokens", "9", "99"]))
+    models = [("paper", 0.2), ("paper", 0.5), ("best", 0.2), ("best", 0.5), ("dense", 0.0)]
+    assert keys[:5] == [(*model, NONE, 0) for model in models]
+    assert [key[3] for key in keys[5:]] == sorted(key[3] for key in keys[5:])
+    assert len(set(keys)) == len(keys) == 5 + 2 * (4 * 5 + 2)
+    # A dense model is not distilled from itself.
+    assert {key[2] for key in keys if key[0] == "dense"} == {NONE, ALPACA, "cross-entropy, block weights"}
+
+
+def test_table_has_the_loss_as_a_share_of_the_originals():
+    def row(method, share, recovery, tokens, perplexity):
+        return {
+            "method": method,
+            "share": share,
+            "recovery": recovery,
+            "tokens": tokens,
+            "perplexity": {"a": perplexity},
+        }
+
+    rows = [row("dense", 0.0, NONE, 0, 10.0), row("paper", 0.2, NONE, 0, 10 * math.exp(0.4))]
+    rows.append(row("best", 0.2, "KL, LoRA", 1000, 10 * math.exp(0.1)) | {"training_seconds": 12.3})
+    lines = table(rows).splitlines()
+    assert lines[0] == "| removed | pruned by | recovery | tokens | a | seconds |"
+    assert lines[2:] == [
+        "| 0 % | dense | none |  | 10.00 |  |",
+        "| 20 % | best | KL, LoRA | 1,000 | 11.05 (0.100, 0.25) | 12 |",
+        "| 20 % | paper | none |  | 14.92 (0.400, 1.00) |  |",
+    ]
