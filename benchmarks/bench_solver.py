@@ -31,6 +31,7 @@ from slim_utils.common.errors import UserError
 from slim_utils.common.loading import check_output_file, choose_device, peak_memory_mib, write_json_atomic
 from slim_utils.layerwise.device_defaults import SOLVE_DTYPES
 from slim_utils.obs import solve_bytes
+from slim_utils.profiling.tables import markdown_table
 from slim_utils.slimgpt import SlimGPT
 
 logger = logging.getLogger("bench_solver")
@@ -100,6 +101,18 @@ def measure_apart(args: argparse.Namespace, way: str, columns: int, dtype: str) 
     result = measure_in_new_process(__file__, [*words, "--device", args.device], f"{way}, {columns} columns, {dtype}")
     logger.info("%s, %d columns, %s: %.2f s, peak %s", way, columns, dtype, *result.values())
     return result
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The table in docs/results.md."""
+    lines = []
+    for row in rows:
+        medians, floor = row["median_seconds"], row["floor_seconds"]
+        seconds = [f"{medians[way]:.2f}" if way in medians else "" for way in WAYS]
+        ratio = f"{medians['original'] / medians['ours']:.1f}×" if "original" in medians else ""
+        size = f"{row['columns']} → {row['outputs']}"
+        lines.append((size, row["dtype"], *seconds, ratio, f"{floor:.2f}", f"{medians['ours'] / floor:.1f}×"))
+    return markdown_table(("map", "dtype", "original (s)", "this suite (s)", "", "floor (s)", "of the floor"), lines)
 
 
 def main(args: argparse.Namespace) -> None:

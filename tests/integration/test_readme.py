@@ -110,7 +110,7 @@ def test_fine_tuning_commands_as_shown_are_parsed(monkeypatch):
 
 def test_recipe_commands_as_shown_set_variables_of_the_recipe():
     lines = commands("MODEL=") + commands("NPROC=")
-    assert len(lines) == 7
+    assert len(lines) == 8
     for text in PAGES.values():
         for command in re.findall(r"^.*bash scripts/\w+\.sh$", text, flags=re.MULTILINE):
             *variables, _, script = shlex.split(command)
@@ -381,6 +381,12 @@ def test_table_of_sink_windows_is_that_of_the_file():
     from benchmarks.text_starts import table
 
     assert table(json.loads((RESULTS / "text_starts.json").read_text())["rows"]) in TABLES
+
+
+def test_table_of_the_solver_is_that_of_the_file():
+    from benchmarks.bench_solver import table
+
+    assert table(json.loads((RESULTS / "bench_solver.json").read_text())["rows"]) in TABLES
 
 
 def test_table_of_constants_is_that_of_the_file():

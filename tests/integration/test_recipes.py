@@ -10,8 +10,9 @@ import pytest
 from tests.conftest import random_text
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = ("prune.sh", "finetune.sh", "recover.sh", "evaluate.sh", "flops.sh", "llama_7b_p20.sh")
-VARIABLES = ("MODEL", "DATA", "EVAL", "OUT", "SFT_DATA", "DENSE", "TEXT", "TOKENS", "TRAIN", "TASK_DATA", "TASKS")
+RECIPES = ("prune.sh", "finetune.sh", "recover.sh", "prune_in_rounds.sh", "evaluate.sh", "flops.sh", "llama_7b_p20.sh")
+VARIABLES = ("MODEL", "DATA", "EVAL", "OUT", "SFT_DATA", "TASK_DATA", "TASKS")
+VARIABLES += ("DENSE", "TEXT", "TOKENS", "TRAIN", "ROUNDS", "RATIO")
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / ".venv" / "bin" / "python").exists(), reason="needs scripts/test.sh's .venv"
@@ -53,6 +54,23 @@ def test_recipe_llama_7b_p20_on_a_tiny_model_runs_all_stages(
         assert json.loads((out.parent / name).read_text())["samples"] == {"piqa": 8}
     assert "decode (tokens/s)" in (out.parent / "p20_flops.json.log").read_text()
     assert len(json.loads((out.parent / "p20_flops.json").read_text())["models"]) == 2
+
+
+@pytest.mark.slow
+def test_recipe_prune_in_rounds_on_a_tiny_model_has_the_dense_model_as_teacher(checkpoint, text_file, tmp_path):
+    text = tmp_path / "train.txt"
+    text.write_text(random_text(3000, 5))
+    variables = {"MODEL": checkpoint, "DATA": text_file, "EVAL": f"wikitext2={text_file}", "TEXT": text}
+    process = run("prune_in_rounds.sh", "--smoke", **variables, OUT=tmp_path / "out", RATIO=0.4, ROUNDS=2)
+    assert process.returncode == 0, process.stdout + process.stderr
+    for number in (1, 2):
+        record = json.loads((tmp_path / "out" / f"recovered_{number}" / "run.json").read_text())
+        assert record["arguments"]["distill_from"] == str(checkpoint)
+        assert record["arguments"]["model_name_or_path"].endswith(f"pruned_{number}/pruned_weights")
+    steps = json.loads((tmp_path / "out" / "recovered_2" / "slimgpt.json").read_text())["steps"]
+    assert [step["kind"] for step in steps] == ["pruning", "recovery"] * 2
+    sizes = json.loads((tmp_path / "out" / "pruned_2" / "run.json").read_text())["sizes"]
+    assert sizes["block_share_removed_in_total"] == pytest.approx(0.4, abs=0.05)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

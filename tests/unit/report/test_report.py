@@ -26,6 +26,7 @@ from slim_utils.report.sources import (
     RUN,
     SERVING,
     SINKS,
+    SOLVER,
     SPEED,
     raw_rows,
     read_sources,
@@ -47,6 +48,8 @@ KINDS = {
     "bench_calibration": CALIBRATION,
     "text_starts": SINKS,
     "constants": CONSTANTS,
+    "constants_seed_1": CONSTANTS,
+    "bench_solver": SOLVER,
 }
 PART = {"error_before_compensation": 0.2, "error_after_compensation": 0.1}
 RUN_RECORD = {

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Prune in rounds: in each, remove a part of the block weights and recover with the dense model as teacher. Every round
+# removes the same share of what is left, RATIO in total.
+#
+#   MODEL=meta-llama/Llama-3.2-1B RATIO=0.5 ROUNDS=2 OUT=out/half bash scripts/prune_in_rounds.sh
+#   bash scripts/prune_in_rounds.sh --smoke    trial run with few short samples and steps (default MODEL: SmolLM2-135M)
+set -euo pipefail
+MODEL=${MODEL:-}                       # dense checkpoint folder or hub name
+DATA=${DATA:-}                         # calibration: wikitext2, c4, alpaca, gpt4_alpaca (default: c4), or a text file
+TEXT=${TEXT:-}                         # as in recover.sh (default: c4)
+EVAL=${EVAL:-}                         # wikitext2 (default), ptb, a file, or NAME=FILE
+RATIO=${RATIO:-0.5} ROUNDS=${ROUNDS:-2}
+TOKENS=${TOKENS:-1e6}                  # tokens of each recovery
+TRAIN=${TRAIN:-block_weights}          # block_weights, scales, all
+OUT=${OUT:-out/rounds}                 # written: OUT/pruned_1, OUT/recovered_1, …; the last OUT/recovered_N is the result
+NUM_SAMPLES=${NUM_SAMPLES:-128} SEQLEN=${SEQLEN:-2048} NPROC=${NPROC:-1}
+FLAGS=${FLAGS:-}                       # more flags of model_slimming.py, e.g. "--preset best"
+
+root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
+source "$root/scripts/env.sh"
+MODEL=$(local_or_name "$MODEL") DATA=$(local_or_name "$DATA") EVAL=$(local_or_name "$EVAL") OUT=$(realpath -m "$OUT")
+pushd "$root" > /dev/null
+make_venv requirements.txt
+smoke=()
+if smoke_mode "$@"; then
+    NUM_SAMPLES=8 SEQLEN=64 smoke=(--smoke)
+    if [ -z "$MODEL" ] || [ -z "$DATA" ] || [ -z "$TEXT" ] || [ -z "$EVAL" ]; then
+        smoke_inputs
+        MODEL=${MODEL:-$smoke_model} EVAL=${EVAL:-wiki=$smoke_data/evaluation.txt}
+        DATA=${DATA:-$cache/wiki.calibration.txt} TEXT=${TEXT:-$cache/wiki.calibration.txt}
+    fi
+fi
+popd > /dev/null
+: "${MODEL:?set MODEL to a checkpoint folder or hub name}"
+
+data=("${DATA:-c4}")
+[ -f "$DATA" ] && data=(--data_file "$DATA")
+share=$("$root/.venv/bin/python" -c "print(f'{1 - (1 - $RATIO) ** (1 / $ROUNDS):.6f}')")
+mkdir -p "$OUT"
+current=$MODEL
+for round in $(seq "$ROUNDS"); do
+    (cd "$root" && .venv/bin/python model_slimming.py "$current" "${data[@]}" --num_samples "$NUM_SAMPLES" \
+        --seqlen "$SEQLEN" --seed "$round" --target_ratio "$share" --allocation log_increase --skip_evaluate \
+        --save_pruned_weights --save_dir "$OUT/pruned_$round" --resume $FLAGS 2>&1 | tee -i "$OUT/pruned_$round.log")
+    # Assignments before a command see the ones to their left.
+    DENSE=$MODEL MODEL="$OUT/pruned_$round/pruned_weights" TEXT=$TEXT TOKENS=$TOKENS TRAIN=$TRAIN EVAL=$EVAL \
+        NPROC=$NPROC FLAGS="" OUT="$OUT/recovered_$round" bash "$root/scripts/recover.sh" "${smoke[@]}"
+    current=$OUT/recovered_$round
+done
