@@ -351,6 +351,18 @@ def test_quality_tables_are_those_of_the_file():
     assert loss_table(record) in TABLES
 
 
+def test_table_of_the_cost_of_search_is_that_of_the_file():
+    from benchmarks.quality_table import METHOD_NAMES
+
+    rows = json.loads((RESULTS / "bench_search_cost.json").read_text())["rows"]
+    plain = next(row["seconds"] for row in rows if row["method"] == "slimgpt_log_increase")
+    for row in rows:
+        if row["share"]:
+            cells = [f"{row['seconds']:.0f}", f"{row['seconds'] / plain:.1f}×"]
+            cells += [f"{value:.2f}" for value in row["perplexity"].values()]
+            assert f"| {METHOD_NAMES[row['method']]} | {' | '.join(cells)} |" in TABLES
+
+
 def test_quality_table_of_readme_is_that_of_the_file():
     from benchmarks.quality_table import METHOD_NAMES, group_rows, mean_and_std
 

@@ -56,5 +56,7 @@ def test_imports_of_every_module_are_of_lower_levels():
 
 
 def test_imports_of_tests_are_only_in_tests():
-    files = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in ("tests", ".venv")]
+    # Environments have names that start with a dot.
+    folders = [path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith((".", "tests"))]
+    files = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
     assert not [path for path in files if any(module.split(".")[0] == "tests" for module in imports(path))]
