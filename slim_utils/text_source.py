@@ -77,7 +77,7 @@ def hub_rows(name: str, split: str) -> Iterator[Row]:
             raise UserError(f"data set '{name}': {advice}") from error
         raise UserError(
             f"data set '{name}' could not be read from the hub ({error_reason(error)}); give a local file "
-            "instead: --data_file FILE for calibration, --data_path FILE for training, "
+            "instead: --data_file FILE for calibration, --data_path or --train_text FILE for training, "
             f"--eval_datasets or --extra_val_set {name}=FILE (or "
             "--skip_evaluate) for evaluation"
         ) from error
@@ -124,7 +124,9 @@ def file_rows(path: Path, piece_chars: int | None = None) -> Iterator[Row]:
         UserError: if the file is missing or unreadable.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file (--data_file, --data_path, --eval_datasets, --extra_val_set)")
+        raise UserError(
+            f"{path}: no such file (--data_file, --data_path, --train_text, --eval_datasets, --extra_val_set)"
+        )
     read, newline = _reader(path, piece_chars)
     try:
         with _decompressed(path) as file:

@@ -189,13 +189,9 @@ def point_figure(panels: list[PointPanel], columns: int = 3) -> Figure:
     for ax, panel in zip(axes, panels, strict=True):
         ax.set(title=panel.title, xlabel=panel.x_unit, ylabel=panel.unit)
         for line in panel.lines:
-            (handle,) = ax.plot(
-                *zip(*line.points, strict=True),
-                color=_colour(line.colour),
-                linestyle=_dashes(line.colour),
-                marker=_marker(line.colour),
-                markersize=3.5,
-            )
+            x, y = zip(*line.points, strict=True)
+            style: dict[str, Any] = {"linestyle": _dashes(line.colour), "marker": _marker(line.colour)}
+            (handle,) = ax.plot(x, y, color=_colour(line.colour), markersize=3.5, **style)
             handles.setdefault(line.label, handle)
         ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
     _legend(figure, handles)
