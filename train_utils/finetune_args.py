@@ -56,7 +56,7 @@ class ModelArguments:
         metadata={
             "help": "what to train: "
             + "; ".join(f"{name} ({text})" for name, text in TRAINED_PARTS.items())
-            + " (default: lora with --use_lora true, else all)",
+            + " (default: lora with --use_lora true, block_weights with --train_text, else all)",
             "choices": list(TRAINED_PARTS),
         },
     )

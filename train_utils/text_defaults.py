@@ -34,4 +34,5 @@ def with_text_defaults(argv: list[str]) -> list[str]:
     """``argv`` after the defaults of runs on plain text, if it is one; later flags win."""
     if not is_given("--train_text", argv):
         return argv
-    return [*(str(word) for pair in TEXT_DEFAULTS.items() for word in pair), *argv]
+    part = {} if is_given("--use_lora", argv) else {"--train": BLOCK_WEIGHTS}
+    return [*(str(word) for pair in (TEXT_DEFAULTS | part).items() for word in pair), *argv]

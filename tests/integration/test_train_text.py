@@ -83,6 +83,8 @@ def test_parse_args_with_train_text_sets_the_defaults_of_text(slim, text_argv):
     assert args.data.max_length == 32
     args = parse_args(text_argv(slim / "pruned_weights", "--learning_rate", 1e-6, "--use_lora", "true"))
     assert args.training.learning_rate == 1e-6 and args.model.peft_lora_r == 16
+    assert args.model.trained_part == "lora"
+    assert parse_args(text_argv(slim / "pruned_weights")).model.trained_part == "block_weights"
 
 
 @pytest.mark.parametrize(
