@@ -30,6 +30,7 @@ def test_table_has_the_loss_as_a_share_of_the_originals():
 
     rows = [row("dense", 0.0, NONE, 0, 10.0), row("paper", 0.2, NONE, 0, 10 * math.exp(0.4))]
     rows.append(row("best", 0.2, "KL, LoRA", 1000, 10 * math.exp(0.1)) | {"training_seconds": 12.3})
+    assert "| best | KL, LoRA | 1,000 | 11.05 | 12 |" in table(rows[2:])
     lines = table(rows).splitlines()
     assert lines[0] == "| removed | pruned by | recovery | tokens | a | seconds |"
     assert lines[2:] == [
