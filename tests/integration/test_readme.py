@@ -395,6 +395,16 @@ def test_table_of_sink_windows_is_that_of_the_file():
     assert table(json.loads((RESULTS / "text_starts.json").read_text())["rows"]) in TABLES
 
 
+def test_table_of_recovery_is_that_of_the_file():
+    from benchmarks.bench_recovery import table
+
+    rows = json.loads((RESULTS / "bench_recovery.json").read_text())["rows"]
+    assert table(rows) in TABLES
+    best = {row["recovery"]: row for row in rows if row["method"] == "best"}
+    before, after = (best[name]["perplexity"]["wikitext2"] for name in ("none", "KL, block weights"))
+    assert f"from {before:.2f} to\n{after:.2f} on these cores" in README
+
+
 def test_table_of_the_solver_is_that_of_the_file():
     from benchmarks.bench_solver import table
 

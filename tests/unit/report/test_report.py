@@ -47,6 +47,7 @@ KINDS = {
     "layer_choices": CHOICES,
     "bench_calibration": CALIBRATION,
     "text_starts": SINKS,
+    "bench_recovery": RECOVERY_CURVE,
     "bench_search_cost": QUALITY,
     "constants": CONSTANTS,
     "constants_seed_1": CONSTANTS,
