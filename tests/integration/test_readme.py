@@ -405,6 +405,12 @@ def test_table_of_recovery_is_that_of_the_file():
     assert f"from {before:.2f} to\n{after:.2f} on these cores" in README
 
 
+def test_table_of_a_distillation_step_is_that_of_the_file():
+    for row in json.loads((RESULTS / "bench_distillation.json").read_text())["rows"]:
+        cells = [row["way"], f"{row['seconds']:.1f}", f"{row['tokens_per_second']:.0f}", str(row["peak_memory_mib"])]
+        assert f"| {' | '.join(cells)} |" in TABLES
+
+
 def test_table_of_the_solver_is_that_of_the_file():
     from benchmarks.bench_solver import table
 
