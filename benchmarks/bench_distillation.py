@@ -8,7 +8,6 @@ in its own process, for its peak memory: median of --repeats steps after one tha
 """
 
 import argparse
-import resource
 import statistics
 import sys
 import time
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measuring import Row, measure_in_new_process
 from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.environment import command_line, environment
-from slim_utils.common.loading import load_model, write_json_atomic
+from slim_utils.common.loading import load_model, peak_memory_mib, write_json_atomic
 from slim_utils.families import find_family
 from slim_utils.layerwise.offload import CPU
 from slim_utils.profiling.tables import markdown_table
@@ -84,20 +83,20 @@ def measure(args: argparse.Namespace) -> Row:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, student.config.vocab_size, (args.batch, args.seqlen), generator=generator)
     step, seconds = WAYS[args.measure](student, teacher), []
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loaded = peak_memory_mib(CPU)["host"]
     for _ in range(args.repeats + 1):
         student.zero_grad(set_to_none=True)
         start = time.perf_counter()
         step(ids).backward()
         seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_memory_mib(CPU)["host"]
     median = statistics.median(seconds[1:])
     return {
         "way": args.measure,
         "seconds": round(median, 3),
         "tokens_per_second": round(ids.numel() / median, 1),
-        "peak_memory_mib": round(peak / 1024),
-        "above_loaded_models_mib": round((peak - loaded) / 1024),
+        "peak_memory_mib": round(peak),
+        "above_loaded_models_mib": round(peak - loaded),
     }
 
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measuring import Row, measure_missing_rows, named_files
 from benchmarks.smollm2_perplexity import MIN_SPARSITY, NUM_SAMPLES, SEQLEN
-from benchmarks.smollm2_recovery import TASKS, flag_list, is_finished, run
+from benchmarks.smollm2_recovery import flag_list, is_finished, run, zero_shot
 from ppl_eval.ppl_dataset import load_eval_sets
 from ppl_eval.ppl_eval import evaluate
 from slim_utils.cli.app import ArgumentParser, run_cli
@@ -151,19 +151,9 @@ def measure(args: argparse.Namespace, specs: list[str], method: str, share: floa
         row["loss"] = [[entry["step"], entry["loss"]] for entry in record["log"] if "loss" in entry]
     row["perplexity"] = {entry["dataset"]: entry["perplexity"] for entry in entries}
     if args.limit:
-        row["zero_shot"] = zero_shot(args, model)
+        row["zero_shot"] = zero_shot(args, model, "_".join(model.parts[-2:]))
     logger.info("%s", {key: value for key, value in row.items() if key not in ("loss", "data")})
     return row
-
-
-def zero_shot(args: argparse.Namespace, model: Path) -> dict[str, Any]:
-    """Zero-shot results, averages and sample counts of ``model``."""
-    path = args.work_dir / f"zero_shot_{'_'.join(model.parts[-2:])}.json"
-    if not path.exists():
-        flags = {"--tasks": ",".join(TASKS), "--data_dir": args.task_dir, "--limit": args.limit, "--batch_size": "auto"}
-        run("model_evaluate.py", "--model", model, *flag_list(flags), "--output_path", path)
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return {key: record[key] for key in ("results", "averages", "samples", "splits")}
 
 
 def row_keys(args: argparse.Namespace) -> list[tuple[str, float, str, int]]:

@@ -45,6 +45,13 @@ PIECE_CHARS = 1 << 20
 _GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
+def names_file(source: str) -> bool:
+    """Return whether ``source`` is a local file, or is spelled like one; otherwise it is the name of a data set."""
+    if Path(source).expanduser().is_file():
+        return True
+    return source not in HUB_SOURCES and bool(Path(source).suffix or source.startswith((".", "/", "~")))
+
+
 def hub_datasets(names: Iterable[str]) -> list[str]:
     """Return the hub names of the data sets in ``names``; local files and data sets read as single files have none."""
     paths = [HUB_SOURCES.get(name, {}).get("path", "") for name in names]

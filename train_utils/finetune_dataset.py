@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from slim_utils.common.errors import UserError, row_errors
 from slim_utils.common.loading import atomic_folder
-from slim_utils.text_source import HUB_SOURCES, Row, file_rows, hub_rows, instruction_columns
+from slim_utils.text_source import Row, file_rows, hub_rows, instruction_columns, names_file
 from train_utils.conversations import (
     MESSAGES,
     common_prefix,
@@ -137,10 +137,7 @@ def training_rows(source: str) -> list[Row]:
     Raises:
         UserError: if the data cannot be read, or a row lacks its columns or has a value that is not text.
     """
-    if source not in HUB_SOURCES and (Path(source).suffix or source.startswith((".", "/", "~"))):
-        rows: Iterable[Row] = file_rows(Path(source).expanduser())
-    else:
-        rows = file_rows(Path(source)) if Path(source).is_file() else hub_rows(source, "train")
+    rows = file_rows(Path(source).expanduser()) if names_file(source) else hub_rows(source, "train")
     return [check_row(row, index, source) for index, row in enumerate(rows)]
 
 
@@ -285,15 +282,26 @@ def cached_samples(
             samples.append(sample)
     dataset = datasets.Dataset.from_list(samples)
     if folder is not None:
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_folder(folder) as partial:
-                dataset.save_to_disk(str(partial))
-        except OSError as error:
-            if error.errno not in NOT_WRITABLE:
-                raise
-            logger.warning("the tokenised samples are not cached (%s); choose another --cache_dir", error)
+        write_cache(folder, lambda partial: dataset.save_to_disk(str(partial)), "tokenised samples")
     return dataset
+
+
+def write_cache(folder: Path, write: Callable[[Path], None], content: str) -> bool:
+    """Fill the cache ``folder`` by ``write``; where that is impossible, log that ``content`` is not cached.
+
+    Returns:
+        Whether the cache is filled.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(folder) as partial:
+            write(partial)
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        logger.warning("the %s are not cached (%s); choose another --cache_dir", content, error)
+        return False
+    return True
 
 
 def default_cache_dir() -> Path:

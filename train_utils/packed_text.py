@@ -23,10 +23,9 @@ import numpy as np
 from tqdm import tqdm
 
 from slim_utils.common.errors import UserError
-from slim_utils.common.loading import atomic_folder
 from slim_utils.common.ngrams import NgramSample
-from slim_utils.text_source import HUB_SOURCES, file_pieces, hub_documents
-from train_utils.finetune_dataset import NOT_WRITABLE, FinetuneData, fingerprint
+from slim_utils.text_source import file_pieces, hub_documents, names_file
+from train_utils.finetune_dataset import FinetuneData, fingerprint, write_cache
 
 if TYPE_CHECKING:
     import datasets
@@ -104,12 +103,7 @@ def parse_text_source(spec: str) -> TextSource:
             ) from None
     if not (source.weight > 0 and math.isfinite(source.weight)):
         raise UserError(f"{FLAG} {spec}: the weight must be positive")
-    path = Path(source.name).expanduser()
-    if (
-        not path.is_file()
-        and source.name not in HUB_SOURCES
-        and (path.suffix or source.name.startswith((".", "/", "~")))
-    ):
+    if names_file(source.name) and not Path(source.name).expanduser().is_file():
         raise UserError(f"{FLAG} {source.name}: no such file")
     return source
 
@@ -140,19 +134,15 @@ def load_text_data(
     if folder and folder.is_dir():
         logger.info("using the windows cached in %s", folder)
         return _split(folder, settings, key)
-    try:
-        if folder:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_folder(folder) as partial:
-                _write_windows(partial, sources, tokenizer, settings, excluded)
-            return _split(folder, settings, key)
-    except OSError as error:
-        if error.errno not in NOT_WRITABLE:
-            raise
-        logger.warning("the windows are not cached (%s); choose another --cache_dir", error)
+
+    def write(folder: Path) -> None:
+        _write_windows(folder, sources, tokenizer, settings, excluded)
+
+    if folder and write_cache(folder, write, "windows"):
+        return _split(folder, settings, key)
     # The mapped file stays readable once its name is gone.
     with tempfile.TemporaryDirectory(prefix="slimgpt-text-") as scratch:
-        _write_windows(Path(scratch), sources, tokenizer, settings, excluded)
+        write(Path(scratch))
         return _split(Path(scratch), settings, key)
 
 
@@ -225,8 +215,7 @@ def _shares(sources: Sequence[TextSource], total: int) -> list[int]:
 
 def documents(name: str) -> Iterator[str]:
     """Stream the documents of a local file or of a data set on the hub."""
-    path = Path(name).expanduser()
-    return file_pieces(path) if path.is_file() else hub_documents(name, "train")
+    return file_pieces(Path(name).expanduser()) if names_file(name) else hub_documents(name, "train")
 
 
 def _windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, settings: TextSettings) -> Iterator[np.ndarray]:

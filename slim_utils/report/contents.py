@@ -6,11 +6,7 @@ from typing import Any
 
 from slim_utils.allocation.sensitivity import REFERENCE_RATIO
 from slim_utils.report.benchmark_plots import BENCHMARK_PLOTS
-from slim_utils.report.figures import (
-    LayerLine,
-    LayerPanel,
-    layer_figure,
-)
+from slim_utils.report.figures import LayerLine, LayerPanel, layer_figure
 from slim_utils.report.plot import COSTS, ERRORS, KEPT, PEAK, SECTIONS, Plot, kept_panels, size_plots, text_perplexities
 from slim_utils.report.sources import (
     METHOD_NAMES,

@@ -16,9 +16,7 @@ from slim_utils.report.figures import (
     perplexity_figure,
     perplexity_panels,
 )
-from slim_utils.report.sources import (
-    Rows,
-)
+from slim_utils.report.sources import Rows
 
 PEAK = "peak_memory_mib"  # Key of a layer or a row: MiB by "host" and "gpu".
 
@@ -79,6 +77,7 @@ def size_plots(name: str, title: str, rows: Rows) -> list[Plot]:
 
 
 def kept_panels(prefix: str, heads: list[LayerLine], widths: list[LayerLine]) -> list[LayerPanel]:
+    """The panels of kept heads and of kept columns; their titles begin with ``prefix``."""
     return [
         LayerPanel(f"{prefix}query heads", "heads kept", heads, steps=True),
         LayerPanel(f"{prefix}FFN width", "columns kept", widths, steps=True),
