@@ -10,7 +10,7 @@ Protocol: heads as released, pruned by model_slimming.py on 32 × 512 tokens (se
 windows of 512 tokens of a mixture of --train_text at equal weights, one epoch; instructions with the paper's recipe
 (LoRA of rank 8, 1e-4, batches of 16, up to 256 tokens a row). Perplexity of the first 8 × 1024 tokens of every
 evaluation text; training skips windows that overlap with them or with the calibration samples. Nothing is tuned on
-these texts; learning rates were chosen by the loss on held-out windows of the training mixture.
+these texts; learning rates were chosen by the loss on held-out windows of the training mixture (--learning_rates).
 
 Rows that are already in --out are not measured again, so an interrupted benchmark can be resumed. With --limit,
 zero-shot accuracy is measured too.
@@ -24,7 +24,7 @@ import sys
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -59,6 +59,16 @@ RECOVERIES: dict[str, dict[str, Any]] = {
 }
 
 
+class Key(NamedTuple):
+    """What identifies a row; a learning rate of ``None`` is the default of the recovery."""
+
+    method: str
+    share: float
+    recovery: str
+    tokens: int
+    learning_rate: float | None
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Parser of the flags; the rest of the protocol is fixed."""
     parser = ArgumentParser(prog="bench_recovery.py", description="Perplexity after recovery training.")
@@ -71,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, DENSE], default=[*METHODS, DENSE])
     parser.add_argument("--recoveries", nargs="+", choices=[NONE, *RECOVERIES], default=[NONE, *RECOVERIES])
     parser.add_argument("--tokens", type=int, nargs="+", default=[50_000, 100_000, 250_000, 500_000, 1_000_000])
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[None], help="default: that of the recovery")
     parser.add_argument("--task_dir", type=Path, help="local rows of the zero-shot tasks")
     parser.add_argument("--limit", type=int, default=0, help="rows per zero-shot task; 0 skips them")
     parser.add_argument("--work_dir", type=Path, required=True)
@@ -117,14 +128,17 @@ def prune(args: argparse.Namespace, method: str, share: float) -> Path:
     return folder / "pruned_weights"
 
 
-def train(args: argparse.Namespace, specs: list[str], base: Path, name: str, recovery: str, tokens: int) -> Path:
+def train(args: argparse.Namespace, specs: list[str], base: Path, key: Key) -> Path:
     """Output folder of the training of ``base``."""
-    folder = args.work_dir / f"{name}_{recovery.replace(', ', '_').replace(' ', '_')}_{tokens}"
+    recovery, tokens, rate = key.recovery, key.tokens, key.learning_rate
+    name = f"{key.method}_{key.share:g}_{recovery.replace(', ', '_').replace(' ', '_')}_{tokens}"
+    folder = args.work_dir / (name if rate is None else f"{name}_{rate:g}")
     if is_finished(folder):
         return folder
     flags = {"--model_name_or_path": base, "--output_dir": folder, "--overwrite": "true", "--save_strategy": "no"}
     flags |= {"--extra_val_set": ",".join(specs), "--extra_val_seqlen": EVAL_SEQLEN, "--eval_seqlens": EVAL_SEQLEN}
     flags |= {"--cache_dataset": "false", "--eval_strategy": "no", **RECOVERIES[recovery]}
+    flags |= {} if rate is None else {"--learning_rate": rate}
     if recovery == ALPACA:
         run("model_finetune.py", *flag_list(flags), "--data_path", alpaca_rows(args, tokens))
         return folder
@@ -133,22 +147,24 @@ def train(args: argparse.Namespace, specs: list[str], base: Path, name: str, rec
     return folder
 
 
-def measure(args: argparse.Namespace, specs: list[str], method: str, share: float, recovery: str, tokens: int) -> Row:
-    """One row: perplexities of a model, and what its training cost."""
-    row: Row = {"method": method, "share": share, "recovery": recovery, "tokens": tokens}
-    model = prune(args, method, share)
-    if recovery == NONE:
+def measure(args: argparse.Namespace, specs: list[str], *values: Any) -> Row:
+    """The row of a key with these ``values``: perplexities of a model, and what its training cost."""
+    key = Key(*values)
+    row: Row = key._asdict()
+    model = prune(args, key.method, key.share)
+    if key.recovery == NONE:
         tokenizer, loaded = load_tokenizer(args.model, False), load_model(str(model), "auto", False)
         windows = load_eval_sets(specs, tokenizer, [EVAL_SEQLEN], loaded.config.max_position_embeddings)
         entries = evaluate(loaded, windows)
     else:
-        folder = train(args, specs, model, f"{method}_{share:g}", recovery, tokens)
+        folder = train(args, specs, model, key)
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         entries, fused = record["perplexity"]["after"], folder / "lora_fused_model"
         model = fused if fused.is_dir() else folder
         row |= {key: record[key] for key in ("training_seconds", "trained_parameters", "peak_memory_mib", "data")}
         row["data"]["sources"] = [Path(source).name for source in row["data"]["sources"]]
-        row["loss"] = [[entry["step"], entry["loss"]] for entry in record["log"] if "loss" in entry]
+        for name, metric in (("loss", "loss"), ("held_out", "eval_validation_loss")):
+            row[name] = [[entry["step"], entry[metric]] for entry in record["log"] if metric in entry]
     row["perplexity"] = {entry["dataset"]: entry["perplexity"] for entry in entries}
     if args.limit:
         row["zero_shot"] = zero_shot(args, model, "_".join(model.parts[-2:]))
@@ -156,15 +172,15 @@ def measure(args: argparse.Namespace, specs: list[str], method: str, share: floa
     return row
 
 
-def row_keys(args: argparse.Namespace) -> list[tuple[str, float, str, int]]:
+def row_keys(args: argparse.Namespace) -> list[Key]:
     """Keys of all rows: models without recovery first, then by the number of tokens."""
     shares = {method: [0.0] if method == DENSE else args.shares for method in args.methods}
     models = list(chain.from_iterable(product([method], shares[method]) for method in args.methods))
-    keys = [(*model, NONE, 0) for model in models if NONE in args.recoveries]
-    for tokens, model, recovery in product(args.tokens, models, args.recoveries):
+    keys = [Key(*model, NONE, 0, None) for model in models if NONE in args.recoveries]
+    for tokens, model, recovery, rate in product(args.tokens, models, args.recoveries, args.learning_rates):
         # A dense model is its own teacher.
         if recovery != NONE and not (model[0] == DENSE and recovery.startswith("KL")):
-            keys.append((*model, recovery, tokens))
+            keys.append(Key(*model, recovery, tokens, rate))
     return keys
 
 
@@ -172,16 +188,18 @@ def table(rows: list[Row]) -> str:
     """The table in docs/results.md: perplexities and, in parentheses, the loss over dense in nats and as a share.
 
     The share is that of the loss of the paper's procedure without recovery. Losses are left out where the dense model
-    was not measured, and shares where that procedure was not.
+    was not measured, and shares where that procedure was not. The loss on the held-out windows of the training texts is
+    that before and after training.
     """
     untrained = {(row["method"], row["share"]): row["perplexity"] for row in rows if row["recovery"] == NONE}
     dense = untrained.get((DENSE, 0.0))
     lines = []
-    for row in sorted(rows, key=lambda row: (row["share"], row["method"], row["tokens"], row["recovery"])):
+    with_held_out = any(row.get("held_out") for row in rows)
+    for row in sorted(rows, key=_order):
         cells = [
             f"{100 * row['share']:.0f} %",
             row["method"],
-            row["recovery"],
+            row["recovery"] + (f", {row['learning_rate']:g}" if row.get("learning_rate") else ""),
             f"{row['tokens']:,}" if row["tokens"] else "",
         ]
         original = untrained.get(("paper", row["share"]))
@@ -192,9 +210,17 @@ def table(rows: list[Row]) -> str:
                 share = f", {loss / math.log(original[text] / dense[text]):.2f}" if original else ""
                 cell += f" ({loss:.3f}{share})"
             cells.append(cell)
+        if with_held_out:
+            losses = [loss for _, loss in row.get("held_out", [])]
+            cells.append(f"{losses[0]:.3f} → {losses[-1]:.3f}" if losses else "")
         seconds = row.get("training_seconds")
         lines.append((*cells, f"{seconds:.0f}" if seconds else ""))
-    return markdown_table(("removed", "pruned by", "recovery", "tokens", *rows[0]["perplexity"], "seconds"), lines)
+    header = ["removed", "pruned by", "recovery", "tokens", *rows[0]["perplexity"]]
+    return markdown_table((*header, *(["held-out"] if with_held_out else []), "seconds"), lines)
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    return row["share"], row["method"], row["tokens"], row["recovery"], row.get("learning_rate") or 0
 
 
 def main(args: argparse.Namespace) -> None:
@@ -203,9 +229,8 @@ def main(args: argparse.Namespace) -> None:
     protocol = {"model": Path(args.model).name, "calibration": [NUM_SAMPLES, SEQLEN], "seed": 0}
     protocol |= {"evaluation": [EVAL_WINDOWS, EVAL_SEQLEN], "zero_shot_limit": args.limit}
     protocol |= {"train_text": [Path(text).name for text in args.train_text]}
-    names = ("method", "share", "recovery", "tokens")
     measure_row = partial(measure, args, eval_specs(args))
-    print(table(measure_missing_rows(args.out, protocol, names, row_keys(args), measure_row)["rows"]))
+    print(table(measure_missing_rows(args.out, protocol, Key._fields, row_keys(args), measure_row)["rows"]))
 
 
 if __name__ == "__main__":

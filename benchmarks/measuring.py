@@ -74,7 +74,7 @@ def measure_missing_rows(
         UserError: if ``out`` has another protocol, or its folder does not exist.
     """
     record = {"command": command_line(), **environment(CPU), "protocol": protocol, "rows": existing_rows(out, protocol)}
-    measured = {tuple(row[name] for name in names) for row in record["rows"]}
+    measured = {tuple(row.get(name) for name in names) for row in record["rows"]}
     for key in keys:
         if key not in measured:
             record["rows"].append(measure(*key))

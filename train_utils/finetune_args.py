@@ -143,6 +143,13 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     # A non-finite loss must stay visible.
     logging_nan_inf_filter: bool = field(default=False)
     train_full_prompt: bool = field(default=False, metadata={"help": "also train on the prompt tokens"})
+    stop_on_held_out: bool | None = field(
+        default=None,
+        metadata={
+            "help": "end with the weights of the lowest loss on the held-out samples, and stop where it rises "
+            "(default: with --train_text, unless --load_best_model_at_end is true)"
+        },
+    )
 
     def __post_init__(self) -> None:
         """Require ``output_dir``, set the defaults, then set up the devices as the Trainer does.
@@ -204,6 +211,14 @@ class FinetuneArguments:
     training: TrainingArguments
     sparse: SparseArguments
     run_folder: Path = field(init=False)
+
+    @property
+    def stops_on_held_out(self) -> bool:
+        """Whether held-out samples choose the weights that the run ends with."""
+        if self.training.stop_on_held_out is not None:
+            return self.training.stop_on_held_out
+        is_chosen = self.training.load_best_model_at_end or self.data.val_dataset_size == 0
+        return self.data.train_text is not None and not is_chosen
 
     def flat(self) -> dict[str, Any]:
         """Every flag that differs from its default, as plain values for ``run.json``."""
@@ -290,6 +305,10 @@ def check_args(args: FinetuneArguments) -> None:
                 raise UserError(f"--{option.name} {getattr(group, option.name)}: {REFUSED_FLAGS[option.name]}")
     check_model_args(args)
     check_data_args(args.data)
+    if args.training.stop_on_held_out and args.data.val_dataset_size == 0:
+        raise UserError("--stop_on_held_out true: nothing is held out; raise --val_dataset_size")
+    if args.training.stop_on_held_out and args.training.load_best_model_at_end:
+        raise UserError("--stop_on_held_out and --load_best_model_at_end exclude each other; leave one out")
     check_distribution(args.training)
     check_packages(args.training)
     # Takes the lock first, so that a live run is reported before the state of its unfinished output.

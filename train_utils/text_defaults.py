@@ -14,6 +14,7 @@ TEXT_DEFAULTS = {
     "--max_length": 512,
     "--val_dataset_size": 32,
     "--per_device_train_batch_size": 2,
+    "--per_device_eval_batch_size": 1,
     "--num_train_epochs": 1,
     "--lr_scheduler_type": "cosine",
     "--warmup_steps": 0.05,

@@ -13,6 +13,7 @@ from slim_utils.common.input_checks import set_padding_token
 from train_utils.distillation import DistillationTrainer
 from train_utils.finetune_args import FinetuneArguments
 from train_utils.finetune_dataset import FinetuneData, window_dataset
+from train_utils.held_out import HeldOutStopping
 from train_utils.sparse_trainer import SlimTrainer
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def build_trainer(
 ) -> SlimTrainer:
     """The Trainer of a run: a :class:`DistillationTrainer` if there is a teacher, else a :class:`SlimTrainer`.
 
+    With held-out stopping alone, the texts in ``eval_sets`` are not evaluated during training.
+
     Args:
         args: flags of the run.
         model: the model to train.
@@ -81,12 +84,19 @@ def build_trainer(
     set_padding_token(padding, model.config)
     training = copy.copy(args.training)
     training.output_dir = str(args.run_folder)
+    callbacks = []
+    if args.stops_on_held_out:
+        if not training.do_eval:
+            eval_sets = {VALIDATION: eval_sets[VALIDATION]}
+        training.eval_on_start = True
+        callbacks.append(HeldOutStopping(model, f"eval_{VALIDATION}_loss", len(eval_sets[VALIDATION])))
     options = {
         "model": model,
         "args": training,
         "data_collator": DataCollatorForSeq2Seq(padding, padding=True),
         "train_dataset": data.train,
-        "eval_dataset": eval_sets if training.do_eval else None,
+        "eval_dataset": eval_sets if training.do_eval or args.stops_on_held_out else None,
+        "callbacks": callbacks,
         "run_settings": settings,
     }
     if teacher is None:

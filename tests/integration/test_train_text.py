@@ -69,6 +69,30 @@ def test_train_text_without_teacher_trains_on_every_token(slim, text_argv, tmp_p
     assert record["log"][-1]["train_loss"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_train_text_keeps_the_weights_of_the_lowest_held_out_loss(slim, text_argv, tmp_path, caplog):
+    base, out = slim / "pruned_weights", tmp_path / "out"
+    main(text_argv(base, "--learning_rate", 10, "--num_train_epochs", 3))
+    record = json.loads((out / "run.json").read_text())
+    held_out = {
+        entry["step"]: entry["eval_validation_loss"] for entry in record["log"] if "eval_validation_loss" in entry
+    }
+    # Of the evaluation texts, none decides.
+    assert not any("eval_text_loss" in entry for entry in record["log"])
+    assert min(held_out, key=held_out.get) == 0 and len(held_out) > 1
+    before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "step 0 is kept" in caplog.text and "lower --learning_rate" in caplog.text
+
+
+def test_train_text_without_stopping_on_held_out_ends_with_the_last_weights(slim, text_argv, tmp_path):
+    base, out = slim / "pruned_weights", tmp_path / "out"
+    main(text_argv(base, "--learning_rate", 10, "--stop_on_held_out", "false"))
+    record = json.loads((out / "run.json").read_text())
+    assert not any("eval_validation_loss" in entry for entry in record["log"])
+    before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_train_text_skips_what_calibrated_the_model(slim, text_argv, tmp_path, text_file):
     process = run(text_argv(slim / "pruned_weights", "--train_text", text_file, "--extra_val_set", "none"))
     assert process.returncode == 0, process.stderr
@@ -96,6 +120,11 @@ def test_parse_args_with_train_text_sets_the_defaults_of_text(slim, text_argv):
         (["--max_train_tokens", "nan"], "--max_train_tokens nan: at least"),
         (["--train", "scales", "--use_lora", "true"], "--use_lora true and --train scales exclude each other"),
         (["--train", "heads"], "--train: invalid choice"),
+        (["--stop_on_held_out", "true", "--val_dataset_size", 0], "--stop_on_held_out true: nothing is held out"),
+        (
+            ["--stop_on_held_out", "true", "--load_best_model_at_end", "true"],
+            "--stop_on_held_out and --load_best_model_at_end exclude each other",
+        ),
     ],
 )
 def test_parse_args_with_wrong_flags_of_text_is_refused(slim, text_argv, flags, message, capsys):
