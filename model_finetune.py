@@ -48,7 +48,6 @@ from train_utils.finetune_args import FinetuneArguments, parse_args
 from train_utils.finetune_dataset import (
     FinetuneData,
     SampleSettings,
-    default_cache_dir,
     load_finetune_data,
 )
 from train_utils.packed_text import TextSettings, load_text_data, parse_text_source
@@ -67,8 +66,7 @@ def load_samples(
 ) -> FinetuneData:
     """Instruction rows, or windows of text that overlap neither with ``windows`` nor with what calibrated the model."""
     data = args.data
-    cache_dir = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
-    cache = cache_dir if data.cache_dataset else None
+    cache = args.cache_dir if data.cache_dataset else None
     if data.train_text is None:
         settings = SampleSettings(data.prompt_template_name, data.max_length, args.training.train_full_prompt)
         return load_finetune_data(data.train_data, data.data_path, tokenizer, settings, data.val_dataset_size, cache)
@@ -157,7 +155,7 @@ def run(args: FinetuneArguments) -> None:
     from train_utils.resumption import check_resumed, run_settings
     from train_utils.sparse_trainer import MaskCallback, masked_slices
     from train_utils.trainable import prepare_model
-    from train_utils.trainer_setup import best_metric, build_trainer, evaluation_sets
+    from train_utils.trainer_setup import best_metric, build_trainer, evaluation_sets, open_teacher, padding_collator
 
     training = args.training
     is_main = training.process_index == 0
@@ -182,17 +180,21 @@ def run(args: FinetuneArguments) -> None:
     eval_sets = evaluation_sets(data, training_windows)
     training.metric_for_best_model = best_metric(training.metric_for_best_model, list(eval_sets))
     model = load_model(path, "auto", trusted)
-    teacher = load_teacher(args) if args.model.distill_from is not None else None
-    settings = run_settings(args, data, model, teacher, pruned.masks if pruned else None)
+    teacher_model = load_teacher(args) if args.model.distill_from is not None else None
+    settings = run_settings(args, data, model, teacher_model, pruned.masks if pruned else None)
     if training.resume_from_checkpoint is not None:
         check_resumed(training.resume_from_checkpoint, settings)
     dtype = model.dtype
     if pruned:
         warn_if_not_masked(model, pruned, path)
+    collator = padding_collator(tokenizer, config)
+    teacher = None if teacher_model is None else open_teacher(args, teacher_model, data, collator, settings)
+    # With --cache_teacher, its weights are not needed any more.
+    del teacher_model
     before = evaluate(model.to(training.device), windows) if is_main else []
 
     model = prepare_model(model, args)
-    trainer = build_trainer(args, model, tokenizer, data, eval_sets, teacher, settings)
+    trainer = build_trainer(args, model, collator, data, eval_sets, teacher, settings)
     if pruned:
         mask = MaskCallback(list(masked_slices(model, pruned.family, pruned.masks)))
         trainer.add_callback(mask)

@@ -28,7 +28,7 @@ from slim_utils.common.loading import load_model, peak_memory_mib, write_json_at
 from slim_utils.families import find_family
 from slim_utils.layerwise.offload import CPU
 from slim_utils.profiling.tables import markdown_table
-from train_utils.distillation import ChunkedDivergence, Head
+from train_utils.distillation import ChunkedDivergence, Head, LiveTeacher, target_rows
 
 Step = Callable[[Tensor], Tensor]
 
@@ -38,8 +38,8 @@ def whole_logits(student: PreTrainedModel, teacher: PreTrainedModel) -> Step:
 
     def step(ids: Tensor) -> Tensor:
         with torch.no_grad():
-            target = teacher(input_ids=ids, use_cache=False).logits.log_softmax(-1)
-        predicted = student(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+            target = teacher(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+        predicted = student(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1)
         return functional.kl_div(predicted, target, reduction="sum", log_target=True)
 
     return step
@@ -47,14 +47,12 @@ def whole_logits(student: PreTrainedModel, teacher: PreTrainedModel) -> Step:
 
 def chunked(student: PreTrainedModel, teacher: PreTrainedModel) -> Step:
     """The divergence of the suite."""
-    heads = Head(student), Head(teacher)
+    head, live_teacher = Head(student), LiveTeacher(teacher)
 
     def step(ids: Tensor) -> Tensor:
-        with torch.no_grad():
-            heads[1].decoder(input_ids=ids, use_cache=False)
+        divergence = live_teacher.targets({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
         student(input_ids=ids, use_cache=False, logits_to_keep=1)
-        hidden = (head.take_hidden().flatten(0, 1) for head in heads)
-        return ChunkedDivergence.apply(*heads, *hidden, *heads[0].parameters())
+        return ChunkedDivergence.apply(head, divergence, target_rows(head.take_hidden(), ids), *head.parameters())
 
     return step
 

@@ -5,9 +5,9 @@ Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -22,6 +22,7 @@ from slim_utils.common.loading import load_config, load_model, load_tokenizer
 from train_utils.finetune_args import FinetuneArguments
 from train_utils.finetune_dataset import IGNORED_LABEL
 from train_utils.sparse_trainer import SlimTrainer
+from train_utils.teacher_cache import top_log_probabilities
 from train_utils.trainable import cast_parameters, frozen_dtype
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 # The fp32 logits of one chunk take 150 MB at a vocabulary of 150,000. Heads run once for each chunk.
 CHUNK_TOKENS = 256
+# Divergence, summed over tokens, of the log-probabilities (tokens, vocabulary) of the targets in a slice.
+Divergence = Callable[[Tensor, slice], Tensor]
 
 
 def check_teacher(args: FinetuneArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -53,6 +56,8 @@ def check_teacher(args: FinetuneArguments, config: PreTrainedConfig, tokenizer: 
     teacher_size, student_size = (model_config.get_text_config().vocab_size for model_config in (teacher, config))
     if teacher_size != student_size:
         raise UserError(f"--distill_from {path}: vocabulary size {teacher_size}, that of the student is {student_size}")
+    if args.model.cache_teacher >= teacher_size:
+        raise UserError(f"--cache_teacher {args.model.cache_teacher}: below the vocabulary size, {teacher_size}")
     if vocabulary != tokenizer.get_vocab():
         raise UserError(f"--distill_from {path}: the tokens of its tokenizer differ from those of the student")
 
@@ -143,29 +148,23 @@ class ChunkedDivergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, student: Head, teacher: Head, hidden: Tensor, teacher_hidden: Tensor, *parameters: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, student: Head, divergence: Divergence, hidden: Tensor, *parameters: Tensor) -> Tensor:
         """The divergence.
 
         Args:
             ctx: context of autograd.
             student: head of the student.
-            teacher: head of the teacher.
+            divergence: divergence from the teacher of the predictions of a chunk.
             hidden: (tokens, hidden) states of the student; gradients flow to them.
-            teacher_hidden: (tokens, hidden) states of the teacher.
             parameters: trained parameters of the student's head; gradients flow to them.
         """
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradients = [torch.empty_like(hidden), *map(torch.zeros_like, parameters)]
         for start in range(0, len(hidden), CHUNK_TOKENS):
             chunk = slice(start, start + CHUNK_TOKENS)
-            with torch.no_grad():
-                target = functional.log_softmax(teacher(teacher_hidden[chunk]), -1, dtype=torch.float32)
             with torch.enable_grad():
                 leaf = hidden[chunk].detach().requires_grad_()
-                predicted = functional.log_softmax(student(leaf), -1, dtype=torch.float32)
-                loss = functional.kl_div(predicted, target, reduction="sum", log_target=True)
+                loss = divergence(functional.log_softmax(student(leaf), -1, dtype=torch.float32), chunk)
                 hidden_gradient, *others = torch.autograd.grad(loss, [leaf, *parameters])
             total += loss.detach()
             gradients[0][chunk] = hidden_gradient
@@ -178,7 +177,54 @@ class ChunkedDivergence(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the arguments of :meth:`forward`."""
         hidden, *parameters = (gradient * outputs[0].to(gradient.dtype) for gradient in ctx.saved_tensors)
-        return None, None, hidden, None, *parameters
+        return None, None, hidden, *parameters
+
+
+class Teacher(Protocol):
+    """What the student learns from."""
+
+    def targets(self, inputs: dict[str, Tensor]) -> Divergence:
+        """Return the divergence from the teacher of the predictions of a batch."""
+
+
+class LiveTeacher:
+    """Teacher that runs for every batch; its head runs chunk by chunk.
+
+    Args:
+        model: frozen model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._head = Head(model)
+
+    @torch.no_grad()
+    def _states(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Hidden states (targets, hidden) for a batch."""
+        self._head.decoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        return target_rows(self._head.take_hidden(), inputs["labels"])
+
+    @torch.no_grad()
+    def _log_probabilities(self, hidden: Tensor) -> Tensor:
+        return functional.log_softmax(self._head(hidden), -1, dtype=torch.float32)
+
+    def targets(self, inputs: dict[str, Tensor]) -> Divergence:
+        """Return the divergence from the teacher of the predictions of a batch."""
+        hidden = self._states(inputs)
+
+        def divergence(predicted: Tensor, chunk: slice) -> Tensor:
+            target = self._log_probabilities(hidden[chunk])
+            return functional.kl_div(predicted, target, reduction="sum", log_target=True)
+
+        return divergence
+
+    def top(self, inputs: dict[str, Tensor], count: int) -> tuple[Tensor, Tensor]:
+        """Return :func:`top_log_probabilities` of all targets of a batch."""
+        parts = [
+            top_log_probabilities(self._log_probabilities(chunk), count)
+            for chunk in self._states(inputs).split(CHUNK_TOKENS)
+        ]
+        tokens, log_probabilities = map(torch.cat, zip(*parts, strict=True))
+        return tokens, log_probabilities
 
 
 class DistillationTrainer(SlimTrainer):
@@ -187,31 +233,23 @@ class DistillationTrainer(SlimTrainer):
     The teacher is not part of the model: it is not wrapped, trained or saved.
     """
 
-    def __init__(self, *args: Any, teacher: PreTrainedModel, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, teacher: Teacher, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.teacher = teacher
-        self._student_head, self._teacher_head = Head(self.accelerator.unwrap_model(self.model)), Head(teacher)
-        self._teacher_hidden: Tensor | None = None
+        self._student_head = Head(self.accelerator.unwrap_model(self.model))
+        self._divergence: Divergence | None = None
         self.compute_loss_func = self.loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The Trainer's loss; in training, runs the teacher first, and no head."""
-        self._teacher_hidden = None
+        self._divergence = None
         if model.training:
             # The teacher's activations are freed before those of the student are allocated.
-            self._teacher_hidden = self._teacher_states(inputs)
+            with self.accelerator.autocast():
+                self._divergence = self.teacher.targets(inputs)
             # The logits of one position: the heads run on the hidden states, chunk by chunk.
             inputs = {**inputs, "logits_to_keep": 1}
         return super().compute_loss(model, inputs, *args, **kwargs)
-
-    @torch.no_grad()
-    def _teacher_states(self, inputs: dict[str, Any]) -> Tensor:
-        """Hidden states (targets, hidden) of the teacher for a batch."""
-        with self.accelerator.autocast():
-            self._teacher_head.decoder(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-            )
-        return target_rows(self._teacher_head.take_hidden(), inputs["labels"])
 
     def loss(self, outputs: CausalLMOutput, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Mean loss per target: the KL divergence in training, the cross-entropy in evaluation.
@@ -222,12 +260,12 @@ class DistillationTrainer(SlimTrainer):
             num_items_in_batch: divisor of the sum, the number of targets of a whole accumulated batch; ``None`` for the
                 targets in ``labels``.
         """
-        if self._teacher_hidden is None:
+        if self._divergence is None:
             logits = outputs.logits
             return ForCausalLMLoss(logits, labels.to(logits.device), logits.shape[-1], num_items_in_batch)
         # Dropped within the step, so that the states of two steps are never held at once.
-        teacher_hidden, self._teacher_hidden = self._teacher_hidden, None
+        divergence, self._divergence = self._divergence, None
         student = self._student_head
         hidden = target_rows(student.take_hidden(), labels)
-        total = ChunkedDivergence.apply(student, self._teacher_head, hidden, teacher_hidden, *student.parameters())
+        total = ChunkedDivergence.apply(student, divergence, hidden, *student.parameters())
         return total / (len(hidden) if num_items_in_batch is None else num_items_in_batch)

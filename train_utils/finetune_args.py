@@ -19,6 +19,7 @@ from slim_utils.common.bos import BOS_HELP, BOS_POLICIES
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_paths import check_inputs_outside, eval_files
 from slim_utils.common.output_folder import output_lock
+from train_utils.finetune_dataset import default_cache_dir
 from train_utils.optional_packages import check_packages
 from train_utils.packed_text import parse_text_source
 from train_utils.prompts import TEMPLATES
@@ -75,6 +76,12 @@ class ModelArguments:
     focal_loss_gamma: float = field(default=1.0, metadata={"help": "gamma of --use_focal_loss"})
     distill_from: str | None = field(
         default=None, metadata={"help": "checkpoint folder or hub name of the teacher, usually the dense model"}
+    )
+    cache_teacher: int = field(
+        default=0,
+        metadata={
+            "help": "run the teacher once and store its N most likely tokens of every position; 0 runs it always"
+        },
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "run model code found in the checkpoint"})
     quantization_bit: int | None = field(default=None, metadata={"help": "refused"})
@@ -213,6 +220,11 @@ class FinetuneArguments:
     run_folder: Path = field(init=False)
 
     @property
+    def cache_dir(self) -> Path:
+        """Folder of the caches."""
+        return Path(self.data.cache_dir) if self.data.cache_dir else default_cache_dir()
+
+    @property
     def stops_on_held_out(self) -> bool:
         """Whether held-out samples choose the weights that the run ends with."""
         if self.training.stop_on_held_out is not None:
@@ -341,6 +353,8 @@ def check_model_args(args: FinetuneArguments) -> None:
             f"--distill_from in one process with {args.training.n_gpu} GPUs: start one process per GPU, torchrun "
             f"--nproc_per_node={args.training.n_gpu} model_finetune.py …, or set CUDA_VISIBLE_DEVICES to one GPU"
         )
+    if model.cache_teacher and (model.distill_from is None or model.cache_teacher < 0):
+        raise UserError(f"--cache_teacher {model.cache_teacher}: a number of tokens, and --distill_from DENSE")
     if args.sparse.mask_config_dir and not args.sparse.is_mask_training:
         raise UserError("--mask_config_dir has no effect without --is_mask_training true")
 

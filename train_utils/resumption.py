@@ -54,6 +54,7 @@ def run_settings(
         "--use_focal_loss": args.model.use_focal_loss and args.model.focal_loss_gamma,
         "model": fingerprint(model.config, model.named_parameters())[:_HASH_DIGITS],
         "teacher": teacher and fingerprint(teacher.config, teacher.named_parameters())[:_HASH_DIGITS],
+        "--cache_teacher": args.model.cache_teacher,
         "masks": masks and hashlib.sha256(repr(masks).encode()).hexdigest()[:_HASH_DIGITS],
         "data": data.sha256[:_HASH_DIGITS],
         "samples of a step": training.per_device_train_batch_size

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq
 
 from ppl_eval.ppl_dataset import EvalSets
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_checks import set_padding_token
-from train_utils.distillation import DistillationTrainer
+from train_utils.distillation import DistillationTrainer, LiveTeacher, Teacher
 from train_utils.finetune_args import FinetuneArguments
 from train_utils.finetune_dataset import FinetuneData, window_dataset
 from train_utils.held_out import HeldOutStopping
 from train_utils.sparse_trainer import SlimTrainer
+from train_utils.teacher_cache import CachedTeacher, cache_predictions
 
 if TYPE_CHECKING:
     import datasets
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 VALIDATION = "validation"
 
@@ -56,13 +62,57 @@ def best_metric(metric_name: str | None, set_names: list[str]) -> str | None:
     return metric
 
 
+def padding_collator(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> DataCollatorForSeq2Seq:
+    """Collator that pads samples on the right; the tokenizer is not changed."""
+    padding = copy.deepcopy(tokenizer)
+    padding.padding_side = "right"
+    set_padding_token(padding, config)
+    return DataCollatorForSeq2Seq(padding, padding=True)
+
+
+def open_teacher(
+    args: FinetuneArguments,
+    model: PreTrainedModel,
+    data: FinetuneData,
+    collator: DataCollatorForSeq2Seq,
+    settings: dict[str, Any],
+) -> Teacher:
+    """The teacher of a run: ``model``, or with ``--cache_teacher`` its stored predictions.
+
+    Args:
+        args: flags of the run.
+        model: model of ``--distill_from``.
+        data: training samples.
+        collator: result of :func:`padding_collator`.
+        settings: result of :func:`~train_utils.resumption.run_settings`.
+
+    Raises:
+        UserError: if the cache cannot be written.
+    """
+    teacher, count = LiveTeacher(model), args.model.cache_teacher
+    if not count:
+        return teacher
+    training = args.training
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        columns = data.train.select_columns(["input_ids", "attention_mask", "labels"])
+        for batch in DataLoader(columns, training.per_device_train_batch_size, collate_fn=collator):
+            yield {name: values.to(training.device) for name, values in batch.items()}
+
+    content = [settings["teacher"], data.sha256, len(data.train), count, str(model.dtype)]
+    folder = args.cache_dir / f"teacher-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]}"
+    with training.main_process_first(desc="teacher"):
+        cache_predictions(folder, teacher, batches, len(data.train), count)
+    return CachedTeacher(folder, count)
+
+
 def build_trainer(
     args: FinetuneArguments,
     model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    collator: DataCollatorForSeq2Seq,
     data: FinetuneData,
     eval_sets: dict[str, datasets.Dataset],
-    teacher: PreTrainedModel | None,
+    teacher: Teacher | None,
     settings: dict[str, Any],
 ) -> SlimTrainer:
     """The Trainer of a run: a :class:`DistillationTrainer` if there is a teacher, else a :class:`SlimTrainer`.
@@ -72,16 +122,12 @@ def build_trainer(
     Args:
         args: flags of the run.
         model: the model to train.
-        tokenizer: tokenizer of the model.
+        collator: result of :func:`padding_collator`.
         data: training and validation samples.
         eval_sets: result of :func:`evaluation_sets`.
-        teacher: model to distill from.
+        teacher: what to distill from.
         settings: result of :func:`~train_utils.resumption.run_settings`, stored in every checkpoint.
     """
-    # A copy for collation; the saved tokenizer is not changed.
-    padding = copy.deepcopy(tokenizer)
-    padding.padding_side = "right"
-    set_padding_token(padding, model.config)
     training = copy.copy(args.training)
     training.output_dir = str(args.run_folder)
     callbacks = []
@@ -93,7 +139,7 @@ def build_trainer(
     options = {
         "model": model,
         "args": training,
-        "data_collator": DataCollatorForSeq2Seq(padding, padding=True),
+        "data_collator": collator,
         "train_dataset": data.train,
         "eval_dataset": eval_sets if training.do_eval or args.stops_on_held_out else None,
         "callbacks": callbacks,

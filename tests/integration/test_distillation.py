@@ -82,6 +82,33 @@ def test_distill_from_an_unsuitable_teacher_is_one_line(slim, argv, tmp_path, ch
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
+def test_cached_teacher_of_all_tokens_trains_as_the_teacher_itself(slim, argv, tmp_path, checkpoint):
+    flags = ["--num_train_epochs", 2, "--logging_steps", 1, "--distill_from", checkpoint, "--overwrite", "true"]
+    main(argv(slim / "pruned_weights", *flags))
+    expected = losses(tmp_path / "out"), load_file(tmp_path / "out" / "model.safetensors")
+    flags += ["--cache_teacher", VOCAB - 1, "--cache_dir", tmp_path / "cache"]
+    main(argv(slim / "pruned_weights", *flags))
+    assert len(list((tmp_path / "cache").glob("teacher-*/predictions.arrow"))) == 1
+    assert losses(tmp_path / "out") == pytest.approx(expected[0], rel=1e-4)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.allclose(weights[name], expected[1][name], atol=1e-5) for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--cache_teacher", 8], "--cache_teacher 8: a number of tokens, and --distill_from DENSE"),
+        (["--cache_teacher", -1, "--distill_from", "DENSE"], "--cache_teacher -1: a number of tokens"),
+        (["--cache_teacher", VOCAB, "--distill_from", "DENSE"], f"--cache_teacher {VOCAB}: below the vocabulary size"),
+    ],
+)
+def test_cache_teacher_with_wrong_flags_is_refused(slim, argv, tmp_path, checkpoint, flags, message):
+    flags = [checkpoint if flag == "DENSE" else flag for flag in flags]
+    with pytest.raises(UserError, match=message):
+        main(argv(slim / "pruned_weights", *flags))
+    assert not (tmp_path / "out").exists()
+
+
 def test_distill_from_on_two_processes_gives_the_losses_of_one(slim, argv, tmp_path, checkpoint):
     flags = ["--use_lora", "true", "--peft_lora_dropout", 0, "--logging_steps", 1, "--distill_from", checkpoint]
     flags += ["--gradient_accumulation_steps"]

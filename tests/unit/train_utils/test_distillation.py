@@ -10,7 +10,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel
 
 from tests.conftest import ALL_TINY, VOCAB, make_tiny
 from train_utils import distillation
-from train_utils.distillation import ChunkedDivergence, DistillationTrainer, Head, target_rows
+from train_utils.distillation import ChunkedDivergence, DistillationTrainer, Head, LiveTeacher, target_rows
 from train_utils.finetune_args import TrainingArguments
 from train_utils.finetune_dataset import IGNORED_LABEL
 
@@ -45,14 +45,18 @@ def assert_close(gradients: dict[str, torch.Tensor], expected: dict[str, torch.T
         assert torch.allclose(gradients[name], gradient, rtol=1e-3, atol=1e-5 * largest), name
 
 
+def as_batch(samples) -> dict[str, torch.Tensor]:
+    """A batch without padding in which every token is a target."""
+    return {"input_ids": samples, "attention_mask": torch.ones_like(samples), "labels": samples}
+
+
 def chunked(student, teacher, samples) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Divergence over all positions and its gradients, chunk by chunk."""
-    heads = Head(student), Head(teacher)
+    """Divergence over all targets and its gradients, chunk by chunk."""
+    head = Head(student)
     student(input_ids=samples, logits_to_keep=1)
-    with torch.no_grad():
-        teacher(input_ids=samples, logits_to_keep=1)
-    hidden, teacher_hidden = (head.take_hidden().flatten(0, 1) for head in heads)
-    loss = ChunkedDivergence.apply(*heads, hidden, teacher_hidden, *heads[0].parameters())
+    hidden = target_rows(head.take_hidden(), samples)
+    divergence = LiveTeacher(teacher).targets(as_batch(samples))
+    loss = ChunkedDivergence.apply(head, divergence, hidden, *head.parameters())
     # A factor, as the Trainer's scaling of the loss is one.
     (3 * loss).backward()
     return loss.detach(), {name: gradient / 3 for name, gradient in gradients_of(student).items()}
@@ -61,8 +65,8 @@ def chunked(student, teacher, samples) -> tuple[torch.Tensor, dict[str, torch.Te
 def by_formula(student, teacher, samples) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The same from whole logits."""
     with torch.no_grad():
-        expected = teacher(input_ids=samples).logits.flatten(0, 1)
-    loss = brute_force(student(input_ids=samples).logits.flatten(0, 1), expected)
+        expected = teacher(input_ids=samples).logits[:, :-1].flatten(0, 1)
+    loss = brute_force(student(input_ids=samples).logits[:, :-1].flatten(0, 1), expected)
     loss.backward()
     return loss.detach(), gradients_of(student)
 
@@ -144,7 +148,7 @@ def train_step(tmp_path, tokenizer, **flags) -> tuple[float, dict[str, torch.Ten
     flags |= {"max_steps": 1, "logging_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
     args = TrainingArguments(output_dir=str(tmp_path), lr_scheduler_type="constant", save_strategy="no", **flags)
     options = {"model": student, "args": args, "train_dataset": rows(8), "data_collator": batches(tokenizer)}
-    trainer = DistillationTrainer(teacher=teacher, **options)
+    trainer = DistillationTrainer(teacher=LiveTeacher(teacher), **options)
     trainer.train()
     return trainer.state.log_history[0]["loss"], student.state_dict()
 
@@ -177,6 +181,6 @@ def test_distillation_loss_in_evaluation_is_the_cross_entropy(tmp_path, tokenize
     student, teacher = make_tiny("gqa"), make_tiny("mha")
     args = TrainingArguments(output_dir=str(tmp_path))
     options = {"model": student, "args": args, "data_collator": batches(tokenizer)}
-    distilled = DistillationTrainer(teacher=teacher, **options)
+    distilled = DistillationTrainer(teacher=LiveTeacher(teacher), **options)
     plain = distillation.SlimTrainer(**options)
     assert distilled.evaluate(rows(8))["eval_loss"] == plain.evaluate(rows(8))["eval_loss"]
