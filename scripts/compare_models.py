@@ -1,6 +1,7 @@
-"""Compare two checkpoints, each measured in its own process.
+"""Compare two or three checkpoints, each measured in its own process.
 
     python scripts/compare_models.py DENSE PRUNED --eval_datasets FILE --eval_seqlens 128 512
+    python scripts/compare_models.py DENSE PRUNED RECOVERED
 
 Prints parameters, multiply-accumulates of a (1, 64) forward, perplexities, seconds and peak memory of the evaluation,
 and a generated sentence of each.
@@ -39,17 +40,19 @@ from slim_utils.common.loading import (
 )
 from slim_utils.families import find_family
 from slim_utils.profiling.model_stats import model_stats
-from slim_utils.profiling.tables import side_by_side
+from slim_utils.profiling.tables import Row, side_by_side
 
+NAMES = ("dense", "pruned", "recovered")
 MACS_SEQLEN = 64
 NEW_TOKENS = 40
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Parser of the flags."""
-    parser = ArgumentParser(prog="compare_models.py", description="Compare two checkpoints.")
+    parser = ArgumentParser(prog="compare_models.py", description="Compare two or three checkpoints.")
     parser.add_argument("dense", help="first checkpoint, folder or hub name")
     parser.add_argument("pruned", help="second checkpoint, folder or hub name")
+    parser.add_argument("recovered", nargs="?", help="third checkpoint, folder or hub name")
     parser.add_argument("--eval_datasets", nargs="+", default=["wikitext2"], help="wikitext2, ptb, FILE or NAME=FILE")
     parser.add_argument("--eval_seqlens", nargs="+", type=int, help="window lengths (default: 128 2048)")
     parser.add_argument("--bos", choices=BOS_POLICIES, default="auto", help=BOS_HELP)
@@ -63,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def process_args(args: argparse.Namespace) -> argparse.Namespace:
-    """Check ``args`` against both configurations, before any weights are loaded.
+    """Check ``args`` against all configurations, before any weights are loaded.
 
     Raises:
         UserError: naming the flag to change.
@@ -73,11 +76,12 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
     name_eval_sets(args.eval_datasets)
     if args.out:
         check_output_file(args.out, True, "--out")
-        inputs = {"DENSE": [args.dense], "PRUNED": [args.pruned], "--eval_datasets": eval_files(args.eval_datasets)}
+        inputs = {name.upper(): [path] for name, path in model_paths(args).items()}
+        inputs |= {"--eval_datasets": eval_files(args.eval_datasets)}
         check_inputs_outside(args.out, "--out", inputs)
     choose_device(args.device)
     positions = {}
-    for path in (args.dense, args.pruned):
+    for path in model_paths(args).values():
         config = load_config(path, args.trust_remote_code)
         find_family(config)
         positions[path] = config.max_position_embeddings
@@ -87,6 +91,11 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
         max_seqlen = max(args.eval_seqlens, default=min(DEFAULT_EVAL_SEQLENS))
         raise UserError(f"--eval_seqlens {max_seqlen}: {path} has {positions[path]} positions")
     return args
+
+
+def model_paths(args: argparse.Namespace) -> dict[str, str]:
+    """The given checkpoints by their names in the table."""
+    return {name: getattr(args, name) for name in NAMES if getattr(args, name) is not None}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -139,17 +148,18 @@ def measure_in_new_process(args: argparse.Namespace, model_path: str) -> dict[st
         return json.loads(result.read_text(encoding="utf-8"))
 
 
-def table(dense: dict[str, Any], pruned: dict[str, Any]) -> str:
-    """Text table of both models, with the ratio of pruned to dense."""
-    rows = [
-        ("parameters (M)", dense["parameters"] / 1e6, pruned["parameters"] / 1e6),
-        (f"MACs, {MACS_SEQLEN} tokens (G)", dense["macs"] / 1e9, pruned["macs"] / 1e9),
-        *((name, value, pruned["perplexities"][name]) for name, value in dense["perplexities"].items()),
-        ("evaluation (s)", dense["seconds"], pruned["seconds"]),
+def table(models: dict[str, dict[str, Any]]) -> str:
+    """Text table of the models, with the ratio of each to the first."""
+    measured = list(models.values())
+    rows: list[Row] = [
+        ("parameters (M)", *(model["parameters"] / 1e6 for model in measured)),
+        (f"MACs, {MACS_SEQLEN} tokens (G)", *(model["macs"] / 1e9 for model in measured)),
     ]
-    for kind, mib in dense["peak_memory_mib"].items():
-        rows.append((f"peak {kind} memory (MiB)", mib, pruned["peak_memory_mib"][kind]))
-    return side_by_side(rows, ("dense", "pruned"))
+    rows += [(name, *(model["perplexities"][name] for model in measured)) for name in measured[0]["perplexities"]]
+    rows.append(("evaluation (s)", *(model["seconds"] for model in measured)))
+    for kind in measured[0]["peak_memory_mib"]:
+        rows.append((f"peak {kind} memory (MiB)", *(model["peak_memory_mib"][kind] for model in measured)))
+    return side_by_side(rows, tuple(models))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -158,14 +168,15 @@ def main(args: argparse.Namespace) -> None:
         args.measure_to.write_text(json.dumps(measure(args)), encoding="utf-8")
         return
     args = process_args(args)
-    dense, pruned = (measure_in_new_process(args, path) for path in (args.dense, args.pruned))
-    print(table(dense, pruned))
+    models = {name: measure_in_new_process(args, path) for name, path in model_paths(args).items()}
+    print(table(models))
     if args.out:
         settings = {"prompt": args.prompt, "dtype": args.dtype, "macs_seqlen": MACS_SEQLEN}
-        record = {**environment(choose_device(args.device)), **settings, "dense": dense, "pruned": pruned}
-        write_json_atomic(args.out, record)
-    print(f"\ndense:  {' '.join(dense['generated'].split())}")
-    print(f"pruned: {' '.join(pruned['generated'].split())}")
+        write_json_atomic(args.out, {**environment(choose_device(args.device)), **settings, **models})
+    print()
+    width = max(map(len, models)) + 1
+    for name, model in models.items():
+        print(f"{name + ':':<{width}} {' '.join(model['generated'].split())}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@
 # --save_dir DIR         output folder                            (default: slimgpt-quickstart, overwritten by each run)
 # --max_sparsity R       ratio of the last layer; that of the first is 0.0625 (default: 0.25, 20 % of the block weights)
 # --recover TOKENS       afterwards, train the pruned model on so many tokens of the calibration text with the dense model
-#                        as teacher, and compare again (50000 take about ten minutes on two slow cores)
+#                        as teacher; a third column of the comparison (50000 take about ten minutes on two slow cores)
 # Downloads are cached in $SLIMGPT_CACHE (default: ~/.cache/slimgpt).
 set -euo pipefail
 here=$PWD
@@ -55,23 +55,19 @@ SECONDS=0
     --non_uniform --non_uniform_strategy log_increase --min_sparsity 0.0625 --max_sparsity "$max_sparsity" \
     --skip_evaluate --save_pruned_weights --save_dir "$save_dir" --overwrite
 pruning=$SECONDS
+models=("$model" "$save_dir/pruned_weights")
+if [ -n "$recover" ]; then
+    echo
+    .venv/bin/python model_finetune.py --model_name_or_path "$save_dir/pruned_weights" --distill_from "$model" \
+        --train_text "$dataset" --max_train_tokens "$recover" --train block_weights --save_strategy no \
+        --extra_val_set "${evaluation:-wikitext2}" --extra_val_seqlen $seqlen --eval_seqlens $seqlen \
+        --output_dir "$save_dir/recovered" --overwrite true
+    models+=("$save_dir/recovered")
+    recovery=$((SECONDS - pruning))
+fi
 echo
-compare() {
-    .venv/bin/python -m scripts.compare_models "$model" "$1" --eval_datasets "${evaluation:-wikitext2}" \
-        --eval_seqlens 128 $seqlen --out "$2"
-}
-compare "$save_dir/pruned_weights" "$save_dir/comparison.json"
+.venv/bin/python -m scripts.compare_models "${models[@]}" --eval_datasets "${evaluation:-wikitext2}" \
+    --eval_seqlens 128 $seqlen --out "$save_dir/comparison.json"
 echo
 echo "pruned and saved in $pruning s, $SECONDS s in total without set-up; the pruned model is in $save_dir/pruned_weights"
-[ -n "$recover" ] || exit 0
-
-SECONDS=0
-.venv/bin/python model_finetune.py --model_name_or_path "$save_dir/pruned_weights" --distill_from "$model" \
-    --train_text "$dataset" --max_train_tokens "$recover" --train block_weights --save_strategy no \
-    --extra_val_set "${evaluation:-wikitext2}" --extra_val_seqlen $seqlen --eval_seqlens $seqlen \
-    --output_dir "$save_dir/recovered"
-recovery=$SECONDS
-echo
-compare "$save_dir/recovered" "$save_dir/recovered.json"
-echo
-echo "recovered in $recovery s; in the table above, the pruned model is that of $save_dir/recovered"
+[ -z "$recover" ] || echo "recovered in $recovery s; the recovered model is in $save_dir/recovered"

@@ -5,9 +5,9 @@ would not line up.
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
-Row = tuple[str, float, float]
+Row = tuple[str, *tuple[float, ...]]
 
 
 def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]], widths: Sequence[int] = ()) -> str:
@@ -26,10 +26,14 @@ def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]], widths: Se
     return "\n".join(line.rstrip() for line in aligned)
 
 
-def side_by_side(rows: Iterable[Row], headers: tuple[str, str]) -> str:
-    """Text table of rows (name, first value, second value), with the ratio of the second to the first."""
-    cells = [(name, f"{first:.2f}", f"{second:.2f}", f"{second / first:.3f}") for name, first, second in rows]
-    return text_table(("", *headers, "ratio"), cells, widths=(0, 9, 9, 6))
+def side_by_side(rows: Iterable[Row], headers: Sequence[str]) -> str:
+    """Text table of rows (name, first value, second value, …), with the ratio of every other value to the first."""
+    cells = [
+        (name, f"{first:.2f}", *chain.from_iterable((f"{value:.2f}", f"{value / first:.3f}") for value in others))
+        for name, first, *others in rows
+    ]
+    others = chain.from_iterable((header, "ratio") for header in headers[1:])
+    return text_table(("", headers[0], *others), cells, widths=(0, 9, *[9, 6] * (len(headers) - 1)))
 
 
 def markdown_table(headers: Sequence[object], rows: Iterable[Sequence[object]]) -> str:

@@ -32,6 +32,7 @@ from slim_utils.report.plot import (
 from slim_utils.report.sources import (
     CALIBRATION,
     CHOICES,
+    COMPARED,
     COMPARISON,
     CONSTANTS,
     DISTILLATION_STEP,
@@ -229,7 +230,7 @@ def _pruning_cost_plots(source: Source) -> list[Plot]:
 
 
 def _comparison_plots(source: Source) -> list[Plot]:
-    models = {name: source.record[name] for name in ("dense", "pruned")}
+    models = {name: source.record[name] for name in COMPARED if name in source.record}
     figures = {
         **{(text, "perplexity"): [model["perplexities"][text] for model in models.values()]
            for text in models["dense"]["perplexities"]},
@@ -242,7 +243,7 @@ def _comparison_plots(source: Source) -> list[Plot]:
         BarPanel(title.removeprefix("perplexity "), unit, [Bar(*pair) for pair in zip(models, values, strict=True)])
         for (title, unit), values in figures.items()
     ]
-    caption = "Two models side by side: perplexities, size, and seconds and peak memory of the evaluation."
+    caption = "Models side by side: perplexities, size, and seconds and peak memory of the evaluation."
     return [Plot(COSTS, source.slug, source.label, caption, partial(bar_figure, panels))]
 
 

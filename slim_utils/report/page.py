@@ -9,12 +9,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from slim_utils.report.plot import SECTIONS, Plot
-from slim_utils.report.sources import Rows, Source, flatten
+from slim_utils.report.sources import COMPARED, Rows, Source, flatten
 
 TEMPLATE = "report.html.j2"
 # Top-level keys that are listed first, and keys that are skipped because the command or the rows contain them.
 _FIRST_FACTS = ("command", "seed", "versions", "hardware")
-_SKIPPED_FACTS = ("arguments", "prompt", "dense", "pruned", "models", "runs")
+_SKIPPED_FACTS = ("arguments", "prompt", *COMPARED, "models", "runs")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ RUN = "pruning run"
 QUALITY = "perplexity of pruning methods at equal size"
 SERVING = "throughput in serving engines"
 PRUNING_COST = "seconds and memory of pruning"
-COMPARISON = "comparison of two checkpoints"
+COMPARISON = "comparison of checkpoints"
 SPEED = "prefill and decode latency of two models"
 PERPLEXITY = "perplexity before and after pruning"
 RECOVERY = "prune, LoRA, evaluate"
@@ -50,6 +50,8 @@ _SIGNATURES: dict[str, tuple[set[str], set[str]]] = {
     SINKS: ({"rows"}, {"share", "text_starts", "lost"}),
 }
 
+# Models of a comparison.
+COMPARED = ("dense", "pruned", "recovered")
 # Display names of the methods of benchmarks/bench_quality.py, by their names in its file.
 METHOD_NAMES = {
     "dense": "dense",
@@ -172,7 +174,7 @@ def _rows(source: Source) -> Rows:
     if source.kind == PRUNING_COST:
         return [{"way": way, **run} for way, runs in record["runs"].items() for run in runs]
     if source.kind == COMPARISON:
-        return [{"model": name, **record[name]} for name in ("dense", "pruned")]
+        return [{"model": name, **record[name]} for name in COMPARED if name in record]
     if source.kind == SPEED:
         return [
             {"batch_size": timing["batch_size"], "length": timing["length"], "model": model, **latency}

@@ -26,7 +26,8 @@ def test_quickstart_prunes_20_percent_and_reuses_its_cache(tmp_path):
     for name, value in dense["perplexities"].items():
         assert value < pruned["perplexities"][name] < 2 * value
     assert re.search(r"^pruned: \w+", process.stdout, flags=re.MULTILINE)
-    recovered = json.loads((tmp_path / "out" / "recovered.json").read_text())["pruned"]
+    recovered = result["recovered"]
+    assert re.search(r"^ +dense +pruned +ratio +recovered +ratio$", process.stdout, flags=re.MULTILINE)
     assert recovered["parameters"] == pruned["parameters"]
     for name, value in recovered["perplexities"].items():
         assert dense["perplexities"][name] < value < 0.98 * pruned["perplexities"][name]

@@ -23,5 +23,12 @@ def test_side_by_side_has_the_ratio_of_the_second_to_the_first():
     ]
 
 
+def test_side_by_side_of_three_has_two_ratios():
+    assert side_by_side([("perplexity", 10.0, 15.0, 12.0)], ("dense", "pruned", "recovered")).splitlines() == [
+        "                dense     pruned   ratio  recovered   ratio",
+        "perplexity      10.00      15.00   1.500      12.00   1.200",
+    ]
+
+
 def test_markdown_table_empty_heading_is_one_space_wide():
     assert markdown_table(("model", ""), [("a", 1), ("b", "")]) == "| model | |\n|---|---|\n| a | 1 |\n| b |  |"
