@@ -8,6 +8,9 @@ from typing import Any
 import torch
 
 SENSITIVITY = "search"
+TARGET_FLAGS = ("--target_ratio", "--target_params", "--target_macs", "--target_memory")
+# Tokens of the forward whose multiply-accumulates are counted.
+MACS_TOKENS = 64
 # Enough first tokens that nearly every token still forms an attention sink at position 0.
 BEST_SINK_WINDOWS = 512
 # Smaller groups do not reduce the error (benchmarks/layer_choices.py) and take longer on wide layers.
@@ -48,6 +51,10 @@ class PruningConfig:
     max_sparsity: float = field(default=0, metadata=_VALUE)
     target_ratio: float | None = field(default=None, metadata=_VALUE)
     target_params: float | None = field(default=None, metadata=_VALUE)
+    target_macs: str | None = field(default=None, metadata=_VALUE)
+    target_memory: str | None = field(default=None, metadata=_VALUE)
+    at_context: int = field(default=4096, metadata=_VALUE)
+    at_batch: int = field(default=1, metadata=_VALUE)
     allocation: str | None = field(default=None, metadata=_VALUE)
     refine: int = field(default=0, metadata=_VALUE)
     # A resumed run keeps the losses measured so far.
@@ -113,7 +120,13 @@ class PruningConfig:
     @property
     def has_target(self) -> bool:
         """Whether an overall target is set."""
-        return self.target_ratio is not None or self.target_params is not None
+        return any(getattr(self, flag.removeprefix("--")) is not None for flag in TARGET_FLAGS)
+
+    @property
+    def target_size(self) -> tuple[str, str] | None:
+        """Flag and value of a target in multiply-accumulates or bytes."""
+        sizes = {"--target_macs": self.target_macs, "--target_memory": self.target_memory}
+        return next(((flag, value) for flag, value in sizes.items() if value is not None), None)
 
     @property
     def measures(self) -> bool:

@@ -1,4 +1,4 @@
-"""Allocation of a budget of block weights to the layers: by a schedule, by loss curves, or by another run's profile."""
+"""Allocation of a budget to the layers: by a schedule, by loss curves, or by another run's profile."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,8 +28,8 @@ class LayerUnits:
     Attributes:
         heads: units of heads, one of which stays: query heads of each kv group, or kv groups.
         columns: columns of the FFN, or of each expert, one of which stays.
-        head_weights: block weights removed with one unit of heads.
-        column_weights: block weights removed with one column.
+        head_cost: what one unit of heads counts in the budget: its block weights, multiply-accumulates or bytes.
+        column_cost: the same for one column.
         heads_per_unit: query heads of one unit.
         head_groups: kv groups that one unit takes heads from.
         num_experts: experts of the layer; 0 for a dense FFN.
@@ -37,8 +37,8 @@ class LayerUnits:
 
     heads: int
     columns: int
-    head_weights: int
-    column_weights: int
+    head_cost: int
+    column_cost: int
     heads_per_unit: int = 1
     head_groups: int = 1
     num_experts: int = 0
@@ -59,18 +59,16 @@ class LayerUnits:
 def layer_units(
     layers: nn.ModuleList, family: Family, shapes: list[LayerShape], settings: PruningSettings
 ) -> list[LayerUnits]:
-    """Return the units of every layer and their sizes; parameters may be on the meta device."""
+    """Return the units of every layer, with block weights as costs; parameters may be on the meta device."""
     units = []
     for layer, shape in zip(layers, shapes, strict=True):
         heads, per_unit = settings.head_units(shape), settings.heads_per_unit(shape)
         one_head, one_column = LayerPlan(per_unit if heads > 1 else 0, 0), LayerPlan(0, 1)
-        head_weights, column_weights = (
+        head_cost, column_cost = (
             weights_of(layer, family, settings.size_mask(shape, plan))[0] for plan in (one_head, one_column)
         )
         groups = shape.num_kv_heads if settings.by_query_head(shape) else 1
-        units.append(
-            LayerUnits(heads, shape.ffn_width, head_weights, column_weights, per_unit, groups, shape.num_experts)
-        )
+        units.append(LayerUnits(heads, shape.ffn_width, head_cost, column_cost, per_unit, groups, shape.num_experts))
     return units
 
 
@@ -86,19 +84,19 @@ def block_weights(layers: nn.ModuleList, family: Family, shapes: list[LayerShape
     )
 
 
-def weights_removed(counts: list[list[int]], units: list[LayerUnits]) -> int:
-    """Return the block weights removed with ``counts`` of heads and columns of every layer."""
+def cost_removed(counts: list[list[int]], units: list[LayerUnits]) -> int:
+    """Return what ``counts`` of heads and columns of every layer count in the budget."""
     return sum(
-        heads * layer.head_weights + columns * layer.column_weights
+        heads * layer.head_cost + columns * layer.column_cost
         for (heads, columns), layer in zip(counts, units, strict=True)
     )
 
 
 def unreachable_target(most: int, budget: float) -> UserError:
-    """Return the error for a target of ``budget`` block weights of which only ``most`` can be removed."""
+    """Return the error for a target that removes ``budget``, of which only ``most`` can be removed."""
     return UserError(
-        f"the target removes {budget:.0f} block weights, at most {most} can be removed; lower --target_ratio, raise "
-        "--target_params or prune more layers"
+        f"only {most / budget:.0%} of what the target removes can be removed; lower --target_ratio, raise "
+        "--target_params, --target_macs or --target_memory, or prune more layers"
     )
 
 
@@ -110,24 +108,24 @@ def scaled_counts(
     Args:
         schedule: maps the highest ratio to the ratios of all layers, which grow with it.
         units: units of every layer.
-        budget: block weights to remove; met to within one FFN column or, if ``uniform``, one column of every layer.
+        budget: what to remove; met to within one FFN column or, if ``uniform``, one column of every layer.
             If too few columns are left to correct a step of heads, the nearest total of steps of single layers.
         uniform: layers with equal ratios lose equal counts.
 
     Raises:
-        UserError: if the schedule cannot remove ``budget`` weights.
+        UserError: if the schedule cannot remove ``budget``.
     """
 
     def counts(highest: float) -> list[list[int]]:
         return [list(layer.removed_by(ratio)) for layer, ratio in zip(units, schedule(highest), strict=True)]
 
-    most = weights_removed(counts(1.0), units)
+    most = cost_removed(counts(1.0), units)
     if most < budget:
         raise unreachable_target(most, budget)
     low, high = 0.0, 1.0
     for _ in range(BISECTION_STEPS):
         middle = (low + high) / 2
-        low, high = (middle, high) if weights_removed(counts(middle), units) < budget else (low, middle)
+        low, high = (middle, high) if cost_removed(counts(middle), units) < budget else (low, middle)
     if uniform:
         return counts(high)
     floor, ceiling = counts(low), counts(high)
@@ -136,11 +134,11 @@ def scaled_counts(
     candidate = nearest = _filled_in_turn(floor, units, pruned, budget)
     # If the columns are not enough, take the step's heads too, one layer at a time.
     for index in pruned:
-        if weights_removed(candidate, units) >= budget:
+        if cost_removed(candidate, units) >= budget:
             break
         floor[index] = ceiling[index]
         candidate = _filled_in_turn(floor, units, pruned, budget)
-        nearest = min(nearest, candidate, key=lambda option: abs(weights_removed(option, units) - budget))
+        nearest = min(nearest, candidate, key=lambda option: abs(cost_removed(option, units) - budget))
     return nearest
 
 
@@ -149,17 +147,17 @@ def _filled_in_turn(
 ) -> list[list[int]]:
     """Return ``counts`` with columns of ``layers`` added in turn up to the budget, or restored down to it."""
     counts = [list(pair) for pair in counts]
-    left = budget - weights_removed(counts, units)
+    left = budget - cost_removed(counts, units)
     while left > 0 and any(counts[index][1] < units[index].columns - 1 for index in layers):
         for index in layers:
             if left > 0 and counts[index][1] < units[index].columns - 1:
                 counts[index][1] += 1
-                left -= units[index].column_weights
-    while any(counts[index][1] and units[index].column_weights <= -left for index in layers):
+                left -= units[index].column_cost
+    while any(counts[index][1] and units[index].column_cost <= -left for index in layers):
         for index in reversed(layers):
-            if counts[index][1] and units[index].column_weights <= -left:
+            if counts[index][1] and units[index].column_cost <= -left:
                 counts[index][1] -= 1
-                left += units[index].column_weights
+                left += units[index].column_cost
     return counts
 
 
@@ -169,12 +167,12 @@ class LossCurve:
 
     Attributes:
         losses: (n,) loss with 0, 1, … units removed.
-        weight: block weights of one unit.
+        cost: what one unit counts in the budget.
         column: whether the units are FFN columns.
     """
 
     losses: np.ndarray
-    weight: int
+    cost: int
     column: bool
 
     def scaled(self, factor: float) -> "LossCurve":
@@ -191,25 +189,25 @@ class LayerCurves:
 
 
 def allocate(curves: list[LossCurve], budget: float) -> list[int]:
-    """Return the number of units to remove from every curve that minimises the sum of losses for ``budget`` weights.
+    """Return the number of units to remove from every curve that minimises the sum of losses for ``budget``.
 
-    For a Lagrange multiplier (loss per weight) every curve has its own best count, independent of the others; the
+    For a Lagrange multiplier (loss per cost) every curve has its own best count, independent of the others; the
     multiplier that meets the budget is found by bisection. The budget is met to within one FFN column or, if too few
     columns are left, to within part of a head.
 
     Raises:
-        UserError: if the curves have fewer than ``budget`` weights.
+        UserError: if the curves cost less than ``budget``.
     """
 
     def best(multiplier: float) -> list[int]:
         return [
-            int(np.argmin(curve.losses - multiplier * curve.weight * np.arange(len(curve.losses)))) for curve in curves
+            int(np.argmin(curve.losses - multiplier * curve.cost * np.arange(len(curve.losses)))) for curve in curves
         ]
 
     def removed(counts: list[int]) -> int:
-        return sum(count * curve.weight for count, curve in zip(counts, curves, strict=True))
+        return sum(count * curve.cost for count, curve in zip(counts, curves, strict=True))
 
-    slopes = [curve.losses.max() / curve.weight for curve in curves if len(curve.losses) > 1]
+    slopes = [curve.losses.max() / curve.cost for curve in curves if len(curve.losses) > 1]
     high = 2 * max(slopes, default=0.0) + 1e-12
     if removed(best(high)) < budget:
         raise unreachable_target(removed(best(high)), budget)
@@ -218,7 +216,7 @@ def allocate(curves: list[LossCurve], budget: float) -> list[int]:
         middle = (low + high) / 2
         low, high = (middle, high) if removed(best(middle)) <= budget else (low, middle)
     # Columns fill the remainder on either side of the budget; then moves of single heads are tried.
-    column = max((curve.weight for curve in curves if curve.column), default=0)
+    column = max((curve.cost for curve in curves if curve.column), default=0)
 
     def miss_and_loss(counts: list[int]) -> tuple[float, float]:
         loss = sum(curve.losses[count] for curve, count in zip(curves, counts, strict=True))
@@ -254,7 +252,7 @@ def allocate_with_depth_decay(layers: list[LayerCurves], budget: float) -> list[
 
     Args:
         layers: curves of the pruned layers in order.
-        budget: block weights to remove.
+        budget: what to remove.
 
     Raises:
         UserError: as :func:`allocate`.
@@ -275,7 +273,7 @@ def allocate_with_depth_decay(layers: list[LayerCurves], budget: float) -> list[
 def _filled_by_loss(curves: list[LossCurve], counts: list[int], budget: float) -> list[int]:
     """Return ``counts`` with the columns of least loss added up to the budget, or those of most loss restored."""
     counts = list(counts)
-    left = budget - sum(count * curve.weight for count, curve in zip(counts, curves, strict=True))
+    left = budget - sum(count * curve.cost for count, curve in zip(counts, curves, strict=True))
     columns = [i for i, curve in enumerate(curves) if curve.column]
 
     def marginal_loss(i: int, count: int) -> float:
@@ -285,11 +283,11 @@ def _filled_by_loss(curves: list[LossCurve], counts: list[int], budget: float) -
     while left > 0 and (removable := [i for i in columns if counts[i] + 1 < len(curves[i].losses)]):
         cheapest = min(removable, key=lambda i: marginal_loss(i, counts[i] + 1))
         counts[cheapest] += 1
-        left -= curves[cheapest].weight
-    while restorable := [i for i in columns if counts[i] and curves[i].weight <= -left]:
+        left -= curves[cheapest].cost
+    while restorable := [i for i in columns if counts[i] and curves[i].cost <= -left]:
         costliest = max(restorable, key=lambda i: marginal_loss(i, counts[i]))
         counts[costliest] -= 1
-        left += curves[costliest].weight
+        left += curves[costliest].cost
     return counts
 
 

@@ -16,7 +16,7 @@ from slim_utils.allocation.alignment import Alignment
 from slim_utils.allocation.budget import (
     LayerUnits,
     allocate_with_depth_decay,
-    block_weights,
+    cost_removed,
     layer_units,
     plans_of_counts,
     read_profile,
@@ -25,7 +25,8 @@ from slim_utils.allocation.budget import (
 )
 from slim_utils.allocation.refinement import measure_around, refined_plans
 from slim_utils.allocation.schedules import layer_range, layer_ratios, non_uniform_ratios
-from slim_utils.allocation.sensitivity import LayerSensitivity, loss_curves, max_removable_weights, measure
+from slim_utils.allocation.sensitivity import LayerSensitivity, loss_curves, max_removable, measure
+from slim_utils.allocation.targets import Target, size_text, target_of
 from slim_utils.common.errors import UserError
 from slim_utils.families import LayerShape, find_family, layer_shapes
 from slim_utils.layerwise.device_defaults import CPU_TOKENS_PER_FORWARD, resolve_solve_dtype
@@ -34,7 +35,6 @@ from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerMask, LayerPlan
 from slim_utils.obs import SelectionOptions
 from slim_utils.params_remove import stock_config
-from slim_utils.profiling.model_stats import count_parameters
 from slim_utils.pruning_config import SENSITIVITY, PruningConfig
 
 if TYPE_CHECKING:
@@ -105,29 +105,24 @@ class Planner:
         self.shapes: list[LayerShape] = layer_shapes(host.model.config)
 
     @cached_property
+    def target(self) -> Target:
+        """What is removed in total, and the units with what they count in it.
+
+        Raises:
+            UserError: if the target is not smaller than the model.
+        """
+        units = layer_units(self._host.layers, self._host.family, self.shapes, self.settings)
+        return target_of(self._config, self._host.model, units, self.settings)
+
+    @property
     def units(self) -> list[LayerUnits]:
         """Units of every layer."""
-        return layer_units(self._host.layers, self._host.family, self.shapes, self.settings)
+        return self.target.units
 
     @cached_property
     def layers(self) -> range:
         """Layers in the range to prune."""
         return layer_range(self._config.minlayer, self._config.maxlayer, len(self.shapes))
-
-    @cached_property
-    def budget(self) -> float:
-        """Block weights to remove for the target.
-
-        Raises:
-            UserError: if the target is not smaller than the model.
-        """
-        if self._config.target_params is None:
-            return (self._config.target_ratio or 0) * block_weights(self._host.layers, self._host.family, self.shapes)
-        parameters = count_parameters(self._host.model)
-        budget = parameters - self._config.target_params
-        if budget <= 0 or self._config.target_params <= 0:
-            raise UserError(f"--target_params {self._config.target_params:g}: the model has {parameters} parameters")
-        return budget
 
     def plans(self) -> list[LayerPlan]:
         """Return the plans of the ratios, of a schedule scaled to the target, or of another run's profile.
@@ -138,7 +133,7 @@ class Planner:
         if self._config.profile:
             return self._aligned(read_profile(self._config.profile, self.units, self.shapes))
         if self._config.has_target:
-            counts = scaled_counts(self._schedule, self.units, self.budget, self._config.uniform_shapes)
+            counts = scaled_counts(self._schedule, self.units, self.target.budget, self._config.uniform_shapes)
             return self._aligned([layer.plan(*pair) for layer, pair in zip(self.units, counts, strict=True)])
         return ratio_plans(self._ratios(), self.units, self._alignment)
 
@@ -151,11 +146,11 @@ class Planner:
         if has_experts(self.shapes):
             flag = self._config.measuring_flag
             raise UserError(f"{flag} is not supported for MoE models; use --allocation log_increase")
-        most = max_removable_weights(self.units, self.layers)
+        most = max_removable(self.units, self.layers)
         if self._config.allocation != SENSITIVITY:
             self.plans()
-        if most < self.budget:
-            raise unreachable_target(most, self.budget)
+        if most < self.target.budget:
+            raise unreachable_target(most, self.target.budget)
 
     def measured_plans(
         self, samples: Tensor, sink_windows: Tensor | None, cache_file: Callable[[int], Path | None] = no_cache
@@ -183,7 +178,7 @@ class Planner:
             sensitivities.refined = measure_around(
                 self._host, samples, sink_windows, plans, self.settings, cache_file(number), time_limit
             )
-            plans = self._aligned(refined_plans(sensitivities.refined, self.units, plans, self.budget))
+            plans = self._aligned(refined_plans(sensitivities.refined, self.units, plans, self.target.budget))
         return plans, sensitivities
 
     def size_masks(self, plans: list[LayerPlan]) -> list[LayerMask]:
@@ -198,11 +193,16 @@ class Planner:
         if self._config.uniform_shapes:
             stock_config(self._host.model.config, self._host.family, masks)
         self._alignment.warn_of_unaligned(masks, self.settings)
+        if self.target.dense:
+            counts = [list(unit.counts(plan)) for unit, plan in zip(self.units, plans, strict=True)]
+            size = self.target.dense - cost_removed(counts, self.units)
+            share = size / self.target.dense
+            logger.info("target: %s, %.4f of the model's", size_text(self._config, size), share)
         return masks
 
     def _plans_of_least_loss(self, sensitivities: dict[int, LayerSensitivity]) -> list[LayerPlan]:
         """Return the plans of least loss that remove the budget from the measured layers."""
-        counts = allocate_with_depth_decay(loss_curves(sensitivities, self.units), self.budget)
+        counts = allocate_with_depth_decay(loss_curves(sensitivities, self.units), self.target.budget)
         return self._aligned(plans_of_counts(dict(zip(sorted(sensitivities), counts, strict=True)), self.units))
 
     def _aligned(self, plans: list[LayerPlan]) -> list[LayerPlan]:

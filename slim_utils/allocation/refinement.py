@@ -214,7 +214,7 @@ def _unit_sensitivity(
 def refined_plans(
     sensitivities: dict[int, LayerSensitivity], units: list[LayerUnits], plans: Sequence[LayerPlan], budget: float
 ) -> list[LayerPlan]:
-    """Return the plans of least loss near ``plans`` that remove ``budget`` block weights.
+    """Return the plans of least loss near ``plans`` that remove ``budget``.
 
     In every layer, the heads and the columns each change by at most ``MAX_MOVE`` of the units, or one unit.
 
@@ -222,7 +222,7 @@ def refined_plans(
         sensitivities: sensitivity by layer index, of :func:`measure_around`.
         units: units of all layers.
         plans: plan of every layer that the sensitivities were measured around.
-        budget: block weights to remove from the measured layers; the other layers stay dense.
+        budget: what to remove from the measured layers; the other layers stay dense.
 
     Raises:
         UserError: if the layers have fewer weights.

@@ -351,16 +351,16 @@ def loss_curves(sensitivities: dict[int, LayerSensitivity], units: list[LayerUni
     curves = []
     for index, head_loss, column_loss in zip(layers, head_losses, column_losses, strict=True):
         layer, unit = sensitivities[index], units[index]
-        heads = LossCurve(layer.heads.loss_curve(head_loss), unit.head_weights, column=False)
-        columns = LossCurve(layer.columns.loss_curve(column_loss), unit.column_weights, column=True)
+        heads = LossCurve(layer.heads.loss_curve(head_loss), unit.head_cost, column=False)
+        columns = LossCurve(layer.columns.loss_curve(column_loss), unit.column_cost, column=True)
         curves.append(LayerCurves(heads, columns))
     return curves
 
 
-def max_removable_weights(units: list[LayerUnits], layers: range) -> int:
-    """Return the block weights of ``layers`` that their loss curves cover."""
+def max_removable(units: list[LayerUnits], layers: range) -> int:
+    """Return what the units of ``layers`` that their loss curves cover count in the budget."""
     return sum(
-        (layer.heads - 1) * layer.head_weights + layer.removed_by(MAX_CURVE_RATIO)[1] * layer.column_weights
+        (layer.heads - 1) * layer.head_cost + layer.removed_by(MAX_CURVE_RATIO)[1] * layer.column_cost
         for layer in units[layers.start : layers.stop]
     )
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from slim_utils.allocation.schedules import STRATEGIES
+from slim_utils.allocation.targets import parse_size
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_paths import check_inputs_outside, eval_files
 from slim_utils.common.loading import check_output, choose_device
 from slim_utils.layerwise.resume import LayerStore
-from slim_utils.pruning_config import BEST_COLUMN_GROUP, BEST_SINK_WINDOWS, SENSITIVITY, PruningConfig
+from slim_utils.pruning_config import BEST_COLUMN_GROUP, BEST_SINK_WINDOWS, SENSITIVITY, TARGET_FLAGS, PruningConfig
 from slim_utils.text_source import CALIBRATION_DATASETS
 
 logger = logging.getLogger(__name__)
@@ -100,14 +101,15 @@ def check_budget(config: PruningConfig) -> None:
     Raises:
         UserError: naming the flag to change.
     """
-    given = [name for name in ("target_ratio", "target_params", "profile") if getattr(config, name) is not None]
+    targets = [flag.removeprefix("--") for flag in TARGET_FLAGS]
+    given = [name for name in (*targets, "profile") if getattr(config, name) is not None]
     if len(given) > 1:
         raise UserError(f"--{given[0]} and --{given[1]} exclude each other; give one of them")
     ratios = [name for name in ("sparsity", "non_uniform") if getattr(config, name)]
     if given and ratios:
         raise UserError(f"--{given[0]} sets the ratios; leave --{ratios[0]} out (--allocation has the strategies)")
     if config.allocation and not (given and given[0] != "profile"):
-        raise UserError("--allocation needs a target: add --target_ratio or --target_params")
+        raise UserError(f"--allocation needs a target: add {', '.join(TARGET_FLAGS[:-1])} or {TARGET_FLAGS[-1]}")
     if given and config.max_sparsity:
         raise UserError(f"--{given[0]} sets the ratios; leave --max_sparsity out")
     if given and config.min_sparsity and config.allocation not in STRATEGIES:
@@ -116,13 +118,15 @@ def check_budget(config: PruningConfig) -> None:
         raise UserError("--profile sets the size of every layer; leave --minlayer and --maxlayer out")
     if config.target_ratio is not None and not 0 < config.target_ratio < 1:
         raise UserError(f"--target_ratio {config.target_ratio}: must be between 0 and 1, exclusive")
+    if config.target_size is not None:
+        parse_size(*config.target_size)
     if config.uniform_shapes and (given and config.allocation not in (None, "uniform")):
         raise UserError("--uniform_shapes needs one ratio for all layers: --sparsity, or --allocation uniform")
     if config.refine < 0:
         raise UserError(f"--refine {config.refine}: at least 0")
     if config.refine and not (given and given[0] != "profile"):
         instead = " instead of --profile" if given else ""
-        raise UserError(f"--refine moves units of a target: add --target_ratio or --target_params{instead}")
+        raise UserError(f"--refine moves units of a target: add --target_ratio or another target{instead}")
     if config.refine and config.uniform_shapes:
         raise UserError("--uniform_shapes needs one ratio for all layers: leave --refine out")
     if config.search_minutes is not None and not config.measures:
@@ -146,7 +150,15 @@ def check_ranges(config: PruningConfig) -> None:
     Raises:
         UserError: naming the flag to change.
     """
-    for name, lowest in (("num_samples", 1), ("seqlen", 2), ("batch_samples", 1), ("multiple_of", 1), ("tp_size", 1)):
+    for name, lowest in (
+        ("num_samples", 1),
+        ("seqlen", 2),
+        ("batch_samples", 1),
+        ("multiple_of", 1),
+        ("tp_size", 1),
+        ("at_context", 1),
+        ("at_batch", 1),
+    ):
         if getattr(config, name) < lowest:
             raise UserError(f"--{name} {getattr(config, name)}: at least {lowest}")
     for name in ("sparsity", "min_sparsity", "max_sparsity"):

@@ -170,6 +170,10 @@ def pruning_settings(record: dict[str, Any]) -> list[tuple[str, Any]]:
         ratio = f"{arguments['target_ratio']:g} of the block weights ({_allocation(arguments)})"
     elif arguments["target_params"]:
         ratio = f"down to {arguments['target_params']:,.0f} parameters ({_allocation(arguments)})"
+    elif arguments.get("target_macs") or arguments.get("target_memory"):
+        flag = "target_macs" if arguments["target_macs"] else "target_memory"
+        unit = "multiply-accumulates" if arguments["target_macs"] else "weights and KV cache"
+        ratio = f"down to {arguments[flag]} of {unit} ({_allocation(arguments)})"
     elif arguments["profile"]:
         ratio = f"those of {Path(arguments['profile']).name}"
     return [

@@ -18,8 +18,7 @@ from slim_utils.params_remove import kept_indices
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Key and value.
-_CACHED_PER_HEAD = 2
+KEY_AND_VALUE = 2
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def model_stats(config: PreTrainedConfig, seq_len: int = 64, dtype: torch.dtype 
             shape=shape,
             parameters=count_parameters(layer),
             macs=macs[f"{type(model).__name__}.{family.layers}.{index}"],
-            kv_cache_bytes=_CACHED_PER_HEAD * shape.num_kv_heads * shape.head_dim * model.dtype.itemsize,
+            kv_cache_bytes=KEY_AND_VALUE * shape.num_kv_heads * shape.head_dim * model.dtype.itemsize,
         )
         for index, (layer, shape) in enumerate(zip(family.decoder_layers(model), layer_shapes(config), strict=True))
     ]

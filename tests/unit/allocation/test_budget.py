@@ -16,9 +16,9 @@ from slim_utils.allocation.budget import (
     allocate,
     allocate_with_depth_decay,
     block_weights,
+    cost_removed,
     layer_units,
     scaled_counts,
-    weights_removed,
 )
 from slim_utils.allocation.planner import Planner
 from slim_utils.allocation.schedules import layer_ratios, non_uniform_ratios
@@ -89,7 +89,7 @@ def test_allocate_heads_and_columns_is_near_the_optimum(seed):
 def reachable(units: list[LayerUnits]) -> set[int]:
     """Totals of block weights that some choice of units removes."""
     counts = [itertools.product(range(layer.heads), range(layer.columns)) for layer in units]
-    return {weights_removed(choice, units) for choice in itertools.product(*counts)}
+    return {cost_removed(choice, units) for choice in itertools.product(*counts)}
 
 
 @pytest.mark.usefixtures("deadline")
@@ -98,7 +98,7 @@ def test_scaled_counts_with_too_few_columns_is_near_the_budget(units):
     """A step of heads has more weights than all columns, so few budgets can be met to one column."""
     choices = sorted(reachable(units))
     for budget in range(1, choices[-1] + 1, 7):
-        removed = weights_removed(scaled_counts(lambda highest: [highest] * len(units), units, budget), units)
+        removed = cost_removed(scaled_counts(lambda highest: [highest] * len(units), units, budget), units)
         nearest = min(abs(total - budget) for total in choices)
         assert abs(removed - budget) <= nearest + 14, budget
         met = any(budget <= total < budget + 3 for total in choices)
@@ -128,7 +128,7 @@ def test_allocate_with_depth_decay_large_losses_move_units_to_late_layers():
 
 
 def test_allocate_unreachable_budget_is_refused():
-    with pytest.raises(UserError, match="removes 13 block weights, at most 12 can be removed; lower --target_ratio"):
+    with pytest.raises(UserError, match="only 92% of what the target removes can be removed; lower --target_ratio"):
         allocate([LossCurve(np.arange(5.0), 3, True)], 13)
 
 
@@ -151,7 +151,7 @@ def test_scaled_counts_of_schedules_meet_the_budget_to_one_column(name, unit, st
         masks = [settings.size_mask(shape, plan) for shape, plan in zip(shapes, plans, strict=True)]
         assert [mask.plan for mask in masks] == plans
         removed = removed_share(layers, family, masks) * total
-        assert share * total - 1e-6 <= removed < share * total + max(layer.column_weights for layer in units)
+        assert share * total - 1e-6 <= removed < share * total + max(layer.column_cost for layer in units)
         assert masks[0].kept_heads == list(range(6))
     with pytest.raises(UserError, match="can be removed"):
         scaled_counts(schedule, units, 0.99 * total)
@@ -337,7 +337,7 @@ def test_search_resumed_measures_no_layer_twice(words, tmp_path, monkeypatch):
         (["--target_ratio", 0.2, "--target_params", 9], "--target_ratio and --target_params exclude each other"),
         (["--allocation", "search", "--sparsity", 0.2], "--allocation needs a target: add --target_ratio"),
         (["--target_ratio", 1.5], r"--target_ratio 1\.5: must be between 0 and 1"),
-        (["--target_ratio", 0.99], "at most .* can be removed; lower --target_ratio"),
+        (["--target_ratio", 0.99], "of what the target removes can be removed; lower --target_ratio"),
         (["--target_params", 1e9], r"--target_params 1e\+09: the model has"),
         (["--target_ratio", 0.2, "--allocation", "search", "--no_compensate"], "search needs compensation"),
         (["--target_ratio", 0.2, "--search_minutes", 1], "--search_minutes limits a sensitivity analysis"),

@@ -86,13 +86,13 @@ def test_refined_plans_of_every_family_keep_the_budget(name, samples):
     units = layer_units(host.layers, family, layer_shapes(model.config), SETTINGS)
     plan = [layer.plan(1, 8) for layer in units]
     measured = measure_around(host, samples, None, plan, SETTINGS)
-    plans = refined_plans(measured, units, plan, sum(layer.head_weights + 8 * layer.column_weights for layer in units))
-    assert sum(layer.column_weights * 8 + layer.head_weights for layer in units) == pytest.approx(
+    plans = refined_plans(measured, units, plan, sum(layer.head_cost + 8 * layer.column_cost for layer in units))
+    assert sum(layer.column_cost * 8 + layer.head_cost for layer in units) == pytest.approx(
         sum(
-            layer.head_weights * layer.counts(plan)[0] + layer.column_weights * plan.columns
+            layer.head_cost * layer.counts(plan)[0] + layer.column_cost * plan.columns
             for layer, plan in zip(units, plans, strict=True)
         ),
-        abs=max(layer.column_weights for layer in units),
+        abs=max(layer.column_cost for layer in units),
     )
     for parameter, before in zip(model.parameters(), dense.parameters(), strict=True):
         assert torch.equal(parameter, before)
@@ -117,7 +117,7 @@ def test_measure_around_dead_layer_has_no_loss(samples):
     plan = [layer.plan(2, 8) for layer in units]
     measured = measure_around(host, samples, None, plan, SETTINGS)
     assert measured[0].heads.loss is None
-    budget = sum(2 * layer.head_weights + 8 * layer.column_weights for layer in units)
+    budget = sum(2 * layer.head_cost + 8 * layer.column_cost for layer in units)
     plans = refined_plans(measured, units, plan, budget)
     assert plans[0].heads == 3
 
@@ -234,5 +234,5 @@ def test_refine_of_moe_model_is_refused(preset, tokenizer, text_file, tmp_path):
 
 def test_refine_without_target_is_refused(checkpoint, text_file):
     flags = ["--seqlen", 32, "--sparsity", 0.3, "--refine", 1]
-    with pytest.raises(UserError, match="--refine moves units of a target: add --target_ratio or --target_params"):
+    with pytest.raises(UserError, match="--refine moves units of a target: add --target_ratio or another target"):
         main(checkpoint, "--data_file", text_file, *flags)

@@ -1,0 +1,183 @@
+"""Overall targets: what is counted (block weights, parameters, multiply-accumulates, bytes), and how much must go.
+
+Every count is linear in the removed units of a layer, so that one allocation meets a target whatever it counts.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from slim_utils.allocation.budget import LayerUnits, block_weights
+from slim_utils.common.errors import UserError
+from slim_utils.common.loading import DTYPES
+from slim_utils.families import LayerShape, find_family, layer_shapes
+from slim_utils.layerwise.settings import PruningSettings
+from slim_utils.profiling.model_stats import KEY_AND_VALUE, count_parameters, model_stats
+from slim_utils.pruning_config import MACS_TOKENS, PruningConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_BYTES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_COUNTS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size to reach: an absolute one, or a share of the dense model's.
+
+    Attributes:
+        value: the size, or the share.
+        is_share: whether ``value`` is a share.
+    """
+
+    value: float
+    is_share: bool
+
+    def of(self, dense: float) -> float:
+        """Return the size to reach for a dense model of the size ``dense``."""
+        return self.value * dense if self.is_share else self.value
+
+
+def parse_size(flag: str, text: str) -> Size:
+    """Return the size in ``text``: ``6GiB`` (``--target_memory``) or ``3.2G`` (``--target_macs``), or ``0.8x``.
+
+    Raises:
+        UserError: if ``text`` is neither.
+    """
+    units = _BYTES if flag == "--target_memory" else _COUNTS
+    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)", text.strip(), flags=re.IGNORECASE)
+    try:
+        value, unit = float(match[1]), match[2].upper()  # type: ignore[index]
+        size = Size(value, True) if unit == "X" else Size(value * units[unit], False)
+    except (KeyError, TypeError, ValueError):
+        example = "6GiB" if units is _BYTES else "3.2G"
+        raise UserError(
+            f"{flag} {text}: give a size such as {example}, or a share of the dense model's: 0.8x"
+        ) from None
+    if size.value <= 0 or (size.is_share and size.value >= 1):
+        raise UserError(f"{flag} {text}: above 0{' and below 1' if size.is_share else ''}")
+    return size
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a run removes in total.
+
+    Attributes:
+        budget: how much is removed, in what the costs of ``units`` count.
+        units: units of every layer with their costs.
+        dense: size of the model before pruning, for a target in multiply-accumulates or bytes.
+    """
+
+    budget: float
+    units: list[LayerUnits]
+    dense: float | None = None
+
+
+def target_of(
+    config: PruningConfig, model: PreTrainedModel, units: list[LayerUnits], settings: PruningSettings
+) -> Target:
+    """Return the target of a run; without one, nothing is removed.
+
+    Args:
+        config: flags of the run.
+        model: the model before pruning; its weights may be on the meta device.
+        units: units of every layer; their costs are block weights.
+        settings: how layers are pruned.
+
+    Raises:
+        UserError: if the target is not smaller than the model.
+    """
+    family, shapes = find_family(model.config), layer_shapes(model.config)
+    if config.target_params is not None:
+        parameters = count_parameters(model)
+        if not 0 < config.target_params < parameters:
+            raise UserError(f"--target_params {config.target_params:g}: the model has {parameters} parameters")
+        return Target(parameters - config.target_params, units)
+    if config.target_size is None:
+        weights = block_weights(family.decoder_layers(model), family, shapes)
+        return Target((config.target_ratio or 0) * weights, units)
+    dense = measured_size(config, model.config)
+    wanted = parse_size(*config.target_size).of(dense)
+    if wanted >= dense:
+        raise UserError(f"{' '.join(config.target_size)}: the model has {size_text(config, dense)}")
+    if config.target_macs is not None:
+        active = getattr(model.config.get_text_config(), "num_experts_per_tok", 1)
+        costs = [macs_of(unit, shape, active) for unit, shape in zip(units, shapes, strict=True)]
+    else:
+        itemsize = (saved_dtype(config, model.config) or torch.float32).itemsize
+        caches = cached_tokens(config, model.config)
+        costs = [bytes_of(*entry, settings, itemsize) for entry in zip(units, shapes, caches, strict=True)]
+    return Target(dense - wanted, costs, dense)
+
+
+def macs_of(units: LayerUnits, shape: LayerShape, active: int) -> LayerUnits:
+    """Return ``units`` with their multiply-accumulates for ``MACS_TOKENS`` tokens as costs.
+
+    Attention counts all pairs of tokens, for scores and for values, as :func:`model_stats` does.
+
+    Args:
+        units: units of the layer; their costs are block weights.
+        shape: shape of the layer.
+        active: experts that a token is routed to.
+    """
+    attention = 2 * units.heads_per_unit * shape.head_dim * MACS_TOKENS**2 if units.head_cost else 0
+    columns = units.column_cost * MACS_TOKENS
+    if shape.num_experts:
+        columns = columns * active // shape.num_experts
+    return replace(units, head_cost=units.head_cost * MACS_TOKENS + attention, column_cost=columns)
+
+
+def bytes_of(units: LayerUnits, shape: LayerShape, cached: int, settings: PruningSettings, itemsize: int) -> LayerUnits:
+    """Return ``units`` with the bytes of their weights and of their keys and values as costs.
+
+    Args:
+        units: units of the layer; their costs are block weights.
+        shape: shape of the layer.
+        cached: tokens of the layer's KV cache, over the batch.
+        settings: how layers are pruned.
+        itemsize: bytes of a weight.
+    """
+    kv_heads = 0 if settings.by_query_head(shape) else 1
+    cache = KEY_AND_VALUE * kv_heads * shape.head_dim * cached if units.head_cost else 0
+    return replace(units, head_cost=(units.head_cost + cache) * itemsize, column_cost=units.column_cost * itemsize)
+
+
+def cached_tokens(config: PruningConfig, model_config: PreTrainedConfig) -> list[int]:
+    """Return the tokens of every layer's KV cache for ``--at_context`` and ``--at_batch``.
+
+    A layer with a sliding window caches no more tokens of a sequence than the window.
+    """
+    text = model_config.get_text_config()
+    window = min(getattr(text, "sliding_window", None) or config.at_context, config.at_context)
+    # Without a list of kinds, a window is that of all layers.
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
+    return [config.at_batch * (window if kind == "sliding_attention" else config.at_context) for kind in kinds]
+
+
+def saved_dtype(config: PruningConfig, model_config: PreTrainedConfig) -> torch.dtype | None:
+    """Return the dtype of the saved weights; ``None`` if neither the run nor the checkpoint names one."""
+    return model_config.dtype if config.dtype == "auto" else DTYPES[config.dtype]
+
+
+def measured_size(config: PruningConfig, model_config: PreTrainedConfig) -> float:
+    """Return the size of the model of ``model_config`` in what the target of the run counts."""
+    stats = model_stats(model_config, MACS_TOKENS, saved_dtype(config, model_config))
+    if config.target_macs is not None:
+        return stats.macs
+    tokens = cached_tokens(config, model_config)
+    return stats.weight_bytes + sum(
+        layer.kv_cache_bytes * count for layer, count in zip(stats.layers, tokens, strict=True)
+    )
+
+
+def size_text(config: PruningConfig, size: float) -> str:
+    """Return a size in what the target of the run counts, with its unit."""
+    if config.target_macs is not None:
+        return f"{size / 1e9:.4g} G multiply-accumulates for {MACS_TOKENS} tokens"
+    return f"{size / 2**30:.4g} GiB of weights and KV cache for {config.at_batch} × {config.at_context} tokens"

@@ -1,0 +1,145 @@
+"""Targets in multiply-accumulates and bytes: their costs against the sizes of pruned models, and their flags."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+import model_slimming
+from slim_utils.allocation.budget import cost_removed, layer_units
+from slim_utils.allocation.targets import cached_tokens, measured_size, parse_size, target_of
+from slim_utils.common.errors import UserError
+from slim_utils.families import find_family, layer_shapes
+from slim_utils.layerwise.settings import PruningSettings
+from slim_utils.params_remove import slim_config
+from slim_utils.pruning_config import PruningConfig
+from tests.conftest import ALL_TINY, make_tiny
+
+CPU = torch.device("cpu")
+MEMORY = PruningConfig(target_memory="0.9x", at_context=300, at_batch=3)
+MACS = PruningConfig(target_macs="0.9x")
+
+
+@pytest.mark.parametrize("variant", ALL_TINY)
+@pytest.mark.parametrize("unit", ["query_head", "kv_group"])
+@pytest.mark.parametrize("config", [MACS, MEMORY], ids=["macs", "memory"])
+def test_cost_of_units_is_what_the_pruned_model_saves(variant, unit, config):
+    model = make_tiny(variant)
+    family, shapes = find_family(model.config), layer_shapes(model.config)
+    settings = PruningSettings(CPU, CPU, gqa_unit=unit)
+    units = layer_units(family.decoder_layers(model), family, shapes, settings)
+    target = target_of(config, model, units, settings)
+    dense = measured_size(config, model.config)
+    assert target.dense == dense and target.budget == pytest.approx(0.1 * dense)
+    counts = [[min(index + 1, layer.heads - 1), 2 * index + 1] for index, layer in enumerate(units)]
+    plans = [layer.plan(*pair) for layer, pair in zip(units, counts, strict=True)]
+    masks = [settings.size_mask(shape, plan) for shape, plan in zip(shapes, plans, strict=True)]
+    pruned = slim_config(model.config, family, masks)
+    # Biases are not block weights.
+    biases = 0 if config is MACS else removed_biases(model, family, masks) * 4
+    assert dense - measured_size(config, pruned) - biases == cost_removed(counts, target.units)
+
+
+def removed_biases(model, family, masks) -> int:
+    from slim_utils.params_remove import kept_indices
+
+    total = 0
+    for layer, mask in zip(family.decoder_layers(model), masks, strict=True):
+        parameters = dict(layer.named_parameters())
+        for name, (_, kept) in kept_indices(family, mask).items():
+            if name in parameters and name.endswith(".bias"):
+                total += parameters[name].numel() - kept.numel()
+    return total
+
+
+def test_cached_tokens_of_sliding_layers_are_those_of_the_window():
+    layers = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    gemma = AutoConfig.for_model("gemma3_text", sliding_window=100, **layers)
+    assert cached_tokens(MEMORY, gemma) == [300, 900, 300]
+    assert cached_tokens(replace(MEMORY, at_context=50), gemma) == [150, 150, 150]
+    mistral = AutoConfig.for_model("mistral", sliding_window=100, num_hidden_layers=2)
+    assert cached_tokens(MEMORY, mistral) == [300, 300]
+    mistral.sliding_window = None
+    assert cached_tokens(MEMORY, mistral) == [900, 900]
+    qwen = AutoConfig.for_model("qwen2", sliding_window=100, use_sliding_window=False, num_hidden_layers=2)
+    assert cached_tokens(MEMORY, qwen) == [900, 900]
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "value", "is_share"),
+    [
+        ("--target_memory", "6GiB", 6 * 2**30, False),
+        ("--target_memory", "1.5 gb", 1.5e9, False),
+        ("--target_memory", "800MB", 8e8, False),
+        ("--target_memory", "0.8x", 0.8, True),
+        ("--target_macs", "3.2G", 3.2e9, False),
+        ("--target_macs", "3.2e9", 3.2e9, False),
+        ("--target_macs", "0.5X", 0.5, True),
+    ],
+)
+def test_parse_size(flag, text, value, is_share):
+    size = parse_size(flag, text)
+    assert (size.value, size.is_share) == (value, is_share)
+    assert size.of(100.0) == (100 * value if is_share else value)
+
+
+@pytest.fixture
+def words(checkpoint, text_file) -> list:
+    flags = ["--num_samples", 16, "--seqlen", 32, "--device", "cpu", "--skip_evaluate"]
+    return [checkpoint, "--data_file", text_file, *flags]
+
+
+def main(*arguments: object) -> None:
+    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, arguments))))
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "log_increase", "search"])
+@pytest.mark.parametrize(
+    "flags",
+    [["--target_macs", "0.8x"], ["--target_memory", "0.85x", "--at_context", 64, "--gqa_unit", "kv_group"]],
+    ids=["macs", "memory"],
+)
+def test_target_size_is_met(words, checkpoint, tmp_path, flags, allocation, caplog):
+    caplog.set_level("INFO")
+    out = tmp_path / "out"
+    main(*words, *flags, "--allocation", allocation, "--save_pruned_weights", "--save_dir", out)
+    config = PruningConfig(**{flags[0].removeprefix("--"): flags[1]}, at_context=64)
+    dense, pruned = (
+        measured_size(config, AutoConfig.from_pretrained(path)) for path in (checkpoint, out / "pruned_weights")
+    )
+    share = float(flags[1].removesuffix("x"))
+    # A column has 3 · 24 weights.
+    assert share * dense - 3 * 24 * 64 < pruned <= share * dense
+    line = next(message for message in caplog.messages if message.startswith("target: "))
+    assert line.endswith(f", {pruned / dense:.4f} of the model's")
+    assert flags[1] in (out / "pruned_weights" / "README.md").read_text()
+    assert json.loads((out / "run.json").read_text())["arguments"][flags[0].removeprefix("--")] == flags[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--target_macs", "fast"], "--target_macs fast: give a size such as 3.2G, or a share"),
+        (["--target_macs", "1.2x"], "--target_macs 1.2x: above 0 and below 1"),
+        (["--target_macs", "0"], "--target_macs 0: above 0"),
+        (["--target_macs", "6GiB"], "--target_macs 6GiB: give a size such as 3.2G"),
+        (["--target_memory", "6"], "--target_memory 6: give a size such as 6GiB"),
+        (["--target_memory", "1..2GB"], "--target_memory 1..2GB: give a size"),
+        (
+            ["--target_memory", "6GiB"],
+            "--target_memory 6GiB: the model has .* GiB of weights and KV cache for 1 × 4096",
+        ),
+        (["--target_macs", "5T"], "--target_macs 5T: the model has .* G multiply-accumulates for 64 tokens"),
+        (["--target_macs", "0.01x"], "of what the target removes can be removed; .*--target_macs"),
+        (["--target_macs", "0.8x", "--target_ratio", 0.2], "--target_ratio and --target_macs exclude each other"),
+        (["--target_memory", "0.8x", "--sparsity", 0.2], "--target_memory sets the ratios; leave --sparsity out"),
+        (["--target_memory", "0.8x", "--at_context", 0], "--at_context 0: at least 1"),
+        (["--target_memory", "0.8x", "--at_batch", 0], "--at_batch 0: at least 1"),
+    ],
+)
+def test_target_size_with_wrong_flags_is_refused(words, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        main(*words, *flags, "--save_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
