@@ -151,7 +151,7 @@ def main(args: argparse.Namespace) -> None:
     figures = [size_figures(model, args.seqlen) for model in stats]
     timings = measure(args, configs) if args.compare and not args.skip_latency else []
     if args.compare:
-        rows = [(name, value, figures[1][name]) for name, value in figures[0].items()]
+        rows: list[Row] = [(name, value, figures[1][name]) for name, value in figures[0].items()]
         for timing in timings:
             rows += latency_rows(**timing)
         print(side_by_side(rows, HEADERS))

@@ -176,7 +176,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         content = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(content.shape)} {content.dtype}".encode())
-        digest.update(content.flatten().view(torch.uint8).numpy())
+        digest.update(content.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

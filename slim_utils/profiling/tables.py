@@ -7,7 +7,7 @@ would not line up.
 from collections.abc import Iterable, Sequence
 from itertools import chain, zip_longest
 
-Row = tuple[str, *tuple[float, ...]]
+Row = tuple[str, float, *tuple[float, ...]]
 
 
 def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]], widths: Sequence[int] = ()) -> str:
@@ -28,12 +28,13 @@ def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]], widths: Se
 
 def side_by_side(rows: Iterable[Row], headers: Sequence[str]) -> str:
     """Text table of rows (name, first value, second value, …), with the ratio of every other value to the first."""
-    cells = [
-        (name, f"{first:.2f}", *chain.from_iterable((f"{value:.2f}", f"{value / first:.3f}") for value in others))
-        for name, first, *others in rows
-    ]
-    others = chain.from_iterable((header, "ratio") for header in headers[1:])
-    return text_table(("", headers[0], *others), cells, widths=(0, 9, *[9, 6] * (len(headers) - 1)))
+    cells = []
+    for row in rows:
+        name, first, others = row[0], row[1], row[2:]
+        ratios = chain.from_iterable((f"{value:.2f}", f"{value / first:.3f}") for value in others)
+        cells.append((name, f"{first:.2f}", *ratios))
+    titles = chain.from_iterable((header, "ratio") for header in headers[1:])
+    return text_table(("", headers[0], *titles), cells, widths=(0, 9, *[9, 6] * (len(headers) - 1)))
 
 
 def markdown_table(headers: Sequence[object], rows: Iterable[Sequence[object]]) -> str:

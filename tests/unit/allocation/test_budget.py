@@ -76,12 +76,12 @@ def test_allocate_heads_and_columns_is_near_the_optimum(seed):
     curves += [LossCurve(convex(generator, 12), 2, True) for _ in range(2)]
     for budget in (5, 11, 24, 40):
         counts = allocate(curves, budget)
-        removed = sum(curve.weight * n for curve, n in zip(curves, counts, strict=True))
+        removed = sum(curve.cost * n for curve, n in zip(curves, counts, strict=True))
         assert budget <= removed < budget + 2
         best = min(
             sum(curve.losses[n] for curve, n in zip(curves, choice, strict=True))
             for choice in itertools.product(range(4), range(4), range(13), range(13))
-            if budget <= sum(curve.weight * n for curve, n in zip(curves, choice, strict=True)) < budget + 2
+            if budget <= sum(curve.cost * n for curve, n in zip(curves, choice, strict=True)) < budget + 2
         )
         assert sum(curve.losses[n] for curve, n in zip(curves, counts, strict=True)) <= 1.02 * best
 

@@ -11,6 +11,7 @@ import model_slimming
 from slim_utils.allocation.budget import cost_removed, layer_units
 from slim_utils.allocation.targets import cached_tokens, measured_size, parse_size, target_of
 from slim_utils.common.errors import UserError
+from slim_utils.common.loading import model_on_meta
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.params_remove import slim_config
@@ -37,21 +38,14 @@ def test_cost_of_units_is_what_the_pruned_model_saves(variant, unit, config):
     plans = [layer.plan(*pair) for layer, pair in zip(units, counts, strict=True)]
     masks = [settings.size_mask(shape, plan) for shape, plan in zip(shapes, plans, strict=True)]
     pruned = slim_config(model.config, family, masks)
-    # Biases are not block weights.
-    biases = 0 if config is MACS else removed_biases(model, family, masks) * 4
-    assert dense - measured_size(config, pruned) - biases == cost_removed(counts, target.units)
+    # Biases and norms are not block weights.
+    vectors = 0 if config is MACS else 4 * (vector_size(model.config) - vector_size(pruned))
+    assert dense - measured_size(config, pruned) - vectors == cost_removed(counts, target.units)
 
 
-def removed_biases(model, family, masks) -> int:
-    from slim_utils.params_remove import kept_indices
-
-    total = 0
-    for layer, mask in zip(family.decoder_layers(model), masks, strict=True):
-        parameters = dict(layer.named_parameters())
-        for name, (_, kept) in kept_indices(family, mask).items():
-            if name in parameters and name.endswith(".bias"):
-                total += parameters[name].numel() - kept.numel()
-    return total
+def vector_size(config) -> int:
+    """Entries of all biases and norms."""
+    return sum(parameter.numel() for parameter in model_on_meta(config).parameters() if parameter.ndim == 1)
 
 
 def test_cached_tokens_of_sliding_layers_are_those_of_the_window():

@@ -11,7 +11,7 @@ REQUIRED += ["--work_dir", "w", "--out", "o"]
 def test_row_keys_begin_with_the_models_without_recovery():
     keys = row_keys(build_parser().parse_args([*REQUIRED, "--shares", "0.2", "0.5", "--tokens", "9", "99"]))
     models = [("paper", 0.2), ("paper", 0.5), ("best", 0.2), ("best", 0.5), ("dense", 0.0)]
-    assert keys[:5] == [(*model, NONE, 0) for model in models]
+    assert keys[:5] == [(*model, NONE, 0, None) for model in models]
     assert [key[3] for key in keys[5:]] == sorted(key[3] for key in keys[5:])
     assert len(set(keys)) == len(keys) == 5 + 2 * (4 * 5 + 2)
     # A dense model is not distilled from itself.
