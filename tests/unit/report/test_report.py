@@ -54,6 +54,7 @@ KINDS = {
     "constants": CONSTANTS,
     "constants_seed_1": CONSTANTS,
     "bench_solver": SOLVER,
+    "bench_solver_11008": SOLVER,
 }
 PART = {"error_before_compensation": 0.2, "error_after_compensation": 0.1}
 RUN_RECORD = {
