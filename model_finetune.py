@@ -42,7 +42,7 @@ from slim_utils.common.loading import (
 )
 from slim_utils.common.ngrams import NgramSample
 from slim_utils.common.output_folder import output_lock
-from slim_utils.output.provenance import calibration_ngrams, read_provenance
+from slim_utils.output.provenance import calibration_ngrams, read_model_units, read_provenance
 from slim_utils.profiling.tables import side_by_side
 from train_utils.finetune_args import FinetuneArguments, parse_args
 from train_utils.finetune_dataset import (
@@ -150,7 +150,14 @@ def run(args: FinetuneArguments) -> None:
     """
     # Imported after the flags are checked: peft and the Trainer take seconds.
     from train_utils.distillation import check_teacher, load_teacher
-    from train_utils.finetune_result import load_masks, mask_record, save_result, warn_if_not_masked, write_cards
+    from train_utils.finetune_result import (
+        load_masks,
+        mask_record,
+        save_result,
+        warn_if_not_masked,
+        write_cards,
+        write_unit_records,
+    )
     from train_utils.lora import check_lora_targets
     from train_utils.resumption import check_resumed, run_settings
     from train_utils.sparse_trainer import MaskCallback, masked_slices
@@ -172,6 +179,7 @@ def run(args: FinetuneArguments) -> None:
     if args.model.distill_from is not None:
         check_teacher(args, config, tokenizer)
     provenance = read_provenance(path, config, trusted)
+    units = read_model_units(path, config, provenance)
     data, training_windows, windows = load_data(
         args, tokenizer, config.max_position_embeddings, calibration_ngrams(provenance)
     )
@@ -215,6 +223,7 @@ def run(args: FinetuneArguments) -> None:
     record |= {"finished": True, "training_seconds": round(seconds, 2), "log": trainer.state.log_history}
     with atomic_entries(args.run_folder) as folder:
         result = save_result(args, model, tokenizer, dtype, pruned, folder)
+        write_unit_records(args, folder, provenance, units, pruned)
         if pruned:
             record["mask"] = mask_record(mask, pruned, result)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))

@@ -64,8 +64,9 @@ from slim_utils.families import find_family, layer_shapes
 from slim_utils.layerwise.distributed import ProcessGroup
 from slim_utils.layerwise.offload import ResidentModel
 from slim_utils.layerwise.resume import LayerStore, fingerprint
+from slim_utils.masks import ModelUnits
 from slim_utils.output.hub import publish, publishable_name
-from slim_utils.output.provenance import read_provenance
+from slim_utils.output.provenance import public_name, read_model_units, read_provenance
 from slim_utils.output.run_record import ModelSizes, pruning_record, rounding_settings
 from slim_utils.output.writers import note_saved_output, write_output, write_record
 from slim_utils.profiling.model_stats import count_parameters, removed_share
@@ -152,6 +153,7 @@ class RunInputs:
         data: calibration samples.
         eval_sets: windows for the perplexities.
         provenance: provenance of the model; ``{}`` for a run that saves nothing.
+        units: units of the model, as indices into those of its dense base.
     """
 
     config: PruningConfig
@@ -160,6 +162,7 @@ class RunInputs:
     data: CalibrationData
     eval_sets: EvalSets
     provenance: dict[str, Any]
+    units: ModelUnits
 
 
 def prepare_inputs(config: PruningConfig) -> RunInputs:
@@ -171,12 +174,15 @@ def prepare_inputs(config: PruningConfig) -> RunInputs:
     model_config = load_config(config.model_path, config.trust_remote_code)
     find_family(model_config)
     check_length(config.seqlen, model_config, "--seqlen")
-    config = resolve_preset(config, has_experts(layer_shapes(model_config)))
+    shapes = layer_shapes(model_config)
+    config = resolve_preset(config, has_experts(shapes))
     plan = plan_without_weights(config, model_config)
     tokenizer = load_tokenizer(config.model_path, config.trust_remote_code)
     provenance = {}
+    units = ModelUnits.unpruned(public_name(config.model_path), model_config.model_type, False, shapes)
     if config.save_dir:
         provenance = read_provenance(config.model_path, model_config, config.trust_remote_code)
+        units = read_model_units(config.model_path, model_config, provenance)
     texts = calibration_texts(config)
     data = load_calibration(texts, tokenizer, config.num_samples, config.seqlen, config.seed, config.bos)
     config = replace(config, sink_windows=num_sink_windows(config, data.bos))
@@ -184,7 +190,7 @@ def prepare_inputs(config: PruningConfig) -> RunInputs:
     positions = model_config.max_position_embeddings
     eval_sets = load_eval_sets(specs, tokenizer, config.eval_seqlens, positions, config.bos)
     check_token_ids(model_config, tokenizer, data.samples, *eval_sets.values())
-    return RunInputs(config, plan, tokenizer, data, eval_sets, provenance)
+    return RunInputs(config, plan, tokenizer, data, eval_sets, provenance, units)
 
 
 def save_and_evaluate(inputs: RunInputs, host: ResidentModel, pruned: PrunedModel) -> None:
@@ -196,7 +202,7 @@ def save_and_evaluate(inputs: RunInputs, host: ResidentModel, pruned: PrunedMode
         config, inputs.data, inputs.provenance, sizes, pruned.reports, pruned.seconds, pruned.sensitivities
     )
     if config.save_dir:
-        write_output(save_dir, pruned.output, inputs.tokenizer, masks, record)
+        write_output(save_dir, pruned.output, inputs.tokenizer, inputs.units, masks, record)
         logger.info("saved %s", config.save_dir)
     if inputs.eval_sets:
         with note_saved_output(config.save_dir):

@@ -1,11 +1,14 @@
 """Masks: the kept and removed units of every layer, saved as data and never inferred from zeros."""
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from slim_utils.common.errors import UserError
-from slim_utils.families import Family, LayerShape
+from slim_utils.families import COLUMNS, HEADS, KV_HEADS, Family, LayerShape
 
 FORMAT_VERSION = 1
 PRUNING_FILE = "pruning.json"
@@ -84,6 +87,35 @@ class LayerMask:
             _others(self.kept_columns, shape.num_columns),
         )
 
+    def kept_units(self) -> dict[str, list[int]]:
+        """Return the kept units by kind."""
+        return {HEADS: self.kept_heads, KV_HEADS: self.kept_kv_heads, COLUMNS: self.kept_columns}
+
+    @property
+    def kept_shape(self) -> LayerShape:
+        """Sizes of the layer without its removed units."""
+        sizes = {"num_heads": self.kept_heads, "num_kv_heads": self.kept_kv_heads, "num_columns": self.kept_columns}
+        return replace(self.shape, **{name: len(units) for name, units in sizes.items()})
+
+    def compose(self, later: "LayerMask") -> "LayerMask":
+        """Return the mask that keeps what is left when ``later`` prunes the layer that this mask pruned.
+
+        Raises:
+            ValueError: if ``later`` is a mask of another shape.
+        """
+        if later.shape != self.kept_shape:
+            raise ValueError(f"a mask of {later.shape} for a layer pruned to {self.kept_shape}")
+        kept = later.kept_units()
+        return LayerMask(self.shape, *([units[i] for i in kept[kind]] for kind, units in self.kept_units().items()))
+
+    def relative_to(self, earlier: "LayerMask") -> "LayerMask":
+        """Return the mask of the layer pruned by ``earlier`` that keeps the units of this one: undo :meth:`compose`."""
+        relative = []
+        for kind, units in earlier.kept_units().items():
+            positions = {unit: position for position, unit in enumerate(units)}
+            relative.append([positions[unit] for unit in self.kept_units()[kind]])
+        return LayerMask(earlier.kept_shape, *relative)
+
     def columns_by_ffn(self) -> list[list[int]]:
         """Return the kept columns of every expert, relative to the expert; one list for a dense FFN."""
         width = self.shape.ffn_width
@@ -108,45 +140,116 @@ class LayerMask:
         return heads, 1 - len(self.kept_columns) / self.shape.num_columns
 
 
-def pruning_to_json(masks: list[LayerMask], model_type: str) -> dict:
-    """Return the content of ``pruning.json``: shape, kept and removed indices of each kind of unit, per layer."""
+@dataclass(frozen=True)
+class ModelUnits:
+    """Units of a model as indices into those of the dense model that it was pruned from.
+
+    Attributes:
+        model: public name of the dense model.
+        model_type: its model type.
+        is_dense: whether ``model`` is dense; if earlier pruning runs are not recorded, it is a pruned model itself.
+        layers: units of every layer, as a mask of the layer of ``model``.
+    """
+
+    model: str
+    model_type: str
+    is_dense: bool
+    layers: list[LayerMask]
+
+    @classmethod
+    def unpruned(cls, model: str, model_type: str, is_dense: bool, shapes: list[LayerShape]) -> "ModelUnits":
+        """Return all units of a model with these layer shapes."""
+        return cls(model, model_type, is_dense, [LayerMask.dense(shape) for shape in shapes])
+
+    @property
+    def shapes(self) -> list[LayerShape]:
+        """Layer shapes of the model that has these units."""
+        return [layer.kept_shape for layer in self.layers]
+
+    def pruned(self, masks: list[LayerMask]) -> "ModelUnits":
+        """Return the units that are left when ``masks`` prune the model that has these."""
+        return replace(self, layers=[layer.compose(mask) for layer, mask in zip(self.layers, masks, strict=True)])
+
+
+def pruning_to_json(units: ModelUnits, masks: list[LayerMask]) -> dict[str, Any]:
+    """Return the content of ``pruning.json``: kept and removed units of each kind per layer, as dense indices.
+
+    Args:
+        units: units of the masked model.
+        masks: masks of its layers.
+    """
     layers = []
-    for index, mask in enumerate(masks):
-        removed = mask.removed()
-        layer = {"layer": index, "shape": asdict(mask.shape)}
-        for name in ("heads", "kv_heads", "columns"):
-            layer[name] = {"kept": getattr(mask, f"kept_{name}"), "removed": getattr(removed, f"kept_{name}")}
-        layers.append(layer)
-    return {"format": FORMAT_VERSION, "model_type": model_type, "layers": layers}
+    for index, (layer, mask) in enumerate(zip(units.layers, masks, strict=True)):
+        kept, removed = (layer.compose(part).kept_units() for part in (mask, mask.removed()))
+        kinds = {kind: {"kept": kept[kind], "removed": removed[kind]} for kind in kept}
+        layers.append({"layer": index, "shape": asdict(layer.shape), **kinds})
+    head = {"format": FORMAT_VERSION, "model_type": units.model_type, "units_of": units.model}
+    return {**head, "dense": units.is_dense, "layers": layers}
 
 
-def write_pruning(path: Path, masks: list[LayerMask], model_type: str) -> None:
-    """Write ``pruning.json``, one line per layer."""
-    content = pruning_to_json(masks, model_type)
+def write_pruning(path: Path, units: ModelUnits, masks: list[LayerMask]) -> None:
+    """Write the ``pruning.json`` of a masked model, one line per layer; arguments as for :func:`pruning_to_json`."""
+    content = pruning_to_json(units, masks)
     layers = ",\n".join(json.dumps(layer) for layer in content.pop("layers"))
     head = json.dumps(content)[:-1]
     path.write_text(f'{head}, "layers": [\n{layers}\n]}}\n', encoding="utf-8")
 
 
+def write_units(path: Path, units: ModelUnits) -> None:
+    """Write the ``pruning.json`` of the pruned model that has ``units``: masks of the dense model."""
+    dense = ModelUnits.unpruned(units.model, units.model_type, units.is_dense, [mask.shape for mask in units.layers])
+    write_pruning(path, dense, units.layers)
+
+
 def read_pruning(path: Path) -> list[LayerMask]:
-    """Return the masks of all layers in a ``pruning.json``.
+    """Return the masks of all layers in a ``pruning.json``, relative to the units of the masked model.
 
     Raises:
         UserError: if the file is missing or has another format.
     """
+    with _read_errors(path):
+        return [kept.relative_to(units) for kept, units in map(_read_layer, _read_content(path)["layers"])]
+
+
+def read_units(path: Path, shapes: list[LayerShape]) -> ModelUnits:
+    """Return the units of the checkpoint beside a ``pruning.json``, masked or pruned.
+
+    Args:
+        path: the file.
+        shapes: layer shapes of the checkpoint.
+
+    Raises:
+        UserError: if the file is missing, has another format, or is not of such a checkpoint.
+    """
+    with _read_errors(path):
+        content = _read_content(path)
+        kept, units = zip(*map(_read_layer, content["layers"]), strict=True)
+        for layers in (kept, units):
+            model_units = ModelUnits(content["units_of"], content["model_type"], content["dense"], list(layers))
+            if model_units.shapes == shapes:
+                return model_units
+    raise UserError(f"{path}: layer shapes differ from the model's")
+
+
+def _read_content(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["format"] != FORMAT_VERSION:
+        raise UserError(f"{path}: format {content['format']}, this version reads format {FORMAT_VERSION}")
+    return content
+
+
+def _read_layer(layer: dict[str, Any]) -> tuple[LayerMask, LayerMask]:
+    """Return the kept units of a layer, and all units of the masked model, as masks of the dense layer."""
+    shape, rows = LayerShape(**layer["shape"]), [layer[kind] for kind in (HEADS, KV_HEADS, COLUMNS)]
+    kept = LayerMask(shape, *(row["kept"] for row in rows))
+    return kept, LayerMask(shape, *(sorted(row["kept"] + row["removed"]) for row in rows))
+
+
+@contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    """Turn errors of a missing or damaged ``pruning.json`` into a :class:`UserError`."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT_VERSION:
-            raise UserError(f"{path}: format {content['format']}, this version reads format {FORMAT_VERSION}")
-        return [
-            LayerMask(
-                LayerShape(**layer["shape"]),
-                layer["heads"]["kept"],
-                layer["kv_heads"]["kept"],
-                layer["columns"]["kept"],
-            )
-            for layer in content["layers"]
-        ]
+        yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (KeyError, IndexError, TypeError, ValueError) as error:

@@ -11,7 +11,7 @@ import torch
 
 from slim_utils.common.loading import PRUNED_MODEL_FOLDER, load_config, load_model, save_checkpoint
 from slim_utils.families import Family, find_family, layer_shapes
-from slim_utils.masks import PRUNING_FILE, LayerMask, read_masks, write_pruning
+from slim_utils.masks import PRUNING_FILE, LayerMask, ModelUnits, read_masks, write_pruning, write_units
 from slim_utils.output.model_card import version_list, write_card
 from slim_utils.output.provenance import (
     pruning_step,
@@ -110,12 +110,37 @@ def save_result(
         zero_removed(result, pruned.family, pruned.masks)
     save_checkpoint(result, tokenizer, folder)
     if pruned:
-        write_pruning(folder / PRUNING_FILE, pruned.masks, result.config.model_type)
         if args.sparse.save_pruned_weights:
             save_checkpoint(shrink(result, pruned.family, pruned.masks), tokenizer, folder / PRUNED_MODEL_FOLDER)
         # Reload, so that masks and perplexity are measured on the saved weights.
         result = load_model(str(folder), "auto", trusted)
     return result
+
+
+def write_unit_records(
+    args: FinetuneArguments,
+    folder: Path,
+    base_provenance: dict[str, Any],
+    units: ModelUnits,
+    pruned: ModelMasks | None,
+) -> None:
+    """Write ``pruning.json`` beside every checkpoint in ``folder`` of a model that is or was pruned.
+
+    Args:
+        args: flags of the run.
+        folder: output folder of :func:`save_result`.
+        base_provenance: provenance of the base model.
+        units: units of the base model.
+        pruned: masks of the model, if it is trained with masks.
+    """
+    folder = folder / FUSED_FOLDER if args.model.use_lora else folder
+    if not pruned:
+        if pruning_steps(base_provenance):
+            write_units(folder / PRUNING_FILE, units)
+        return
+    write_pruning(folder / PRUNING_FILE, units, pruned.masks)
+    if args.sparse.save_pruned_weights:
+        write_units(folder / PRUNED_MODEL_FOLDER / PRUNING_FILE, units.pruned(pruned.masks))
 
 
 def write_cards(

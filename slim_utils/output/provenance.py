@@ -1,6 +1,7 @@
 """Provenance of a model (``slimgpt.json``): its dense base, and all pruning and recovery steps since.
 
-A run reads the file of its input model, appends its own step, and writes the file beside its output weights.
+A run reads the file of its input model, appends its own step, and writes the file beside its output weights. Likewise
+``pruning.json``, which has the units of the base that are left.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, hf_hub_download
 
+from slim_utils.common.errors import UserError
 from slim_utils.common.loading import model_on_meta, write_json_atomic
 from slim_utils.common.ngrams import NgramSample
 from slim_utils.families import find_family, layer_shapes
-from slim_utils.masks import LayerMask
+from slim_utils.masks import PRUNING_FILE, LayerMask, ModelUnits, read_units
+from slim_utils.output.hub import HUB_ERRORS
 from slim_utils.profiling.model_stats import count_parameters, weights_of
 
 if TYPE_CHECKING:
@@ -69,6 +72,36 @@ def read_provenance(model_path: str, config: PreTrainedConfig, trust_remote_code
         "layers": [[shape.num_heads, shape.num_kv_heads, shape.ffn_width] for shape in shapes],
     }
     return {"format": FORMAT_VERSION, "base": base, "steps": []}
+
+
+def read_model_units(model_path: str, config: PreTrainedConfig, provenance: dict[str, Any]) -> ModelUnits:
+    """Units of a model as indices into those of its dense base, from its ``pruning.json`` if it was pruned before.
+
+    Without such a file, they are indices into the model's own units; a warning says so.
+
+    Args:
+        model_path: folder or hub name.
+        config: configuration of the model.
+        provenance: its provenance.
+    """
+    name, shapes = public_name(model_path), layer_shapes(config)
+    if not pruning_steps(provenance):
+        return ModelUnits.unpruned(provenance["base"]["name"], config.model_type, True, shapes)
+    try:
+        units = read_units(_checkpoint_file(model_path, PRUNING_FILE), shapes)
+    except (UserError, *HUB_ERRORS) as error:
+        logger.info("no units in %s of %s (%s: %s)", PRUNING_FILE, model_path, type(error).__name__, error)
+        units = ModelUnits.unpruned(name, config.model_type, False, shapes)
+    if not units.is_dense:
+        logger.warning(
+            "%s was pruned before without a record of the units that it kept of %s: %s will have indices into the "
+            "units of %s",
+            name,
+            provenance["base"]["name"],
+            PRUNING_FILE,
+            units.model,
+        )
+    return units
 
 
 def public_name(path: str) -> str:

@@ -25,7 +25,7 @@ from slim_utils.common.loading import (
 )
 from slim_utils.families import Family
 from slim_utils.layerwise.offload import CPU, OffloadedModel
-from slim_utils.masks import PRUNING_FILE, LayerMask, write_pruning
+from slim_utils.masks import PRUNING_FILE, LayerMask, ModelUnits, write_pruning, write_units
 from slim_utils.output.model_card import pruning_settings, write_card
 from slim_utils.output.provenance import (
     copy_license_files,
@@ -210,6 +210,7 @@ def write_output(
     save_dir: Path,
     output: CheckpointWriter,
     tokenizer: PreTrainedTokenizerBase,
+    units: ModelUnits,
     masks: list[LayerMask],
     record: RunRecord,
 ) -> None:
@@ -219,6 +220,7 @@ def write_output(
         save_dir: output folder.
         output: writer of the checkpoints.
         tokenizer: tokenizer of the model.
+        units: units of the model before this run.
         masks: one mask per layer.
         record: content of ``run.json``; sizes and provenance are added.
     """
@@ -226,6 +228,7 @@ def write_output(
         pruned_model = output.write(folder, masks, tokenizer)
         if pruned_model is not None:
             record.sizes.parameters_pruned = count_parameters(pruned_model)
+            write_units(folder / PRUNED_MODEL_FOLDER / PRUNING_FILE, units.pruned(masks))
         remaining = remaining_weights(output.family.decoder_layers(output.model), output.family, masks)
         texts = hub_datasets(source["name"] for source in record.calibration["sources"])
         step = pruning_step(pruning_settings(record.to_json()), remaining, texts, record.calibration["ngrams"])
@@ -233,7 +236,7 @@ def write_output(
         record.sizes.block_share_removed_in_total = total_share_removed(record.provenance)
         write_provenance(folder, record.provenance)
         copy_license_files(record.arguments["model_path"], folder)
-        write_pruning(folder / PRUNING_FILE, masks, output.model.config.model_type)
+        write_pruning(folder / PRUNING_FILE, units, masks)
         write_record(folder, masks, record)
 
 

@@ -32,6 +32,7 @@ def test_model_finetune_with_lora_of_a_pruned_model_fuses_the_adapters(slim, arg
     fused = out / "lora_fused_model"
     assert {path.name for path in base.iterdir()} == {path.name for path in fused.iterdir()}
     assert json.loads((base / "config.json").read_text()) == json.loads((fused / "config.json").read_text())
+    assert (base / "pruning.json").read_text() == (fused / "pruning.json").read_text()
 
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out).eval()
     with torch.no_grad():
@@ -202,7 +203,8 @@ def test_model_finetune_to_an_existing_output_needs_overwrite(slim, argv, tmp_pa
         ("--distill_from=", "--distill_from: model : cannot be loaded"),
         ("--distill_from /none", "--distill_from: model /none: no such folder"),
         ("--model_name_or_path /none", "model /none: no such folder"),
-        ("--is_mask_training true", "--mask_config_dir .*pruning.json: cannot be read"),
+        ("--is_mask_training true", "pruning.json: layer shapes differ from the model's; give the masked model"),
+        ("--is_mask_training true --mask_config_dir none.json", "--mask_config_dir none.json: cannot be read"),
         ("--output_dir=", "give the folder to write: --output_dir DIR"),
     ],
 )

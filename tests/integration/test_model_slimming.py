@@ -68,7 +68,7 @@ def test_model_slimming_outputs_are_complete(pruned):
     names = {path.name for path in save_dir.iterdir()}
     assert names == WEIGHT_FILES | TOKENIZER_FILES | RECORD | {"pruning.json", "run.json", "pruned_weights"}
     names = {path.name for path in (save_dir / "pruned_weights").iterdir()}
-    assert names == WEIGHT_FILES | TOKENIZER_FILES | CARD | {"modeling_slim_llama.py", "slim_base.py"}
+    assert names == WEIGHT_FILES | TOKENIZER_FILES | CARD | {"pruning.json", "modeling_slim_llama.py", "slim_base.py"}
     assert [path.name for path in save_dir.parent.iterdir()] == ["out"]
     for folder in (save_dir, save_dir / "pruned_weights"):
         generation = json.loads((folder / "generation_config.json").read_text())
@@ -327,7 +327,7 @@ def test_model_slimming_with_uniform_shapes_writes_a_stock_checkpoint(small_run,
     flags = ["--uniform_shapes", "--multiple_of", 8, "--skip_evaluate", "--save_pruned_weights", "--save_dir", out]
     main(*small_run, "--sparsity", 0.5, *flags)
     folder = out / "pruned_weights"
-    assert {path.name for path in folder.iterdir()} == WEIGHT_FILES | TOKENIZER_FILES | CARD
+    assert {path.name for path in folder.iterdir()} == WEIGHT_FILES | TOKENIZER_FILES | CARD | {"pruning.json"}
     config = json.loads((folder / "config.json").read_text())
     assert (config["model_type"], config["num_attention_heads"], config["intermediate_size"]) == ("llama", 2, 16)
     assert config["layer_head_num"] == [2] * 4

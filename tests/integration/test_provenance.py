@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import model_slimming
 from slim_utils.families import layer_shapes
+from slim_utils.masks import read_units
 from slim_utils.output.provenance import read_provenance, total_share_removed
 from tests.conftest import make_tiny
 from tests.integration.finetuning import main as finetune
@@ -77,7 +78,10 @@ def test_model_card_of_repeated_pruning_and_recovery_has_all_steps(base, prune, 
                 card.content
             )
         # Safe to publish: no local paths.
-        assert str(tmp_path.parent) not in card.content + (folder / "slimgpt.json").read_text()
+        published = card.content + "".join((folder / name).read_text() for name in ("slimgpt.json", "pruning.json"))
+        assert str(tmp_path.parent) not in published
+        units = read_units(folder / "pruning.json", layer_shapes(config))
+        assert (units.model, units.is_dense) == ("tiny-model", True)
     assert "| trained | LoRA adapters of rank 8 on q_proj," in ModelCard.load(again / "README.md").content
     assert "| text | tokens per window | first token | before | after |" in (fused / "README.md").read_text()
     record = json.loads((tmp_path / "two" / "run.json").read_text())

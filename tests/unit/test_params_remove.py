@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from slim_utils.common.errors import UserError
 from slim_utils.families import find_family, layer_shapes
-from slim_utils.masks import LayerMask, read_pruning, write_pruning
+from slim_utils.masks import LayerMask
 from slim_utils.params_remove import kept_indices, shrink, zero_removed
 from slim_utils.profiling.model_stats import model_stats, removed_share
 from tests.conftest import ALL_TINY, TINY_VARIANTS, make_tiny, set_attention
@@ -206,12 +206,6 @@ def test_shrink_masks_of_other_shapes_are_refused():
     model = make_tiny("gqa")
     with pytest.raises(ValueError, match="layer shapes of the masks differ"):
         shrink(model, find_family(model.config), some_masks(make_tiny("mha")))
-
-
-def test_pruning_json_round_trip(tmp_path):
-    masks = some_masks(make_tiny("gqa"))
-    write_pruning(tmp_path / "pruning.json", masks, "llama")
-    assert read_pruning(tmp_path / "pruning.json") == masks
 
 
 @pytest.mark.parametrize("variant", ALL_TINY)
