@@ -211,12 +211,12 @@ def read_pruning(path: Path) -> list[LayerMask]:
         return [kept.relative_to(units) for kept, units in map(_read_layer, _read_content(path)["layers"])]
 
 
-def read_units(path: Path, shapes: list[LayerShape]) -> ModelUnits:
+def read_units(path: Path, shapes: list[LayerShape] | None = None) -> ModelUnits:
     """Return the units of the checkpoint beside a ``pruning.json``, masked or pruned.
 
     Args:
         path: the file.
-        shapes: layer shapes of the checkpoint.
+        shapes: layer shapes of the checkpoint; ``None`` for a pruned model.
 
     Raises:
         UserError: if the file is missing, has another format, or is not of such a checkpoint.
@@ -226,7 +226,7 @@ def read_units(path: Path, shapes: list[LayerShape]) -> ModelUnits:
         kept, units = zip(*map(_read_layer, content["layers"]), strict=True)
         for layers in (kept, units):
             model_units = ModelUnits(content["units_of"], content["model_type"], content["dense"], list(layers))
-            if model_units.shapes == shapes:
+            if shapes is None or model_units.shapes == shapes:
                 return model_units
     raise UserError(f"{path}: layer shapes differ from the model's")
 
