@@ -23,7 +23,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def setup_logging() -> None:
-    """Log one line per message to stderr, and disable progress bars if stderr is not a terminal."""
+    """Log one line per message to stderr, and disable progress bars unless rank 0 has a terminal as stderr."""
     # Only rank 0 logs below ERROR.
     level = logging.ERROR if _rank() else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
@@ -34,7 +34,9 @@ def setup_logging() -> None:
     if not torch.accelerator.is_available():
         # An installed DeepSpeed warns about a missing accelerator when accelerate imports it.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if not sys.stderr.isatty():
+    if _rank():
+        transformers.utils.logging.set_verbosity_error()
+    if _rank() or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
         # Read when datasets is imported, which is deferred because it takes a second.
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -1,18 +1,16 @@
 """Checks of the flags of ``model_slimming.py`` before anything is loaded, and the expansion of ``--preset``."""
 
 import logging
-import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from slim_utils.allocation.schedules import STRATEGIES
 from slim_utils.allocation.targets import parse_size
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_paths import check_inputs_outside, eval_files
-from slim_utils.common.loading import check_output, choose_device
+from slim_utils.common.loading import check_output, choose_device, choose_local_device
+from slim_utils.layerwise.distributed import launched_processes
 from slim_utils.layerwise.resume import LayerStore
 from slim_utils.pruning_config import BEST_COLUMN_GROUP, BEST_SINK_WINDOWS, SENSITIVITY, TARGET_FLAGS, PruningConfig
 from slim_utils.text_source import CALIBRATION_DATASETS
@@ -82,17 +80,12 @@ def resolve_preset(config: PruningConfig, experts: bool) -> PruningConfig:
 def _preset_obstacles(config: PruningConfig, experts: bool) -> list[str]:
     """Return what rules out the sensitivity analysis of ``--preset best``."""
     obstacles = [f"--{name}" for name in SENSITIVITY_NEEDS if getattr(config, name)]
-    if in_several_processes():
+    if launched_processes() > 1:
         obstacles.append("several processes")
     # --refine needs measurements too; the planner refuses it for MoE models.
     if experts and not config.refine:
         obstacles.append("experts")
     return obstacles
-
-
-def in_several_processes() -> bool:
-    """Whether torchrun started several processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def check_budget(config: PruningConfig) -> None:
@@ -140,7 +133,7 @@ def check_budget(config: PruningConfig) -> None:
         for name, reason in SENSITIVITY_NEEDS.items():
             if getattr(config, name):
                 raise UserError(f"{flag} needs {reason}; leave --{name} out")
-        if in_several_processes():
+        if launched_processes() > 1:
             raise UserError(f"{flag} runs in one process; measure without torchrun, then give --profile")
 
 
@@ -246,9 +239,6 @@ def with_devices(config: PruningConfig) -> PruningConfig:
     Raises:
         UserError: if a device is not available.
     """
-    name = config.device
-    if name == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = choose_device(name)
+    device = choose_local_device(config.device)
     cache_dev = choose_device(config.cache_dev, "--cache_dev") if config.cache_dev else device
     return replace(config, device=str(device), cache_dev=str(cache_dev))

@@ -88,6 +88,22 @@ def choose_device(name: str, flag: str = "--device") -> torch.device:
     return device
 
 
+def choose_local_device(name: str) -> torch.device:
+    """The device ``name`` of ``--device`` for this process: ``auto`` and ``cuda`` are the GPU of its local rank.
+
+    Raises:
+        UserError: if the device does not exist, or a machine has fewer GPUs than processes.
+    """
+    if name in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if processes > devices:
+            raise UserError(
+                f"--device {name}: {processes} processes on a machine with {devices} CUDA devices; start one for each"
+            )
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    return choose_device(name)
+
+
 def _register_slim_classes() -> None:
     """Register the classes of pruned checkpoints, which then load without remote code."""
     # Imported lazily: it takes seconds.

@@ -1,11 +1,11 @@
-"""The process group that prunes one model, each process on its shard of the calibration samples (torchrun).
+"""The process group of a run, each process on its shard of the calibration samples or of the rows of a task (torchrun).
 
 accelerate's ``PartialState`` is not used: it offers no timeout of an hour, no broadcast of errors, and imports slowly.
 """
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,6 +18,26 @@ from slim_utils.common.errors import ProcessLostError, UserError
 T = TypeVar("T")
 # A process may wait while another one solves a large map.
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
+
+
+def launched_processes() -> int:
+    """Number of processes of this run, as set by torchrun or accelerate launch; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class _SharedError(UserError):
+    """A wrong input that one process found and all of them raise."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a process sends after an error, in place of a value.
+
+    Attributes:
+        message: that of its :class:`UserError`; ``None`` if the process reports another error itself.
+    """
+
+    message: str | None
 
 
 @dataclass(frozen=True)
@@ -33,16 +53,16 @@ class ProcessGroup:
     world_size: int = 1
 
     @classmethod
-    def init(cls, device: torch.device) -> "ProcessGroup":
+    def init(cls, device: torch.device, timeout: timedelta = COLLECTIVE_TIMEOUT) -> "ProcessGroup":
         """The process group that torchrun started, or this process alone; all compute on devices of one kind."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
+        size = launched_processes()
         if size == 1:
             return cls()
         if device.type == "cuda":
             torch.cuda.set_device(device)
         # Activations may be kept on the host while layers are pruned on a GPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        distributed.init_process_group(backend, timeout=timeout)
         return cls(distributed.get_rank(), size)
 
     def destroy(self) -> None:
@@ -78,6 +98,39 @@ class ProcessGroup:
         failed = torch.tensor(float(not condition), device=device)
         self.all_reduce(failed)
         return failed.item() == 0
+
+    def all_gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank; a value is any object that can be pickled.
+
+        Raises:
+            UserError: in all processes, if one of them raised it in a block of :meth:`shared_errors`.
+            SystemExit: if one of them raised another error there, which it reports itself.
+        """
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        with _lost_contact_named():
+            distributed.all_gather_object(gathered, value)
+        failure = next((item for item in gathered if isinstance(item, _Failure)), None)
+        if failure is None:
+            return gathered
+        raise SystemExit(1) if failure.message is None else _SharedError(failure.message)
+
+    @contextmanager
+    def shared_errors(self) -> Iterator[None]:
+        """End the block in all processes if one of them raises an error in it, at their next :meth:`all_gather`.
+
+        The block contains no other collective. Rank 0 reports a :class:`UserError`, the process itself other errors.
+        """
+        try:
+            yield
+        except (ProcessLostError, _SharedError):
+            raise
+        except Exception as error:
+            # An error of this process says more than one of the collective.
+            with suppress(ProcessLostError, SystemExit):
+                self.all_gather(_Failure(str(error) if isinstance(error, UserError) else None))
+            raise
 
     def on_main(self, work: Callable[[], T], changed: Iterable[Tensor] = ()) -> T:
         """Run ``work`` on the main process; broadcast its result and the tensors that it ``changed``.

@@ -33,6 +33,23 @@ sys.argv[0] = "model_slimming.py"
 runpy.run_path("model_slimming.py", run_name="__main__")
 """
 
+# A run whose rank 1 fails, in a block that shares errors, before rank 0 waits for it.
+SHARING = """
+import os, torch
+from slim_utils.cli.app import run_cli
+from slim_utils.common.errors import UserError
+from slim_utils.layerwise.distributed import ProcessGroup
+def main():
+    processes = ProcessGroup.init(torch.device("cpu"))
+    with processes.shared_errors():
+        if processes.rank:
+            {failure}
+        print(processes.all_gather(processes.rank))
+        processes.all_gather(None)
+    processes.destroy()
+run_cli(main, "prog")
+"""
+
 
 def run(processes: int, *argv: object) -> subprocess.CompletedProcess:
     """Run the script in ``processes`` processes."""
@@ -99,6 +116,24 @@ def test_model_slimming_after_a_killed_process_ends_and_can_be_resumed(launched,
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize(
+    ("failure", "code", "line"),
+    [
+        ("pass", 0, None),
+        ("raise UserError('--flag x')", 2, "prog: error: --flag x"),
+        ("raise torch.OutOfMemoryError('full')", 1, "prog: error: out of GPU memory; use --device cpu"),
+        ("raise ValueError('unexpected')", 1, "ValueError: unexpected"),
+    ],
+)
+def test_shared_errors_of_one_process_end_all_with_one_message(failure, code, line):
+    process = run_ranks(2, "-c", SHARING.format(failure=failure))
+    assert process.returncode == code
+    assert process.stdout == ("[0, 1]\n[0, 1]\n" if line is None else "")
+    reports = [text for text in process.stderr.splitlines() if "rror: " in text]
+    assert reports == ([] if line is None else [line])
+    assert process.stderr.count("Traceback") == (1 if "ValueError" in failure else 0), process.stderr
+
+
 def test_shard_of_all_ranks_covers_all_samples(samples):
     shares = [ProcessGroup(rank, 3).shard(samples) for rank in range(3)]
     assert [len(share) for share in shares] == [3, 3, 2]
@@ -111,6 +146,7 @@ def test_shard_of_all_ranks_covers_all_samples(samples):
     "collective",
     [
         lambda processes: processes.all_reduce(torch.zeros(1)),
+        lambda processes: processes.all_gather(None),
         lambda processes: processes.barrier(),
         lambda processes: processes.on_main(lambda: 1, [torch.zeros(1)]),
         lambda processes: processes.all_true(True, torch.device("cpu")),
@@ -132,7 +168,7 @@ def test_collectives_that_fail_keep_the_cause(collective, error, kind, message, 
     def fail(*args, **flags):
         raise error
 
-    for name in ("all_reduce", "barrier", "broadcast", "broadcast_object_list"):
+    for name in ("all_gather_object", "all_reduce", "barrier", "broadcast", "broadcast_object_list"):
         monkeypatch.setattr(distributed.distributed, name, fail)
     with pytest.raises(kind, match=message):
         collective(ProcessGroup(0, 2))

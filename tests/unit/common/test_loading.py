@@ -14,6 +14,7 @@ from slim_utils.common.loading import (
     atomic_folder,
     check_output,
     choose_device,
+    choose_local_device,
     load_config,
     peak_memory_mib,
     write_text_atomic,
@@ -97,6 +98,20 @@ def test_choose_device_of_an_unknown_name_is_refused():
     for name in ("gpu", "cuda:99", "meta"):
         with pytest.raises(UserError, match=f"--cache_dev {name}"):
             choose_device(name, "--cache_dev")
+
+
+def test_choose_local_device_of_a_rank_is_the_gpu_of_its_number(monkeypatch):
+    assert choose_local_device("auto") == choose_device("auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    devices = {name: str(choose_local_device(name)) for name in ("auto", "cuda", "cuda:0", "cpu")}
+    assert devices == {"auto": "cuda:1", "cuda": "cuda:1", "cuda:0": "cuda:0", "cpu": "cpu"}
+    # All ranks raise it, whether or not they have a GPU.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="--device auto: 3 processes on a machine with 2 CUDA devices"):
+        choose_local_device("auto")
 
 
 def test_peak_memory_mib_without_the_resource_module_uses_psutil(monkeypatch):
