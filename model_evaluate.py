@@ -3,19 +3,24 @@
     python model_evaluate.py --model SFT/lora_fused_model --tasks openbookqa,arc_easy,winogrande,piqa \
         --device cuda:0 --batch_size 32 --output_path SFT.json --no_cache
     python model_evaluate.py --model OUT/pruned_weights --data_dir tasks --batch_size auto
+    torchrun --nproc_per_node=2 model_evaluate.py --model OUT/pruned_weights --batch_size 32
 
 Prints the results as JSON, then as a table with acc, acc_norm and their averages. Prompts and metrics are those of
 lm-eval, also with local files (--data_dir: DIR/TASK/{validation,test}.jsonl in the columns of the hub's data set).
 
-Limits: one process; tasks that run generated code are refused.
+Several processes (torchrun or accelerate launch) each load the model and evaluate a shard of the rows; --parallelize
+divides one model among all GPUs instead. Limits: not both; tasks that run generated code are refused.
 """
 
 import argparse
+import io
 import json
 import logging
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
+from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -42,18 +47,21 @@ from slim_utils.common.input_paths import check_inputs_outside
 from slim_utils.common.loading import (
     DTYPES,
     check_output_file,
-    choose_device,
+    choose_local_device,
     load_config,
     load_model,
     load_tokenizer,
     peak_memory_mib,
     write_json_atomic,
 )
+from slim_utils.layerwise.distributed import ProcessGroup, launched_processes
 
 logger = logging.getLogger("model_evaluate")
 
 # A CPU gains nothing from larger batches, and raises no out-of-memory error to end a batch size search.
 CPU_AUTO_BATCH = 16
+# A process may wait until a slower one has evaluated its rows.
+COLLECTIVE_TIMEOUT = timedelta(days=7)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,6 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_batch_size", type=int, default=64, help="upper bound of auto (default: %(default)s)")
     parser.add_argument("--limit", type=float, help="evaluate N rows per task, or a fraction if below 1")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default: %(default)s)")
+    parser.add_argument(
+        "--parallelize", action="store_true", help="divide the model among all GPUs, then host memory and disk"
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="dtype of the weights (default: the checkpoint's)"
     )
@@ -104,7 +115,11 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
         check_output_file(args.output_path, args.overwrite, "--output_path")
         files = args.data_dir.rglob("*") if args.data_dir else ()
         check_inputs_outside(args.output_path, "--output_path", {"--model": [args.model], "--data_dir": files})
-    args.device = choose_device(args.device)
+    if args.parallelize and args.device != "auto":
+        raise UserError(f"--parallelize uses all GPUs; leave --device {args.device} out, or set CUDA_VISIBLE_DEVICES")
+    if args.parallelize and launched_processes() > 1:
+        raise UserError("--parallelize: needs one process that uses all GPUs; start it without torchrun or accelerate")
+    args.device = choose_local_device(args.device)
     args.batch_size = choose_batch_size(args.batch_size, args.device)
     if args.no_cache:
         logger.info("--no_cache has no effect: responses are never cached")
@@ -115,9 +130,12 @@ def choose_batch_size(text: str, device: torch.device) -> int | str:
     """The batch size of ``--batch_size text``: a number, or ``auto`` for lm-eval's search on a GPU.
 
     Raises:
-        UserError: if ``text`` is neither.
+        UserError: if ``text`` is neither, or has several processes search several times.
     """
     if text.partition(":")[0] == "auto":
+        if text != "auto" and launched_processes() > 1:
+            # The searches are collective, and their number differs between processes.
+            raise UserError(f"--batch_size {text}: with several processes, auto or a number")
         if device.type != "cpu":
             return text
         logger.info("--batch_size auto: %d on a CPU", CPU_AUTO_BATCH)
@@ -127,13 +145,23 @@ def choose_batch_size(text: str, device: torch.device) -> int | str:
     return int(text)
 
 
-def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Results of ``simple_evaluate``, plus ``splits``, ``bos`` and ``truncated``; the weights are loaded last."""
+def evaluate(args: argparse.Namespace, processes: ProcessGroup, offload_folder: str) -> dict[str, Any] | None:
+    """Results of ``simple_evaluate`` and further figures; ``None`` on ranks other than 0. The weights are loaded last.
+
+    Args:
+        args: checked flags.
+        processes: the process group.
+        offload_folder: for weights that do not fit in memory.
+
+    Returns:
+        those of ``simple_evaluate``, plus ``splits``, ``bos``, ``truncated`` and ``peak_memory_mib``.
+    """
     # Imported after the flags are checked: it takes seconds.
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from ppl_eval.truncation import TruncationCountingLM, warn_about_truncation
+    from ppl_eval.parallel import DataParallelLM, highest_peaks, load_divided_model, prepare_shards
+    from ppl_eval.truncation import warn_about_truncation
 
     load_config(args.model, args.trust_remote_code)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
@@ -147,14 +175,20 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.num_fewshot:
         for name, task in loaded["tasks"].items():
             warn_if_examples_overlap(name, task)
+    prepare_shards(loaded["tasks"], processes, args.limit, args.num_fewshot)
     check_specials(tokenizer, loaded["tasks"].values(), args.model)
     add_bos = set_bos(tokenizer, args.bos)
     logger.info("prompts start %s a BOS (--bos)", "with" if add_bos else "without")
-    model = load_model(args.model, args.dtype, args.trust_remote_code).to(args.device)
+    if args.parallelize:
+        model = load_divided_model(args.model, args.dtype, args.trust_remote_code, offload_folder)
+    else:
+        model = load_model(args.model, args.dtype, args.trust_remote_code).to(args.device)
     guard_token_ids(model)
     set_padding_token(tokenizer, model.config)
-    lm = TruncationCountingLM(
-        pretrained=model,
+    lm = DataParallelLM(
+        model,
+        args.device,
+        processes,
         tokenizer=tokenizer,
         # With None, the tokenizer's own BOS and EOS settings apply.
         add_bos_token=None if args.bos == "auto" else add_bos,
@@ -171,8 +205,21 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         log_samples=False,
         task_manager=manager,
     )
+    truncated = lm.count_truncated()
+    peaks = processes.all_gather(highest_peaks(map(peak_memory_mib, used_devices(args))))
+    if results is None:
+        return None
     rows = {name: samples["effective"] for name, samples in results["n-samples"].items()}
-    return results | {"splits": splits, "bos": add_bos, "truncated": warn_about_truncation(lm, rows, args.num_fewshot)}
+    warn_about_truncation(truncated, rows, lm.max_length, args.num_fewshot)
+    figures = {"splits": splits, "bos": add_bos, "truncated": truncated, "peak_memory_mib": highest_peaks(peaks)}
+    return results | figures
+
+
+def used_devices(args: argparse.Namespace) -> list[torch.device]:
+    """Devices of this process."""
+    if args.parallelize and args.device.type == "cuda":
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [args.device]
 
 
 def ungrouped(loaded: dict[str, Any]) -> list[Any]:
@@ -182,12 +229,24 @@ def ungrouped(loaded: dict[str, Any]) -> list[Any]:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Evaluate, print the results and write ``--output_path``."""
+    """Evaluate; rank 0 prints the results and writes ``--output_path``."""
     args = process_args(args)
     quieten_progress()
     start = time.perf_counter()
-    with package_log(args.write_out):
-        results = evaluate(args)
+    # Only objects are exchanged, on the host.
+    processes = ProcessGroup.init(torch.device("cpu"), COLLECTIVE_TIMEOUT)
+    if processes.world_size > 1 and args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
+    with ExitStack() as stack:
+        level = logging.INFO if args.write_out else logging.WARNING
+        stack.enter_context(package_log(logging.ERROR if processes.rank else level))
+        if processes.rank:
+            stack.enter_context(redirect_stdout(io.StringIO()))
+        stack.enter_context(processes.shared_errors())
+        results = evaluate(args, processes, stack.enter_context(TemporaryDirectory()))
+    processes.destroy()
+    if results is None:
+        return
     metrics = plain_metrics(results["results"])
     counts = {name: samples["effective"] for name, samples in results["n-samples"].items()}
     record = {
@@ -205,13 +264,16 @@ def main(args: argparse.Namespace) -> None:
             "limit": args.limit,
             "dtype": args.dtype,
             "device": str(args.device),
+            "processes": processes.world_size,
+            "parallelize": args.parallelize,
             "data_dir": str(args.data_dir) if args.data_dir else None,
             "seeds": {name: results["config"][name] for name in ("random_seed", "numpy_seed", "torch_seed")},
         },
         "command": command_line(),
         "environment": environment(args.device, "lm-eval"),
         "seconds": round(time.perf_counter() - start, 2),
-        "peak_memory_mib": peak_memory_mib(args.device),
+        # The highest of any process and GPU.
+        "peak_memory_mib": results["peak_memory_mib"],
     }
     print(json.dumps(record, indent=2))
     if args.output_path:

@@ -61,11 +61,11 @@ class _OnceHandler(logging.Handler):
 
 
 @contextmanager
-def package_log(show_prompts: bool) -> Iterator[None]:
-    """Log each kind of lm-eval warning once within the context and, if ``show_prompts``, its info lines too."""
+def package_log(level: int) -> Iterator[None]:
+    """Log lm-eval's messages of ``level`` and above within the context, each kind of warning once."""
     package, handler = logging.getLogger("lm_eval"), _OnceHandler()
     before = package.level, package.propagate
-    package.setLevel(logging.INFO if show_prompts else logging.WARNING)
+    package.setLevel(level)
     package.propagate = False
     package.addHandler(handler)
     try:

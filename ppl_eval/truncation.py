@@ -47,16 +47,16 @@ class TruncationCountingLM(HFLM):
             self.truncated[request.task_name].add(request.doc_id)
 
 
-def warn_about_truncation(lm: TruncationCountingLM, rows: dict[str, int], num_fewshot: int) -> dict[str, int]:
-    """Number of truncated rows by task, for tasks that have any; logs one warning per task.
+def warn_about_truncation(truncated: dict[str, int], rows: dict[str, int], max_length: int, num_fewshot: int) -> None:
+    """Log one warning for every task with truncated prompts.
 
     Args:
-        lm: model after the evaluation.
+        truncated: number of truncated rows by task, for tasks that have any.
         rows: number of evaluated rows by task.
+        max_length: maximum length of the model, in tokens.
         num_fewshot: few-shot examples per prompt.
     """
-    for task, truncated in lm.truncated.items():
+    for task, count in truncated.items():
         advice = "; lower --num_fewshot" if num_fewshot else ""
         message = "%s: the prompts of %d of %d rows exceed the model's %d tokens and were truncated from the left%s"
-        logger.warning(message, task, len(truncated), rows[task], lm.max_length, advice)
-    return {task: len(truncated) for task, truncated in lm.truncated.items()}
+        logger.warning(message, task, count, rows[task], max_length, advice)

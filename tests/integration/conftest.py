@@ -1,11 +1,15 @@
-"""Fixtures: a pruned model, and the command line that fine-tunes it."""
+"""Fixtures: a pruned model, the command line that fine-tunes it, and tasks that evaluate it."""
 
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from lm_eval.tasks._index import TaskIndex
 
 import model_slimming
+from tests.integration.task_files import write_tasks
 
 # The recipe in the original's README, with other sizes.
 RECIPE = shlex.split(
@@ -36,3 +40,27 @@ def argv(instruction_file, text_file, tmp_path):
         return [*RECIPE, *map(str, [*files, *sizes, *output, *flags])]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def cached_task_index() -> Iterator[None]:
+    """Cache lm-eval's index of thousands of task files for the tests of this process."""
+    build, indices = TaskIndex.build, {}
+
+    def cached_build(*args, **options) -> dict[str, Any]:
+        key = repr((args, options))
+        if key not in indices:
+            indices[key] = build(*args, **options)
+        return dict(indices[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "build", staticmethod(cached_build))
+        yield
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """All tasks of the original's README as local files."""
+    folder = tmp_path_factory.mktemp("tasks")
+    write_tasks(folder)
+    return folder

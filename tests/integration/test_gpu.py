@@ -15,7 +15,9 @@ from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import read_pruning
 from slim_utils.slimgpt import add_gram
 from tests.conftest import make_tiny
+from tests.integration.task_files import write_tasks
 from tests.integration.test_stream import tensors
+from tests.processes import run_ranks
 from train_utils.finetune_args import parse_args
 
 pytestmark = [
@@ -105,3 +107,20 @@ def test_mask_training_and_evaluation_on_a_gpu_run(checkpoint, text_file, instru
     model = out / "lora_fused_model" if lora == "true" else out
     argv = ["--model", model, "--tasks", "piqa", "--data_dir", tmp_path / "tasks", "--batch_size", "auto"]
     model_evaluate.main(model_evaluate.build_parser().parse_args(list(map(str, argv))))
+
+
+def test_model_evaluate_divided_or_in_two_processes_gives_the_figures_of_one_gpu(checkpoint, tmp_path):
+    (tmp_path / "tasks").mkdir()
+    write_tasks(tmp_path / "tasks")
+    argv = ["--model", checkpoint, "--tasks", "arc_easy,piqa", "--data_dir", tmp_path / "tasks", "--batch_size", "auto"]
+    ways = {"one": (1, []), "divided": (1, ["--parallelize"]), "two": (2, ["--device", "cuda:0"])}
+    records = {}
+    for name, (processes, flags) in ways.items():
+        path = tmp_path / f"{name}.json"
+        process = run_ranks(processes, "model_evaluate.py", *argv, *flags, "--output_path", path)
+        assert process.returncode == 0, process.stderr
+        records[name] = json.loads(path.read_text())
+        assert records[name]["peak_memory_mib"]["gpu"] > 0
+    for name in ("divided", "two"):
+        for task, values in records["one"]["results"].items():
+            assert records[name]["results"][task] == pytest.approx(values), (name, task)

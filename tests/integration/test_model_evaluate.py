@@ -5,10 +5,8 @@ import json
 import logging
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import datasets
 import lm_eval.tasks
@@ -16,14 +14,13 @@ import pytest
 import yaml
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._index import TaskIndex
 
 import model_evaluate
 import model_slimming
 from ppl_eval.task_warnings import package_log
 from ppl_eval.zero_shot import README_TASKS, averages, check_specials, load_tasks, results_table, task_specs
 from slim_utils.common.errors import UserError
-from tests.conftest import random_text
+from tests.integration.task_files import ROWS
 from tests.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,59 +34,7 @@ DEFINITIONS = {
     "piqa": "piqa/piqa.yaml",
     "boolq": "super_glue/boolq/default.yaml",
 }
-ROWS = 12
-
-
-def choices(index: int) -> dict:
-    """Four answers of different lengths, in the schema of ARC and OpenBookQA."""
-    texts = [random_text(1 + (index + i) % 3, 10 * index + i) for i in range(4)]
-    return {"text": texts, "label": ["A", "B", "C", "D"]}
-
-
-def row(task: str, i: int) -> dict:
-    """Row ``i`` of ``task`` in the column schema of the hub's data set."""
-    if task == "openbookqa":
-        return {"id": str(i), "question_stem": random_text(5, i), "choices": choices(i), "answerKey": "ABCD"[i % 4]}
-    if task.startswith("arc"):
-        return {"id": str(i), "question": random_text(4, i), "choices": choices(i), "answerKey": "ABCD"[i % 4]}
-    if task == "winogrande":
-        sentence = f"{random_text(3, i)} _ {random_text(2, i + 50)}"
-        return {"sentence": sentence, "option1": f"w{3 + i}", "option2": f"w{20 + i}", "answer": str(1 + i % 2)}
-    if task == "piqa":
-        return {"goal": random_text(3, i), "sol1": random_text(2, i + 30), "sol2": random_text(3, i), "label": i % 2}
-    if task == "boolq":
-        return {"question": random_text(3, i), "passage": random_text(8, i + 9), "idx": i, "label": i % 2}
-    endings = [random_text(1 + j % 2, 7 * i + j) for j in range(4)]
-    context = {"ctx_a": random_text(3, i), "ctx_b": random_text(1, i + 5), "activity_label": "w9"}
-    return {**context, "endings": endings, "label": str(i % 4), "ind": i, "source_id": str(i), "split_type": "x"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cached_task_index() -> Iterator[None]:
-    """Cache lm-eval's index of thousands of task files for all tests of this process."""
-    build, indices = TaskIndex.build, {}
-
-    def cached_build(*args, **options) -> dict[str, Any]:
-        key = repr((args, options))
-        if key not in indices:
-            indices[key] = build(*args, **options)
-        return dict(indices[key])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TaskIndex, "build", staticmethod(cached_build))
-        yield
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory) -> Path:
-    """All tasks of the original's README as local files."""
-    folder = tmp_path_factory.mktemp("tasks")
-    for task in README_TASKS:
-        has_test = task in ("openbookqa", "arc_easy", "arc_challenge")
-        (folder / task).mkdir()
-        lines = "".join(json.dumps(row(task, i)) + "\n" for i in range(ROWS))
-        (folder / task / f"{'test' if has_test else 'validation'}.jsonl").write_text(lines)
-    return folder
+pytestmark = pytest.mark.usefixtures("cached_task_index")
 
 
 def main(*argv) -> None:
@@ -304,9 +249,9 @@ def test_model_evaluate_with_few_shot_examples_warns_once_per_task(checkpoint, d
 
 def test_package_log_of_repeated_warnings_shows_each_kind_once(caplog):
     package = logging.getLogger("lm_eval.api.task")
-    for show_prompts, infos in ((False, []), (True, ["a prompt"])):
+    for level, infos in ((logging.WARNING, []), (logging.INFO, ["a prompt"])):
         caplog.clear()
-        with package_log(show_prompts):
+        with package_log(level):
             for row in range(3):
                 package.warning("Label %d is not one of the choices, Sample:\n\n{'row': %d}", row, row)
             package.info("a prompt")
@@ -324,6 +269,7 @@ def test_package_log_of_repeated_warnings_shows_each_kind_once(caplog):
         (["--tasks", " , "], "--tasks: give at least one"),
         (["--data_dir", "/none"], "--data_dir /none: no such folder"),
         (["--device", "tpu"], "--device tpu: choose auto"),
+        (["--parallelize", "--device", "cpu"], "--parallelize uses all GPUs; leave --device cpu out"),
         (["--output_path", "/none/x.json"], "--output_path /none/x.json: no such folder /none"),
         (["--output_path", "README.md"], "--output_path README.md: exists; choose another or pass --overwrite"),
     ],

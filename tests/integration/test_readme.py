@@ -44,8 +44,9 @@ ONE_SCRIPT = {
     ("docs/recover.md", ""): finetune_args.build_parser,
     ("docs/large-models.md", ""): model_slimming.build_parser,
 }
-# Flags of torchrun, of vLLM and of the recipes.
+# Flags of torchrun, of accelerate, of vLLM and of the recipes.
 EXTERNAL_FLAGS = {
+    "--num_processes",
     "--nproc_per_node",
     "--nnodes",
     "--rdzv_backend",
@@ -85,6 +86,13 @@ def test_measuring_commands_as_shown_are_parsed(script, count):
     assert len(lines) == count
     for command in lines:
         script.build_parser().parse_args(shlex.split(command)[2:])
+
+
+def test_evaluation_commands_of_several_processes_as_shown_are_parsed():
+    lines = [line for line in commands("torchrun") + commands("accelerate") if "model_evaluate.py" in line]
+    assert len(lines) == 2
+    for command in lines:
+        model_evaluate.build_parser().parse_args(arguments_of(command, "model_evaluate.py"))
 
 
 def test_report_command_as_shown_is_parsed():
