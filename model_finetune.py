@@ -9,7 +9,10 @@ is the trained checkpoint. --is_mask_training true trains the masked model (OUT/
 zero, and adds pruning.json and pruned_weights/. --distill_from DENSE uses the dense model as teacher. SFT/run.json
 holds arguments, data, losses and perplexities.
 
-Limits: every process holds the whole model and the whole teacher (up to ZeRO-2); rank 0 alone measures perplexity.
+With ZeRO-3 or FSDP2 (--deepspeed configs/deepspeed_zero3.json, --fsdp true) the processes share the weights of model
+and teacher; otherwise each of them holds both.
+
+Limits: rank 0 alone measures perplexity.
 """
 
 from __future__ import annotations
@@ -105,6 +108,8 @@ def load_data(
 
 def start_record(args: FinetuneArguments, data: FinetuneData, model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     """The content of ``run.json`` before training."""
+    from train_utils.sharding import parameter_size
+
     return {
         "command": command_line(),
         "arguments": args.flat(),
@@ -118,8 +123,8 @@ def start_record(args: FinetuneArguments, data: FinetuneData, model: PreTrainedM
             "dropped_rows": data.num_dropped,
             "sha256": data.sha256,
         },
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "trained_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "parameters": sum(map(parameter_size, model.parameters())),
+        "trained_parameters": sum(map(parameter_size, filter(lambda item: item.requires_grad, model.parameters()))),
         "finished": False,
     }
 
@@ -142,10 +147,10 @@ def run(args: FinetuneArguments) -> None:
     """Run one fine-tuning.
 
     1. Check tokenizer, lengths, LoRA targets and teacher against the model's configuration.
-    2. Load the data, the model and the teacher.
+    2. Load the data, the model and the teacher; models whose weights are sharded are loaded after step 3.
     3. Measure perplexity (rank 0).
     4. Train.
-    5. Save the adapters and the fused model, or the trained model (rank 0).
+    5. Save the adapters and the fused model, or the trained model (rank 0; sharded weights are gathered by all).
     6. Measure perplexity of the saved model and complete ``run.json`` and the model card (rank 0).
     """
     # Imported after the flags are checked: peft and the Trainer take seconds.
@@ -160,6 +165,7 @@ def run(args: FinetuneArguments) -> None:
     )
     from train_utils.lora import check_lora_targets
     from train_utils.resumption import check_resumed, run_settings
+    from train_utils.sharding import sharded_weights
     from train_utils.sparse_trainer import MaskCallback, masked_slices
     from train_utils.trainable import prepare_model
     from train_utils.trainer_setup import best_metric, build_trainer, evaluation_sets, open_teacher, padding_collator
@@ -169,6 +175,7 @@ def run(args: FinetuneArguments) -> None:
     if not is_main:
         logging.getLogger().setLevel(logging.ERROR)
     transformers.set_seed(training.seed)
+    shards = sharded_weights(args)
     pruned = load_masks(args)
     path, trusted = args.model.model_name_or_path, args.model.trust_remote_code
     tokenizer = load_tokenizer(path, trusted)
@@ -187,21 +194,28 @@ def run(args: FinetuneArguments) -> None:
     check_token_ids(config, tokenizer, *splits, *training_windows.values(), *windows.values())
     eval_sets = evaluation_sets(data, training_windows)
     training.metric_for_best_model = best_metric(training.metric_for_best_model, list(eval_sets))
-    model = load_model(path, "auto", trusted)
-    teacher_model = load_teacher(args) if args.model.distill_from is not None else None
+    model: Any = shards.open_base() if shards else load_model(path, "auto", trusted)
+    teacher_model: Any = None
+    if args.model.distill_from is not None:
+        teacher_model = shards.open_teacher() if shards else load_teacher(args)
     settings = run_settings(args, data, model, teacher_model, pruned.masks if pruned else None)
     if training.resume_from_checkpoint is not None:
         check_resumed(training.resume_from_checkpoint, settings)
-    dtype = model.dtype
+    dtype = (model.model if shards else model).dtype
     if pruned:
         warn_if_not_masked(model, pruned, path)
     collator = padding_collator(tokenizer, config)
-    teacher = None if teacher_model is None else open_teacher(args, teacher_model, data, collator, settings)
-    # With --cache_teacher, its weights are not needed any more.
-    del teacher_model
-    before = evaluate(model.to(training.device), windows) if is_main else []
+    teacher: Any = None
+    if teacher_model is not None and not shards:
+        # With --cache_teacher, its weights are not needed any more.
+        teacher, teacher_model = open_teacher(args, teacher_model, data, collator, settings), None
+    before = []
+    if is_main:
+        before = shards.evaluate(path, windows) if shards else evaluate(model.to(training.device), windows)
 
-    model = prepare_model(model, args)
+    model = shards.load(model) if shards else prepare_model(model, args)
+    if shards and teacher_model is not None:
+        teacher = shards.load_teacher(teacher_model)
     trainer = build_trainer(args, model, collator, data, eval_sets, teacher, settings)
     if pruned:
         mask = MaskCallback(list(masked_slices(model, pruned.family, pruned.masks)))
@@ -212,6 +226,8 @@ def run(args: FinetuneArguments) -> None:
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     seconds = time.perf_counter() - start
+    if shards:
+        shards.save(model, tokenizer)
     if distributed.is_initialized():
         distributed.destroy_process_group()
     if not is_main:
@@ -222,7 +238,7 @@ def run(args: FinetuneArguments) -> None:
 
     record |= {"finished": True, "training_seconds": round(seconds, 2), "log": trainer.state.log_history}
     with atomic_entries(args.run_folder) as folder:
-        result = save_result(args, model, tokenizer, dtype, pruned, folder)
+        result = shards.install(folder) if shards else save_result(args, model, tokenizer, dtype, pruned, folder)
         write_unit_records(args, folder, provenance, units, pruned)
         if pruned:
             record["mask"] = mask_record(mask, pruned, result)
@@ -232,10 +248,13 @@ def run(args: FinetuneArguments) -> None:
     output_dir = Path(training.output_dir)
     install_result(args.run_folder, output_dir)
     logger.info("saved %s", output_dir)
-    del trainer, model, teacher
+    del trainer, model, teacher, teacher_model
     gc.collect()
     with annotate_errors(f"{output_dir} is saved; only its perplexities are missing in {RUN_FILE}"):
-        after = evaluate(result.to(training.device), windows)
+        if shards:
+            after = shards.evaluate(str(shards.checkpoint(output_dir)), windows)
+        else:
+            after = evaluate(result.to(training.device), windows)
         record |= {"perplexity": {"before": before, "after": after}}
         record |= {"peak_memory_mib": peak_memory_mib(training.device)}
         write_cards(args, output_dir, record, provenance, pruned, result)

@@ -243,7 +243,8 @@ class DistillationTrainer(SlimTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The Trainer's loss; in training, runs the teacher first, and no head."""
         self._divergence = None
-        if model.training:
+        # Not the argument, which may be a DeepSpeed engine: those are always in training mode.
+        if self.model.training:
             # The teacher's activations are freed before those of the student are allocated.
             with self.accelerator.autocast():
                 self._divergence = self.teacher.targets(inputs)

@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -13,17 +12,13 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
-from ppl_eval.ppl_dataset import name_eval_sets, split_eval_specs
 from slim_utils.cli.app import ArgumentParser
 from slim_utils.common.bos import BOS_HELP, BOS_POLICIES
 from slim_utils.common.errors import UserError
-from slim_utils.common.input_paths import check_inputs_outside, eval_files
-from slim_utils.common.output_folder import output_lock
+from train_utils.finetune_checks import LORA_BIASES, check_args
 from train_utils.finetune_dataset import default_cache_dir
-from train_utils.optional_packages import check_packages
-from train_utils.packed_text import parse_text_source
 from train_utils.prompts import TEMPLATES
-from train_utils.run_folder import choose_run_folder
+from train_utils.sharding_checks import shards_weights
 from train_utils.text_defaults import (
     ALL_WEIGHTS,
     LORA,
@@ -43,7 +38,6 @@ RENAMED_FLAGS = {
     "--warmup_ratio": "--warmup_steps",
 }
 RENAMED_VALUES = {("--optim", "adamw_hf"): "adamw_torch"}
-LORA_BIASES = ("none", "all", "lora_only")
 
 
 @dataclass
@@ -154,7 +148,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         default=None,
         metadata={
             "help": "end with the weights of the lowest loss on the held-out samples, and stop where it rises "
-            "(default: with --train_text, unless --load_best_model_at_end is true)"
+            "(default: with --train_text, unless --load_best_model_at_end is true or weights are sharded)"
         },
     )
 
@@ -166,6 +160,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         """
         if not self.output_dir:
             raise ValueError("give the folder to write: --output_dir DIR")
+        # The Trainer takes --fsdp without a value; true and false are the values of its other switches.
+        self.fsdp: Any = {"true": True, "false": None}.get(str(self.fsdp).lower(), self.fsdp)
         # The Trainer accepts bf16 on a CPU only with use_cpu.
         if not torch.accelerator.is_available():
             self.use_cpu = True
@@ -193,17 +189,6 @@ class SparseArguments:
     lr_multi: float = field(default=100.0, metadata={"help": "refused"})
 
 
-# Flags that the original parsed but ignored, and that have no equivalent here.
-REFUSED_FLAGS = {
-    "quantization_bit": "training quantised weights is not supported; leave it out and quantise afterwards",
-    "auto_load": "use --resume_from_checkpoint true to continue from the last checkpoint",
-    "extra_trainset": "put all rows into one file and pass it as --data_path",
-    "is_sparse_training": "sparsity penalties are not supported; prune first, then use --is_mask_training true",
-    "coef": "sparsity penalties are not supported; leave it out",
-    "lr_multi": "sparsity penalties are not supported; leave it out",
-}
-
-
 @dataclass
 class FinetuneArguments:
     """All flags of a fine-tuning run, in four groups.
@@ -229,8 +214,8 @@ class FinetuneArguments:
         """Whether held-out samples choose the weights that the run ends with."""
         if self.training.stop_on_held_out is not None:
             return self.training.stop_on_held_out
-        is_chosen = self.training.load_best_model_at_end or self.data.val_dataset_size == 0
-        return self.data.train_text is not None and not is_chosen
+        excluded = self.training.load_best_model_at_end or shards_weights(self.training)
+        return self.data.train_text is not None and self.data.val_dataset_size > 0 and not excluded
 
     def flat(self) -> dict[str, Any]:
         """Every flag that differs from its default, as plain values for ``run.json``."""
@@ -303,113 +288,3 @@ def provide_single_process_group(argv: list[str]) -> None:
     if is_given("--deepspeed", argv) and "RANK" not in os.environ:
         group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         os.environ.update({name: value for name, value in group.items() if name not in os.environ})
-
-
-def check_args(args: FinetuneArguments) -> None:
-    """Check all groups of flags, the installed packages and the output folder.
-
-    Raises:
-        UserError: naming the flag to change.
-    """
-    for group in (args.model, args.data, args.training, args.sparse):
-        for option in dataclasses.fields(group):
-            if option.name in REFUSED_FLAGS and getattr(group, option.name) != option.default:
-                raise UserError(f"--{option.name} {getattr(group, option.name)}: {REFUSED_FLAGS[option.name]}")
-    check_model_args(args)
-    check_data_args(args.data)
-    if args.training.stop_on_held_out and args.data.val_dataset_size == 0:
-        raise UserError("--stop_on_held_out true: nothing is held out; raise --val_dataset_size")
-    if args.training.stop_on_held_out and args.training.load_best_model_at_end:
-        raise UserError("--stop_on_held_out and --load_best_model_at_end exclude each other; leave one out")
-    check_distribution(args.training)
-    check_packages(args.training)
-    # Takes the lock first, so that a live run is reported before the state of its unfinished output.
-    with output_lock(args.training.output_dir, "--output_dir"):
-        check_output_dir(args)
-
-
-def check_model_args(args: FinetuneArguments) -> None:
-    """Check the flags of the model, the adapters and the loss."""
-    model = args.model
-    if not model.model_name_or_path:
-        raise UserError("give the model to train: --model_name_or_path DIR")
-    if model.peft_lora_bias not in LORA_BIASES:
-        raise UserError(f"--peft_lora_bias {model.peft_lora_bias}: choose one of {', '.join(LORA_BIASES)}")
-    if model.use_lora and model.peft_lora_r < 1:
-        raise UserError(f"--peft_lora_r {model.peft_lora_r}: at least 1")
-    if model.use_lora and model.train not in (None, LORA):
-        raise UserError(f"--use_lora true and --train {model.train} exclude each other; leave one out")
-    losses = {
-        "--use_focal_loss": model.use_focal_loss,
-        "--label_smoothing_factor": args.training.label_smoothing_factor,
-        "--distill_from": model.distill_from is not None,
-    }
-    loss_flags = [flag for flag, value in losses.items() if value]
-    if len(loss_flags) > 1:
-        raise UserError(f"{' and '.join(loss_flags)} exclude each other; leave one out")
-    if model.distill_from is not None and args.training.n_gpu > 1:
-        # Replicas of DataParallel would share one capture of hidden states.
-        raise UserError(
-            f"--distill_from in one process with {args.training.n_gpu} GPUs: start one process per GPU, torchrun "
-            f"--nproc_per_node={args.training.n_gpu} model_finetune.py …, or set CUDA_VISIBLE_DEVICES to one GPU"
-        )
-    if model.cache_teacher and (model.distill_from is None or model.cache_teacher < 0):
-        raise UserError(f"--cache_teacher {model.cache_teacher}: a number of tokens, and --distill_from DENSE")
-    if args.sparse.mask_config_dir and not args.sparse.is_mask_training:
-        raise UserError("--mask_config_dir has no effect without --is_mask_training true")
-
-
-def check_data_args(data: DataArguments) -> None:
-    """Check the flags of the data."""
-    if data.prompt_template_name not in TEMPLATES:
-        raise UserError(f"--prompt_template_name {data.prompt_template_name}: choose one of {', '.join(TEMPLATES)}")
-    for name, lowest in (("max_length", 2), ("val_dataset_size", 0), ("extra_val_seqlen", 2)):
-        if getattr(data, name) < lowest:
-            raise UserError(f"--{name} {getattr(data, name)}: at least {lowest}")
-    if data.train_text is not None:
-        if data.data_path is not None:
-            raise UserError("--train_text and --data_path exclude each other; leave one out")
-        if not data.max_train_tokens >= data.max_length:
-            raise UserError(f"--max_train_tokens {data.max_train_tokens:g}: at least --max_length {data.max_length}")
-        for spec in data.train_text:
-            parse_text_source(spec)
-    if any(seqlen < 2 for seqlen in data.eval_seqlens or ()):
-        raise UserError("--eval_seqlens: at least 2")
-    if "validation" in name_eval_sets(split_eval_specs(data.extra_val_set), "--extra_val_set"):
-        raise UserError("--extra_val_set: validation is the name of the held-out rows; choose another: NAME=FILE")
-
-
-def check_distribution(training: TrainingArguments) -> None:
-    """Refuse sharded weights: masking, fusing and saving need whole weights in every process.
-
-    Raises:
-        UserError: for ZeRO stage 3 or FSDP.
-    """
-    plugin = training.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
-        raise UserError("--deepspeed: ZeRO stage 3 shards the weights; use stage 2 (configs/deepspeed.json)")
-    if training.fsdp:
-        raise UserError("--fsdp shards the weights; use --deepspeed configs/deepspeed.json")
-
-
-def check_output_dir(args: FinetuneArguments) -> None:
-    """Check ``--output_dir``, and set ``run_folder`` and the checkpoint to resume from.
-
-    Raises:
-        UserError: if the folder may not be written or holds an input of the run, or the checkpoint does not exist.
-    """
-    training = args.training
-    args.run_folder, training.resume_from_checkpoint = choose_run_folder(
-        Path(training.output_dir), training.overwrite, training.resume_from_checkpoint
-    )
-    deepspeed = training.deepspeed if isinstance(training.deepspeed, str) else None
-    inputs: dict[str, Sequence[str | None]] = {
-        "--model_name_or_path": [args.model.model_name_or_path],
-        "--distill_from": [args.model.distill_from],
-        "--data_path": [args.data.data_path],
-        "--train_text": [parse_text_source(spec).name for spec in args.data.train_text or ()],
-        "--mask_config_dir": [args.sparse.mask_config_dir],
-        "--extra_val_set": eval_files(split_eval_specs(args.data.extra_val_set)),
-        "--deepspeed": [deepspeed],
-    }
-    check_inputs_outside(Path(training.output_dir), "--output_dir", inputs)

@@ -137,18 +137,30 @@ def fuse_lora(model_path: str, adapter_dir: str, trust_remote_code: bool) -> Pre
     """
     model = load_model(model_path, "auto", trust_remote_code)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    with _ignore_tied_embeddings_warning():
-        adapted = PeftModel.from_pretrained(model, adapter_dir)
+    adapted = load_adapters(model, adapter_dir)
     layers = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
     if head.weight is embedding.weight and any(layer.get_base_layer() in (embedding, head) for layer in layers):
         head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}
         logger.info("embedding and head have different adapters: the fused model is saved with an untied head")
-    for layer in layers:
-        weight = layer.get_base_layer().weight
-        dtype = weight.dtype
-        weight.data = weight.data.float()
-        layer.merge()
-        weight.data = weight.data.to(dtype)
+    merge_adapters(adapted)
     return adapted.unload().eval()
+
+
+def load_adapters(model: PreTrainedModel, adapter_dir: str) -> PeftModel:
+    """``model`` with the adapters in ``adapter_dir``."""
+    with _ignore_tied_embeddings_warning():
+        return PeftModel.from_pretrained(model, adapter_dir)
+
+
+@torch.no_grad()
+def merge_adapters(module: nn.Module) -> None:
+    """Add the adapters in ``module`` to the weights that they adapt, computed in fp32 and rounded once."""
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
+            weight = layer.get_base_layer().weight
+            dtype = weight.dtype
+            weight.data = weight.data.float()
+            layer.merge()
+            weight.data = weight.data.to(dtype)

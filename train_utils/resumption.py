@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slim_utils.common.errors import UserError
+from slim_utils.layerwise.offload import OffloadedModel
 from slim_utils.layerwise.resume import fingerprint, setting_changes
 from slim_utils.masks import LayerMask
 from train_utils.finetune_args import FinetuneArguments
@@ -28,8 +29,8 @@ _DATA_FLAGS = ("prompt_template_name", "max_length", "val_dataset_size")
 def run_settings(
     args: FinetuneArguments,
     data: FinetuneData,
-    model: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    model: PreTrainedModel | OffloadedModel,
+    teacher: PreTrainedModel | OffloadedModel | None,
     masks: list[LayerMask] | None,
 ) -> dict[str, Any]:
     """Everything that the weights of a run depend on: fingerprints of model, teacher, masks and data, and flag values.
@@ -51,16 +52,23 @@ def run_settings(
         "--train_full_prompt": training.train_full_prompt,
         "--optim": str(getattr(training.optim, "value", training.optim)),
         "--deepspeed": training.deepspeed is not None,
+        "--fsdp": True if training.fsdp else None,
         "--use_focal_loss": args.model.use_focal_loss and args.model.focal_loss_gamma,
-        "model": fingerprint(model.config, model.named_parameters())[:_HASH_DIGITS],
-        "teacher": teacher and fingerprint(teacher.config, teacher.named_parameters())[:_HASH_DIGITS],
-        "--cache_teacher": args.model.cache_teacher,
+        "model": _weights_fingerprint(model),
+        "teacher": teacher and _weights_fingerprint(teacher),
+        "--cache_teacher": args.model.cache_teacher or None,
         "masks": masks and hashlib.sha256(repr(masks).encode()).hexdigest()[:_HASH_DIGITS],
         "data": data.sha256[:_HASH_DIGITS],
         "samples of a step": training.per_device_train_batch_size
         * training.gradient_accumulation_steps
         * training.world_size,
     }
+
+
+def _weights_fingerprint(model: PreTrainedModel | OffloadedModel) -> str:
+    if isinstance(model, OffloadedModel):
+        return fingerprint(model.model.config, model.sampled_tensors())[:_HASH_DIGITS]
+    return fingerprint(model.config, model.named_parameters())[:_HASH_DIGITS]
 
 
 def check_resumed(checkpoint: str, settings: dict[str, Any]) -> None:

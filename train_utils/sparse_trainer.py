@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -205,6 +206,15 @@ class SlimTrainer(Seq2SeqTrainer):
             self.add_callback(QuietProgress)
         self.add_callback(LogCallback)
         self.run_settings = run_settings
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Set up accelerate, which by itself ignores FSDP on CPUs."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.args.fsdp and getattr(state, "fsdp_plugin", None) is None:
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The optimizer of ``--optim`` and ``--optim_args``."""

@@ -19,6 +19,8 @@ from train_utils.distillation import DistillationTrainer, LiveTeacher, Teacher
 from train_utils.finetune_args import FinetuneArguments
 from train_utils.finetune_dataset import FinetuneData, window_dataset
 from train_utils.held_out import HeldOutStopping
+from train_utils.sharded_distillation import ShardedDistillationTrainer
+from train_utils.sharding_checks import shards_weights
 from train_utils.sparse_trainer import SlimTrainer
 from train_utils.teacher_cache import CachedTeacher, cache_predictions
 
@@ -112,7 +114,7 @@ def build_trainer(
     collator: DataCollatorForSeq2Seq,
     data: FinetuneData,
     eval_sets: dict[str, datasets.Dataset],
-    teacher: Teacher | None,
+    teacher: Any,
     settings: dict[str, Any],
 ) -> SlimTrainer:
     """The Trainer of a run: a :class:`DistillationTrainer` if there is a teacher, else a :class:`SlimTrainer`.
@@ -125,7 +127,7 @@ def build_trainer(
         collator: result of :func:`padding_collator`.
         data: training and validation samples.
         eval_sets: result of :func:`evaluation_sets`.
-        teacher: what to distill from.
+        teacher: a :class:`Teacher`, or a sharded model; ``None`` to train without one.
         settings: result of :func:`~train_utils.resumption.run_settings`, stored in every checkpoint.
     """
     training = copy.copy(args.training)
@@ -147,4 +149,6 @@ def build_trainer(
     }
     if teacher is None:
         return SlimTrainer(focal_gamma=args.model.focal_loss_gamma if args.model.use_focal_loss else None, **options)
+    if shards_weights(training):
+        return ShardedDistillationTrainer(teacher=teacher, **options)
     return DistillationTrainer(teacher=teacher, **options)

@@ -187,6 +187,10 @@ class OffloadedModel(ResidentModel):
             with safe_open(place["safetensors_file"], "pt") as file:
                 yield name, file.get_tensor(place["weight_name"])
 
+    def read_layer(self, index: int) -> dict[str, Tensor]:
+        """The stored tensors of layer ``index`` by their names in the layer, on the CPU."""
+        return self._read_layer(index, CPU)
+
     def read_non_layer_tensors(self) -> dict[str, Tensor]:
         """The stored non-layer tensors, on the CPU."""
         return self._read(self.non_layer_names(), CPU)

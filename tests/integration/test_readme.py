@@ -20,7 +20,7 @@ import test_flops
 from ppl_eval.zero_shot import ACC_NORM_IN_PAPERS
 from scripts import report
 from slim_utils.obs import solve_bytes
-from train_utils import finetune_args
+from train_utils import finetune_args, finetune_checks
 
 ROOT = Path(__file__).resolve().parents[2]
 README_LIMIT = 15_000
@@ -103,15 +103,17 @@ def test_report_command_as_shown_is_parsed():
 
 def test_fine_tuning_commands_as_shown_are_parsed(monkeypatch):
     monkeypatch.setattr(finetune_args, "provide_single_process_group", lambda argv: None)
-    (command,) = [line for line in commands("torchrun") if "model_finetune.py" in line]
+    sharing = [line for line in commands("torchrun") if "model_finetune.py" in line]
     short_commands = commands("python model_finetune.py")
-    assert len(short_commands) == 2
-    argv = arguments_of(command, "model_finetune.py")
-    index = argv.index("--deepspeed")
-    assert (ROOT / argv[index + 1]).is_file()
-    # Without --deepspeed, which would set up a process group.
-    recipes = [arguments_of(short_command, "model_finetune.py") for short_command in short_commands]
-    for arguments in (argv[:index] + argv[index + 2 :], *recipes):
+    assert (len(sharing), len(short_commands)) == (3, 2)
+    for command in (*sharing, *short_commands):
+        arguments = arguments_of(command, "model_finetune.py")
+        for flag in ("--deepspeed", "--fsdp", "--fsdp_config"):
+            if flag in arguments:
+                # Left out: it would need a process group.
+                index = arguments.index(flag)
+                assert flag == "--fsdp" or (ROOT / arguments[index + 1]).is_file()
+                del arguments[index : index + 2]
         args = finetune_args.parse_args(arguments)
         assert args.model.use_lora != bool(args.data.train_text) and args.training.output_dir == "SFT"
 
@@ -167,7 +169,7 @@ def test_flags_of_fine_tuning_are_all_listed_unless_refused():
     named = named_flags(PAGES["docs/recover.md"])
     for group in (finetune_args.ModelArguments, finetune_args.DataArguments, finetune_args.SparseArguments):
         for option in fields(group):
-            assert (f"--{option.name}" in named) != (option.name in finetune_args.REFUSED_FLAGS), option.name
+            assert (f"--{option.name}" in named) != (option.name in finetune_checks.REFUSED_FLAGS), option.name
 
 
 @pytest.mark.parametrize("place", FLAG_LISTS | ONE_SCRIPT)

@@ -1,0 +1,176 @@
+"""``model_finetune.py`` on weights that two processes share, by ZeRO-3 or FSDP2."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.conftest import VOCAB
+from tests.integration.finetuning import run
+from tests.processes import run_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARDING = {
+    "zero3": ["--deepspeed", "configs/deepspeed_zero3.json"],
+    "fsdp2": ["--fsdp", "true", "--fsdp_config", "configs/fsdp2.json"],
+}
+TRAINED = {
+    "lora": ["--train", "lora", "--peft_lora_dropout", 0],
+    "block_weights": ["--train", "block_weights"],
+    "all": ["--train", "all"],
+}
+SMALL_STEPS = ["--learning_rate", 1e-3]
+MIB = 1 << 20
+LAYERS, LAYER_MIB = 24, 14
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint."""
+    files = [load_file(file) for file in folder.glob("model*.safetensors")]
+    return {name: tensor for tensors in files for name, tensor in tensors.items()}
+
+
+def model_folder(output: Path) -> Path:
+    """The whole model in an output folder."""
+    fused = output / "lora_fused_model"
+    return fused if fused.is_dir() else output
+
+
+@pytest.mark.parametrize("sharding", SHARDING)
+@pytest.mark.parametrize(
+    ("trained", "distilled"),
+    [("lora", False), ("lora", True), ("block_weights", False), ("block_weights", True), ("all", True)],
+)
+def test_model_finetune_on_sharded_weights_equals_one_process(
+    slim, argv, tmp_path, checkpoint, sharding, trained, distilled
+):
+    base = slim / "pruned_weights"
+    flags = [*TRAINED[trained], *SMALL_STEPS, *(["--distill_from", checkpoint] if distilled else [])]
+    one, two = tmp_path / "one", tmp_path / "two"
+    process = run(argv(base, *flags, "--output_dir", one))
+    assert process.returncode == 0, process.stderr
+    half = ["--per_device_train_batch_size", 2, "--output_dir", two]
+    process = run_ranks(2, "model_finetune.py", *argv(base, *flags, *half, *SHARDING[sharding]))
+    assert process.returncode == 0, process.stderr
+
+    expected, actual, before = weights(model_folder(one)), weights(model_folder(two)), weights(base)
+    assert expected.keys() == actual.keys() == before.keys()
+    assert all((actual[name] - value).abs().max() < 1e-4 for name, value in expected.items())
+    assert max((actual[name] - value).abs().max() for name, value in before.items()) > 1e-3
+    records = [json.loads((output / "run.json").read_text()) for output in (one, two)]
+    for entries in zip(*(record["log"] for record in records), strict=True):
+        for name in entries[0].keys() & {"loss", "eval_validation_loss", "eval_wikitext2_loss"}:
+            assert entries[1][name] == pytest.approx(entries[0][name], rel=1e-3), entries
+    for time in ("before", "after"):
+        values = [[entry["perplexity"] for entry in record["perplexity"][time]] for record in records]
+        assert values[0] == pytest.approx(values[1], rel=1e-3)
+    for key in ("parameters", "trained_parameters"):
+        assert records[0][key] == records[1][key]
+    names = [
+        {path.name for path in model_folder(output).iterdir() if "safetensors" not in path.name}
+        for output in (one, two)
+    ]
+    assert names[0] == names[1]
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.fixture(scope="module")
+def large_checkpoint(tmp_path_factory, tokenizer) -> Iterator[Path]:
+    """A LLaMA of 336 MiB, nearly all of it in layers of 14 MiB."""
+    path = tmp_path_factory.mktemp("models") / "large"
+    sizes = {"hidden_size": 1024, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8}
+    config = LlamaConfig(vocab_size=VOCAB, num_hidden_layers=LAYERS, head_dim=64, max_position_embeddings=64, **sizes)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.to_empty(device="cpu")
+    values = torch.randn(1024 * 512, generator=torch.Generator().manual_seed(0)) * 0.02
+    for index, parameter in enumerate(model.parameters()):
+        # Random numbers are slow to draw; the same ones are reused, rolled.
+        rolled = values[: parameter.numel()].roll(index).view(parameter.shape)
+        parameter.data = rolled if parameter.dim() > 1 else torch.ones(parameter.shape)
+    model.save_pretrained(path, max_shard_size="200MB")
+    tokenizer.save_pretrained(path)
+    del model
+    yield path
+    for shard in path.glob("*.safetensors"):
+        shard.unlink()
+
+
+# Prints the peak memory of a process, which leaves by os._exit unless it is the first one.
+SCRIPT = r"""
+import os, re, sys
+from pathlib import Path
+import model_finetune
+from slim_utils.cli.app import setup_logging
+from train_utils.finetune_args import parse_args
+def report():
+    print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024, flush=True)
+leave = os._exit
+os._exit = lambda status: (report(), leave(status))
+setup_logging()
+model_finetune.main(parse_args(sys.argv[1:]))
+report()
+"""
+
+
+def peaks_mib(argv: list[str], folder: Path) -> list[float]:
+    """Peak memory of each of two processes of one run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # Freed blocks are returned at once, so that the peak does not include memory cached by malloc.
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    processes = []
+    for rank in ("0", "1"):
+        with (folder / f"{rank}.out").open("w") as out, (folder / f"{rank}.err").open("w") as err:
+            env = os.environ | group | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
+            command = [sys.executable, "-c", SCRIPT, *argv]
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=err))
+    statuses = [process.wait() for process in processes]
+    assert statuses == [0, 0], [(folder / f"{rank}.err").read_text() for rank in (0, 1)]
+    return [float((folder / f"{rank}.out").read_text().splitlines()[-1]) for rank in (0, 1)]
+
+
+def small_buffers(folder: Path) -> Path:
+    """The configuration of ZeRO-3 with buffers for gathered weights that are small beside the model."""
+    config = json.loads((ROOT / "configs/deepspeed_zero3.json").read_text())
+    config["zero_optimization"] |= {
+        "reduce_bucket_size": 1e6,
+        "stage3_prefetch_bucket_size": 1e6,
+        "stage3_max_live_parameters": 1e7,
+        "stage3_max_reuse_distance": 0,
+    }
+    path = folder / "zero3.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("sharding", SHARDING)
+def test_model_finetune_on_sharded_weights_peaks_well_below_a_whole_copy(
+    large_checkpoint, checkpoint, text_file, argv, tmp_path, sharding
+):
+    short = tmp_path / "short.txt"
+    short.write_text(" ".join(text_file.read_text().split()[:200]))
+    peaks = {}
+    # The same run on a tiny model gives the memory of the interpreter and its libraries.
+    for name, model in (("tiny", checkpoint), ("large", large_checkpoint)):
+        folder = tmp_path / name
+        folder.mkdir()
+        flags = [*TRAINED["lora"], *SHARDING[sharding], "--max_steps", 2, "--eval_strategy", "no", "--max_length", 16]
+        if sharding == "zero3":
+            flags += ["--deepspeed", small_buffers(folder)]
+        flags += ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 1]
+        flags += ["--extra_val_set", short, "--output_dir", folder / "out"]
+        peaks[name] = peaks_mib(argv(model, *flags), folder)
+    growths = [large - tiny for large, tiny in zip(peaks["large"], peaks["tiny"], strict=True)]
+    assert all(growth < 0.8 * LAYERS * LAYER_MIB for growth in growths), peaks
