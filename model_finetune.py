@@ -168,7 +168,14 @@ def run(args: FinetuneArguments) -> None:
     from train_utils.sharding import sharded_weights
     from train_utils.sparse_trainer import MaskCallback, masked_slices
     from train_utils.trainable import prepare_model
-    from train_utils.trainer_setup import best_metric, build_trainer, evaluation_sets, open_teacher, padding_collator
+    from train_utils.trainer_setup import (
+        best_metric,
+        build_trainer,
+        evaluation_sets,
+        held_out_record,
+        open_teacher,
+        padding_collator,
+    )
 
     training = args.training
     is_main = training.process_index == 0
@@ -192,7 +199,7 @@ def run(args: FinetuneArguments) -> None:
     )
     splits = [split["input_ids"] for split in (data.train, data.validation) if split is not None]
     check_token_ids(config, tokenizer, *splits, *training_windows.values(), *windows.values())
-    eval_sets = evaluation_sets(data, training_windows)
+    eval_sets = evaluation_sets(args, data, training_windows)
     training.metric_for_best_model = best_metric(training.metric_for_best_model, list(eval_sets))
     model: Any = shards.open_base() if shards else load_model(path, "auto", trusted)
     teacher_model: Any = None
@@ -207,8 +214,9 @@ def run(args: FinetuneArguments) -> None:
     collator = padding_collator(tokenizer, config)
     teacher: Any = None
     if teacher_model is not None and not shards:
-        # With --cache_teacher, its weights are not needed any more.
         teacher, teacher_model = open_teacher(args, teacher_model, data, collator, settings), None
+        # With --cache_teacher, its weights are not needed any more; hooks refer to them.
+        gc.collect()
     before = []
     if is_main:
         before = shards.evaluate(path, windows) if shards else evaluate(model.to(training.device), windows)
@@ -237,6 +245,7 @@ def run(args: FinetuneArguments) -> None:
         os._exit(0)
 
     record |= {"finished": True, "training_seconds": round(seconds, 2), "log": trainer.state.log_history}
+    record |= held_out_record(trainer)
     with atomic_entries(args.run_folder) as folder:
         result = shards.install(folder) if shards else save_result(args, model, tokenizer, dtype, pruned, folder)
         write_unit_records(args, folder, provenance, units, pruned)

@@ -189,7 +189,7 @@ def table(rows: list[Row]) -> str:
 
     The share is that of the loss of the paper's procedure without recovery. Losses are left out where the dense model
     was not measured, and shares where that procedure was not. The loss on the held-out windows of the training texts is
-    that before and after training.
+    that before training and the lowest one, with whose weights training ends.
     """
     untrained = {(row["method"], row["share"]): row["perplexity"] for row in rows if row["recovery"] == NONE}
     dense = untrained.get((DENSE, 0.0))
@@ -212,7 +212,7 @@ def table(rows: list[Row]) -> str:
             cells.append(cell)
         if with_held_out:
             losses = [loss for _, loss in row.get("held_out", [])]
-            cells.append(f"{losses[0]:.3f} → {losses[-1]:.3f}" if losses else "")
+            cells.append(f"{losses[0]:.3f} → {min(losses):.3f}" if losses else "")
         seconds = row.get("training_seconds")
         lines.append((*cells, f"{seconds:.0f}" if seconds else ""))
     header = ["removed", "pruned by", "recovery", "tokens", *rows[0]["perplexity"]]

@@ -21,14 +21,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_paths import check_inputs_outside
-from slim_utils.common.loading import atomic_folder, check_output, write_json_atomic
+from slim_utils.common.loading import (
+    PRUNED_MODEL_FOLDER,
+    atomic_folder,
+    check_output,
+    load_config,
+    write_json_atomic,
+)
 from slim_utils.export.adapter import check_adapter, pruned_adapter
-from slim_utils.families import FAMILIES
+from slim_utils.families import FAMILIES, layer_shapes
 from slim_utils.masks import PRUNING_FILE, ModelUnits, read_units
 
 logger = logging.getLogger("prune_adapter")
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+MODEL_CONFIG_FILE = "config.json"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,7 +66,7 @@ def read_pruned_units(path: Path) -> tuple[Path, ModelUnits]:
     """The file ``pruning.json`` of the pruned model, and the units of the dense model in it.
 
     Raises:
-        UserError: if it cannot be read, or its indices are not those of the dense model.
+        UserError: if it cannot be read, its indices are not those of the dense model, or it lies beside a masked model.
     """
     file = path / PRUNING_FILE if path.is_dir() else path
     units = read_units(file)
@@ -67,6 +74,10 @@ def read_pruned_units(path: Path) -> tuple[Path, ModelUnits]:
         raise UserError(f"PRUNED {file}: has no indices into the dense model, but into {units.model}")
     if units.model_type not in FAMILIES:
         raise UserError(f"PRUNED {file}: model type '{units.model_type}' is not supported")
+    if (file.parent / MODEL_CONFIG_FILE).is_file():
+        shapes = layer_shapes(load_config(str(file.parent), trust_remote_code=False))
+        if shapes != units.shapes:
+            raise UserError(f"PRUNED {path}: is the masked model; give its {PRUNED_MODEL_FOLDER}")
     return file, units
 
 
@@ -82,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
     except (OSError, SafetensorError) as error:
         raise UserError(f"ADAPTER {args.adapter}: no readable {WEIGHTS_FILE} ({type(error).__name__})") from None
     pruned = pruned_adapter(tensors, units)
-    if (file.parent / "config.json").is_file():
+    if (file.parent / MODEL_CONFIG_FILE).is_file():
         config["base_model_name_or_path"] = str(file.parent)
     with atomic_folder(args.out) as folder:
         save_file(pruned, folder / WEIGHTS_FILE, metadata={"format": "pt"})

@@ -224,6 +224,8 @@ def read_units(path: Path, shapes: list[LayerShape] | None = None) -> ModelUnits
     with _read_errors(path):
         content = _read_content(path)
         kept, units = zip(*map(_read_layer, content["layers"]), strict=True)
+        if "units_of" not in content:
+            raise UserError(f"{path}: of an earlier version of this suite, without the units of the dense model")
         for layers in (kept, units):
             model_units = ModelUnits(content["units_of"], content["model_type"], content["dense"], list(layers))
             if shapes is None or model_units.shapes == shapes:

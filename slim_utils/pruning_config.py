@@ -11,6 +11,8 @@ SENSITIVITY = "search"
 TARGET_FLAGS = ("--target_ratio", "--target_params", "--target_macs", "--target_memory")
 # Tokens of the forward whose multiply-accumulates are counted.
 MACS_TOKENS = 64
+# KV cache of --target_memory.
+DEFAULT_BATCH, DEFAULT_CONTEXT = 1, 4096
 # Enough first tokens that nearly every token still forms an attention sink at position 0.
 BEST_SINK_WINDOWS = 512
 # Smaller groups do not reduce the error (benchmarks/layer_choices.py) and take longer on wide layers.
@@ -53,8 +55,8 @@ class PruningConfig:
     target_params: float | None = field(default=None, metadata=_VALUE)
     target_macs: str | None = field(default=None, metadata=_VALUE)
     target_memory: str | None = field(default=None, metadata=_VALUE)
-    at_context: int = field(default=4096, metadata=_VALUE)
-    at_batch: int = field(default=1, metadata=_VALUE)
+    at_context: int | None = field(default=None, metadata=_VALUE)
+    at_batch: int | None = field(default=None, metadata=_VALUE)
     allocation: str | None = field(default=None, metadata=_VALUE)
     refine: int = field(default=0, metadata=_VALUE)
     # A resumed run keeps the losses measured so far.
@@ -121,6 +123,11 @@ class PruningConfig:
     def has_target(self) -> bool:
         """Whether an overall target is set."""
         return any(getattr(self, flag.removeprefix("--")) is not None for flag in TARGET_FLAGS)
+
+    @property
+    def cache_size(self) -> tuple[int, int]:
+        """Sequences, and tokens of each, in the KV cache that ``--target_memory`` counts."""
+        return self.at_batch or DEFAULT_BATCH, self.at_context or DEFAULT_CONTEXT
 
     @property
     def target_size(self) -> tuple[str, str] | None:

@@ -5,7 +5,7 @@ Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,7 +22,7 @@ from slim_utils.common.loading import load_config, load_model, load_tokenizer
 from train_utils.finetune_args import FinetuneArguments
 from train_utils.finetune_dataset import IGNORED_LABEL
 from train_utils.sparse_trainer import SlimTrainer
-from train_utils.teacher_cache import top_log_probabilities
+from train_utils.teacher_cache import Divergence, top_log_probabilities
 from train_utils.trainable import cast_parameters, frozen_dtype
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 # The fp32 logits of one chunk take 150 MB at a vocabulary of 150,000. Heads run once for each chunk.
 CHUNK_TOKENS = 256
-# Divergence, summed over tokens, of the log-probabilities (tokens, vocabulary) of the targets in a slice.
-Divergence = Callable[[Tensor, slice], Tensor]
 
 
 def check_teacher(args: FinetuneArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -63,7 +61,7 @@ def check_teacher(args: FinetuneArguments, config: PreTrainedConfig, tokenizer: 
 
 
 def load_teacher(args: FinetuneArguments) -> PreTrainedModel:
-    """The frozen model of ``--distill_from`` on the training device, in the dtype of frozen weights.
+    """The frozen model of ``--distill_from`` on the CPU, in the dtype of frozen weights.
 
     Raises:
         UserError: if the teacher cannot be loaded.
@@ -74,7 +72,7 @@ def load_teacher(args: FinetuneArguments) -> PreTrainedModel:
     except UserError as error:
         raise UserError(f"--distill_from: {error}") from error
     cast_parameters(teacher, frozen_dtype(args.training))
-    return teacher.requires_grad_(False).to(args.training.device)
+    return teacher.requires_grad_(False)
 
 
 def target_rows(states: Tensor, labels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+from transformers import HfArgumentParser, SchedulerType, Seq2SeqTrainingArguments
 
 from slim_utils.cli.app import ArgumentParser
 from slim_utils.common.bos import BOS_HELP, BOS_POLICIES
@@ -74,7 +74,7 @@ class ModelArguments:
     cache_teacher: int = field(
         default=0,
         metadata={
-            "help": "run the teacher once and store its N most likely tokens of every position; 0 runs it always"
+            "help": "run the teacher once and store its N most likely tokens of every position (0: run it always)"
         },
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "run model code found in the checkpoint"})
@@ -214,7 +214,9 @@ class FinetuneArguments:
         """Whether held-out samples choose the weights that the run ends with."""
         if self.training.stop_on_held_out is not None:
             return self.training.stop_on_held_out
-        excluded = self.training.load_best_model_at_end or shards_weights(self.training)
+        # Every evaluation is a step of a schedule by plateaus.
+        by_plateau = self.training.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
+        excluded = self.training.load_best_model_at_end or shards_weights(self.training) or by_plateau
         return self.data.train_text is not None and self.data.val_dataset_size > 0 and not excluded
 
     def flat(self) -> dict[str, Any]:

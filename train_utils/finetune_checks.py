@@ -81,8 +81,12 @@ def check_model_args(args: FinetuneArguments) -> None:
             f"--distill_from in one process with {args.training.n_gpu} GPUs: start one process per GPU, torchrun "
             f"--nproc_per_node={args.training.n_gpu} model_finetune.py …, or set CUDA_VISIBLE_DEVICES to one GPU"
         )
-    if model.cache_teacher and (model.distill_from is None or model.cache_teacher < 0):
-        raise UserError(f"--cache_teacher {model.cache_teacher}: a number of tokens, and --distill_from DENSE")
+    if model.cache_teacher < 0:
+        raise UserError(f"--cache_teacher {model.cache_teacher}: at least 0")
+    if model.cache_teacher and model.distill_from is None:
+        raise UserError(
+            f"--cache_teacher {model.cache_teacher}: stores predictions of a teacher; add --distill_from DENSE"
+        )
     if args.sparse.mask_config_dir and not args.sparse.is_mask_training:
         raise UserError("--mask_config_dir has no effect without --is_mask_training true")
 

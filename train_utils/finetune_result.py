@@ -199,6 +199,7 @@ def recovery_settings(args: FinetuneArguments, record: dict[str, Any], saved: Pr
         ("windows" if args.data.train_text else "samples", data["train_samples"]),
         ("their fingerprint (sha256)", data["sha256"]),
         ("epochs", f"{record['log'][-1]['epoch']:g}"),
+        *([("step with the lowest held-out loss", record["held_out"]["kept_step"])] if "held_out" in record else []),
         (
             "samples of a step",
             training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,15 +23,19 @@ from slim_utils.common.errors import UserError
 from train_utils.finetune_dataset import IGNORED_LABEL, write_cache
 
 if TYPE_CHECKING:
+    import datasets
     import pyarrow
-
-    from train_utils.distillation import Divergence, LiveTeacher
 
 logger = logging.getLogger(__name__)
 
 FLAG = "--cache_teacher"
 PREDICTIONS_FILE = "predictions.arrow"
+POLL_SECONDS = 1.0
 Batch = dict[str, Tensor]
+# Divergence, summed over tokens, of the log-probabilities (tokens, vocabulary) of the targets in a slice.
+Divergence = Callable[[Tensor, slice], Tensor]
+# Most likely tokens and log-probabilities of all targets of a batch, as of top_log_probabilities.
+TopPredictions = Callable[[Batch, int], tuple[Tensor, Tensor]]
 
 
 def top_log_probabilities(log_probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -96,14 +101,33 @@ class CachedTeacher:
         return self._table[name][row].values.to_numpy()
 
 
+def samples_hash(samples: datasets.Dataset) -> str:
+    """Hash of the tokens and labels of all samples."""
+    digest = hashlib.sha256()
+    for row in samples.with_format("numpy", columns=["input_ids", "labels"]):
+        for values in row.values():
+            digest.update(np.asarray(values, dtype=np.int32).tobytes())
+    return digest.hexdigest()
+
+
+def wait_for_folder(folder: Path) -> None:
+    """Wait until another process has filled ``folder``."""
+    while not folder.is_dir():
+        time.sleep(POLL_SECONDS)
+
+
 def cache_predictions(
-    folder: Path, teacher: LiveTeacher, batches: Callable[[], Iterator[Batch]], num_samples: int, count: int
+    folder: Path,
+    open_teacher: Callable[[], TopPredictions],
+    batches: Callable[[], Iterator[Batch]],
+    num_samples: int,
+    count: int,
 ) -> None:
-    """Fill ``folder`` with the predictions of ``teacher``, if it does not exist.
+    """Fill ``folder`` with the predictions of the teacher, if it does not exist.
 
     Args:
         folder: folder of the cache, named after what the predictions depend on.
-        teacher: the teacher.
+        open_teacher: returns the predictions of the teacher.
         batches: returns the training samples, padded, on the device of the teacher.
         num_samples: number of samples, for the progress bar.
         count: tokens of every position.
@@ -117,29 +141,29 @@ def cache_predictions(
 
     def write(partial_folder: Path) -> None:
         with tqdm(total=num_samples, desc="teacher", unit="sample", disable=None, leave=False) as progress:
-            share = _write(partial_folder / PREDICTIONS_FILE, teacher, batches(), count, progress)
+            share = _write(partial_folder / PREDICTIONS_FILE, open_teacher(), batches(), count, progress)
         logger.info("teacher: the %d most likely tokens have %.2f %% of the probability", count, 100 * share)
 
     if not write_cache(folder, write, "predictions of the teacher"):
         raise UserError(f"{FLAG}: {folder.parent} cannot be written; choose another --cache_dir")
 
 
-def _write(path: Path, teacher: LiveTeacher, batches: Iterator[Batch], count: int, progress: Any) -> float:
+def _write(path: Path, top: TopPredictions, batches: Iterator[Batch], count: int, progress: Any) -> float:
     """Write the predictions for all samples; returns the mean probability of the stored tokens."""
     import pyarrow
 
     kinds = [("key", pyarrow.binary()), ("tokens", pyarrow.list_(pyarrow.int32()))]
     schema = pyarrow.schema([*kinds, ("log_probabilities", pyarrow.list_(pyarrow.float32()))])
-    seen, stored, positions = set(), 0.0, 0
+    keys, stored, positions = set(), 0.0, 0
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
         for inputs in batches:
-            tokens, target = teacher.top(inputs, count)
+            tokens, target = top(inputs, count)
             start = 0
             for key, num_targets in _samples(inputs):
                 part = slice(start, start + num_targets)
                 start += num_targets
-                if key not in seen:
-                    seen.add(key)
+                if key not in keys:
+                    keys.add(key)
                     writer.write_batch(_record(schema, key, tokens[part], target[part]))
                 progress.update()
             stored, positions = stored + float(target[:, :-1].exp().sum()), positions + len(target)

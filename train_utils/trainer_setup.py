@@ -22,7 +22,7 @@ from train_utils.held_out import HeldOutStopping
 from train_utils.sharded_distillation import ShardedDistillationTrainer
 from train_utils.sharding_checks import shards_weights
 from train_utils.sparse_trainer import SlimTrainer
-from train_utils.teacher_cache import CachedTeacher, cache_predictions
+from train_utils.teacher_cache import CachedTeacher, cache_predictions, samples_hash, wait_for_folder
 
 if TYPE_CHECKING:
     import datasets
@@ -32,9 +32,14 @@ if TYPE_CHECKING:
 VALIDATION = "validation"
 
 
-def evaluation_sets(data: FinetuneData, windows: EvalSets) -> dict[str, datasets.Dataset]:
-    """Evaluation sets during training, by name: the held-out rows first, then the texts in ``windows``."""
+def evaluation_sets(args: FinetuneArguments, data: FinetuneData, windows: EvalSets) -> dict[str, datasets.Dataset]:
+    """Evaluation sets during training, by name: the held-out rows first, then the texts in ``windows``.
+
+    Without ``--eval_strategy``, only held-out stopping evaluates, and no text.
+    """
     sets = {VALIDATION: data.validation} if data.validation is not None else {}
+    if not args.training.do_eval:
+        return sets
     return sets | {key.name: window_dataset(tokens) for key, tokens in windows.items()}
 
 
@@ -83,7 +88,7 @@ def open_teacher(
 
     Args:
         args: flags of the run.
-        model: model of ``--distill_from``.
+        model: model of ``--distill_from``; moved to the training device where it runs.
         data: training samples.
         collator: result of :func:`padding_collator`.
         settings: result of :func:`~train_utils.resumption.run_settings`.
@@ -91,20 +96,23 @@ def open_teacher(
     Raises:
         UserError: if the cache cannot be written.
     """
-    teacher, count = LiveTeacher(model), args.model.cache_teacher
+    training, count = args.training, args.model.cache_teacher
     if not count:
-        return teacher
-    training = args.training
+        return LiveTeacher(model.to(training.device))
+
+    samples = data.train.select_columns(["input_ids", "attention_mask", "labels"])
 
     def batches() -> Iterator[dict[str, Tensor]]:
-        columns = data.train.select_columns(["input_ids", "attention_mask", "labels"])
-        for batch in DataLoader(columns, training.per_device_train_batch_size, collate_fn=collator):
+        for batch in DataLoader(samples, training.per_device_train_batch_size, collate_fn=collator):
             yield {name: values.to(training.device) for name, values in batch.items()}
 
-    content = [settings["teacher"], data.sha256, len(data.train), count, str(model.dtype)]
+    content = [settings["teacher"], samples_hash(samples), count, str(model.dtype)]
     folder = args.cache_dir / f"teacher-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]}"
-    with training.main_process_first(desc="teacher"):
-        cache_predictions(folder, teacher, batches, len(data.train), count)
+    if training.local_process_index == 0:
+        cache_predictions(folder, lambda: LiveTeacher(model.to(training.device)).top, batches, len(samples), count)
+    else:
+        # Not in a collective, which would end after --ddp_timeout.
+        wait_for_folder(folder)
     return CachedTeacher(folder, count)
 
 
@@ -119,8 +127,6 @@ def build_trainer(
 ) -> SlimTrainer:
     """The Trainer of a run: a :class:`DistillationTrainer` if there is a teacher, else a :class:`SlimTrainer`.
 
-    With held-out stopping alone, the texts in ``eval_sets`` are not evaluated during training.
-
     Args:
         args: flags of the run.
         model: the model to train.
@@ -134,10 +140,8 @@ def build_trainer(
     training.output_dir = str(args.run_folder)
     callbacks = []
     if args.stops_on_held_out:
-        if not training.do_eval:
-            eval_sets = {VALIDATION: eval_sets[VALIDATION]}
         training.eval_on_start = True
-        callbacks.append(HeldOutStopping(model, f"eval_{VALIDATION}_loss", len(eval_sets[VALIDATION])))
+        callbacks.append(HeldOutStopping(model, f"eval_{VALIDATION}_loss", sum(map(len, eval_sets.values()))))
     options = {
         "model": model,
         "args": training,
@@ -152,3 +156,11 @@ def build_trainer(
     if shards_weights(training):
         return ShardedDistillationTrainer(teacher=teacher, **options)
     return DistillationTrainer(teacher=teacher, **options)
+
+
+def held_out_record(trainer: SlimTrainer) -> dict[str, Any]:
+    """Entry of ``run.json`` with the held-out losses by step and the step whose weights were kept, if there are any."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, HeldOutStopping) and callback.losses:
+            return {"held_out": {"kept_step": callback.best_step, "losses": callback.losses}}
+    return {}

@@ -1,4 +1,4 @@
-"""Overall targets: what is counted (block weights, parameters, multiply-accumulates, bytes), and how much must go.
+"""Overall targets: what is counted (block weights, parameters, multiply-accumulates, bytes), and how much is removed.
 
 Every count is linear in the removed units of a layer, so that one allocation meets a target whatever it counts.
 """
@@ -102,9 +102,12 @@ def target_of(
     if config.target_size is None:
         weights = block_weights(family.decoder_layers(model), family, shapes)
         return Target((config.target_ratio or 0) * weights, units)
+    size = parse_size(*config.target_size)
+    if config.target_memory is not None and not size.is_share and saved_dtype(config, model.config) is None:
+        raise UserError(f"--target_memory {config.target_memory}: the checkpoint names no dtype; add --dtype")
     dense = measured_size(config, model.config)
-    wanted = parse_size(*config.target_size).of(dense)
-    if wanted >= dense:
+    requested = size.of(dense)
+    if requested >= dense:
         raise UserError(f"{' '.join(config.target_size)}: the model has {size_text(config, dense)}")
     if config.target_macs is not None:
         active = getattr(model.config.get_text_config(), "num_experts_per_tok", 1)
@@ -113,7 +116,7 @@ def target_of(
         itemsize = (saved_dtype(config, model.config) or torch.float32).itemsize
         caches = cached_tokens(config, model.config)
         costs = [bytes_of(*entry, settings, itemsize) for entry in zip(units, shapes, caches, strict=True)]
-    return Target(dense - wanted, costs, dense)
+    return Target(dense - requested, costs, dense)
 
 
 def macs_of(units: LayerUnits, shape: LayerShape, active: int) -> LayerUnits:
@@ -153,11 +156,12 @@ def cached_tokens(config: PruningConfig, model_config: PreTrainedConfig) -> list
 
     A layer with a sliding window caches no more tokens of a sequence than the window.
     """
+    batch, context = config.cache_size
     text = model_config.get_text_config()
-    window = min(getattr(text, "sliding_window", None) or config.at_context, config.at_context)
+    window = min(getattr(text, "sliding_window", None) or context, context)
     # Without a list of kinds, a window is that of all layers.
     kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
-    return [config.at_batch * (window if kind == "sliding_attention" else config.at_context) for kind in kinds]
+    return [batch * (window if kind == "sliding_attention" else context) for kind in kinds]
 
 
 def saved_dtype(config: PruningConfig, model_config: PreTrainedConfig) -> torch.dtype | None:
@@ -180,4 +184,5 @@ def size_text(config: PruningConfig, size: float) -> str:
     """Return a size in what the target of the run counts, with its unit."""
     if config.target_macs is not None:
         return f"{size / 1e9:.4g} G multiply-accumulates for {MACS_TOKENS} tokens"
-    return f"{size / 2**30:.4g} GiB of weights and KV cache for {config.at_batch} × {config.at_context} tokens"
+    batch, context = config.cache_size
+    return f"{size / 2**30:.4g} GiB of weights and KV cache for {batch} × {context} tokens"

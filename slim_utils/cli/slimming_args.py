@@ -9,7 +9,14 @@ from slim_utils.common.loading import DTYPES
 from slim_utils.layerwise.device_defaults import CPU_TOKENS_PER_FORWARD, MAX_TOKENS_PER_FORWARD, SOLVE_DTYPES
 from slim_utils.layerwise.settings import GQA_UNITS
 from slim_utils.output.hub import add_hub_flags
-from slim_utils.pruning_config import BEST_COLUMN_GROUP, BEST_SINK_WINDOWS, MACS_TOKENS, SENSITIVITY
+from slim_utils.pruning_config import (
+    BEST_COLUMN_GROUP,
+    BEST_SINK_WINDOWS,
+    DEFAULT_BATCH,
+    DEFAULT_CONTEXT,
+    MACS_TOKENS,
+    SENSITIVITY,
+)
 
 ALLOCATIONS = ("uniform", *STRATEGIES, SENSITIVITY)
 PRESETS = ("paper", "best")
@@ -125,8 +132,10 @@ def add_budget_flags(group: argparse._ArgumentGroup) -> None:
         metavar="SIZE|0.8x",
         help="overall target in bytes (6GiB) of the weights and the KV cache of --at_context tokens, or as a share",
     )
-    group.add_argument("--at_context", type=int, help="tokens of a sequence for --target_memory (default: %(default)s)")
-    group.add_argument("--at_batch", type=int, help="sequences for --target_memory (default: %(default)s)")
+    group.add_argument(
+        "--at_context", type=int, help=f"tokens of a sequence for --target_memory (default: {DEFAULT_CONTEXT})"
+    )
+    group.add_argument("--at_batch", type=int, help=f"sequences for --target_memory (default: {DEFAULT_BATCH})")
     group.add_argument(
         "--allocation", choices=ALLOCATIONS, help="how a target is allocated to the layers (default: uniform)"
     )

@@ -113,6 +113,12 @@ def check_budget(config: PruningConfig) -> None:
         raise UserError(f"--target_ratio {config.target_ratio}: must be between 0 and 1, exclusive")
     if config.target_size is not None:
         parse_size(*config.target_size)
+    for name in ("at_context", "at_batch"):
+        value = getattr(config, name)
+        if value is not None and config.target_memory is None:
+            raise UserError(f"--{name} is a part of --target_memory; add it, or leave --{name} out")
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: at least 1")
     if config.uniform_shapes and (given and config.allocation not in (None, "uniform")):
         raise UserError("--uniform_shapes needs one ratio for all layers: --sparsity, or --allocation uniform")
     if config.refine < 0:
@@ -143,15 +149,7 @@ def check_ranges(config: PruningConfig) -> None:
     Raises:
         UserError: naming the flag to change.
     """
-    for name, lowest in (
-        ("num_samples", 1),
-        ("seqlen", 2),
-        ("batch_samples", 1),
-        ("multiple_of", 1),
-        ("tp_size", 1),
-        ("at_context", 1),
-        ("at_batch", 1),
-    ):
+    for name, lowest in (("num_samples", 1), ("seqlen", 2), ("batch_samples", 1), ("multiple_of", 1), ("tp_size", 1)):
         if getattr(config, name) < lowest:
             raise UserError(f"--{name} {getattr(config, name)}: at least {lowest}")
     for name in ("sparsity", "min_sparsity", "max_sparsity"):

@@ -101,6 +101,8 @@ def choose_local_device(name: str) -> torch.device:
                 f"--device {name}: {processes} processes on a machine with {devices} CUDA devices; start one for each"
             )
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+    elif name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        logger.warning("--device %s: all processes use this GPU; leave it out for one GPU each", name)
     return choose_device(name)
 
 

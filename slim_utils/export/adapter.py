@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,22 +19,28 @@ from slim_utils.params_remove import kept_indices
 UNSUPPORTED = {
     "use_dora": "DoRA's magnitudes depend on the removed weights",
     "target_parameters": "adapters on parameters of experts are not supported",
+    "layer_replication": "replicated layers are not supported",
+    "use_qalora": "QA-LoRA is not supported",
+    "use_bdlora": "BD-LoRA is not supported",
 }
+# Initialisations that leave the weights of the base as they are. After others, peft changes the base again on loading.
+INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
-class _Factor:
-    """A factor of an adapter of a linear map in a decoder layer, or the trained bias of the map.
+class _Part:
+    """A tensor of an adapter that belongs to a parameter of a decoder layer.
 
     Attributes:
         layer: index of the layer.
-        parameter: weight or bias of the map, relative to the layer.
-        dim: dimension of that weight or bias which is a dimension of the factor, too: 0 for rows, 1 for columns.
+        parameter: name of the parameter in the layer.
+        dim: dimension of the parameter that is a dimension of the tensor, too: 0 for rows, 1 for columns; ``None`` for
+            the whole parameter.
     """
 
     layer: int
     parameter: str
-    dim: int
+    dim: int | None
 
 
 def check_adapter(config: Mapping[str, Any]) -> None:
@@ -51,13 +57,18 @@ def check_adapter(config: Mapping[str, Any]) -> None:
     for name, reason in UNSUPPORTED.items():
         if config.get(name):
             raise UserError(f"ADAPTER: {name} is {config[name]}: {reason}")
+    if config.get("init_lora_weights") not in INITIALISATIONS:
+        raise UserError(
+            f"ADAPTER: init_lora_weights is {config['init_lora_weights']}, which changes the weights of the base; "
+            "convert it to plain LoRA first (path_initial_model_for_weight_conversion of peft's save_pretrained)"
+        )
 
 
 def pruned_adapter(tensors: Mapping[str, Tensor], units: ModelUnits) -> dict[str, Tensor]:
     """The tensors of an adapter of the pruned model.
 
     Of a map that loses rows, ``lora_B`` (out, r) and the bias lose them; of one that loses columns, ``lora_A`` (r, in)
-    does. All other tensors stay.
+    does. Weights that were trained whole lose either. All other tensors stay.
 
     Args:
         tensors: tensors of an adapter of the dense model, by name.
@@ -67,46 +78,44 @@ def pruned_adapter(tensors: Mapping[str, Tensor], units: ModelUnits) -> dict[str
         UserError: if a tensor has another shape than the dense model's.
     """
     family = FAMILIES[units.model_type]
-    pattern = _factor_pattern(family)
+    pattern = _part_pattern(family)
 
     @cache
     def indices(layer: int) -> tuple[dict[str, tuple[int, Tensor]], dict[str, tuple[int, Tensor]]]:
+        if layer >= len(units.layers):
+            raise UserError(f"ADAPTER: has a layer {layer}, the pruned model has {len(units.layers)} layers")
         mask = units.layers[layer]
         return kept_indices(family, mask), kept_indices(family, LayerMask.dense(mask.shape))
 
-    def carried() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in tensors.items():
-            factor = _factor(pattern, name)
-            if factor is None:
-                yield name, tensor
-                continue
-            if factor.layer >= len(units.layers):
-                raise UserError(f"ADAPTER: {name}: the pruned model has {len(units.layers)} layers")
-            kept, dense = (by_name.get(factor.parameter) for by_name in indices(factor.layer))
-            if kept is None or dense is None or kept[0] != factor.dim:
-                yield name, tensor
-                continue
-            # The factor of the columns is (r, in), that of the rows (out, r).
-            if tensor.shape[factor.dim] != len(dense[1]):
-                raise UserError(
-                    f"ADAPTER: {name} has {tensor.shape[factor.dim]} in dimension {factor.dim}, the dense model "
-                    f"{len(dense[1])}; give an adapter of {units.model}"
-                )
-            yield name, tensor.index_select(factor.dim, kept[1]).contiguous()
+    def carried(name: str, tensor: Tensor) -> Tensor:
+        part = _part(pattern, name)
+        if part is None:
+            return tensor
+        kept, dense = (by_name.get(part.parameter) for by_name in indices(part.layer))
+        if kept is None or dense is None or part.dim not in (None, kept[0]):
+            return tensor
+        dim, total = kept[0], len(dense[1])
+        if tensor.shape[dim] != total:
+            raise UserError(
+                f"ADAPTER: {name} has {tensor.shape[dim]} in dimension {dim}, the dense model {total}; give an adapter "
+                f"of {units.model}"
+            )
+        return tensor.index_select(dim, kept[1]).contiguous()
 
-    return dict(carried())
+    return {name: carried(name, tensor) for name, tensor in tensors.items()}
 
 
-def _factor_pattern(family: Family) -> re.Pattern[str]:
-    layers = re.escape(family.layers)
-    return re.compile(
-        rf"(?:.*\.)?{layers}\.(\d+)\.(.+?)\.(?:(lora_A|lora_B)(?:\.[^.]+)?\.weight|(?:base_layer\.)?bias)"
-    )
+def _part_pattern(family: Family) -> re.Pattern[str]:
+    factor = r"(lora_A|lora_B)(?:\.[^.]+)?\."
+    wrapper = r"(?:base_layer|modules_to_save(?:\.[^.]+)?)\."
+    return re.compile(rf"(?:.*\.)?{re.escape(family.layers)}\.(\d+)\.(.+?)\.(?:{factor}|{wrapper})?(weight|bias)")
 
 
-def _factor(pattern: re.Pattern[str], name: str) -> _Factor | None:
+def _part(pattern: re.Pattern[str], name: str) -> _Part | None:
     match = pattern.fullmatch(name)
     if match is None:
         return None
-    layer, linear, kind = match.groups()
-    return _Factor(int(layer), f"{linear}.{'weight' if kind else 'bias'}", 1 if kind == "lora_A" else 0)
+    layer, module, factor, leaf = match.groups()
+    if factor is None:
+        return _Part(int(layer), f"{module}.{leaf}", None)
+    return _Part(int(layer), f"{module}.weight", 1 if factor == "lora_A" else 0)

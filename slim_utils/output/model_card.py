@@ -22,6 +22,7 @@ from slim_utils.output.provenance import (
 )
 from slim_utils.profiling.model_stats import count_parameters
 from slim_utils.profiling.tables import markdown_table
+from slim_utils.pruning_config import DEFAULT_BATCH, DEFAULT_CONTEXT, MACS_TOKENS
 
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 
@@ -172,7 +173,10 @@ def pruning_settings(record: dict[str, Any]) -> list[tuple[str, Any]]:
         ratio = f"down to {arguments['target_params']:,.0f} parameters ({_allocation(arguments)})"
     elif arguments.get("target_macs") or arguments.get("target_memory"):
         flag = "target_macs" if arguments["target_macs"] else "target_memory"
-        unit = "multiply-accumulates" if arguments["target_macs"] else "weights and KV cache"
+        unit = f"multiply-accumulates for {MACS_TOKENS} tokens"
+        if arguments["target_memory"]:
+            batch, context = arguments["at_batch"] or DEFAULT_BATCH, arguments["at_context"] or DEFAULT_CONTEXT
+            unit = f"weights and KV cache for {batch} × {context} tokens"
         ratio = f"down to {arguments[flag]} of {unit} ({_allocation(arguments)})"
     elif arguments["profile"]:
         ratio = f"those of {Path(arguments['profile']).name}"

@@ -100,6 +100,28 @@ def test_trained_biases_are_carried_over(samples, tmp_path):
     assert torch.allclose(logits_of(pruned, samples), logits_of(model, samples), atol=1e-5)
 
 
+def test_bias_of_a_factor_and_whole_weights_are_carried_over(samples, tmp_path):
+    dense = make_tiny("gqa")
+    masks = uneven_masks(layer_shapes(dense.config), "query_head", dense_layer=1)
+    write_pruned(tmp_path / "pruned", dense, masks)
+    masked = copy.deepcopy(dense)
+    zero_removed(masked, find_family(dense.config), masks)
+    config = LoraConfig(r=2, target_modules=["gate_proj"], lora_bias=True, init_lora_weights=False)
+    config.modules_to_save = ["down_proj"]
+    model = get_peft_model(masked, config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name and name.endswith("bias"):
+                parameter.normal_()
+            if "modules_to_save" in name:
+                parameter.mul_(1.5)
+    model.save_pretrained(tmp_path / "adapter")
+    main(tmp_path / "adapter", tmp_path / "pruned", tmp_path / "carried")
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    pruned = PeftModel.from_pretrained(pruned, tmp_path / "carried").eval()
+    assert torch.allclose(logits_of(pruned, samples), logits_of(model, samples), atol=1e-5)
+
+
 @pytest.fixture
 def folders(tmp_path):
     """Adapter of a dense model, and its pruned model."""
@@ -135,12 +157,17 @@ def test_prune_adapter_of_wrong_inputs_is_refused(folders, tmp_path):
     for changes, message in (
         ({"peft_type": "IA3"}, "peft_type is IA3"),
         ({"use_dora": True}, "use_dora is True: DoRA's magnitudes"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is pissa, which changes the weights of the base"),
     ):
         (adapter / "adapter_config.json").write_text(json.dumps(settings | changes))
         refused(f"ADAPTER: {message}", adapter, pruned, carried)
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     adapted(make_tiny("gqa", intermediate_size=48), ["down_proj"]).save_pretrained(tmp_path / "other")
     refused("has 48 in dimension 1, the dense model 40; give an adapter of dense", tmp_path / "other", pruned, carried)
+    masked = tmp_path / "masked"
+    make_tiny("gqa").save_pretrained(masked)
+    (masked / PRUNING_FILE).write_bytes((pruned / PRUNING_FILE).read_bytes())
+    refused("masked: is the masked model; give its pruned_weights", adapter, masked, carried)
     content = json.loads((pruned / PRUNING_FILE).read_text()) | {"dense": False}
     (pruned / PRUNING_FILE).write_text(json.dumps(content))
     refused("has no indices into the dense model, but into dense", adapter, pruned, carried)

@@ -16,8 +16,9 @@ from slim_utils.common.errors import UserError
 from slim_utils.common.output_folder import clear_leftovers
 from slim_utils.families import find_family
 from slim_utils.layerwise.pruner import prune_layers
-from slim_utils.layerwise.resume import LayerStore, changed_parameters, fingerprint
+from slim_utils.layerwise.resume import LayerStore, changed_parameters, fingerprint, setting_changes
 from slim_utils.layerwise.settings import PruningSettings
+from slim_utils.pruning_config import Effect, PruningConfig
 from tests.conftest import ALL_TINY, make_tiny
 from tests.processes import run_python
 
@@ -189,6 +190,12 @@ def test_model_slimming_beside_a_live_run_names_it_and_keeps_its_layers(argv, mo
     with pytest.raises(UserError, match=f"--save_dir .*out: process {process.pid} on .* is writing it"):
         main(*argv, *more, "--save_dir", tmp_path / "out")
     assert (store.folder / "layer_0000.safetensors").read_bytes() == b"of the live run"
+
+
+def test_settings_from_before_a_flag_was_added_are_those_of_its_default():
+    flags = PruningConfig().flags(Effect.VALUE)
+    added = ("--target_macs", "--target_memory", "--at_context", "--at_batch")
+    assert setting_changes({name: value for name, value in flags.items() if name not in added}, flags) == []
 
 
 def test_layer_store_without_settings_discards_its_layers(tmp_path):

@@ -80,9 +80,23 @@ def test_train_text_keeps_the_weights_of_the_lowest_held_out_loss(slim, text_arg
     # Of the evaluation texts, none decides.
     assert not any("eval_text_loss" in entry for entry in record["log"])
     assert min(held_out, key=held_out.get) == 0 and len(held_out) > 1
+    assert record["held_out"] == {"kept_step": 0, "losses": {str(step): loss for step, loss in held_out.items()}}
+    assert "| step with the lowest held-out loss | 0 |" in (out / "README.md").read_text()
     before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert "step 0 is kept" in caplog.text and "lower --learning_rate" in caplog.text
+
+
+def test_train_text_resumed_keeps_the_weights_of_the_whole_run(slim, text_argv, tmp_path, checkpoint):
+    flags = ["--distill_from", checkpoint, "--learning_rate", 2e-3, "--save_strategy", "steps", "--save_steps", 8]
+    flags += ["--lr_scheduler_type", "constant"]
+    main(text_argv(slim / "pruned_weights", *flags, "--output_dir", tmp_path / "half", "--max_steps", 8))
+    argv = text_argv(slim / "pruned_weights", *flags, "--output_dir", tmp_path / "rest", "--num_train_epochs", 2)
+    main([*argv, "--resume_from_checkpoint", str(tmp_path / "half" / "checkpoint-8")])
+    record = json.loads((tmp_path / "rest" / "run.json").read_text())
+    assert record["held_out"]["kept_step"] == 0 and min(map(int, record["held_out"]["losses"])) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (slim / "pruned_weights", tmp_path / "rest"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_train_text_without_stopping_on_held_out_ends_with_the_last_weights(slim, text_argv, tmp_path):

@@ -89,17 +89,19 @@ def main(*arguments: object) -> None:
     model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, arguments))))
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "log_increase", "search"])
 @pytest.mark.parametrize(
-    "flags",
-    [["--target_macs", "0.8x"], ["--target_memory", "0.85x", "--at_context", 64, "--gqa_unit", "kv_group"]],
+    ("flags", "allocation"),
+    [
+        (["--target_macs", "0.8x"], "log_increase"),
+        (["--target_memory", "0.85x", "--at_context", 64, "--gqa_unit", "kv_group"], "search"),
+    ],
     ids=["macs", "memory"],
 )
 def test_target_size_is_met(words, checkpoint, tmp_path, flags, allocation, caplog):
     caplog.set_level("INFO")
     out = tmp_path / "out"
     main(*words, *flags, "--allocation", allocation, "--save_pruned_weights", "--save_dir", out)
-    config = PruningConfig(**{flags[0].removeprefix("--"): flags[1]}, at_context=64)
+    config = replace(PruningConfig(at_context=64), **{flags[0].removeprefix("--"): flags[1]})
     dense, pruned = (
         measured_size(config, AutoConfig.from_pretrained(path)) for path in (checkpoint, out / "pruned_weights")
     )
@@ -131,6 +133,7 @@ def test_target_size_is_met(words, checkpoint, tmp_path, flags, allocation, capl
         (["--target_memory", "0.8x", "--sparsity", 0.2], "--target_memory sets the ratios; leave --sparsity out"),
         (["--target_memory", "0.8x", "--at_context", 0], "--at_context 0: at least 1"),
         (["--target_memory", "0.8x", "--at_batch", 0], "--at_batch 0: at least 1"),
+        (["--target_macs", "0.8x", "--at_batch", 2], "--at_batch is a part of --target_memory; add it"),
     ],
 )
 def test_target_size_with_wrong_flags_is_refused(words, tmp_path, flags, message):

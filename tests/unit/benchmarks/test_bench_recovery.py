@@ -38,7 +38,7 @@ def test_table_has_the_loss_as_a_share_of_the_originals():
         "| 20 % | best | KL, LoRA | 1,000 | 11.05 (0.100, 0.25) | 12 |",
         "| 20 % | paper | none |  | 14.92 (0.400, 1.00) |  |",
     ]
-    rows[2] |= {"learning_rate": 5e-4, "held_out": [[0, 3.4567], [5, 3.6], [9, 3.25]]}
+    rows[2] |= {"learning_rate": 5e-4, "held_out": [[0, 3.4567], [5, 3.25], [9, 3.6]]}
     lines = table(rows).splitlines()
     assert lines[0] == "| removed | pruned by | recovery | tokens | a | held-out | seconds |"
     assert lines[3] == "| 20 % | best | KL, LoRA, 0.0005 | 1,000 | 11.05 (0.100, 0.25) | 3.457 → 3.250 | 12 |"

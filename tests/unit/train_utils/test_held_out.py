@@ -36,14 +36,20 @@ def test_rises_in_a_row(losses, expected):
     assert rises_in_a_row(losses) == expected
 
 
+def arguments(**changes) -> SimpleNamespace:
+    """Arguments of a run with one sample a step."""
+    values = {"train_batch_size": 1, "gradient_accumulation_steps": 1, "world_size": 1, "process_index": 0}
+    return SimpleNamespace(**values | {"resume_from_checkpoint": None} | changes)
+
+
 def train(losses: list[float]) -> tuple[float, int, HeldOutStopping]:
     """Weight at the end and number of steps of a run whose weight is its step and whose losses are given."""
     model, frozen = nn.Linear(1, 1, bias=False), nn.Linear(1, 1)
     model.weight.data.fill_(0.0)
     model.frozen = frozen.requires_grad_(False)
-    args = SimpleNamespace(train_batch_size=1, gradient_accumulation_steps=1, world_size=1, process_index=0)
-    state, control = TrainerState(max_steps=len(losses) - 1), TrainerControl()
-    stopping = HeldOutStopping(model, METRIC, num_held_out=1)
+    args, control = arguments(), TrainerControl()
+    state = TrainerState(max_steps=len(losses) - 1)
+    stopping = HeldOutStopping(model, METRIC, num_evaluated=1)
     stopping._steps = set(range(len(losses)))
     stopping.on_evaluate(args, state, control, {METRIC: losses[0]})
     for step, loss in enumerate(losses[1:], 1):
@@ -92,3 +98,37 @@ def test_a_run_that_goes_back_says_so(caplog, losses, advice):
 def test_a_run_that_ends_at_its_lowest_loss_says_nothing(caplog):
     train([3.0, 2.0, 1.0])
     assert not caplog.text
+
+
+@pytest.mark.parametrize(("losses", "weight"), [([3.0, 1.0, 2.0], 1.0), ([3.0, 2.0, 1.0], 2.0), ([1.0, 2.0, 3.0], 0.0)])
+def test_a_resumed_run_knows_the_lowest_loss_before_its_checkpoint(tmp_path, losses, weight):
+    """Two steps, a checkpoint, and a third step with a higher loss."""
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    _, _, stopping = train(losses)
+    stopping.on_save(arguments(output_dir=tmp_path), TrainerState(global_step=2), TrainerControl())
+    model = nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(2.0)
+    resumed = HeldOutStopping(model, METRIC, num_evaluated=1)
+    state, control = TrainerState(max_steps=3, global_step=2), TrainerControl()
+    args = arguments(resume_from_checkpoint=str(checkpoint))
+    resumed.on_train_begin(args, state, control)
+    assert list(resumed.losses.values()) == losses
+    model.weight.data.fill_(3.0)
+    state.global_step = 3
+    resumed.on_evaluate(args, state, control, {METRIC: 9.0})
+    resumed.on_train_end(args, state, control)
+    assert model.weight.item() == weight
+
+
+def test_a_resumed_run_without_earlier_losses_says_so(tmp_path, caplog):
+    resumed = HeldOutStopping(nn.Linear(1, 1), METRIC, num_evaluated=1)
+    args = arguments(resume_from_checkpoint=str(tmp_path))
+    resumed.on_train_begin(args, TrainerState(max_steps=3, global_step=2), TrainerControl())
+    assert "only held-out losses from step 2 on count" in caplog.text
+
+
+def test_a_run_that_starts_over_forgets_its_losses():
+    _, _, stopping = train([3.0, 1.0, 2.0])
+    stopping.on_train_begin(arguments(), TrainerState(max_steps=2), TrainerControl())
+    assert not stopping.losses

@@ -8,7 +8,13 @@ from slim_utils.common.errors import UserError
 from tests.conftest import VOCAB, make_tiny
 from tests.unit.train_utils.test_distillation import as_batch, batches, rows
 from train_utils.distillation import LiveTeacher
-from train_utils.teacher_cache import CachedTeacher, cache_predictions, top_divergence, top_log_probabilities
+from train_utils.teacher_cache import (
+    CachedTeacher,
+    cache_predictions,
+    samples_hash,
+    top_divergence,
+    top_log_probabilities,
+)
 
 POSITIONS, TOKENS, TOP = 7, 50, 5
 
@@ -73,7 +79,7 @@ def test_top_divergence_of_a_chunk_uses_its_rows(distributions):
 def fill(folder, teacher, tokenizer, count: int, dataset=None) -> None:
     dataset = dataset or rows(8)
     loader = DataLoader(dataset, 3, collate_fn=batches(tokenizer))
-    cache_predictions(folder, teacher, lambda: iter(loader), len(dataset), count)
+    cache_predictions(folder, lambda: teacher.top, lambda: iter(loader), len(dataset), count)
 
 
 def test_cached_teacher_has_the_predictions_of_the_teacher_in_any_order_and_padding(tmp_path, tokenizer):
@@ -132,3 +138,11 @@ def test_top_of_a_live_teacher_is_that_of_its_logits(samples):
     assert torch.equal(tokens, expected.topk(4).indices)
     assert torch.allclose(target[:, :-1], expected.topk(4).values, atol=1e-6)
     assert torch.allclose(target.exp().sum(-1), torch.ones(len(target)))
+
+
+def test_samples_hash_depends_on_tokens_labels_and_order():
+    dataset = rows(4)
+    changed = dataset.map(lambda row, index: {"labels": [*row["labels"][:-1], index]}, with_indices=True)
+    hashes = {samples_hash(part) for part in (dataset, dataset.select([1, 0, 2, 3]), dataset.select([0, 1]), changed)}
+    assert len(hashes) == 4
+    assert samples_hash(rows(4)) in hashes
