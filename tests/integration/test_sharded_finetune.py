@@ -30,7 +30,7 @@ TRAINED = {
 }
 SMALL_STEPS = ["--learning_rate", 1e-3]
 MIB = 1 << 20
-LAYERS, LAYER_MIB = 48, 14
+LAYERS, LAYER_MIB = 15, 28
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -103,14 +103,14 @@ def test_model_finetune_on_sharded_weights_resumed_equals_uninterrupted(slim, ar
 
 @pytest.fixture(scope="module")
 def large_checkpoint(tmp_path_factory, tokenizer) -> Iterator[Path]:
-    """A LLaMA of 672 MiB, nearly all of it in layers of 14 MiB."""
+    """A LLaMA of 420 MiB, nearly all of it in layers of 28 MiB."""
     path = tmp_path_factory.mktemp("models") / "large"
-    sizes = {"hidden_size": 1024, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8}
+    sizes = {"hidden_size": 2048, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8}
     config = LlamaConfig(vocab_size=VOCAB, num_hidden_layers=LAYERS, head_dim=64, max_position_embeddings=64, **sizes)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model.to_empty(device="cpu")
-    values = torch.randn(1024 * 512, generator=torch.Generator().manual_seed(0)) * 0.02
+    values = torch.randn(2048 * 512, generator=torch.Generator().manual_seed(0)) * 0.02
     for index, parameter in enumerate(model.parameters()):
         # Random numbers are slow to draw; the same ones are reused, rolled.
         rolled = values[: parameter.numel()].roll(index).view(parameter.shape)
@@ -159,7 +159,7 @@ def peaks_mib(argv: list[str], folder: Path) -> list[float]:
 
 
 def small_buffers(folder: Path) -> Path:
-    """The configuration of ZeRO-3 without prefetch, which would run through all of these thin layers."""
+    """The configuration of ZeRO-3 without prefetch, which would run through all layers of so small a model."""
     config = json.loads((ROOT / "configs/deepspeed_zero3.json").read_text())
     config["zero_optimization"] |= {
         "reduce_bucket_size": 1e6,
@@ -190,4 +190,4 @@ def test_model_finetune_on_sharded_weights_peaks_below_a_whole_copy(
         flags += ["--extra_val_set", short, "--output_dir", folder / "out"]
         peaks[name] = peaks_mib(argv(model, *flags), folder)
     growths = [large - tiny for large, tiny in zip(peaks["large"], peaks["tiny"], strict=True)]
-    assert all(growth < 0.85 * LAYERS * LAYER_MIB for growth in growths), peaks
+    assert all(growth < 0.9 * LAYERS * LAYER_MIB for growth in growths), peaks
