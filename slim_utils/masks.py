@@ -252,6 +252,8 @@ def _read_errors(path: Path) -> Iterator[None]:
     """Turn errors of a missing or damaged ``pruning.json`` into a :class:`UserError`."""
     try:
         yield
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (KeyError, IndexError, TypeError, ValueError) as error:

@@ -113,6 +113,7 @@ def test_model_evaluate_in_several_processes_with_wrong_input_prints_one_error(a
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("failure", "message"),
     [
