@@ -85,6 +85,12 @@ def target_rows(states: Tensor, labels: Tensor) -> Tensor:
     return states[:, :-1][labels[:, 1:] != IGNORED_LABEL]
 
 
+def cross_entropy(outputs: CausalLMOutput, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """Mean cross-entropy per target; arguments as of :meth:`DistillationTrainer.loss`."""
+    logits = outputs.logits
+    return ForCausalLMLoss(logits, labels.to(logits.device), logits.shape[-1], num_items_in_batch)
+
+
 class Head:
     """The map from final hidden states to logits of a causal language model, with its scaling and soft-capping.
 
@@ -260,8 +266,7 @@ class DistillationTrainer(SlimTrainer):
                 targets in ``labels``.
         """
         if self._divergence is None:
-            logits = outputs.logits
-            return ForCausalLMLoss(logits, labels.to(logits.device), logits.shape[-1], num_items_in_batch)
+            return cross_entropy(outputs, labels, num_items_in_batch)
         # Dropped within the step, so that the states of two steps are never held at once.
         divergence, self._divergence = self._divergence, None
         student = self._student_head

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers.loss.loss_utils import ForCausalLMLoss
 
-from train_utils.distillation import CHUNK_TOKENS, target_rows
+from train_utils.distillation import CHUNK_TOKENS, cross_entropy, target_rows
 from train_utils.sparse_trainer import SlimTrainer
 
 if TYPE_CHECKING:
@@ -66,8 +65,7 @@ class ShardedDistillationTrainer(SlimTrainer):
                 targets in ``labels``.
         """
         if self._teacher_logits is None:
-            logits = outputs.logits
-            return ForCausalLMLoss(logits, labels.to(logits.device), logits.shape[-1], num_items_in_batch)
+            return cross_entropy(outputs, labels, num_items_in_batch)
         teacher_logits, self._teacher_logits = self._teacher_logits, None
         logits = target_rows(outputs.logits, labels)
         # The fp32 probabilities of a chunk are computed again in the backward pass instead of being kept.

@@ -79,7 +79,10 @@ def test_compare_models_of_a_missing_checkpoint_is_one_line(checkpoint, text_fil
         compare_models.measure(parse(tmp_path, tmp_path, *flags))
 
 
-def test_compare_models_passes_trust_remote_code_and_records_figures(checkpoint, text_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("names", [["dense", "pruned"], ["dense", "pruned", "recovered"]])
+def test_compare_models_passes_trust_remote_code_and_records_figures(
+    checkpoint, text_file, tmp_path, monkeypatch, capsys, names
+):
     trusted = []
     load = compare_models.load_model
     monkeypatch.setattr(compare_models, "load_model", lambda *args: (trusted.append(args[2]), load(*args))[1])
@@ -89,13 +92,17 @@ def test_compare_models_passes_trust_remote_code_and_records_figures(checkpoint,
 
     monkeypatch.setattr(compare_models, "measure_in_new_process", in_this_process)
     flags = ["--eval_datasets", text_file, "--eval_seqlens", 32, 16, "--device", "cpu", "--trust_remote_code"]
-    args = parse(checkpoint, checkpoint, *flags, "--out", tmp_path / "out.json")
+    args = parse(*[checkpoint] * len(names), *flags, "--out", tmp_path / "out.json")
     args.flags = flags
     compare_models.main(args)
     record = json.loads((tmp_path / "out.json").read_text())
-    names = [f"perplexity {text_file.name}, seqlen {seqlen}" for seqlen in (32, 16)]
-    assert list(record["dense"]["perplexities"]) == names and record["dense"]["parameters"] > 0
-    assert trusted == [True, True]
+    texts = [f"perplexity {text_file.name}, seqlen {seqlen}" for seqlen in (32, 16)]
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0].split() == [names[0], *(word for name in names[1:] for word in (name, "ratio"))]
+    for name in names:
+        assert list(record[name]["perplexities"]) == texts and record[name]["parameters"] > 0
+        assert f"\n{name}:" in printed
+    assert trusted == [True] * len(names)
 
 
 def test_compare_models_with_a_failed_process_exits_with_its_code(checkpoint, text_file, monkeypatch):
