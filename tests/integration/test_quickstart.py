@@ -25,7 +25,7 @@ def test_quickstart_prunes_20_percent_and_reuses_its_cache(tmp_path):
     assert pruned["macs"] < 0.85 * dense["macs"]
     for name, value in dense["perplexities"].items():
         assert value < pruned["perplexities"][name] < 2 * value
-    assert re.search(r"^pruned: \w+", process.stdout, flags=re.MULTILINE)
+    assert re.search(r"^pruned: +\w+", process.stdout, flags=re.MULTILINE)
     recovered = result["recovered"]
     assert re.search(r"^ +dense +pruned +ratio +recovered +ratio$", process.stdout, flags=re.MULTILINE)
     assert recovered["parameters"] == pruned["parameters"]
