@@ -41,9 +41,9 @@ from slim_utils.common.loading import (
 from slim_utils.families import find_family
 from slim_utils.profiling.model_stats import model_stats
 from slim_utils.profiling.tables import Row, side_by_side
+from slim_utils.pruning_config import MACS_TOKENS
+from slim_utils.report.sources import COMPARED
 
-NAMES = ("dense", "pruned", "recovered")
-MACS_SEQLEN = 64
 NEW_TOKENS = 40
 
 
@@ -95,7 +95,7 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
 
 def model_paths(args: argparse.Namespace) -> dict[str, str]:
     """The given checkpoints by their names in the table."""
-    return {name: getattr(args, name) for name in NAMES if getattr(args, name) is not None}
+    return {name: getattr(args, name) for name in COMPARED if getattr(args, name) is not None}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for row in evaluate(model, sets)
     }
     seconds = time.perf_counter() - start
-    stats = model_stats(model.config, MACS_SEQLEN)
+    stats = model_stats(model.config, MACS_TOKENS)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(device)
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
@@ -153,7 +153,7 @@ def table(models: dict[str, dict[str, Any]]) -> str:
     measured = list(models.values())
     rows: list[Row] = [
         ("parameters (M)", *(model["parameters"] / 1e6 for model in measured)),
-        (f"MACs, {MACS_SEQLEN} tokens (G)", *(model["macs"] / 1e9 for model in measured)),
+        (f"MACs, {MACS_TOKENS} tokens (G)", *(model["macs"] / 1e9 for model in measured)),
     ]
     rows += [(name, *(model["perplexities"][name] for model in measured)) for name in measured[0]["perplexities"]]
     rows.append(("evaluation (s)", *(model["seconds"] for model in measured)))
@@ -171,7 +171,7 @@ def main(args: argparse.Namespace) -> None:
     models = {name: measure_in_new_process(args, path) for name, path in model_paths(args).items()}
     print(table(models))
     if args.out:
-        settings = {"prompt": args.prompt, "dtype": args.dtype, "macs_seqlen": MACS_SEQLEN}
+        settings = {"prompt": args.prompt, "dtype": args.dtype, "macs_seqlen": MACS_TOKENS}
         write_json_atomic(args.out, {**environment(choose_device(args.device)), **settings, **models})
     print()
     width = max(map(len, models)) + 1

@@ -94,14 +94,15 @@ def choose_local_device(name: str) -> torch.device:
     Raises:
         UserError: if the device does not exist, or a machine has fewer GPUs than processes.
     """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if name in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        devices = torch.cuda.device_count()
         if processes > devices:
             raise UserError(
                 f"--device {name}: {processes} processes on a machine with {devices} CUDA devices; start one for each"
             )
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    elif name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+    elif name.startswith("cuda:") and processes > 1:
         logger.warning("--device %s: all processes use this GPU; leave it out for one GPU each", name)
     return choose_device(name)
 

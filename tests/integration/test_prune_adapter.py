@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from scripts import prune_adapter
 from slim_utils.common.errors import UserError
 from slim_utils.families import find_family, layer_shapes
-from slim_utils.masks import PRUNING_FILE, ModelUnits, write_units
+from slim_utils.masks import PRUNING_FILE, LayerMask, ModelUnits, write_units
 from slim_utils.params_remove import shrink, zero_removed
 from tests.conftest import make_tiny
 from tests.processes import run_python
@@ -56,6 +56,19 @@ def write_pruned(folder, dense, masks) -> None:
     write_units(folder / PRUNING_FILE, units)
 
 
+def masked_beside_pruned(folder, dense, unit: str) -> tuple[PreTrainedModel, list[LayerMask]]:
+    """The masked model of uneven masks, and the masks; their pruned model is written to ``folder``."""
+    masks = uneven_masks(layer_shapes(dense.config), unit, dense_layer=1)
+    write_pruned(folder, dense, masks)
+    masked = copy.deepcopy(dense)
+    zero_removed(masked, find_family(dense.config), masks)
+    return masked, masks
+
+
+def load_adapted(base, adapter) -> PeftModel:
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+
+
 @torch.no_grad()
 def logits_of(model, samples) -> torch.Tensor:
     return model(input_ids=samples).logits
@@ -65,10 +78,7 @@ def logits_of(model, samples) -> torch.Tensor:
 def test_carried_adapter_has_the_logits_of_the_masked_model(variant, unit, samples, tmp_path):
     dense = make_tiny(variant)
     family = find_family(dense.config)
-    masks = uneven_masks(layer_shapes(dense.config), unit, dense_layer=1)
-    write_pruned(tmp_path / "pruned", dense, masks)
-    masked = copy.deepcopy(dense)
-    zero_removed(masked, family, masks)
+    masked, masks = masked_beside_pruned(tmp_path / "pruned", dense, unit)
     for out in (False, True):
         adapter, carried = tmp_path / f"adapter_{out}", tmp_path / f"carried_{out}"
         model = adapted(copy.deepcopy(masked), targets_of(dense, out))
@@ -79,7 +89,7 @@ def test_carried_adapter_has_the_logits_of_the_masked_model(variant, unit, sampl
             with torch.no_grad():
                 for part in masked_slices(model, family, masks):
                     part.parameter.copy_(part.zero(part.parameter))
-        pruned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "pruned"), carried).eval()
+        pruned = load_adapted(tmp_path / "pruned", carried)
         expected = logits_of(model, samples)
         assert torch.allclose(logits_of(pruned, samples), expected, atol=1e-5)
         assert not torch.allclose(logits_of(pruned.get_base_model().eval(), samples), logits_of(masked, samples)) or out
@@ -87,25 +97,16 @@ def test_carried_adapter_has_the_logits_of_the_masked_model(variant, unit, sampl
 
 def test_trained_biases_are_carried_over(samples, tmp_path):
     dense = make_tiny("opt")
-    masks = uneven_masks(layer_shapes(dense.config), "kv_group", dense_layer=1)
-    write_pruned(tmp_path / "pruned", dense, masks)
-    masked = copy.deepcopy(dense)
-    zero_removed(masked, find_family(dense.config), masks)
+    masked, _ = masked_beside_pruned(tmp_path / "pruned", dense, "kv_group")
     model = adapted(masked, targets_of(dense, False), bias="lora_only")
     model.save_pretrained(tmp_path / "adapter")
     main(tmp_path / "adapter", tmp_path / "pruned", tmp_path / "carried")
-    pruned = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "pruned"), tmp_path / "carried"
-    ).eval()
+    pruned = load_adapted(tmp_path / "pruned", tmp_path / "carried")
     assert torch.allclose(logits_of(pruned, samples), logits_of(model, samples), atol=1e-5)
 
 
 def test_bias_of_a_factor_and_whole_weights_are_carried_over(samples, tmp_path):
-    dense = make_tiny("gqa")
-    masks = uneven_masks(layer_shapes(dense.config), "query_head", dense_layer=1)
-    write_pruned(tmp_path / "pruned", dense, masks)
-    masked = copy.deepcopy(dense)
-    zero_removed(masked, find_family(dense.config), masks)
+    masked, _ = masked_beside_pruned(tmp_path / "pruned", make_tiny("gqa"), "query_head")
     config = LoraConfig(r=2, target_modules=["gate_proj"], lora_bias=True, init_lora_weights=False)
     config.modules_to_save = ["down_proj"]
     model = get_peft_model(masked, config).eval()
@@ -117,8 +118,7 @@ def test_bias_of_a_factor_and_whole_weights_are_carried_over(samples, tmp_path):
                 parameter.mul_(1.5)
     model.save_pretrained(tmp_path / "adapter")
     main(tmp_path / "adapter", tmp_path / "pruned", tmp_path / "carried")
-    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
-    pruned = PeftModel.from_pretrained(pruned, tmp_path / "carried").eval()
+    pruned = load_adapted(tmp_path / "pruned", tmp_path / "carried")
     assert torch.allclose(logits_of(pruned, samples), logits_of(model, samples), atol=1e-5)
 
 

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.conftest import VOCAB
 from tests.integration.finetuning import run
+from tests.integration.wide_llama import save_wide_llama
 from tests.processes import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,19 +104,7 @@ def test_model_finetune_on_sharded_weights_resumed_equals_uninterrupted(slim, ar
 def large_checkpoint(tmp_path_factory, tokenizer) -> Iterator[Path]:
     """A LLaMA of 420 MiB, nearly all of it in layers of 28 MiB."""
     path = tmp_path_factory.mktemp("models") / "large"
-    sizes = {"hidden_size": 2048, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8}
-    config = LlamaConfig(vocab_size=VOCAB, num_hidden_layers=LAYERS, head_dim=64, max_position_embeddings=64, **sizes)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model.to_empty(device="cpu")
-    values = torch.randn(2048 * 512, generator=torch.Generator().manual_seed(0)) * 0.02
-    for index, parameter in enumerate(model.parameters()):
-        # Random numbers are slow to draw; the same ones are reused, rolled.
-        rolled = values[: parameter.numel()].roll(index).view(parameter.shape)
-        parameter.data = rolled if parameter.dim() > 1 else torch.ones(parameter.shape)
-    model.save_pretrained(path, max_shard_size="200MB")
-    tokenizer.save_pretrained(path)
-    del model
+    save_wide_llama(path, tokenizer, LAYERS)
     yield path
     for shard in path.glob("*.safetensors"):
         shard.unlink()

@@ -9,10 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.conftest import VOCAB
+from tests.integration.wide_llama import save_wide_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
@@ -36,21 +34,7 @@ print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
 def large_checkpoint(tmp_path_factory, tokenizer) -> Iterator[Path]:
     """A LLaMA of 840 MiB with wide layers, whose Hessians are small in comparison."""
     path = tmp_path_factory.mktemp("models") / "large"
-    sizes = {"hidden_size": 2048, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8}
-    config = LlamaConfig(vocab_size=VOCAB, num_hidden_layers=LAYERS, head_dim=64, max_position_embeddings=64, **sizes)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model.to_empty(device="cpu")
-    values = torch.randn(2048 * 512, generator=torch.Generator().manual_seed(0)) * 0.02
-    for index, parameter in enumerate(model.parameters()):
-        # Random numbers are slow to draw; the same ones are reused, rolled.
-        parameter.data = (
-            values[: parameter.numel()].roll(index).view(parameter.shape)
-            if parameter.dim() > 1
-            else (torch.ones(parameter.shape))
-        )
-    model.save_pretrained(path, max_shard_size="200MB")
-    tokenizer.save_pretrained(path)
+    model = save_wide_llama(path, tokenizer, LAYERS)
     assert sum(parameter.nbytes for parameter in model.model.layers.parameters()) > LIMIT_MIB * MIB
     layer = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
     assert round(layer / MIB) == LAYER_MIB

@@ -31,6 +31,7 @@ from slim_utils.profiling.model_stats import removed_share
 from slim_utils.pruning_config import PruningConfig
 from slim_utils.slimgpt import SlimGPT
 from tests.conftest import make_tiny
+from tests.unit.allocation.slimming import main
 
 CPU = torch.device("cpu")
 MODEL_KINDS = ["mha", "gqa", "phi3", "olmo2", "opt", "mixtral", "qwen3_moe"]
@@ -155,16 +156,6 @@ def test_scaled_counts_of_schedules_meet_the_budget_to_one_column(name, unit, st
         assert masks[0].kept_heads == list(range(6))
     with pytest.raises(UserError, match="can be removed"):
         scaled_counts(schedule, units, 0.99 * total)
-
-
-@pytest.fixture
-def words(checkpoint, text_file) -> list:
-    flags = ["--num_samples", 16, "--seqlen", 32, "--device", "cpu", "--skip_evaluate"]
-    return [checkpoint, "--data_file", text_file, *flags]
-
-
-def main(*arguments: object) -> None:
-    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, arguments))))
 
 
 # A column of the tiny model has 3 · 24 weights; its four layers have 4 · (24 · 24 · 2 + 24 · 8 · 2 + 3 · 24 · 40).

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-import model_slimming
 from slim_utils.allocation import refinement
 from slim_utils.allocation import sensitivity as sensitivity_analysis
 from slim_utils.allocation.budget import LayerUnits, layer_units
@@ -23,6 +22,7 @@ from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerPlan
 from slim_utils.obs import SelectionOptions
 from tests.conftest import make_tiny
+from tests.unit.allocation.slimming import main
 
 CPU = torch.device("cpu")
 SETTINGS = PruningSettings(CPU, CPU, selection=SelectionOptions(exact_heads=True, column_group=4))
@@ -148,13 +148,8 @@ def test_refined_plans_unmeasured_layers_stay_dense():
 
 
 @pytest.fixture
-def words(checkpoint, text_file) -> list:
-    flags = ["--num_samples", 16, "--seqlen", 32, "--device", "cpu", "--skip_evaluate", "--target_ratio", 0.3]
-    return [checkpoint, "--data_file", text_file, *flags]
-
-
-def main(*arguments: object) -> None:
-    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, arguments))))
+def words(words) -> list:
+    return [*words, "--target_ratio", 0.3]
 
 
 def kept(folder) -> list[list[int]]:

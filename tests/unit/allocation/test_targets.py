@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-import model_slimming
 from slim_utils.allocation.budget import cost_removed, layer_units
 from slim_utils.allocation.targets import cached_tokens, measured_size, parse_size, target_of
 from slim_utils.common.errors import UserError
@@ -17,6 +16,7 @@ from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.params_remove import slim_config
 from slim_utils.pruning_config import PruningConfig
 from tests.conftest import ALL_TINY, make_tiny
+from tests.unit.allocation.slimming import main
 
 CPU = torch.device("cpu")
 MEMORY = PruningConfig(target_memory="0.9x", at_context=300, at_batch=3)
@@ -77,16 +77,6 @@ def test_parse_size(flag, text, value, is_share):
     size = parse_size(flag, text)
     assert (size.value, size.is_share) == (value, is_share)
     assert size.of(100.0) == (100 * value if is_share else value)
-
-
-@pytest.fixture
-def words(checkpoint, text_file) -> list:
-    flags = ["--num_samples", 16, "--seqlen", 32, "--device", "cpu", "--skip_evaluate"]
-    return [checkpoint, "--data_file", text_file, *flags]
-
-
-def main(*arguments: object) -> None:
-    model_slimming.main(model_slimming.build_parser().parse_args(list(map(str, arguments))))
 
 
 @pytest.mark.parametrize(
