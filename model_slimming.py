@@ -3,9 +3,9 @@
     python model_slimming.py MODEL c4 --num_samples 128 --percdamp 0 --non_uniform --min_sparsity 0.0625 \
         --max_sparsity 0.25 --save_pruned_weights --save_dir OUT 2>&1 | tee -i OUT.ppl
 
-Outputs (written atomically): OUT/, the masked model (original shapes, removed weights zero); OUT/pruned_weights/, the
-pruned model and its card; OUT/pruning.json, the kept and removed units of every layer; OUT/run.json, arguments,
-versions, data, errors and seconds per layer, perplexities.
+Outputs (written atomically): OUT/, the masked model (original shapes, removed weights zero; none where whole experts
+are removed); OUT/pruned_weights/, the pruned model and its card; OUT/pruning.json, the kept and removed units of every
+layer; OUT/run.json, arguments, versions, data, errors and seconds per layer, perplexities.
 
 Limits: the families of the table; one layer and its Hessian fit on the device and, without --stream, the model in
 memory.
@@ -51,6 +51,7 @@ from slim_utils.cli.slimming_stages import (
     prune,
     with_device_defaults,
 )
+from slim_utils.common.errors import UserError
 from slim_utils.common.input_checks import check_length, check_token_ids
 from slim_utils.common.loading import (
     PRUNED_MODEL_FOLDER,
@@ -70,7 +71,7 @@ from slim_utils.output.provenance import public_name, read_model_units, read_pro
 from slim_utils.output.run_record import ModelSizes, pruning_record, rounding_settings
 from slim_utils.output.writers import note_saved_output, write_output, write_record
 from slim_utils.profiling.model_stats import count_parameters, removed_share
-from slim_utils.pruning_config import Effect, PruningConfig
+from slim_utils.pruning_config import EXPERT_UNITS, Effect, PruningConfig
 from slim_utils.slim_dataset import CalibrationData, load_calibration
 from slim_utils.text_source import CALIBRATION_DATASETS
 
@@ -109,6 +110,9 @@ def checked(config: PruningConfig) -> PruningConfig:
     Raises:
         UserError: naming the flag to change.
     """
+    if config.expert_unit == EXPERT_UNITS[0]:
+        # The default, of which an interrupted run may have no record.
+        config = replace(config, expert_unit=None)
     check_flags(with_preset(config))
     if config.save_dir:
         check_save_dir(config)
@@ -134,11 +138,12 @@ def open_store(
 
 
 def evaluate_pruned(config: PruningConfig, host: ResidentModel, eval_sets: EvalSets) -> list[dict[str, Any]]:
-    """Return the perplexities of the pruned model or, with ``--stream``, of the saved masked model."""
+    """Return the perplexities of the pruned model or, with ``--stream``, of the saved masked or pruned model."""
     if not config.stream:
         return evaluate_on(host, config.torch_device, eval_sets)
     host.close()
-    with closing(open_host(config, config.save_dir)) as saved:
+    folder = Path(config.save_dir) / PRUNED_MODEL_FOLDER if config.whole_experts else config.save_dir
+    with closing(open_host(config, str(folder))) as saved:
         return evaluate_layers(saved, config.torch_device, eval_sets)
 
 
@@ -175,6 +180,8 @@ def prepare_inputs(config: PruningConfig) -> RunInputs:
     find_family(model_config)
     check_length(config.seqlen, model_config, "--seqlen")
     shapes = layer_shapes(model_config)
+    if config.whole_experts and not has_experts(shapes):
+        raise UserError("--expert_unit expert: the model has no experts; leave it out")
     config = resolve_preset(config, has_experts(shapes))
     plan = plan_without_weights(config, model_config)
     tokenizer = load_tokenizer(config.model_path, config.trust_remote_code)
@@ -223,7 +230,8 @@ def run(config: PruningConfig) -> None:
     config = inputs.config
     with closing(open_host(config, config.model_path)) as host:
         if config.save_dir:
-            warn_if_short_of_space(Path(config.save_dir), host.model, copies=2 + config.save_pruned_weights)
+            copies = 2 + config.save_pruned_weights - config.whole_experts
+            warn_if_short_of_space(Path(config.save_dir), host.model, copies)
         logger.info(inputs.data.log_line())
         processes = ProcessGroup.init(config.torch_device)
         config = with_device_defaults(config, host, inputs.data.samples.numel() // processes.world_size)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slim_utils.families import LayerShape, find_family, layer_shapes
+from slim_utils.families import COLUMNS, HEADS, LayerShape, find_family, layer_shapes
 from slim_utils.layerwise.layer_forward import LayerForward, capture_layer_kwargs
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerMask
@@ -119,9 +119,9 @@ def prune_flap(model: PreTrainedModel, samples: Tensor, share: float, settings: 
         layers, shapes, scores, counts, statistics, strict=True
     ):
         mask = mask_lowest(shape, heads, columns, *count)
-        removed = mask.removed()
-        compensate_with_bias(layer.self_attn.o_proj, attention.mean, expand(removed.kept_heads, shape.head_dim))
-        compensate_with_bias(layer.mlp.down_proj, mlp.mean, expand(removed.kept_columns, 1))
+        removed = mask.removed_units()
+        compensate_with_bias(layer.self_attn.o_proj, attention.mean, expand(removed[HEADS], shape.head_dim))
+        compensate_with_bias(layer.mlp.down_proj, mlp.mean, expand(removed[COLUMNS], 1))
         zero_layer(layer, family, mask)
         masks.append(mask)
     return masks

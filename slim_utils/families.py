@@ -36,6 +36,7 @@ class Family:
         head_norms: RMS norms over all heads at once, and the kind of their weights.
         columns_key: configuration key of the FFN width.
         experts: module with the 3-D parameters ``gate_up_proj`` and ``down_proj`` of a mixture of experts, if any.
+        router: module that chooses the experts of a token; its weight has a row per expert.
         expert_columns_key: configuration key of the width of an expert; empty for families without experts.
         heads_fill_hidden: whether the stock class requires heads that fill the hidden size.
     """
@@ -57,6 +58,7 @@ class Family:
     head_norms: tuple[tuple[str, str], ...] = ()
     columns_key: str = "intermediate_size"
     experts: str = "mlp.experts"
+    router: str = "mlp.gate"
     expert_columns_key: str = ""
     heads_fill_hidden: bool = False
 

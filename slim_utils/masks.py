@@ -20,15 +20,25 @@ class LayerPlan:
 
     Attributes:
         heads: query heads: the same number from every kv group, or all heads of some kv groups.
-        columns: columns of the FFN, or of each expert.
+        columns: columns of the FFN, or of each expert that stays.
+        experts: whole experts.
     """
 
     heads: int = 0
     columns: int = 0
+    experts: int = 0
 
     def __bool__(self) -> bool:
         """Return whether anything is removed."""
-        return bool(self.heads or self.columns)
+        return bool(self.heads or self.columns or self.experts)
+
+
+def columns_by_ffn(shape: LayerShape, columns: list[int]) -> list[list[int]]:
+    """Return ``columns`` of a layer by expert, relative to the expert; one list for a dense FFN."""
+    by_ffn: list[list[int]] = [[] for _ in range(shape.num_ffns)]
+    for column in columns:
+        by_ffn[column // shape.ffn_width].append(column % shape.ffn_width)
+    return by_ffn
 
 
 def _others(units: list[int], total: int) -> list[int]:
@@ -38,6 +48,8 @@ def _others(units: list[int], total: int) -> list[int]:
 @dataclass(frozen=True)
 class LayerMask:
     """Kept units of one decoder layer, as ascending indices into its original heads, kv heads and FFN columns.
+
+    An expert that keeps no column is removed as a whole.
 
     Raises:
         ValueError: if the experts keep different numbers of columns.
@@ -49,7 +61,7 @@ class LayerMask:
     kept_columns: list[int]
 
     def __post_init__(self) -> None:
-        if len(set(map(len, self.columns_by_ffn()))) > 1:
+        if len({len(columns) for columns in self.columns_by_ffn() if columns}) > 1:
             raise ValueError("experts with different numbers of columns")
 
     @classmethod
@@ -77,15 +89,10 @@ class LayerMask:
             raise ValueError("kv heads with different numbers of query heads")
         return cls(shape, kept_heads, groups, kept_columns)
 
-    def removed(self) -> "LayerMask":
-        """Return the mask that keeps the units that this one removes."""
-        shape = self.shape
-        return LayerMask(
-            shape,
-            _others(self.kept_heads, shape.num_heads),
-            _others(self.kept_kv_heads, shape.num_kv_heads),
-            _others(self.kept_columns, shape.num_columns),
-        )
+    def removed_units(self) -> dict[str, list[int]]:
+        """Return the removed units by kind."""
+        totals = {HEADS: self.shape.num_heads, KV_HEADS: self.shape.num_kv_heads, COLUMNS: self.shape.num_columns}
+        return {kind: _others(units, totals[kind]) for kind, units in self.kept_units().items()}
 
     def kept_units(self) -> dict[str, list[int]]:
         """Return the kept units by kind."""
@@ -95,7 +102,9 @@ class LayerMask:
     def kept_shape(self) -> LayerShape:
         """Sizes of the layer without its removed units."""
         sizes = {"num_heads": self.kept_heads, "num_kv_heads": self.kept_kv_heads, "num_columns": self.kept_columns}
-        return replace(self.shape, **{name: len(units) for name, units in sizes.items()})
+        return replace(
+            self.shape, **{name: len(units) for name, units in sizes.items()}, num_experts=len(self.kept_experts)
+        )
 
     def compose(self, later: "LayerMask") -> "LayerMask":
         """Return the mask that keeps what is left when ``later`` prunes the layer that this mask pruned.
@@ -118,21 +127,28 @@ class LayerMask:
 
     def columns_by_ffn(self) -> list[list[int]]:
         """Return the kept columns of every expert, relative to the expert; one list for a dense FFN."""
-        width = self.shape.ffn_width
-        kept: list[list[int]] = [[] for _ in range(self.shape.num_ffns)]
-        for column in self.kept_columns:
-            kept[column // width].append(column % width)
-        return kept
+        return columns_by_ffn(self.shape, self.kept_columns)
+
+    @property
+    def kept_experts(self) -> list[int]:
+        """The experts that are not removed as a whole; empty for a dense FFN."""
+        if not self.shape.num_experts:
+            return []
+        return [index for index, columns in enumerate(self.columns_by_ffn()) if columns]
 
     @property
     def kept_width(self) -> int:
-        """Kept columns of the FFN, or of each expert."""
-        return len(self.kept_columns) // self.shape.num_ffns
+        """Kept columns of the FFN, or of each kept expert."""
+        return len(self.kept_columns) // (len(self.kept_experts) or 1)
 
     @property
     def plan(self) -> LayerPlan:
         """Number of removed units."""
-        return LayerPlan(self.shape.num_heads - len(self.kept_heads), self.shape.ffn_width - self.kept_width)
+        return LayerPlan(
+            heads=self.shape.num_heads - len(self.kept_heads),
+            columns=self.shape.ffn_width - self.kept_width,
+            experts=self.shape.num_experts - len(self.kept_experts),
+        )
 
     def removed_share(self) -> tuple[float, float]:
         """Return the removed fraction of the query heads and of the FFN columns."""
@@ -174,14 +190,22 @@ class ModelUnits:
 def pruning_to_json(units: ModelUnits, masks: list[LayerMask]) -> dict[str, Any]:
     """Return the content of ``pruning.json``: kept and removed units of each kind per layer, as dense indices.
 
+    In mixtures of experts, ``experts`` lists the experts kept and those removed as a whole, with all their columns.
+
     Args:
         units: units of the masked model.
         masks: masks of its layers.
     """
     layers = []
     for index, (layer, mask) in enumerate(zip(units.layers, masks, strict=True)):
-        kept, removed = (layer.compose(part).kept_units() for part in (mask, mask.removed()))
-        kinds = {kind: {"kept": kept[kind], "removed": removed[kind]} for kind in kept}
+        kept, removed = layer.compose(mask).kept_units(), mask.removed_units()
+        kinds = {
+            kind: {"kept": kept[kind], "removed": [units_of_kind[i] for i in removed[kind]]}
+            for kind, units_of_kind in layer.kept_units().items()
+        }
+        if layer.shape.num_experts:
+            kept_experts, experts = layer.compose(mask).kept_experts, layer.kept_experts
+            kinds["experts"] = {"kept": kept_experts, "removed": sorted(set(experts) - set(kept_experts))}
         layers.append({"layer": index, "shape": asdict(layer.shape), **kinds})
     head = {"format": FORMAT_VERSION, "model_type": units.model_type, "units_of": units.model}
     return {**head, "dense": units.is_dense, "layers": layers}
@@ -271,7 +295,7 @@ def read_masks(path: Path, family: Family, shapes: list[LayerShape]) -> list[Lay
         shapes: layer shapes of the masked model.
 
     Raises:
-        UserError: if the file cannot be read, or the layer shapes differ.
+        UserError: if the file cannot be read, the layer shapes differ, or whole experts are removed.
     """
     path = path / PRUNING_FILE if path.is_dir() else path
     try:
@@ -286,6 +310,8 @@ def read_masks(path: Path, family: Family, shapes: list[LayerShape]) -> list[Lay
         raise UserError(
             f"{path}: layer shapes differ from the model's; give the masked model (save_dir/), not the pruned model"
         )
+    if any(mask.plan.experts for mask in masks):
+        raise UserError(f"{path}: removes whole experts, which zeros cannot mask; train the pruned model without masks")
     return masks
 
 

@@ -12,11 +12,15 @@ from transformers import AutoConfig
 
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import model_on_meta
-from slim_utils.families import COLUMNS, HEADS, KV_HEADS, Family, layer_shapes
-from slim_utils.masks import LayerMask
+from slim_utils.families import COLUMNS, HEADS, KV_HEADS, Family, LayerShape, layer_shapes
+from slim_utils.masks import LayerMask, columns_by_ffn
+from slim_utils.routers import active_experts, mask_router
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+# Indices of slices of a parameter; of 3-D experts, a tensor per expert.
+Indices = Tensor | list[Tensor]
 
 # Keys of the dense configuration that do not apply to the pruned model.
 _DENSE_ONLY_KEYS = ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version")
@@ -27,19 +31,34 @@ def expand(units: list[int], size: int) -> Tensor:
     return (torch.tensor(units, dtype=torch.long)[:, None] * size + torch.arange(size)).flatten()
 
 
-def kept_indices(family: Family, mask: LayerMask) -> dict[str, tuple[int, Tensor]]:
+def kept_indices(family: Family, mask: LayerMask) -> dict[str, tuple[int, Indices]]:
     """Return the dimension and kept indices of every prunable parameter of a layer, by name.
 
     Linear maps lose rows (dimension 0), together with the entries of their biases, or columns (1). The 3-D parameters
-    of experts lose rows (1) or columns (2) of each expert; their indices are (experts, kept).
+    of experts lose rows (1) or columns (2) of each expert; their indices are one tensor per expert, empty for an expert
+    that is removed as a whole, whose row the router's weight loses too.
     """
-    kept = _kept_by_kind(mask)
-    parameters = {f"{family.attention_out}.weight": (1, kept[HEADS][0])}
+    return _indices(family, mask.shape, mask.kept_units(), mask.kept_experts)
+
+
+def removed_indices(family: Family, mask: LayerMask) -> dict[str, tuple[int, Indices]]:
+    """Return the dimension and removed indices of every prunable parameter, as :func:`kept_indices`."""
+    removed_experts = sorted(set(range(mask.shape.num_experts)) - set(mask.kept_experts))
+    return _indices(family, mask.shape, mask.removed_units(), removed_experts)
+
+
+def _indices(
+    family: Family, shape: LayerShape, units: dict[str, list[int]], experts: list[int]
+) -> dict[str, tuple[int, Indices]]:
+    """Return the dimension and the indices of ``units`` of every prunable parameter of a layer of ``shape``."""
+    kept = _rows_by_kind(shape, units)
+    parameters: dict[str, tuple[int, Indices]] = {f"{family.attention_out}.weight": (1, kept[HEADS][0])}
     rows = family.attention_rows
-    if mask.shape.num_experts:
-        columns = torch.tensor(mask.columns_by_ffn(), dtype=torch.long).view(mask.shape.num_experts, -1)
+    if shape.num_experts:
+        columns = [torch.tensor(row, dtype=torch.long) for row in columns_by_ffn(shape, units[COLUMNS])]
         parameters[f"{family.experts}.down_proj"] = (2, columns)
-        parameters[f"{family.experts}.gate_up_proj"] = (1, torch.cat([columns, columns + mask.shape.ffn_width], dim=1))
+        parameters[f"{family.experts}.gate_up_proj"] = (1, [torch.cat([row, row + shape.ffn_width]) for row in columns])
+        parameters[router_weight(family)] = (0, torch.tensor(experts, dtype=torch.long))
     else:
         parameters[f"{family.mlp_out}.weight"] = (1, kept[COLUMNS][0])
         rows += family.mlp_rows
@@ -57,42 +76,58 @@ def kept_indices(family: Family, mask: LayerMask) -> dict[str, tuple[int, Tensor
     return parameters
 
 
-def select_indices(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
-    """Return the slices ``indices`` of ``tensor`` along ``dim``; (experts, n) indices select slices per expert."""
-    indices = indices.to(tensor.device)
-    if indices.dim() == 1:
-        return tensor.index_select(dim, indices)
-    return torch.stack([expert.index_select(dim - 1, row) for expert, row in zip(tensor, indices, strict=True)])
+def router_weight(family: Family) -> str:
+    """Return the name of the router's weight in a layer."""
+    return f"{family.router}.weight"
 
 
-def zero_indices(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
-    """Zero in place the slices that :func:`select_indices` selects."""
-    indices = indices.to(tensor.device)
-    if indices.dim() == 1:
-        return tensor.index_fill_(dim, indices, 0)
+def select_indices(tensor: Tensor, dim: int, indices: Indices) -> Tensor:
+    """Return the slices ``indices`` of ``tensor`` along ``dim``.
+
+    Of a list of indices per expert, those with fewer than the longest belong to experts that are left out.
+    """
+    if isinstance(indices, Tensor):
+        return tensor.index_select(dim, indices.to(tensor.device))
+    longest = max(map(len, indices))
+    experts = [(expert, row) for expert, row in zip(tensor, indices, strict=True) if len(row) == longest]
+    return torch.stack([expert.index_select(dim - 1, row.to(tensor.device)) for expert, row in experts])
+
+
+def zero_indices(tensor: Tensor, dim: int, indices: Indices) -> Tensor:
+    """Zero in place the slices ``indices`` of ``tensor`` along ``dim``, by expert if they are a list."""
+    if isinstance(indices, Tensor):
+        return tensor.index_fill_(dim, indices.to(tensor.device), 0)
     for expert, row in zip(tensor, indices, strict=True):
-        expert.index_fill_(dim - 1, row, 0)
+        expert.index_fill_(dim - 1, row.to(tensor.device), 0)
     return tensor
 
 
-def _kept_by_kind(mask: LayerMask) -> dict[str, tuple[Tensor, int]]:
-    """Return the kept indices and the number of rows of each kind: heads, kv heads and columns."""
-    shape = mask.shape
+def num_indices(indices: Indices) -> int:
+    """Return the number of indices, of all experts together if they are a list."""
+    return len(indices) if isinstance(indices, Tensor) else sum(map(len, indices))
+
+
+def count_weights(tensor: Tensor, dim: int, indices: Indices) -> int:
+    """Return the number of weights in the slices ``indices`` of ``tensor`` along ``dim``."""
+    sliced = tensor if isinstance(indices, Tensor) else tensor[0]
+    return sliced.numel() // tensor.shape[dim] * num_indices(indices)
+
+
+def _rows_by_kind(shape: LayerShape, units: dict[str, list[int]]) -> dict[str, tuple[Tensor, int]]:
+    """Return the indices of the rows of ``units``, and the number of all rows, of each kind."""
     return {
-        HEADS: (expand(mask.kept_heads, shape.head_dim), shape.num_heads * shape.head_dim),
-        KV_HEADS: (expand(mask.kept_kv_heads, shape.head_dim), shape.num_kv_heads * shape.head_dim),
-        COLUMNS: (expand(mask.kept_columns, 1), shape.num_columns),
+        HEADS: (expand(units[HEADS], shape.head_dim), shape.num_heads * shape.head_dim),
+        KV_HEADS: (expand(units[KV_HEADS], shape.head_dim), shape.num_kv_heads * shape.head_dim),
+        COLUMNS: (expand(units[COLUMNS], 1), shape.num_columns),
     }
-
-
-def removed_indices(family: Family, mask: LayerMask) -> dict[str, tuple[int, Tensor]]:
-    """Return the dimension and removed indices of every prunable parameter, as :func:`kept_indices`."""
-    return kept_indices(family, mask.removed())
 
 
 @torch.no_grad()
 def zero_removed(model: PreTrainedModel, family: Family, masks: list[LayerMask]) -> None:
-    """Zero the removed columns, and the rows and biases that feed them, in place; the logits do not change."""
+    """Zero the removed columns, and the rows and biases that feed them, in place; the logits do not change.
+
+    Routers are masked, see :func:`mask_experts`: they choose among the kept experts.
+    """
     for layer, mask in zip(family.decoder_layers(model), masks, strict=True):
         zero_layer(layer, family, mask)
 
@@ -100,10 +135,20 @@ def zero_removed(model: PreTrainedModel, family: Family, masks: list[LayerMask])
 @torch.no_grad()
 def zero_layer(layer: nn.Module, family: Family, mask: LayerMask) -> None:
     """Zero the removed units of one layer in place, see :func:`zero_removed`."""
+    mask_experts(layer, family, mask)
     parameters = dict(layer.named_parameters())
     for name, (dim, indices) in removed_indices(family, mask).items():
         if name in parameters:
             zero_indices(parameters[name], dim, indices)
+
+
+def mask_experts(layer: nn.Module, family: Family, mask: LayerMask) -> None:
+    """Make the layer's router choose among the experts that ``mask`` keeps.
+
+    No weights of a router express this, so that a saved masked model would choose removed experts again.
+    """
+    if mask.shape.num_experts:
+        mask_router(layer.get_submodule(family.router), mask.kept_experts)
 
 
 @torch.no_grad()
@@ -116,7 +161,7 @@ def zero_heads(layer: nn.Module, family: Family, mask: LayerMask) -> None:
     if not family.head_norms:
         return
     zero_layer(layer, family, mask)
-    kept = _kept_by_kind(mask)
+    kept = _rows_by_kind(mask.shape, mask.kept_units())
     for name, kind in family.head_norms:
         indices, total = kept[kind]
         layer.get_parameter(f"{name}.weight").mul_(math.sqrt(len(indices) / total))
@@ -171,6 +216,12 @@ def _shared_fields(config: PreTrainedConfig, masks: list[LayerMask]) -> dict[str
     fields["head_dim"] = masks[0].shape.head_dim
     fields["layer_head_num"] = [len(mask.kept_heads) for mask in masks]
     fields["layer_inter_size"] = [mask.kept_width for mask in masks]
+    num_experts = {len(mask.kept_experts) for mask in masks if mask.shape.num_experts}
+    if len(num_experts) > 1:
+        raise ValueError(f"layers with {' and '.join(map(str, sorted(num_experts)))} experts")
+    for kept in num_experts:
+        fields[config.attribute_map.get("num_experts", "num_experts")] = kept
+        fields["num_experts_per_tok"] = active_experts(config, kept)
     return fields
 
 
@@ -195,7 +246,7 @@ def shrink_layer(layer: nn.Module, family: Family, mask: LayerMask) -> dict[str,
         if name in state:
             state[name] = select_indices(state[name], dim, kept)
     for norm, kind in family.head_norms:
-        indices, total = _kept_by_kind(mask)[kind]
+        indices, total = _rows_by_kind(mask.shape, mask.kept_units())[kind]
         name = f"{norm}.weight"
         # The mean square of the pruned model is over fewer heads.
         state[name] = select_indices(state[name], 0, indices) * math.sqrt(total / len(indices))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 SENSITIVITY = "search"
+# Units of mixtures of experts: the same number of columns of every expert, or whole experts.
+EXPERT_UNITS = ("columns", "expert")
 TARGET_FLAGS = ("--target_ratio", "--target_params", "--target_macs", "--target_memory")
 # Tokens of the forward whose multiply-accumulates are counted.
 MACS_TOKENS = 64
@@ -63,6 +65,7 @@ class PruningConfig:
     search_minutes: float | None = field(default=None, metadata=_NONE)
     profile: Path | None = field(default=None, metadata=_CONTENT)
     gqa_unit: str = field(default="query_head", metadata=_VALUE)
+    expert_unit: str | None = field(default=None, metadata=_VALUE)
     multiple_of: int = field(default=1, metadata=_VALUE)
     even_heads: bool = field(default=False, metadata=_VALUE)
     tp_size: int = field(default=1, metadata=_VALUE)
@@ -118,6 +121,11 @@ class PruningConfig:
     def torch_cache_dev(self) -> torch.device:
         """Device of the activations between layers."""
         return torch.device(self.cache_dev or self.device)
+
+    @property
+    def whole_experts(self) -> bool:
+        """Whether mixtures of experts lose whole experts."""
+        return self.expert_unit == "expert"
 
     @property
     def has_target(self) -> bool:

@@ -28,7 +28,7 @@ from slim_utils.common.errors import UserError
 from slim_utils.common.loading import write_json_atomic
 from slim_utils.families import Family
 from slim_utils.masks import LayerMask
-from slim_utils.params_remove import removed_indices, select_indices, zero_indices
+from slim_utils.params_remove import Indices, count_weights, num_indices, removed_indices, select_indices, zero_indices
 from train_utils.finetune_dataset import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class MaskedSlice:
 
     parameter: nn.Parameter
     dim: int
-    indices: Tensor
+    indices: Indices
 
     def zero(self, tensor: Tensor) -> Tensor:
         """A copy of ``tensor``, which is shaped like the parameter, with the slice set to zero."""
@@ -64,7 +64,7 @@ class MaskedSlice:
 
     def size(self) -> int:
         """Number of weights in the slice."""
-        return self.parameter.numel() // self.parameter.shape[self.dim] * self.indices.shape[-1]
+        return count_weights(self.parameter, self.dim, self.indices)
 
 
 def masked_slices(model: PreTrainedModel | PeftModel, family: Family, masks: list[LayerMask]) -> Iterator[MaskedSlice]:
@@ -75,7 +75,7 @@ def masked_slices(model: PreTrainedModel | PeftModel, family: Family, masks: lis
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     for layer, mask in zip(family.decoder_layers(base), masks, strict=True):
         for name, (dim, indices) in removed_indices(family, mask).items():
-            if not indices.numel():
+            if not num_indices(indices):
                 continue
             module_name, _, parameter_name = name.rpartition(".")
             module = layer.get_submodule(module_name)

@@ -17,7 +17,7 @@ class Alignment:
 
     Attributes:
         heads_multiple: multiple of heads, or of kv groups if those are the unit.
-        columns_multiple: multiple of FFN columns.
+        columns_multiple: multiple of FFN columns, or of experts where they are removed as a whole.
         expert_columns_multiple: additional multiple for the columns of each expert; the grouped matrix products of
             transformers need rows of 16 bytes.
         tp_size: tensor-parallel GPUs; key/value heads are split over them, or replicated on several.
@@ -53,7 +53,8 @@ class Alignment:
         for num_experts in {layer.num_experts for layer in units}:
             # Left-over columns move only between layers whose columns have the same number of weights.
             indices = [index for index, layer in enumerate(units) if layer.num_experts == num_experts]
-            multiple = math.lcm(self.columns_multiple, self.expert_columns_multiple if num_experts else 1)
+            columns_of_experts = num_experts and not units[indices[0]].whole_experts
+            multiple = math.lcm(self.columns_multiple, self.expert_columns_multiple if columns_of_experts else 1)
             aligned_columns = aligned_counts(
                 [columns[i] for i in indices],
                 [units[i].columns for i in indices],
@@ -72,11 +73,13 @@ class Alignment:
             kept = mask.kept_heads if settings.by_query_head(mask.shape) else mask.kept_kv_heads
             kv_heads = len(mask.kept_kv_heads)
             splits = kv_heads % self.tp_size == 0 or self.tp_size % kv_heads == 0
-            if len(kept) % self.heads_multiple or mask.kept_width % self.columns_multiple or not splits:
+            columns = len(mask.kept_experts) if settings.whole_experts else mask.kept_width
+            if len(kept) % self.heads_multiple or columns % self.columns_multiple or not splits:
                 unaligned.append(str(index))
         if unaligned:
-            message = "layers %s cannot be aligned: heads and key/value heads to %d, FFN columns to %d"
-            logger.warning(message, ", ".join(unaligned), self.heads_multiple, self.columns_multiple)
+            message = "layers %s cannot be aligned: heads and key/value heads to %d, %s to %d"
+            columns_name = "experts" if settings.whole_experts else "FFN columns"
+            logger.warning(message, ", ".join(unaligned), self.heads_multiple, columns_name, self.columns_multiple)
 
 
 def aligned_counts(

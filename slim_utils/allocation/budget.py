@@ -23,16 +23,17 @@ DEPTH_DECAY, MAX_TOTAL_LOSS = 1.5, 1.0
 
 @dataclass(frozen=True)
 class LayerUnits:
-    """Removable units of one layer: heads and FFN columns.
+    """Removable units of one layer: heads and FFN columns, or experts.
 
     Attributes:
         heads: units of heads, one of which stays: query heads of each kv group, or kv groups.
-        columns: columns of the FFN, or of each expert, one of which stays.
+        columns: columns of the FFN, or of each expert, or whole experts; one of them stays.
         head_cost: what one unit of heads counts in the budget: its block weights, multiply-accumulates or bytes.
         column_cost: the same for one column.
         heads_per_unit: query heads of one unit.
         head_groups: kv groups that one unit takes heads from.
         num_experts: experts of the layer; 0 for a dense FFN.
+        whole_experts: whether ``columns`` are the experts of the layer.
     """
 
     heads: int
@@ -42,14 +43,17 @@ class LayerUnits:
     heads_per_unit: int = 1
     head_groups: int = 1
     num_experts: int = 0
+    whole_experts: bool = False
 
     def plan(self, heads: int, columns: int) -> LayerPlan:
-        """Return the plan that removes ``heads`` units of heads and ``columns`` columns."""
+        """Return the plan that removes ``heads`` units of heads and ``columns`` columns, or experts."""
+        if self.whole_experts:
+            return LayerPlan(heads * self.heads_per_unit, experts=columns)
         return LayerPlan(heads * self.heads_per_unit, columns)
 
     def counts(self, plan: LayerPlan) -> tuple[int, int]:
-        """Return the units of heads and the columns that ``plan`` removes."""
-        return plan.heads // self.heads_per_unit, plan.columns
+        """Return the units of heads and the columns, or experts, that ``plan`` removes."""
+        return plan.heads // self.heads_per_unit, plan.experts if self.whole_experts else plan.columns
 
     def removed_by(self, ratio: float) -> tuple[int, int]:
         """Return the units of heads and the columns that a pruning ratio removes."""
@@ -62,6 +66,12 @@ def layer_units(
     """Return the units of every layer, with block weights as costs; parameters may be on the meta device."""
     units = []
     for layer, shape in zip(layers, shapes, strict=True):
+        if settings.whole_experts:
+            one_expert = settings.size_mask(shape, LayerPlan(experts=min(shape.num_experts, 1)))
+            cost = weights_of(layer, family, one_expert)[0]
+            # A single unit stays: heads and dense FFNs are not pruned.
+            units.append(LayerUnits(1, shape.num_ffns, 0, cost, num_experts=shape.num_experts, whole_experts=True))
+            continue
         heads, per_unit = settings.head_units(shape), settings.heads_per_unit(shape)
         one_head, one_column = LayerPlan(per_unit if heads > 1 else 0, 0), LayerPlan(0, 1)
         head_cost, column_cost = (
@@ -306,6 +316,8 @@ def read_profile(path: Path, units: list[LayerUnits], shapes: list[LayerShape]) 
     plans = []
     for index, (mask, layer) in enumerate(zip(masks, units, strict=True)):
         plan = mask.plan
+        if plan.experts:
+            raise UserError(f"--profile {path}: removes whole experts; use --expert_unit expert with a ratio instead")
         if plan.heads % layer.heads_per_unit:
             difference = f"removes {plan.heads} heads, not a multiple of {layer.heads_per_unit}"
             raise UserError(f"--profile {path}: layer {index} {difference}; change --gqa_unit")

@@ -35,7 +35,9 @@ from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerMask, LayerPlan
 from slim_utils.obs import SelectionOptions
 from slim_utils.params_remove import stock_config
+from slim_utils.profiling.model_stats import removed_share
 from slim_utils.pruning_config import SENSITIVITY, PruningConfig
+from slim_utils.routers import active_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,6 +62,7 @@ def pruning_settings(config: PruningConfig) -> PruningSettings:
         gqa_unit=config.gqa_unit,
         tokens_per_forward=config.tokens_per_forward or CPU_TOKENS_PER_FORWARD,
         solve_dtype=resolve_solve_dtype(config.solve_dtype, config.torch_device),
+        whole_experts=config.whole_experts,
     )
 
 
@@ -69,7 +72,7 @@ def alignment(config: PruningConfig) -> Alignment:
         heads_multiple=math.lcm(2 if config.even_heads else 1, config.tp_size),
         columns_multiple=math.lcm(config.multiple_of, config.tp_size),
         tp_size=config.tp_size,
-        uniform=config.uniform_shapes,
+        uniform=config.uniform_shapes or config.whole_experts,
     )
 
 
@@ -133,7 +136,7 @@ class Planner:
         if self._config.profile:
             return self._aligned(read_profile(self._config.profile, self.units, self.shapes))
         if self._config.has_target:
-            counts = scaled_counts(self._schedule, self.units, self.target.budget, self._config.uniform_shapes)
+            counts = scaled_counts(self._schedule, self.units, self.target.budget, self._alignment.uniform)
             return self._aligned([layer.plan(*pair) for layer, pair in zip(self.units, counts, strict=True)])
         return ratio_plans(self._ratios(), self.units, self._alignment)
 
@@ -192,6 +195,8 @@ class Planner:
         masks = [self.settings.size_mask(shape, plan) for shape, plan in zip(self.shapes, plans, strict=True)]
         if self._config.uniform_shapes:
             stock_config(self._host.model.config, self._host.family, masks)
+        if self._config.whole_experts:
+            self._log_experts(masks)
         self._alignment.warn_of_unaligned(masks, self.settings)
         if self.target.dense:
             counts = [list(unit.counts(plan)) for unit, plan in zip(self.units, plans, strict=True)]
@@ -200,13 +205,24 @@ class Planner:
             logger.info("target: %s, %.4f of the model's", size_text(self._config, size), share)
         return masks
 
+    def _log_experts(self, masks: list[LayerMask]) -> None:
+        """Log the experts that stay, the share of the block weights that goes with the others, and a smaller top k."""
+        config = self._host.model.config
+        kept = next(len(mask.kept_experts) for mask in masks if mask.shape.num_experts)
+        share = removed_share(self._host.layers, self._host.family, masks)
+        message = "every MoE layer keeps %d of %d experts: %.2f %% of the block weights are removed"
+        logger.info(message, kept, config.num_experts, 100 * share)
+        if active_experts(config, kept) < config.num_experts_per_tok:
+            logger.warning("num_experts_per_tok is reduced from %d to %d", config.num_experts_per_tok, kept)
+
     def _plans_of_least_loss(self, sensitivities: dict[int, LayerSensitivity]) -> list[LayerPlan]:
         """Return the plans of least loss that remove the budget from the measured layers."""
         counts = allocate_with_depth_decay(loss_curves(sensitivities, self.units), self.target.budget)
         return self._aligned(plans_of_counts(dict(zip(sorted(sensitivities), counts, strict=True)), self.units))
 
     def _aligned(self, plans: list[LayerPlan]) -> list[LayerPlan]:
-        return self._alignment.aligned(plans, self.units, [(plan.heads > 0, plan.columns > 0) for plan in plans])
+        counts = [unit.counts(plan) for unit, plan in zip(self.units, plans, strict=True)]
+        return self._alignment.aligned(plans, self.units, [(heads > 0, columns > 0) for heads, columns in counts])
 
     def _schedule(self, highest: float) -> list[float]:
         """Return the ratios of all layers by the schedule of ``--allocation`` for a highest ratio."""

@@ -14,6 +14,7 @@ from slim_utils.pruning_config import (
     BEST_SINK_WINDOWS,
     DEFAULT_BATCH,
     DEFAULT_CONTEXT,
+    EXPERT_UNITS,
     MACS_TOKENS,
     SENSITIVITY,
 )
@@ -56,7 +57,13 @@ def add_unit_flags(group: argparse._ArgumentGroup) -> None:
         help="unit of removal in grouped-query attention: the same number of query heads from every kv group, or whole "
         "groups (default: %(default)s)",
     )
-    group.add_argument("--multiple_of", type=int, help="every layer keeps a multiple of N FFN columns")
+    group.add_argument(
+        "--expert_unit",
+        choices=EXPERT_UNITS,
+        help="unit of removal in mixtures of experts: columns of every expert, or whole experts, whose number every "
+        "layer reduces alike, and nothing else (default: columns)",
+    )
+    group.add_argument("--multiple_of", type=int, help="every layer keeps a multiple of N FFN columns, or of N experts")
     group.add_argument("--even_heads", action="store_true", help="every layer keeps an even number of heads")
     group.add_argument("--tp_size", type=int, help="tensor-parallel GPUs that heads and FFN columns divide by")
     group.add_argument("--minlayer", type=int, help="first layer to prune")

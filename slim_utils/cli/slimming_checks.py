@@ -143,6 +143,36 @@ def check_budget(config: PruningConfig) -> None:
             raise UserError(f"{flag} runs in one process; measure without torchrun, then give --profile")
 
 
+def check_whole_experts(config: PruningConfig) -> None:
+    """Check the flags against ``--expert_unit expert``: as many experts of every layer are removed, and nothing else.
+
+    Raises:
+        UserError: naming the flag to leave out.
+    """
+    alike = "removes as many experts from every layer"
+    nothing_else = "prunes no heads and no columns"
+    reasons = {
+        "--preset": (config.preset != PruningConfig.preset, nothing_else),
+        "--non_uniform": (config.non_uniform, alike),
+        f"--allocation {config.allocation}": (config.allocation not in (None, "uniform"), alike),
+        "--refine": (config.refine, alike),
+        "--profile": (config.profile, alike),
+        "--minlayer": (config.minlayer > 0, alike),
+        "--maxlayer": (config.maxlayer < PruningConfig.maxlayer, alike),
+        "--target_macs": (config.target_macs, "leaves the multiply-accumulates of a token nearly as they are"),
+    }
+    for name in ("gqa_unit", "even_heads", "tp_size", "exact_heads", "column_group"):
+        reasons[f"--{name}"] = (getattr(config, name) != getattr(PruningConfig, name), nothing_else)
+    for flag, (given, reason) in reasons.items():
+        if given:
+            raise UserError(f"--expert_unit expert {reason}; leave {flag} out")
+    if config.save_dir and not config.save_pruned_weights:
+        raise UserError(
+            "--expert_unit expert saves the pruned model alone, for no weights of a router mask an expert: add "
+            "--save_pruned_weights"
+        )
+
+
 def check_ranges(config: PruningConfig) -> None:
     """Check the range of every numeric flag.
 
@@ -208,6 +238,8 @@ def check_flags(config: PruningConfig) -> None:
     """
     calibration_texts(config)
     check_ranges(config)
+    if config.whole_experts:
+        check_whole_experts(config)
     check_budget(config)
     check_original_flags(config)
     check_output_flags(config)

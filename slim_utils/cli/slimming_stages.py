@@ -24,7 +24,7 @@ from slim_utils.layerwise.offload import OffloadedModel, ResidentModel
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.resume import LayerStore
 from slim_utils.masks import LayerMask, LayerPlan
-from slim_utils.output.writers import CheckpointWriter, StreamedOutput, WholeOutput
+from slim_utils.output.writers import Checkpoints, CheckpointWriter, StreamedOutput, WholeOutput
 from slim_utils.pruning_config import PruningConfig
 from slim_utils.slim_dataset import CalibrationData, sink_windows
 
@@ -80,9 +80,16 @@ def open_output(
     config: PruningConfig, host: ResidentModel, store: LayerStore | None, size_masks: list[LayerMask]
 ) -> CheckpointWriter:
     """Return the checkpoint writer: at the end or, with ``--stream`` in the main process, layer by layer."""
+    # Without its experts alone, a stock model stays one.
+    stock = host.model.config.model_type == host.family.base_type
+    checkpoints = Checkpoints(
+        masked=not config.whole_experts,
+        pruned=config.save_pruned_weights,
+        stock=config.uniform_shapes or (config.whole_experts and stock),
+    )
     if isinstance(host, OffloadedModel) and store:
-        return StreamedOutput(store.output, host, size_masks, config.save_pruned_weights, config.uniform_shapes)
-    return WholeOutput(host.model, host.family, config.save_pruned_weights, config.uniform_shapes)
+        return StreamedOutput(store.output, host, size_masks, checkpoints)
+    return WholeOutput(host.model, host.family, checkpoints)
 
 
 def plan_without_weights(config: PruningConfig, model_config: PreTrainedConfig) -> ModelPlan | None:

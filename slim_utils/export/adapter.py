@@ -13,7 +13,7 @@ from torch import Tensor
 from slim_utils.common.errors import UserError
 from slim_utils.families import FAMILIES, Family
 from slim_utils.masks import LayerMask, ModelUnits
-from slim_utils.params_remove import kept_indices
+from slim_utils.params_remove import Indices, kept_indices
 
 # Fields of an adapter's configuration that change what its tensors are.
 UNSUPPORTED = {
@@ -81,7 +81,7 @@ def pruned_adapter(tensors: Mapping[str, Tensor], units: ModelUnits) -> dict[str
     pattern = _part_pattern(family)
 
     @cache
-    def indices(layer: int) -> tuple[dict[str, tuple[int, Tensor]], dict[str, tuple[int, Tensor]]]:
+    def indices(layer: int) -> tuple[dict[str, tuple[int, Indices]], dict[str, tuple[int, Indices]]]:
         if layer >= len(units.layers):
             raise UserError(f"ADAPTER: has a layer {layer}, the pruned model has {len(units.layers)} layers")
         mask = units.layers[layer]
@@ -95,6 +95,8 @@ def pruned_adapter(tensors: Mapping[str, Tensor], units: ModelUnits) -> dict[str
         if kept is None or dense is None or part.dim not in (None, kept[0]):
             return tensor
         dim, total = kept[0], len(dense[1])
+        # Only 3-D parameters, which are refused, have indices per expert.
+        assert isinstance(kept[1], Tensor)
         if tensor.shape[dim] != total:
             raise UserError(
                 f"ADAPTER: {name} has {tensor.shape[dim]} in dimension {dim}, the dense model {total}; give an adapter "

@@ -38,11 +38,18 @@ def expert_inputs(
         top_k_index: (tokens, k) experts that each token is routed to.
         top_k_weights: (tokens, k) weights of the router.
     """
-    gate_up_proj, act_fn = experts.get_parameter("gate_up_proj"), experts.get_submodule("act_fn")
     for index in top_k_index.unique().tolist():
-        token, place = torch.where(top_k_index == index)
-        gate, up = functional.linear(hidden[token], gate_up_proj[index]).chunk(2, dim=-1)
-        yield index, act_fn(gate) * up * top_k_weights[token, place, None]
+        yield index, tokens_of_expert(experts, index, hidden, top_k_index, top_k_weights)[1]
+
+
+def tokens_of_expert(
+    experts: nn.Module, index: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tokens that are routed to expert ``index``, and the inputs of its down projection as :func:`expert_inputs`."""
+    gate_up_proj, act_fn = experts.get_parameter("gate_up_proj"), experts.get_submodule("act_fn")
+    token, place = torch.where(top_k_index == index)
+    gate, up = functional.linear(hidden[token], gate_up_proj[index]).chunk(2, dim=-1)
+    return token, act_fn(gate) * up * top_k_weights[token, place, None]
 
 
 def prune_experts(

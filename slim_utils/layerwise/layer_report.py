@@ -9,6 +9,25 @@ from slim_utils.slimgpt import PruneResult
 
 
 @dataclass(frozen=True)
+class ExpertRefit:
+    """Removal of whole experts of one layer, and the refit of the others.
+
+    Attributes:
+        scores: REAP score of every expert.
+        removed: experts that were removed.
+        refitted: experts whose refit was kept.
+        held_out_error_before: squared error of the layer's output on the held-out samples, as a share of its energy.
+        held_out_error_after: the same after the refit.
+    """
+
+    scores: list[float]
+    removed: list[int]
+    refitted: list[int]
+    held_out_error_before: float
+    held_out_error_after: float
+
+
+@dataclass(frozen=True)
 class LayerReport:
     """Report of one pruned layer.
 
@@ -22,6 +41,7 @@ class LayerReport:
         batch_samples: samples per forward at the end of the layer; below the requested number after an out-of-memory
             error.
         cache_dev: device of the activations at the end of the layer.
+        experts: what whole experts were removed and refitted, if that is the unit.
     """
 
     layer: int
@@ -32,6 +52,7 @@ class LayerReport:
     peak_memory_mib: dict[str, float]
     batch_samples: int | None = None
     cache_dev: str | None = None
+    experts: ExpertRefit | None = None
 
     def to_json(self) -> str:
         """As json."""
@@ -44,20 +65,30 @@ class LayerReport:
         mask = content.pop("mask")
         shape = LayerShape(**mask.pop("shape"))
         attention, mlp = (PruneResult(**content.pop(name)) for name in ("attention", "mlp"))
-        return cls(mask=LayerMask(shape, **mask), attention=attention, mlp=mlp, **content)
+        # Layers of earlier versions have none.
+        refit = content.pop("experts", None)
+        experts = ExpertRefit(**refit) if refit else None
+        return cls(mask=LayerMask(shape, **mask), attention=attention, mlp=mlp, experts=experts, **content)
 
     def log_line(self, num_layers: int) -> str:
-        """One line: pruned heads and columns, errors before and after compensation, seconds, memory."""
+        """One line: pruned heads and columns, or experts, errors before and after compensation, seconds, memory."""
         shape, mask, plan = self.mask.shape, self.mask, self.mask.plan
         peaks = ", ".join(f"{name} {mib / 1024:.2f} GiB" for name, mib in self.peak_memory_mib.items())
-        ratios = plan.heads / shape.num_heads, plan.columns / shape.ffn_width
-        heads = f"heads −{plan.heads}/{shape.num_heads}"
-        columns = f"columns −{shape.num_columns - len(mask.kept_columns)}/{shape.num_columns}"
-        return (
-            f"layer {self.layer}/{num_layers} ratio {'/'.join(f'{ratio:.4f}' for ratio in dict.fromkeys(ratios))}: "
-            f"{heads} {_error_change(self.attention)}, {columns} {_error_change(self.mlp)}, "
-            f"{self.seconds:.1f} s, peak {peaks}"
-        )
+        if self.experts:
+            ratios: tuple[float, ...] = (plan.experts / shape.num_experts,)
+            units = (
+                f"experts −{plan.experts}/{shape.num_experts} ({', '.join(map(str, self.experts.removed))}) "
+                f"{_error_change(self.mlp)}, refitted {len(self.experts.refitted)}/{len(mask.kept_experts)}"
+            )
+        else:
+            ratios = plan.heads / shape.num_heads, plan.columns / shape.ffn_width
+            columns = f"columns −{shape.num_columns - len(mask.kept_columns)}/{shape.num_columns}"
+            units = (
+                f"heads −{plan.heads}/{shape.num_heads} {_error_change(self.attention)}, "
+                f"{columns} {_error_change(self.mlp)}"
+            )
+        ratio = "/".join(f"{ratio:.4f}" for ratio in dict.fromkeys(ratios))
+        return f"layer {self.layer}/{num_layers} ratio {ratio}: {units}, {self.seconds:.1f} s, peak {peaks}"
 
 
 def _error_change(result: PruneResult) -> str:

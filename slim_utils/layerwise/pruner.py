@@ -5,7 +5,8 @@
 3. Accumulate the Hessian of the attention's output map (``o_proj``) on the layer's inputs.
 4. Prune whole heads of it and compensate; zero what feeds them.
 5. Accumulate the Hessian of the FFN's output map (``down_proj``) on the outputs of the pruned attention.
-6. Prune its columns and compensate; log the layer and store it for ``--resume``.
+6. Prune its columns and compensate; log the layer and store it for ``--resume``. Where whole experts are the unit,
+   remove those of a layer and refit the others instead; 3 to 5 remove no heads then.
 7. Replace the inputs by the outputs of the pruned layer; offload the layer; go to 2.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,13 +31,14 @@ from slim_utils.families import Family, LayerShape, layer_shapes, linear_map
 from slim_utils.layerwise.distributed import SINGLE_PROCESS, ProcessGroup
 from slim_utils.layerwise.experts import prune_experts
 from slim_utils.layerwise.layer_forward import LayerForward, LayerKwargs, capture_layer_kwargs, check_finite
-from slim_utils.layerwise.layer_report import LayerReport
+from slim_utils.layerwise.layer_report import ExpertRefit, LayerReport
 from slim_utils.layerwise.less_memory import warn_of_full_memory
 from slim_utils.layerwise.offload import CPU, ResidentModel
 from slim_utils.layerwise.resume import LayerStore, changed_parameters, copied_parameters, put_back_parameters
 from slim_utils.layerwise.settings import PruningSettings
+from slim_utils.layerwise.whole_experts import prune_whole_experts
 from slim_utils.masks import LayerMask, LayerPlan
-from slim_utils.params_remove import zero_heads
+from slim_utils.params_remove import mask_experts, zero_heads
 from slim_utils.slimgpt import PruneResult, SlimGPT
 
 if TYPE_CHECKING:
@@ -48,6 +50,16 @@ T = TypeVar("T")
 
 # Arguments: layer index, name of the map, its pruner, units to prune, columns of a unit, groups of units.
 PruneHook = Callable[[int, str, SlimGPT, int, int, int], None]
+
+
+@dataclass(frozen=True)
+class _PrunedLayer:
+    """Mask of a pruned layer, results of its attention and its FFN, and of the removal of whole experts."""
+
+    mask: LayerMask
+    attention: PruneResult
+    mlp: PruneResult
+    experts: ExpertRefit | None = None
 
 
 @torch.no_grad()
@@ -69,7 +81,7 @@ def prune_layers(
         model: its weights are changed, its shapes are not.
         family: its row of the table.
         samples: (num_samples, seqlen) calibration token ids of this process.
-        plans: heads and columns to remove, by layer; a layer with an empty plan is unchanged.
+        plans: heads and columns, or whole experts, to remove, by layer; a layer with an empty plan is unchanged.
         settings: how layers are pruned.
         store: finished layers, which are not pruned again; on the main process only.
         processes: process group; each process has its own samples.
@@ -78,7 +90,7 @@ def prune_layers(
         hook: called before a map of heads or columns is pruned, but not for experts.
 
     Returns:
-        The mask of every layer, and a report of every pruned layer.
+        The mask of every layer, and a report of every pruned layer. Routers are masked where experts are removed.
 
     Raises:
         UserError: if activations are not finite, with the layer named.
@@ -101,13 +113,14 @@ def prune_layers(
             report = _restored(index, layer, family, store, processes)
             forwards: list[LayerForward] = []
             if index in pruned and report is None:
-                forwards, (mask, attention, mlp) = pruner.prune(index, layer, shapes[index], plans[index])
+                forwards, result = pruner.prune(index, layer, shapes[index], plans[index])
             if done < index < pruned[-1]:
                 pruner.advance(index, layer, forwards)
             if index in pruned and report is None:
                 seconds, peak = time.perf_counter() - start, peak_memory_mib(settings.device)
                 batches = pruner.settings.batch_samples, str(pruner.settings.cache_dev)
-                report = LayerReport(index, mask, attention, mlp, seconds, peak, *batches)
+                parts = result.mask, result.attention, result.mlp
+                report = LayerReport(index, *parts, seconds, peak, *batches, experts=result.experts)
                 logger.info(report.log_line(len(shapes)))
                 if store:
                     store.save(layer, family, report)
@@ -186,15 +199,18 @@ class _SequentialPruner:
 
     def prune(
         self, index: int, layer: nn.Module, shape: LayerShape, plan: LayerPlan
-    ) -> tuple[list[LayerForward], tuple[LayerMask, PruneResult, PruneResult]]:
-        """Prune a layer; returns its forwards, ready to advance, its mask and the results of both maps."""
+    ) -> tuple[list[LayerForward], _PrunedLayer]:
+        """Prune a layer; returns its forwards, ready to advance, its mask and results."""
         before = copied_parameters(layer, self.family)
 
-        def work() -> tuple[list[LayerForward], tuple[LayerMask, PruneResult, PruneResult]]:
+        def work() -> tuple[list[LayerForward], _PrunedLayer]:
             forwards = [self._forward(index, layer, number) for number in range(len(self.windows))]
             return forwards, _prune_layer(index, forwards, shape, plan, self.processes, self.hook)
 
-        undo = partial(put_back_parameters, layer, self.family, before)
+        def undo() -> None:
+            put_back_parameters(layer, self.family, before)
+            mask_experts(layer, self.family, LayerMask.dense(shape))
+
         return self._attempt(f"layer {index}", work, self._with_less_memory, undo)
 
     def advance(self, index: int, layer: nn.Module, forwards: list[LayerForward]) -> None:
@@ -263,6 +279,7 @@ def _restored(
     report = processes.on_main(lambda: store.restore(index, layer, family) if store else None)
     if report is not None:
         processes.on_main(lambda: None, [parameter.data for parameter in changed_parameters(layer, family).values()])
+        mask_experts(layer, family, report.mask)
     return report
 
 
@@ -280,8 +297,8 @@ def _prune_layer(
     plan: LayerPlan,
     processes: ProcessGroup,
     hook: PruneHook | None,
-) -> tuple[LayerMask, PruneResult, PruneResult]:
-    """Prune the heads of a layer, then its FFN columns on the outputs of the pruned attention."""
+) -> _PrunedLayer:
+    """Prune the heads of a layer, then its FFN columns or its experts on the outputs of the pruned attention."""
     settings, layer, family = forwards[0].settings, forwards[0].layer, forwards[0].family
 
     def seen(inputs: Callable[[LayerForward], Iterator[Any]]) -> Iterator[Any]:
@@ -307,10 +324,23 @@ def _prune_layer(
     zero_heads(layer, family, keep(shape, attention.kept_units, list(range(shape.num_columns))))
     for forward in forwards:
         forward.finish_attention()
-    if shape.num_experts:
-        experts, name = layer.get_submodule(family.experts), f"layer {index} {family.experts}"
-        calls = seen(LayerForward.expert_calls)
-        mlp = prune_experts(experts, name, calls, plan.columns, settings, processes)
+    refit = None
+    if plan.experts:
+        experts, router, name = _experts_of(index, layer, family)
+        samples = ((call, forward.hidden.shape[1]) for forward in forwards for call in forward.expert_calls())
+        mlp, refit = prune_whole_experts(experts, router, name, samples, plan.experts, settings, processes)
+    elif shape.num_experts:
+        experts, _, name = _experts_of(index, layer, family)
+        mlp = prune_experts(experts, name, seen(LayerForward.expert_calls), plan.columns, settings, processes)
     else:
         mlp = prune(family.mlp_out, seen(LayerForward.column_inputs), plan.columns, 1)
-    return keep(shape, attention.kept_units, mlp.kept_units), attention, mlp
+    return _PrunedLayer(keep(shape, attention.kept_units, mlp.kept_units), attention, mlp, refit)
+
+
+def _experts_of(index: int, layer: nn.Module, family: Family) -> tuple[nn.Module, nn.Module, str]:
+    """The experts of layer ``index``, their router, and their name in messages."""
+    return (
+        layer.get_submodule(family.experts),
+        layer.get_submodule(family.router),
+        f"layer {index} {family.experts}",
+    )

@@ -29,6 +29,7 @@ class PruningSettings:
         gqa_unit: unit of heads with grouped-query attention, one of ``GQA_UNITS``: the same number of query heads of
             every kv group, whose key/value head stays, or whole kv groups.
         solve_dtype: precision of the solver, fp64, or fp32 where a device has slow fp64.
+        whole_experts: whether MoE layers lose whole experts, and nothing else is pruned.
     """
 
     device: torch.device
@@ -40,6 +41,7 @@ class PruningSettings:
     gqa_unit: str = "query_head"
     tokens_per_forward: int = CPU_TOKENS_PER_FORWARD
     solve_dtype: torch.dtype = torch.float64
+    whole_experts: bool = False
 
     def struct_prune(
         self, pruner: SlimGPT, count: int, unit_size: int = 1, num_groups: int = 1, percdamp: float | None = None
@@ -93,7 +95,8 @@ class PruningSettings:
     def size_mask(self, shape: LayerShape, plan: LayerPlan) -> LayerMask:
         """Size-only mask of a layer pruned by ``plan``; the choice of kept units is arbitrary."""
         width = shape.ffn_width - plan.columns
-        columns = [ffn * shape.ffn_width + i for ffn in range(shape.num_ffns) for i in range(width)]
+        ffns = range(shape.num_ffns - plan.experts)
+        columns = [ffn * shape.ffn_width + i for ffn in ffns for i in range(width)]
         kept = self.head_units(shape) - plan.heads // self.heads_per_unit(shape)
         if self.by_query_head(shape):
             size = shape.heads_per_group

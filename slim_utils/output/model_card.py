@@ -78,7 +78,8 @@ def model_card(
         share=f"{100 * total_share_removed(provenance):.1f}" if num_prunings else "",
         trained=trained,
         total_table=markdown_table(("", "base", "pruned" if num_prunings else "this model"), [total]),
-        layer_table=_layer_table(base["layers"], _kept_sizes(config, masks)),
+        removed=_removed_units(provenance),
+        layer_table=_layer_table(base, _kept_sizes(config, masks)),
         steps=[(step["kind"].capitalize(), markdown_table(("", ""), step["settings"].items())) for step in steps],
         perplexity_table=_perplexity_table(perplexity),
         address=address,
@@ -139,20 +140,49 @@ def _kept_sizes(config: PreTrainedConfig, masks: list[LayerMask] | None) -> list
     """Kept heads, kv heads and FFN width, and number of experts, of every layer."""
     if masks:
         return [
-            (len(mask.kept_heads), len(mask.kept_kv_heads), mask.kept_width, mask.shape.num_experts) for mask in masks
+            (len(mask.kept_heads), len(mask.kept_kv_heads), mask.kept_width, len(mask.kept_experts)) for mask in masks
         ]
     shapes = layer_shapes(config)
     return [(shape.num_heads, shape.num_kv_heads, shape.ffn_width, shape.num_experts) for shape in shapes]
 
 
-def _layer_table(dense: list[list[int]], kept: list[tuple[int, int, int, int]]) -> str:
-    """Markdown table of the heads, kv heads and FFN columns that every layer keeps."""
+def _layer_table(base: dict[str, Any], kept: list[tuple[int, int, int, int]]) -> str:
+    """Markdown table of the heads, kv heads, FFN columns and experts that every layer keeps."""
     rows = []
-    for index, (layer, dense_sizes) in enumerate(zip(kept, dense, strict=True)):
-        heads, groups, columns = (f"{size} of {total}" for size, total in zip(layer[:3], dense_sizes, strict=True))
-        experts = f" (each of {layer[3]} experts)" if layer[3] else ""
-        rows.append((index, heads, groups, columns + experts))
+    # Not in the provenance that earlier versions wrote, which removed no experts.
+    dense_experts = base.get("experts") or [layer[3] for layer in kept]
+    for index, (layer, sizes, experts) in enumerate(zip(kept, base["layers"], dense_experts, strict=True)):
+        heads, groups, columns = (f"{size} of {total}" for size, total in zip(layer[:3], sizes, strict=True))
+        of_experts = f" (each of {layer[3]} experts)" if layer[3] else ""
+        if layer[3] != experts:
+            of_experts = f" (each of {layer[3]} of {experts} experts)"
+        rows.append((index, heads, groups, columns + of_experts))
     return markdown_table(("layer", "heads", "key/value heads", "FFN columns"), rows)
+
+
+def _removed_units(provenance: dict[str, Any]) -> str:
+    """What the pruning steps of ``provenance`` removed."""
+    steps = pruning_steps(provenance)
+    return " and ".join(
+        sorted({step["settings"].get("unit of removal", "attention heads and FFN columns") for step in steps})
+    )
+
+
+def _unit_settings(arguments: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Names and values of the settings of the units that a run removes."""
+    if arguments.get("expert_unit") == "expert":
+        refit = "none" if arguments["no_compensate"] else "least squares, where held-out samples agree"
+        return [
+            ("unit of removal", "whole experts"),
+            ("score of experts", "REAP (mean of gate times norm of the output)"),
+            ("refit of the other experts", refit),
+        ]
+    return [
+        ("compensation", "no" if arguments["no_compensate"] else "yes"),
+        ("unit in grouped-query attention", arguments["gqa_unit"]),
+        ("score of heads", "exact error" if arguments["exact_heads"] else "grouped Cholesky"),
+        ("FFN columns of a step", arguments["column_group"] or "dynamic group size"),
+    ]
 
 
 def pruning_settings(record: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -182,10 +212,7 @@ def pruning_settings(record: dict[str, Any]) -> list[tuple[str, Any]]:
         ratio = f"those of {Path(arguments['profile']).name}"
     return [
         ("pruning ratio", ratio),
-        ("compensation", "no" if arguments["no_compensate"] else "yes"),
-        ("unit in grouped-query attention", arguments["gqa_unit"]),
-        ("score of heads", "exact error" if arguments["exact_heads"] else "grouped Cholesky"),
-        ("FFN columns of a step", arguments["column_group"] or "dynamic group size"),
+        *_unit_settings(arguments),
         ("attention-sink windows", arguments["sink_windows"] or 0),
         ("damping", f"{arguments['percdamp']:g}"),
         ("calibration text", " + ".join(Path(source["name"]).name for source in calibration["sources"])),

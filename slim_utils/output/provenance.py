@@ -46,9 +46,9 @@ def read_provenance(model_path: str, config: PreTrainedConfig, trust_remote_code
         trust_remote_code: run model code found in the checkpoint.
 
     Returns:
-        ``base``: ``name``, ``on_hub``, ``card`` (licence and language), ``parameters``, ``block_weights`` and
-        ``layers`` (heads, kv heads and FFN width of each); ``steps``: see :func:`pruning_step` and
-        :func:`recovery_step`.
+        ``base``: ``name``, ``on_hub``, ``card`` (licence and language), ``parameters``, ``block_weights``, ``layers``
+        (heads, kv heads and FFN width of each) and ``experts`` (number in each); ``steps``: see :func:`pruning_step`
+        and :func:`recovery_step`.
     """
     try:
         content = json.loads(_checkpoint_file(model_path, PROVENANCE_FILE).read_text(encoding="utf-8"))
@@ -70,6 +70,7 @@ def read_provenance(model_path: str, config: PreTrainedConfig, trust_remote_code
             weights_of(layer, family, mask)[1] for layer, mask in zip(family.decoder_layers(model), dense, strict=True)
         ),
         "layers": [[shape.num_heads, shape.num_kv_heads, shape.ffn_width] for shape in shapes],
+        "experts": [shape.num_experts for shape in shapes],
     }
     return {"format": FORMAT_VERSION, "base": base, "steps": []}
 

@@ -152,6 +152,7 @@ def layer_record(report: LayerReport) -> dict[str, Any]:
         "plan": asdict(report.mask.plan),
         "attention": {"ratio": heads, **_errors(report.attention)},
         "mlp": {"ratio": columns, **_errors(report.mlp)},
+        **({"experts": asdict(report.experts)} if report.experts else {}),
         "seconds": round(report.seconds, 3),
         "peak_memory_mib": report.peak_memory_mib,
         "batch_samples": report.batch_samples,

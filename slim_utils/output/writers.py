@@ -7,6 +7,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,8 +45,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True)
+class Checkpoints:
+    """Checkpoints of a run.
+
+    Attributes:
+        masked: whether the masked model is saved, in its original shapes.
+        pruned: whether the pruned model is saved.
+        stock: whether the pruned model is of the stock class.
+    """
+
+    masked: bool
+    pruned: bool
+    stock: bool
+
+
 class CheckpointWriter(ABC):
-    """Writer of the checkpoints of a run: the masked model in its original shapes and, if requested, the pruned model.
+    """Writer of the checkpoints of a run.
 
     Attributes:
         model: model that is pruned.
@@ -70,20 +86,20 @@ class WholeOutput(CheckpointWriter):
     Args:
         model: the model; masked in place when written.
         family: family of the model.
-        with_pruned_model: also write the pruned model.
-        uniform_shapes: the pruned model is a stock checkpoint.
+        checkpoints: what to write.
     """
 
-    def __init__(self, model: PreTrainedModel, family: Family, with_pruned_model: bool, uniform_shapes: bool) -> None:
+    def __init__(self, model: PreTrainedModel, family: Family, checkpoints: Checkpoints) -> None:
         super().__init__(model, family)
-        self.with_pruned_model, self.uniform_shapes = with_pruned_model, uniform_shapes
+        self.checkpoints = checkpoints
 
     def write(self, folder: Path, masks: list[LayerMask], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
         zero_removed(self.model, self.family, masks)
-        save_checkpoint(self.model, tokenizer, folder)
-        if not self.with_pruned_model:
+        if self.checkpoints.masked:
+            save_checkpoint(self.model, tokenizer, folder)
+        if not self.checkpoints.pruned:
             return None
-        pruned_model = shrink(self.model, self.family, masks, self.uniform_shapes)
+        pruned_model = shrink(self.model, self.family, masks, self.checkpoints.stock)
         save_checkpoint(pruned_model, tokenizer, folder / PRUNED_MODEL_FOLDER)
         return pruned_model
 
@@ -153,26 +169,18 @@ class StreamedOutput(CheckpointWriter):
         folder: temporary folder of the checkpoints.
         host: offloaded model, which calls back when a layer is done.
         planned: masks with the planned sizes.
-        with_pruned_model: also write the pruned model.
-        uniform_shapes: the pruned model is a stock checkpoint.
+        checkpoints: what to write.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        host: OffloadedModel,
-        planned: list[LayerMask],
-        with_pruned_model: bool,
-        uniform_shapes: bool,
-    ) -> None:
+    def __init__(self, folder: Path, host: OffloadedModel, planned: list[LayerMask], checkpoints: Checkpoints) -> None:
         super().__init__(host.model, host.family)
         self.host, self.folder = host, folder
-        self.masked = CheckpointShards(folder, host.model, host.family)
+        self.masked = CheckpointShards(folder, host.model, host.family) if checkpoints.masked else None
         self.pruned: CheckpointShards | None = None
-        if not with_pruned_model:
+        if not checkpoints.pruned:
             shutil.rmtree(folder / PRUNED_MODEL_FOLDER, ignore_errors=True)
         else:
-            skeleton = pruned_on_meta(host.model, host.family, planned, uniform_shapes)
+            skeleton = pruned_on_meta(host.model, host.family, planned, checkpoints.stock)
             self.pruned = CheckpointShards(folder / PRUNED_MODEL_FOLDER, skeleton, host.family)
         host.on_settled = self._write_layer
 
@@ -192,7 +200,7 @@ class StreamedOutput(CheckpointWriter):
         return self.pruned and self.pruned.model
 
     def _checkpoints(self) -> list[CheckpointShards]:
-        return [self.masked, self.pruned] if self.pruned else [self.masked]
+        return [shards for shards in (self.masked, self.pruned) if shards]
 
     def _has_layer(self, index: int) -> bool:
         return all(shards.has_layer(index) for shards in self._checkpoints())
@@ -202,8 +210,9 @@ class StreamedOutput(CheckpointWriter):
             return
         if self.pruned:
             self.pruned.write_layer(index, shrink_layer(layer, self.family, mask))
-        zero_layer(layer, self.family, mask)
-        self.masked.write_layer(index, layer.state_dict())
+        if self.masked:
+            zero_layer(layer, self.family, mask)
+            self.masked.write_layer(index, layer.state_dict())
 
 
 def write_output(

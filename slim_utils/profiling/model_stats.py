@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from slim_utils.common.loading import model_on_meta
 from slim_utils.families import Family, LayerShape, find_family, layer_shapes
 from slim_utils.masks import LayerMask
-from slim_utils.params_remove import kept_indices
+from slim_utils.params_remove import count_weights, kept_indices, router_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -131,12 +131,12 @@ def removed_share(layers: nn.ModuleList, family: Family, masks: list[LayerMask])
 
 
 def weights_of(layer: nn.Module, family: Family, mask: LayerMask) -> tuple[int, int]:
-    """Number of block weights of ``layer`` that ``mask`` removes, and of all its block weights."""
+    """Number of block weights of ``layer`` that ``mask`` removes, and of all its block weights, without the router."""
     parameters = dict(layer.named_parameters())
     total = removed = 0
     for name, (dim, kept) in kept_indices(family, mask).items():
-        if name in parameters and not name.endswith(".bias"):
+        if name in parameters and not name.endswith(".bias") and name != router_weight(family):
             weight = parameters[name]
             total += weight.numel()
-            removed += weight.numel() // weight.shape[dim] * (weight.shape[dim] - kept.shape[-1])
+            removed += weight.numel() - count_weights(weight, dim, kept)
     return removed, total

@@ -121,9 +121,9 @@ def test_mask_training_with_masks_in_the_originals_format_keeps_them(slim, argv,
     masks = read_pruning(slim / "pruning.json")
     original = {}
     for index, mask in enumerate(masks):
-        removed = mask.removed()
-        original[f"model.layers.{index}.self_attn.o_proj.weight"] = removed.kept_heads
-        original[f"model.layers.{index}.mlp.down_proj.weight"] = removed.kept_columns
+        removed = mask.removed_units()
+        original[f"model.layers.{index}.self_attn.o_proj.weight"] = removed["heads"]
+        original[f"model.layers.{index}.mlp.down_proj.weight"] = removed["columns"]
     file = tmp_path / "mask.json"
     file.write_text(json.dumps(original))
     main(argv(slim, "--is_mask_training", "true", "--mask_config_dir", file))

@@ -94,7 +94,7 @@ def test_model_slimming_run_json_records_the_run(pruned):
     assert len(record["calibration"]["samples_sha256"]) == 64
     assert [layer["layer"] for layer in record["layers"]] == [0, 1, 2, 3]
     for layer in record["layers"]:
-        assert layer["plan"] == {"heads": 2, "columns": 16}
+        assert layer["plan"] == {"heads": 2, "columns": 16, "experts": 0}
         assert layer["attention"]["ratio"] == pytest.approx(1 / 3)  # round(3 · 0.4) of each kv group's 3 heads
         assert layer["mlp"]["ratio"] == pytest.approx(0.4)
         assert 0 < layer["mlp"]["error_after_compensation"] < layer["mlp"]["error_before_compensation"] < 1

@@ -51,7 +51,7 @@ def test_baselines_with_given_counts_zero_the_masked_weights(variant, samples):
             assert (len(mask.kept_heads), len(mask.kept_columns)) == (4, 30)
             weight, old = layer.mlp.down_proj.weight, before.mlp.down_proj.weight
             assert torch.equal(weight[:, mask.kept_columns], old[:, mask.kept_columns])
-            assert weight[:, mask.removed().kept_columns].count_nonzero() == 0
+            assert weight[:, mask.removed_units()["columns"]].count_nonzero() == 0
 
 
 def test_prune_wanda_sp_of_the_second_layer_uses_outputs_of_the_pruned_first(samples):
@@ -94,7 +94,7 @@ def test_prune_flap_bias_is_the_output_for_the_mean_of_removed_inputs(samples):
     with torch.no_grad():
         dense(samples)
     masks = prune_flap(model, samples, 0.3, SETTINGS)
-    removed = masks[0].removed().kept_columns
+    removed = masks[0].removed_units()["columns"]
     expected = dense.model.layers[0].mlp.down_proj.weight[:, removed] @ inputs[0].flatten(0, 1).mean(0)[removed]
     assert torch.allclose(model.model.layers[0].mlp.down_proj.bias, expected, rtol=1e-4, atol=1e-5)
 
