@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -39,18 +39,18 @@ def _route_to(router: nn.Module, kept: list[int], hidden: Tensor) -> tuple[Tenso
     num_experts = router.get_parameter("weight").shape[0]
     rows = torch.tensor(kept, device=hidden.device)
 
-    def selected(tensor: Tensor | None) -> Tensor | None:
-        return tensor[rows] if tensor is not None and tensor.shape[:1] == (num_experts,) else tensor
+    def selected(tensor: Tensor) -> Tensor:
+        return tensor[rows] if tensor.shape[:1] == (num_experts,) else tensor
 
-    reduced = copy.copy(router)
+    reduced: Any = copy.copy(router)
     del reduced.forward
-    reduced._parameters = {
-        name: None if value is None else nn.Parameter(selected(value), requires_grad=False)
-        for name, value in router._parameters.items()
-    }
-    reduced._buffers = {name: selected(value) for name, value in router._buffers.items()}
-    reduced.num_experts, reduced.top_k = len(kept), min(router.top_k, len(kept))
-    logits, weights, indices = reduced(hidden)
+    parameters = {name: nn.Parameter(selected(value), False) for name, value in router.named_parameters(recurse=False)}
+    # The copy shares the dictionaries of the router, which are not changed.
+    reduced._parameters = router._parameters | parameters
+    reduced._buffers = router._buffers | {name: selected(value) for name, value in router.named_buffers(recurse=False)}
+    reduced.num_experts, reduced.top_k = len(kept), min(reduced.top_k, len(kept))
+    # Not a call, which would run the hooks of the router on these outputs.
+    logits, weights, indices = reduced.forward(hidden)
     all_logits = logits.new_full((len(logits), num_experts), -torch.inf)
     all_logits[:, rows] = logits
     return all_logits, weights, rows[indices]
