@@ -36,6 +36,7 @@ from slim_utils.report.sources import (
     COMPARISON,
     CONSTANTS,
     DISTILLATION_STEP,
+    EXPERTS,
     METHOD_NAMES,
     PERPLEXITY,
     PRUNING_COST,
@@ -128,10 +129,12 @@ def _recovery_plots(source: Source) -> list[Plot]:
 
 
 def _perplexity_bars(caption: str, name: Callable[[dict[str, Any]], str], source: Source) -> list[Plot]:
-    """A figure with one panel per text and one bar per row, labelled ``name(row)``."""
+    """A figure with one panel per text and one bar for the rows of each ``name(row)``."""
     rows, panels = source.record["rows"], []
     for text in rows[0]["perplexity"]:
-        figures = {name(row): [row["perplexity"][text]] for row in rows}
+        figures: dict[str, list[float]] = {}
+        for row in rows:
+            figures.setdefault(name(row), []).append(row["perplexity"][text])
         panels.append(bar_panel(text, "perplexity", figures, statistics.median))
     return [Plot(SIZES, source.slug, source.label, caption, partial(bar_figure, panels))]
 
@@ -280,6 +283,11 @@ BENCHMARK_PLOTS: dict[str, Callable[[Source], list[Plot]]] = {
         _perplexity_bars,
         "Perplexity of pruned models with one default changed at a time.",
         lambda row: f"{row['model']}, {100 * row['share']:g} %, {row['variant']}",
+    ),
+    EXPERTS: partial(
+        _perplexity_bars,
+        "Perplexity of a tiny mixture of experts at equal size, by the unit of removal; medians, with a dot per draw.",
+        lambda row: f"{100 * row['share']:.0f} %, {row['unit']}",
     ),
     CHOICES: _choice_plots,
     SINKS: _sink_plots,

@@ -29,6 +29,7 @@ CONSTANTS = "perplexity with one default changed at a time"
 RECOVERY_CURVE = "loss after recovery training, by tokens and seconds"
 SOLVER = "seconds of the solver alone"
 DISTILLATION_STEP = "cost of a training step with a teacher"
+EXPERTS = "perplexity without whole experts or columns at equal size"
 
 # Keys of a file of each kind, and keys of its first row.
 _SIGNATURES: dict[str, tuple[set[str], set[str]]] = {
@@ -46,6 +47,7 @@ _SIGNATURES: dict[str, tuple[set[str], set[str]]] = {
     CONSTANTS: ({"rows"}, {"model", "share", "variant", "perplexity"}),
     RECOVERY: ({"rows", "protocol"}, {"model", "perplexity"}),
     CALIBRATION: ({"rows"}, {"text", "num_samples", "seqlen", "perplexity"}),
+    EXPERTS: ({"rows"}, {"unit", "experts_removed", "perplexity"}),
     CHOICES: ({"rows"}, {"layer", "kind", "choice", "held_out"}),
     SINKS: ({"rows"}, {"share", "text_starts", "lost"}),
 }

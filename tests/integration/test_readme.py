@@ -74,7 +74,7 @@ def arguments_of(command: str, script: str) -> list[str]:
 def test_pruning_commands_as_shown_are_parsed():
     lines = commands("python model_slimming.py")
     lines += [line for line in commands("torchrun") if "model_slimming.py" in line]
-    assert len(lines) == 5
+    assert len(lines) == 6
     for command in lines:
         args = model_slimming.build_parser().parse_args(arguments_of(command, "model_slimming.py"))
         assert args.save_dir == "OUT"
@@ -397,6 +397,12 @@ def test_table_of_calibration_is_that_of_the_file():
     from benchmarks.bench_calibration import table
 
     assert table(json.loads((RESULTS / "bench_calibration.json").read_text())) in TABLES
+
+
+def test_table_of_whole_experts_is_that_of_the_file():
+    from benchmarks.bench_experts import table
+
+    assert table(json.loads((RESULTS / "bench_experts.json").read_text())) in TABLES
 
 
 def test_table_of_sink_windows_is_that_of_the_file():
