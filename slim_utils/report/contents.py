@@ -36,7 +36,7 @@ def _run_plots(runs: list[Source]) -> list[Plot]:
     run_plots = []
     if any(run.masks for run in runs):
         unmasked = [run.label for run in runs if not run.masks]
-        caption = "Query heads and FFN columns kept in every layer."
+        caption = "Query heads and FFN columns, and experts where whole ones are removed, kept in every layer."
         caption += f" Not shown, for lack of a pruning.json: {', '.join(unmasked)}." if unmasked else ""
         run_plots.append(Plot(KEPT, name, title, caption, partial(layer_figure, _mask_panels(runs))))
     caption = (
@@ -64,12 +64,17 @@ def _mask_panels(runs: list[Source]) -> list[LayerPanel]:
     for size, kept_size in (
         ("num_heads", lambda mask: len(mask.kept_heads)),
         ("ffn_width", lambda mask: mask.kept_width),
+        ("num_experts", lambda mask: len(mask.kept_experts)),
     ):
         dense = dict.fromkeys(tuple(getattr(mask.shape, size) for mask in masks) for masks in masks_of.values())
         lines = [LayerLine(METHOD_NAMES["dense"], values, None, dashed=True) for values in dense]
         lines += [LayerLine(runs[index].label, list(map(kept_size, masks)), index) for index, masks in masks_of.items()]
         kept.append(lines)
-    return kept_panels("", *kept)
+    heads, widths, experts = kept
+    panels = kept_panels("", heads, widths)
+    if any(mask.plan.experts for masks in masks_of.values() for mask in masks):
+        panels.append(LayerPanel("experts", "experts kept", experts, steps=True))
+    return panels
 
 
 def _error_panels(runs: list[Source]) -> list[LayerPanel]:

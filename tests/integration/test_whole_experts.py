@@ -16,6 +16,8 @@ from slim_utils.common.loading import load_tokenizer
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layerwise.resume import LayerStore
 from slim_utils.masks import read_masks, read_pruning, read_units
+from slim_utils.report.contents import plots
+from slim_utils.report.sources import read_sources
 from tests.conftest import make_tiny
 from tests.integration.test_pruning_again import check_slices
 from tests.processes import run_ranks
@@ -104,6 +106,12 @@ def test_model_slimming_of_whole_experts_saves_a_stock_checkpoint(
     assert "trust_remote_code" not in card
     with pytest.raises(UserError, match="removes whole experts, which zeros cannot mask"):
         read_masks(folder, family, layer_shapes(dense.config))
+    panels = plots(read_sources([tmp_path / "out"]))[0].draw().axes
+    assert [panel.get_title("left") for panel in panels if panel.get_title("left")] == [
+        "query heads",
+        "FFN width",
+        "experts",
+    ]
     with torch.no_grad():
         tokens = pruned.generate(samples[:2, :5], max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert tokens.shape == (2, 9)
