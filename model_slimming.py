@@ -43,6 +43,7 @@ from slim_utils.cli.slimming_checks import (
     with_devices,
     with_preset,
 )
+from slim_utils.cli.slimming_latency import keep_table, latency_table, measured_latency, table_hash
 from slim_utils.cli.slimming_stages import (
     ModelPlan,
     PrunedModel,
@@ -70,6 +71,7 @@ from slim_utils.output.hub import publish, publishable_name
 from slim_utils.output.provenance import public_name, read_model_units, read_provenance
 from slim_utils.output.run_record import ModelSizes, pruning_record, rounding_settings
 from slim_utils.output.writers import note_saved_output, write_output, write_record
+from slim_utils.profiling.latency_table import LatencyTable
 from slim_utils.profiling.model_stats import count_parameters, removed_share
 from slim_utils.pruning_config import EXPERT_UNITS, Effect, PruningConfig
 from slim_utils.slim_dataset import CalibrationData, load_calibration
@@ -123,20 +125,6 @@ def checked(config: PruningConfig) -> PruningConfig:
     return with_devices(config)
 
 
-def open_store(
-    config: PruningConfig, host: ResidentModel, data: CalibrationData, processes: ProcessGroup
-) -> LayerStore | None:
-    """Open the store of finished layers, which ``--resume`` reads; ``None`` except in the main process."""
-    processes.barrier()
-    store = LayerStore(Path(config.save_dir), config.keep_activations)
-    settings = config.flags(Effect.VALUE)
-    settings |= {"--profile": config.profile and hashlib.sha256(config.profile.read_bytes()).hexdigest()}
-    settings |= {"device": config.torch_device.type, "processes": processes.world_size}
-    settings |= {"calibration": data.sha256, "model": fingerprint(host.model.config, host.sampled_tensors())}
-    processes.on_main(lambda: store.open(settings, config.resume, rounding_settings(config)))
-    return None if processes.rank else store
-
-
 def evaluate_pruned(config: PruningConfig, host: ResidentModel, eval_sets: EvalSets) -> list[dict[str, Any]]:
     """Return the perplexities of the pruned model or, with ``--stream``, of the saved masked or pruned model."""
     if not config.stream:
@@ -159,6 +147,7 @@ class RunInputs:
         eval_sets: windows for the perplexities.
         provenance: provenance of the model; ``{}`` for a run that saves nothing.
         units: units of the model, as indices into those of its dense base.
+        table: latency table, for ``--target_latency``.
     """
 
     config: PruningConfig
@@ -168,6 +157,7 @@ class RunInputs:
     eval_sets: EvalSets
     provenance: dict[str, Any]
     units: ModelUnits
+    table: LatencyTable | None
 
 
 def prepare_inputs(config: PruningConfig) -> RunInputs:
@@ -183,7 +173,8 @@ def prepare_inputs(config: PruningConfig) -> RunInputs:
     if config.whole_experts and not has_experts(shapes):
         raise UserError("--expert_unit expert: the model has no experts; leave it out")
     config = resolve_preset(config, has_experts(shapes))
-    plan = plan_without_weights(config, model_config)
+    table = latency_table(config, model_config)
+    plan = plan_without_weights(config, model_config, table)
     tokenizer = load_tokenizer(config.model_path, config.trust_remote_code)
     provenance = {}
     units = ModelUnits.unpruned(public_name(config.model_path), model_config.model_type, False, shapes)
@@ -197,7 +188,24 @@ def prepare_inputs(config: PruningConfig) -> RunInputs:
     positions = model_config.max_position_embeddings
     eval_sets = load_eval_sets(specs, tokenizer, config.eval_seqlens, positions, config.bos)
     check_token_ids(model_config, tokenizer, data.samples, *eval_sets.values())
-    return RunInputs(config, plan, tokenizer, data, eval_sets, provenance, units)
+    return RunInputs(config, plan, tokenizer, data, eval_sets, provenance, units, table)
+
+
+def open_store(inputs: RunInputs, host: ResidentModel, processes: ProcessGroup) -> LayerStore | None:
+    """Open the store of finished layers, which ``--resume`` reads; ``None`` except in the main process."""
+    processes.barrier()
+    config, data, table = inputs.config, inputs.data, inputs.table
+    store = LayerStore(Path(config.save_dir), config.keep_activations)
+    settings = config.flags(Effect.VALUE)
+    settings |= {"--profile": config.profile and hashlib.sha256(config.profile.read_bytes()).hexdigest()}
+    settings |= {"--latency_file": table_hash(table)} if table else {}
+    settings |= {"device": config.torch_device.type, "processes": processes.world_size}
+    settings |= {"calibration": data.sha256, "model": fingerprint(host.model.config, host.sampled_tensors())}
+    processes.on_main(lambda: store.open(settings, config.resume, rounding_settings(config)))
+    if processes.rank:
+        return None
+    keep_table(store, table)
+    return store
 
 
 def save_and_evaluate(inputs: RunInputs, host: ResidentModel, pruned: PrunedModel) -> None:
@@ -206,8 +214,10 @@ def save_and_evaluate(inputs: RunInputs, host: ResidentModel, pruned: PrunedMode
     sizes = ModelSizes(count_parameters(host.model), removed_share(host.layers, host.family, masks))
     logger.info("removed %.2f %% of the block weights in %.1f s", 100 * sizes.block_share_removed, pruned.seconds)
     record = pruning_record(
-        config, inputs.data, inputs.provenance, sizes, pruned.reports, pruned.seconds, pruned.sensitivities
+        config, inputs.data, inputs.provenance, sizes, pruned.reports, pruned.seconds, pruned.plan.sensitivities
     )
+    if inputs.table and pruned.plan.latency:
+        record.latency = {"of": config.latency_workload, **pruned.plan.latency, "table": inputs.table.to_json()}
     if config.save_dir:
         write_output(save_dir, pruned.output, inputs.tokenizer, inputs.units, masks, record)
         logger.info("saved %s", config.save_dir)
@@ -217,6 +227,9 @@ def save_and_evaluate(inputs: RunInputs, host: ResidentModel, pruned: PrunedMode
             record.peak_memory_mib = peak_memory_mib(config.torch_device)
             if config.save_dir:
                 write_record(save_dir, masks, record)
+    if inputs.table and record.latency and config.save_pruned_weights:
+        record.latency["measured"] = measured_latency(config, host, inputs.table)
+        write_record(save_dir, masks, record)
 
 
 def run(config: PruningConfig) -> None:
@@ -236,8 +249,8 @@ def run(config: PruningConfig) -> None:
         processes = ProcessGroup.init(config.torch_device)
         config = with_device_defaults(config, host, inputs.data.samples.numel() // processes.world_size)
         inputs = replace(inputs, config=config)
-        store = open_store(config, host, inputs.data, processes) if config.save_dir else None
-        pruned = prune(config, inputs.data, inputs.plan, host, store, processes)
+        store = open_store(inputs, host, processes) if config.save_dir else None
+        pruned = prune(config, inputs.data, inputs.plan, host, store, processes, inputs.table)
         processes.destroy()
         if processes.rank:
             return

@@ -10,11 +10,14 @@ import torch
 SENSITIVITY = "search"
 # Units of mixtures of experts: the same number of columns of every expert, or whole experts.
 EXPERT_UNITS = ("columns", "expert")
-TARGET_FLAGS = ("--target_ratio", "--target_params", "--target_macs", "--target_memory")
+TARGET_FLAGS = ("--target_ratio", "--target_params", "--target_macs", "--target_memory", "--target_latency")
 # Tokens of the forward whose multiply-accumulates are counted.
 MACS_TOKENS = 64
-# KV cache of --target_memory.
-DEFAULT_BATCH, DEFAULT_CONTEXT = 1, 4096
+# KV cache of --target_memory, prompts of --target_latency.
+DEFAULT_BATCH, DEFAULT_CONTEXT, DEFAULT_PROMPT = 1, 4096, 128
+DEFAULT_WORKLOAD = "generation"
+# Timed generations of each model.
+DEFAULT_LATENCY_REPEATS = 5
 # Enough first tokens that nearly every token still forms an attention sink at position 0.
 BEST_SINK_WINDOWS = 512
 # Smaller groups do not reduce the error (benchmarks/layer_choices.py) and take longer on wide layers.
@@ -57,6 +60,9 @@ class PruningConfig:
     target_params: float | None = field(default=None, metadata=_VALUE)
     target_macs: str | None = field(default=None, metadata=_VALUE)
     target_memory: str | None = field(default=None, metadata=_VALUE)
+    target_latency: str | None = field(default=None, metadata=_VALUE)
+    latency_of: str | None = field(default=None, metadata=_VALUE)
+    latency_file: Path | None = field(default=None, metadata=_CONTENT)
     at_context: int | None = field(default=None, metadata=_VALUE)
     at_batch: int | None = field(default=None, metadata=_VALUE)
     allocation: str | None = field(default=None, metadata=_VALUE)
@@ -138,9 +144,19 @@ class PruningConfig:
         return self.at_batch or DEFAULT_BATCH, self.at_context or DEFAULT_CONTEXT
 
     @property
+    def request_size(self) -> tuple[int, int]:
+        """Prompts of a batch, and tokens of each, that ``--target_latency`` is measured with."""
+        return self.at_batch or DEFAULT_BATCH, self.at_context or DEFAULT_PROMPT
+
+    @property
+    def latency_workload(self) -> str:
+        """Workload that ``--target_latency`` counts."""
+        return self.latency_of or DEFAULT_WORKLOAD
+
+    @property
     def target_size(self) -> tuple[str, str] | None:
-        """Flag and value of a target in multiply-accumulates or bytes."""
-        sizes = {"--target_macs": self.target_macs, "--target_memory": self.target_memory}
+        """Flag and value of a target in multiply-accumulates, bytes or milliseconds."""
+        sizes = {flag: getattr(self, flag.removeprefix("--")) for flag in TARGET_FLAGS[2:]}
         return next(((flag, value) for flag, value in sizes.items() if value is not None), None)
 
     @property

@@ -1,6 +1,6 @@
 """Allocation of a budget to the layers: by a schedule, by loss curves, or by another run's profile."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ class LayerUnits:
     Attributes:
         heads: units of heads, one of which stays: query heads of each kv group, or kv groups.
         columns: columns of the FFN, or of each expert, or whole experts; one of them stays.
-        head_cost: what one unit of heads counts in the budget: its block weights, multiply-accumulates or bytes.
+        head_cost: what one unit of heads counts in the budget: its block weights, multiply-accumulates, bytes or time.
         column_cost: the same for one column.
         heads_per_unit: query heads of one unit.
         head_groups: kv groups that one unit takes heads from.
@@ -94,7 +94,7 @@ def block_weights(layers: nn.ModuleList, family: Family, shapes: list[LayerShape
     )
 
 
-def cost_removed(counts: list[list[int]], units: list[LayerUnits]) -> int:
+def cost_removed(counts: Sequence[Sequence[int]], units: list[LayerUnits]) -> int:
     """Return what ``counts`` of heads and columns of every layer count in the budget."""
     return sum(
         heads * layer.head_cost + columns * layer.column_cost
@@ -102,11 +102,15 @@ def cost_removed(counts: list[list[int]], units: list[LayerUnits]) -> int:
     )
 
 
-def unreachable_target(most: int, budget: float) -> UserError:
+class UnreachableTargetError(UserError):
+    """A target that removes more than the layers have."""
+
+
+def unreachable_target(most: float, budget: float) -> UnreachableTargetError:
     """Return the error for a target that removes ``budget``, of which only ``most`` can be removed."""
-    return UserError(
+    return UnreachableTargetError(
         f"only {most / budget:.0%} of what the target removes can be removed; lower --target_ratio, raise "
-        "--target_params, --target_macs or --target_memory, or prune more layers"
+        "--target_params, --target_macs, --target_memory or --target_latency, or prune more layers"
     )
 
 
@@ -123,7 +127,7 @@ def scaled_counts(
         uniform: layers with equal ratios lose equal counts.
 
     Raises:
-        UserError: if the schedule cannot remove ``budget``.
+        UnreachableTargetError: if the schedule cannot remove ``budget``.
     """
 
     def counts(highest: float) -> list[list[int]]:
@@ -206,7 +210,7 @@ def allocate(curves: list[LossCurve], budget: float) -> list[int]:
     columns are left, to within part of a head.
 
     Raises:
-        UserError: if the curves cost less than ``budget``.
+        UnreachableTargetError: if the curves cost less than ``budget``.
     """
 
     def best(multiplier: float) -> list[int]:
@@ -265,7 +269,7 @@ def allocate_with_depth_decay(layers: list[LayerCurves], budget: float) -> list[
         budget: what to remove.
 
     Raises:
-        UserError: as :func:`allocate`.
+        UnreachableTargetError: as :func:`allocate`.
     """
     total = sum(
         loss

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -16,17 +16,17 @@ from slim_utils.allocation.alignment import Alignment
 from slim_utils.allocation.budget import (
     LayerUnits,
     allocate_with_depth_decay,
-    cost_removed,
     layer_units,
     plans_of_counts,
     read_profile,
     scaled_counts,
     unreachable_target,
 )
+from slim_utils.allocation.latency_target import LatencyTarget, latency_target_of
 from slim_utils.allocation.refinement import measure_around, refined_plans
 from slim_utils.allocation.schedules import layer_range, layer_ratios, non_uniform_ratios
 from slim_utils.allocation.sensitivity import LayerSensitivity, loss_curves, max_removable, measure
-from slim_utils.allocation.targets import Target, size_text, target_of
+from slim_utils.allocation.targets import Allocate, Target, target_of
 from slim_utils.common.errors import UserError
 from slim_utils.families import LayerShape, find_family, layer_shapes
 from slim_utils.layerwise.device_defaults import CPU_TOKENS_PER_FORWARD, resolve_solve_dtype
@@ -35,6 +35,7 @@ from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerMask, LayerPlan
 from slim_utils.obs import SelectionOptions
 from slim_utils.params_remove import stock_config
+from slim_utils.profiling.latency_table import LatencyTable
 from slim_utils.profiling.model_stats import removed_share
 from slim_utils.pruning_config import SENSITIVITY, PruningConfig
 from slim_utils.routers import active_experts
@@ -95,14 +96,15 @@ class Planner:
     Args:
         config: flags of the run.
         host: the model; its weights may be on the meta device except for :meth:`measured_plans`.
+        table: latency table of the model, for ``--target_latency``.
 
     Attributes:
         settings: how layers are pruned.
         shapes: shape of every layer.
     """
 
-    def __init__(self, config: PruningConfig, host: ResidentModel) -> None:
-        self._config, self._host = config, host
+    def __init__(self, config: PruningConfig, host: ResidentModel, table: LatencyTable | None = None) -> None:
+        self._config, self._host, self._table = config, host, table
         self._alignment = alignment(config)
         self.settings = pruning_settings(config)
         self.shapes: list[LayerShape] = layer_shapes(host.model.config)
@@ -115,6 +117,8 @@ class Planner:
             UserError: if the target is not smaller than the model.
         """
         units = layer_units(self._host.layers, self._host.family, self.shapes, self.settings)
+        if self._table:
+            return latency_target_of(self._config, self._table, units)
         return target_of(self._config, self._host.model, units, self.settings)
 
     @property
@@ -136,8 +140,7 @@ class Planner:
         if self._config.profile:
             return self._aligned(read_profile(self._config.profile, self.units, self.shapes))
         if self._config.has_target:
-            counts = scaled_counts(self._schedule, self.units, self.target.budget, self._alignment.uniform)
-            return self._aligned([layer.plan(*pair) for layer, pair in zip(self.units, counts, strict=True)])
+            return self.target.plans_by(self._scaled_plans)
         return ratio_plans(self._ratios(), self.units, self._alignment)
 
     def check_measurable(self) -> None:
@@ -149,7 +152,7 @@ class Planner:
         if has_experts(self.shapes):
             flag = self._config.measuring_flag
             raise UserError(f"{flag} is not supported for MoE models; use --allocation log_increase")
-        most = max_removable(self.units, self.layers)
+        most = self.target.removed(max_removable(self.units, self.layers))
         if self._config.allocation != SENSITIVITY:
             self.plans()
         if most < self.target.budget:
@@ -181,7 +184,7 @@ class Planner:
             sensitivities.refined = measure_around(
                 self._host, samples, sink_windows, plans, self.settings, cache_file(number), time_limit
             )
-            plans = self._aligned(refined_plans(sensitivities.refined, self.units, plans, self.target.budget))
+            plans = self.target.plans_by(self._refined(sensitivities.refined, plans), plans)
         return plans, sensitivities
 
     def size_masks(self, plans: list[LayerPlan]) -> list[LayerMask]:
@@ -199,10 +202,9 @@ class Planner:
             self._log_experts(masks)
         self._alignment.warn_of_unaligned(masks, self.settings)
         if self.target.dense:
-            counts = [list(unit.counts(plan)) for unit, plan in zip(self.units, plans, strict=True)]
-            size = self.target.dense - cost_removed(counts, self.units)
+            size = self.target.dense - self.target.removed(self.target.counts(plans))
             share = size / self.target.dense
-            logger.info("target: %s, %.4f of the model's", size_text(self._config, size), share)
+            logger.info("target: %s, %.4f of the model's", self.target.describe(size), share)
         return masks
 
     def _log_experts(self, masks: list[LayerMask]) -> None:
@@ -215,10 +217,27 @@ class Planner:
         if active_experts(config, kept) < config.num_experts_per_tok:
             logger.warning("num_experts_per_tok is reduced from %d to %d", config.num_experts_per_tok, kept)
 
+    def latency(self, plans: list[LayerPlan]) -> dict[str, Any] | None:
+        """Return the requested and predicted seconds of ``--target_latency``; ``None`` without it."""
+        return self.target.record(plans) if isinstance(self.target, LatencyTarget) else None
+
+    def _scaled_plans(self, units: list[LayerUnits], budget: float) -> list[LayerPlan]:
+        """Return the plans of the schedule of ``--allocation`` scaled to ``budget``."""
+        counts = scaled_counts(self._schedule, units, budget, self._alignment.uniform)
+        return self._aligned([layer.plan(*pair) for layer, pair in zip(units, counts, strict=True)])
+
     def _plans_of_least_loss(self, sensitivities: dict[int, LayerSensitivity]) -> list[LayerPlan]:
-        """Return the plans of least loss that remove the budget from the measured layers."""
-        counts = allocate_with_depth_decay(loss_curves(sensitivities, self.units), self.target.budget)
-        return self._aligned(plans_of_counts(dict(zip(sorted(sensitivities), counts, strict=True)), self.units))
+        """Return the plans of least loss that meet the target with the measured layers."""
+
+        def allocate(units: list[LayerUnits], budget: float) -> list[LayerPlan]:
+            counts = allocate_with_depth_decay(loss_curves(sensitivities, units), budget)
+            return self._aligned(plans_of_counts(dict(zip(sorted(sensitivities), counts, strict=True)), units))
+
+        return self.target.plans_by(allocate)
+
+    def _refined(self, sensitivities: dict[int, LayerSensitivity], plans: list[LayerPlan]) -> Allocate:
+        """Return the allocation near ``plans``, which the sensitivities were measured around."""
+        return lambda units, budget: self._aligned(refined_plans(sensitivities, units, plans, budget))
 
     def _aligned(self, plans: list[LayerPlan]) -> list[LayerPlan]:
         counts = [unit.counts(plan) for unit, plan in zip(self.units, plans, strict=True)]

@@ -225,7 +225,7 @@ def refined_plans(
         budget: what to remove from the measured layers; the other layers stay dense.
 
     Raises:
-        UserError: if the layers have fewer weights.
+        UnreachableTargetError: if that is more than the layers have within these limits.
     """
     layers, curves = sorted(sensitivities), []
     for index, layer in zip(layers, loss_curves(sensitivities, units), strict=True):

@@ -357,12 +357,12 @@ def loss_curves(sensitivities: dict[int, LayerSensitivity], units: list[LayerUni
     return curves
 
 
-def max_removable(units: list[LayerUnits], layers: range) -> int:
-    """Return what the units of ``layers`` that their loss curves cover count in the budget."""
-    return sum(
-        (layer.heads - 1) * layer.head_cost + layer.removed_by(MAX_CURVE_RATIO)[1] * layer.column_cost
-        for layer in units[layers.start : layers.stop]
-    )
+def max_removable(units: list[LayerUnits], layers: range) -> list[tuple[int, int]]:
+    """Return the heads and columns of every layer that loss curves cover; none outside of ``layers``."""
+    return [
+        (layer.heads - 1, layer.removed_by(MAX_CURVE_RATIO)[1]) if index in layers else (0, 0)
+        for index, layer in enumerate(units)
+    ]
 
 
 def _interpolated(losses: list[float | None]) -> np.ndarray:

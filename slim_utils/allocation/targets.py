@@ -1,21 +1,25 @@
 """Overall targets: what is counted (block weights, parameters, multiply-accumulates, bytes), and how much is removed.
 
-Every count is linear in the removed units of a layer, so that one allocation meets a target whatever it counts.
+Every count here is linear in the removed units of a layer, so that one allocation meets a target whatever it counts;
+``latency_target.py`` has the target in milliseconds, which is not.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from slim_utils.allocation.budget import LayerUnits, block_weights
+from slim_utils.allocation.budget import LayerUnits, block_weights, cost_removed
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import DTYPES
 from slim_utils.families import LayerShape, find_family, layer_shapes
 from slim_utils.layerwise.settings import PruningSettings
+from slim_utils.masks import LayerPlan
 from slim_utils.profiling.model_stats import KEY_AND_VALUE, count_parameters, model_stats
 from slim_utils.pruning_config import MACS_TOKENS, PruningConfig
 
@@ -24,6 +28,15 @@ if TYPE_CHECKING:
 
 _BYTES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _COUNTS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_SECONDS = {"S": 1, "MS": 1e-3, "US": 1e-6}
+# Units of a size, and an example, by flag.
+_UNITS = {
+    "--target_memory": (_BYTES, "6GiB"),
+    "--target_macs": (_COUNTS, "3.2G"),
+    "--target_latency": (_SECONDS, "12ms"),
+}
+# Makes the plans of a budget, given units with their costs.
+Allocate: TypeAlias = Callable[[list[LayerUnits], float], list[LayerPlan]]
 
 
 @dataclass(frozen=True)
@@ -44,18 +57,17 @@ class Size:
 
 
 def parse_size(flag: str, text: str) -> Size:
-    """Return the size in ``text``: ``6GiB`` (``--target_memory``) or ``3.2G`` (``--target_macs``), or ``0.8x``.
+    """Return the size in ``text``: a number in a unit of ``flag`` (``6GiB``, ``3.2G``, ``12ms``), or a share: ``0.8x``.
 
     Raises:
         UserError: if ``text`` is neither.
     """
-    units = _BYTES if flag == "--target_memory" else _COUNTS
+    units, example = _UNITS[flag]
     match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)", text.strip(), flags=re.IGNORECASE)
     try:
         value, unit = float(match[1]), match[2].upper()  # type: ignore[index]
         size = Size(value, True) if unit == "X" else Size(value * units[unit], False)
     except (KeyError, TypeError, ValueError):
-        example = "6GiB" if units is _BYTES else "3.2G"
         raise UserError(
             f"{flag} {text}: give a size such as {example}, or a share of the dense model's: 0.8x"
         ) from None
@@ -71,12 +83,34 @@ class Target:
     Attributes:
         budget: how much is removed, in what the costs of ``units`` count.
         units: units of every layer with their costs.
-        dense: size of the model before pruning, for a target in multiply-accumulates or bytes.
+        dense: size of the model before pruning, for a target in multiply-accumulates, bytes or time.
+        describe: returns a size in what the target counts as text, with its unit.
     """
 
     budget: float
     units: list[LayerUnits]
     dense: float | None = None
+    describe: Callable[[float], str] = str
+
+    def counts(self, plans: Sequence[LayerPlan]) -> list[tuple[int, int]]:
+        """Return the units of heads and the columns that ``plans`` remove from every layer."""
+        return [layer.counts(plan) for layer, plan in zip(self.units, plans, strict=True)]
+
+    def removed(self, counts: Sequence[Sequence[int]]) -> float:
+        """Return what ``counts`` of heads and columns of every layer count in the budget."""
+        return cost_removed(counts, self.units)
+
+    def plans_by(self, allocate: Allocate, around: Sequence[LayerPlan] = ()) -> list[LayerPlan]:
+        """Return the plans by ``allocate`` that meet the budget.
+
+        Args:
+            allocate: makes plans from units with their costs and a budget.
+            around: plans near which the budget is met; costs that are linear do not depend on them.
+
+        Raises:
+            UnreachableTargetError: if ``allocate`` cannot meet the budget.
+        """
+        return allocate(self.units, self.budget)
 
 
 def target_of(
@@ -116,7 +150,7 @@ def target_of(
         itemsize = (saved_dtype(config, model.config) or torch.float32).itemsize
         caches = cached_tokens(config, model.config)
         costs = [bytes_of(*entry, settings, itemsize) for entry in zip(units, shapes, caches, strict=True)]
-    return Target(dense - requested, costs, dense)
+    return Target(dense - requested, costs, dense, partial(size_text, config))
 
 
 def macs_of(units: LayerUnits, shape: LayerShape, active: int) -> LayerUnits:

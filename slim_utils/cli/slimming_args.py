@@ -9,11 +9,14 @@ from slim_utils.common.loading import DTYPES
 from slim_utils.layerwise.device_defaults import CPU_TOKENS_PER_FORWARD, MAX_TOKENS_PER_FORWARD, SOLVE_DTYPES
 from slim_utils.layerwise.settings import GQA_UNITS
 from slim_utils.output.hub import add_hub_flags
+from slim_utils.profiling.latency_table import WORKLOADS
 from slim_utils.pruning_config import (
     BEST_COLUMN_GROUP,
     BEST_SINK_WINDOWS,
     DEFAULT_BATCH,
     DEFAULT_CONTEXT,
+    DEFAULT_PROMPT,
+    DEFAULT_WORKLOAD,
     EXPERT_UNITS,
     MACS_TOKENS,
     SENSITIVITY,
@@ -140,9 +143,26 @@ def add_budget_flags(group: argparse._ArgumentGroup) -> None:
         help="overall target in bytes (6GiB) of the weights and the KV cache of --at_context tokens, or as a share",
     )
     group.add_argument(
-        "--at_context", type=int, help=f"tokens of a sequence for --target_memory (default: {DEFAULT_CONTEXT})"
+        "--target_latency", metavar="TIME|0.8x", help="overall target in measured latency (12ms), or as a share"
     )
-    group.add_argument("--at_batch", type=int, help=f"sequences for --target_memory (default: {DEFAULT_BATCH})")
+    group.add_argument(
+        "--latency_of", choices=WORKLOADS, help=f"what --target_latency counts (default: {DEFAULT_WORKLOAD})"
+    )
+    group.add_argument(
+        "--latency_file",
+        type=Path,
+        metavar="FILE",
+        help="table of test_flops.py --latency_table for --target_latency (default: measured first)",
+    )
+    group.add_argument(
+        "--at_context",
+        type=int,
+        help=f"tokens of a sequence for --target_memory (default: {DEFAULT_CONTEXT}), or of a prompt for "
+        f"--target_latency (default: {DEFAULT_PROMPT})",
+    )
+    group.add_argument(
+        "--at_batch", type=int, help=f"sequences for --target_memory and --target_latency (default: {DEFAULT_BATCH})"
+    )
     group.add_argument(
         "--allocation", choices=ALLOCATIONS, help="how a target is allocated to the layers (default: uniform)"
     )

@@ -111,14 +111,7 @@ def check_budget(config: PruningConfig) -> None:
         raise UserError("--profile sets the size of every layer; leave --minlayer and --maxlayer out")
     if config.target_ratio is not None and not 0 < config.target_ratio < 1:
         raise UserError(f"--target_ratio {config.target_ratio}: must be between 0 and 1, exclusive")
-    if config.target_size is not None:
-        parse_size(*config.target_size)
-    for name in ("at_context", "at_batch"):
-        value = getattr(config, name)
-        if value is not None and config.target_memory is None:
-            raise UserError(f"--{name} is a part of --target_memory; add it, or leave --{name} out")
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: at least 1")
+    check_size(config)
     if config.uniform_shapes and (given and config.allocation not in (None, "uniform")):
         raise UserError("--uniform_shapes needs one ratio for all layers: --sparsity, or --allocation uniform")
     if config.refine < 0:
@@ -160,6 +153,7 @@ def check_whole_experts(config: PruningConfig) -> None:
         "--minlayer": (config.minlayer > 0, alike),
         "--maxlayer": (config.maxlayer < PruningConfig.maxlayer, alike),
         "--target_macs": (config.target_macs, "leaves the multiply-accumulates of a token nearly as they are"),
+        "--target_latency": (config.target_latency, "leaves the time of a token nearly as it is"),
     }
     for name in ("gqa_unit", "even_heads", "tp_size", "exact_heads", "column_group"):
         reasons[f"--{name}"] = (getattr(config, name) != getattr(PruningConfig, name), nothing_else)
@@ -170,6 +164,32 @@ def check_whole_experts(config: PruningConfig) -> None:
         raise UserError(
             "--expert_unit expert saves the pruned model alone, for no weights of a router mask an expert: add "
             "--save_pruned_weights"
+        )
+
+
+def check_size(config: PruningConfig) -> None:
+    """Check a target in multiply-accumulates, bytes or milliseconds, and the flags that belong to it.
+
+    Raises:
+        UserError: naming the flag to change.
+    """
+    if config.target_size is not None:
+        parse_size(*config.target_size)
+    for name in ("at_context", "at_batch"):
+        value = getattr(config, name)
+        if value is not None and config.target_memory is None and config.target_latency is None:
+            raise UserError(f"--{name} is a part of --target_memory or --target_latency; add it, or leave --{name} out")
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: at least 1")
+    for name in ("latency_of", "latency_file"):
+        if getattr(config, name) is not None and config.target_latency is None:
+            raise UserError(f"--{name} is a part of --target_latency; add it, or leave --{name} out")
+    if config.latency_file and not config.latency_file.is_file():
+        raise UserError(f"--latency_file {config.latency_file}: no such file")
+    if config.target_latency is not None and not config.latency_file and launched_processes() > 1:
+        raise UserError(
+            "--target_latency measures in one process; measure with test_flops.py --latency_table, then give "
+            "--latency_file"
         )
 
 
@@ -259,6 +279,7 @@ def check_save_dir(config: PruningConfig) -> None:
     check_output(folder, config.overwrite or (config.resume and interrupted))
     texts = [] if config.skip_evaluate else eval_files(config.eval_datasets)
     inputs: dict[str, Iterable[str | Path | None]] = {"MODEL": [config.model_path], "--profile": [config.profile]}
+    inputs |= {"--latency_file": [config.latency_file]}
     inputs |= {"--data_file": config.data_file or [], "--eval_datasets": texts}
     check_inputs_outside(folder, "--save_dir", inputs)
 

@@ -6,7 +6,7 @@ import logging
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.resume import LayerStore
 from slim_utils.masks import LayerMask, LayerPlan
 from slim_utils.output.writers import Checkpoints, CheckpointWriter, StreamedOutput, WholeOutput
+from slim_utils.profiling.latency_table import LatencyTable
 from slim_utils.pruning_config import PruningConfig
 from slim_utils.slim_dataset import CalibrationData, sink_windows
 
@@ -42,11 +43,13 @@ class ModelPlan:
         layers: the plans.
         size_masks: masks of the planned sizes; which units they keep is arbitrary.
         sensitivities: sensitivities that the plans were allocated by.
+        latency: requested and predicted seconds of ``--target_latency``.
     """
 
     layers: list[LayerPlan]
     size_masks: list[LayerMask]
     sensitivities: Sensitivities = field(default_factory=Sensitivities)
+    latency: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,14 @@ class PrunedModel:
     Attributes:
         masks: kept units of every layer.
         reports: reports of the pruned layers.
-        sensitivities: sensitivities that the plans were allocated by.
+        plan: what was removed.
         output: writer of the checkpoints.
         seconds: seconds of measurements and pruning, over all processes of a resumed run.
     """
 
     masks: list[LayerMask]
     reports: list[LayerReport]
-    sensitivities: Sensitivities
+    plan: ModelPlan
     output: CheckpointWriter
     seconds: float
 
@@ -92,19 +95,26 @@ def open_output(
     return WholeOutput(host.model, host.family, checkpoints)
 
 
-def plan_without_weights(config: PruningConfig, model_config: PreTrainedConfig) -> ModelPlan | None:
+def plan_without_weights(
+    config: PruningConfig, model_config: PreTrainedConfig, table: LatencyTable | None = None
+) -> ModelPlan | None:
     """Return the plan made on the meta device, or ``None``, with the target checked, if it is measured on the weights.
+
+    Args:
+        config: flags.
+        model_config: configuration of the model.
+        table: latency table, for ``--target_latency``.
 
     Raises:
         UserError: if the plan is impossible for the model, naming the flag to change.
     """
     model = model_on_meta(model_config, trust_remote_code=config.trust_remote_code)
-    planner = Planner(config, ResidentModel(model, find_family(model_config)))
+    planner = Planner(config, ResidentModel(model, find_family(model_config)), table)
     if config.measures:
         planner.check_measurable()
         return None
     plans = planner.plans()
-    return ModelPlan(plans, planner.size_masks(plans))
+    return ModelPlan(plans, planner.size_masks(plans), latency=planner.latency(plans))
 
 
 def with_device_defaults(config: PruningConfig, host: ResidentModel, num_tokens: int) -> PruningConfig:
@@ -127,12 +137,17 @@ def with_device_defaults(config: PruningConfig, host: ResidentModel, num_tokens:
 
 
 def measured_plan(
-    config: PruningConfig, host: ResidentModel, samples: Tensor, windows: Tensor | None, store: LayerStore | None
+    config: PruningConfig,
+    host: ResidentModel,
+    samples: Tensor,
+    windows: Tensor | None,
+    store: LayerStore | None,
+    table: LatencyTable | None = None,
 ) -> ModelPlan:
     """Return the plan measured on the weights of the dense model, which are unchanged on return."""
-    planner = Planner(config, host)
+    planner = Planner(config, host, table)
     plans, sensitivities = planner.measured_plans(samples, windows, store.measured if store else no_cache)
-    return ModelPlan(plans, planner.size_masks(plans), sensitivities)
+    return ModelPlan(plans, planner.size_masks(plans), sensitivities, planner.latency(plans))
 
 
 def prune(
@@ -142,6 +157,7 @@ def prune(
     host: ResidentModel,
     store: LayerStore | None,
     processes: ProcessGroup,
+    table: LatencyTable | None = None,
 ) -> PrunedModel:
     """Prune the model in place, each process on its shard of the calibration samples.
 
@@ -152,12 +168,13 @@ def prune(
         host: the dense model.
         store: store of finished layers, if any.
         processes: processes that prune the same model.
+        table: latency table, for a measured plan.
     """
     start = time.perf_counter()
     samples, windows = processes.shard(data.samples), None
     if config.sink_windows:
         windows = processes.shard(sink_windows(data.samples[:, data.bos :], config.sink_windows), "--sink_windows")
-    plan = plan or measured_plan(config, host, samples, windows, store)
+    plan = plan or measured_plan(config, host, samples, windows, store, table)
     output = open_output(config, host, store, plan.size_masks)
     settings = pruning_settings(config)
     masks, reports = prune_layers(
@@ -167,4 +184,4 @@ def prune(
         # No longer needed, and the output may need the disk space.
         store.activations.remove()
     seconds = time.perf_counter() - start + (store.seconds_before if store else 0)
-    return PrunedModel(masks, reports, plan.sensitivities, output, seconds)
+    return PrunedModel(masks, reports, plan, output, seconds)

@@ -59,6 +59,11 @@ class LayerStore:
         """File of the measurements of the sensitivity analysis (0) or of a round of refinement."""
         return self.folder / f"measured_{refinement}.json"
 
+    @property
+    def latency(self) -> Path:
+        """File of the latency table that the plan was made by."""
+        return self.folder / "latency.json"
+
     def exists(self) -> bool:
         """Whether there is an unfinished run."""
         return self.folder.exists()

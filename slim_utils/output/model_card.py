@@ -22,7 +22,7 @@ from slim_utils.output.provenance import (
 )
 from slim_utils.profiling.model_stats import count_parameters
 from slim_utils.profiling.tables import markdown_table
-from slim_utils.pruning_config import DEFAULT_BATCH, DEFAULT_CONTEXT, MACS_TOKENS
+from slim_utils.pruning_config import DEFAULT_BATCH, DEFAULT_CONTEXT, DEFAULT_WORKLOAD, MACS_TOKENS
 
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 
@@ -201,6 +201,10 @@ def pruning_settings(record: dict[str, Any]) -> list[tuple[str, Any]]:
         ratio = f"{arguments['target_ratio']:g} of the block weights ({_allocation(arguments)})"
     elif arguments["target_params"]:
         ratio = f"down to {arguments['target_params']:,.0f} parameters ({_allocation(arguments)})"
+    elif arguments.get("target_latency"):
+        workload = arguments["latency_of"] or DEFAULT_WORKLOAD
+        device = record["latency"]["table"]["device"]
+        ratio = f"down to {arguments['target_latency']} of {workload} on {device} ({_allocation(arguments)})"
     elif arguments.get("target_macs") or arguments.get("target_memory"):
         flag = "target_macs" if arguments["target_macs"] else "target_memory"
         unit = f"multiply-accumulates for {MACS_TOKENS} tokens"

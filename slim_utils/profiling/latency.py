@@ -61,18 +61,23 @@ def measure_latency(
 @torch.no_grad()
 def _generate_once(model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
     """Seconds of the prefill, and mean seconds of a decoding step."""
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, model.config.vocab_size, (batch_size, prompt_tokens), generator=generator)
-    prompt = prompt.to(model.device)
+    prompt = random_prompt(model, batch_size, prompt_tokens)
     start = _now(model.device)
-    token, cache = _step(model, prompt, None)
+    token, cache = greedy_step(model, prompt, None)
     prefill_end = _now(model.device)
     for _ in range(new_tokens):
-        token, cache = _step(model, token, cache)
+        token, cache = greedy_step(model, token, cache)
     return prefill_end - start, (_now(model.device) - prefill_end) / new_tokens
 
 
-def _step(model: PreTrainedModel, tokens: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
+def random_prompt(model: PreTrainedModel, batch_size: int, prompt_tokens: int) -> Tensor:
+    """Random token ids (batch_size, prompt_tokens) on the model's device, the same ones in every call."""
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, model.config.vocab_size, (batch_size, prompt_tokens), generator=generator)
+    return prompt.to(model.device)
+
+
+def greedy_step(model: PreTrainedModel, tokens: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
     """The most likely next token (batch, 1) and the cache, from one forward on ``tokens`` (batch, n)."""
     # Logits of the last position only, as in generate.
     output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)

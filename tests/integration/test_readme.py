@@ -80,7 +80,7 @@ def test_pruning_commands_as_shown_are_parsed():
         assert args.save_dir == "OUT"
 
 
-@pytest.mark.parametrize(("script", "count"), [(model_evaluate, 2), (test_flops, 3)])
+@pytest.mark.parametrize(("script", "count"), [(model_evaluate, 2), (test_flops, 4)])
 def test_measuring_commands_as_shown_are_parsed(script, count):
     lines = commands(f"python {script.__name__}.py")
     assert len(lines) == count

@@ -194,7 +194,7 @@ def test_model_slimming_beside_a_live_run_names_it_and_keeps_its_layers(argv, mo
 
 def test_settings_from_before_a_flag_was_added_are_those_of_its_default():
     flags = PruningConfig().flags(Effect.VALUE)
-    added = ("--target_macs", "--target_memory", "--at_context", "--at_batch")
+    added = ("--target_macs", "--target_memory", "--target_latency", "--latency_of", "--at_context", "--at_batch")
     assert setting_changes({name: value for name, value in flags.items() if name not in added}, flags) == []
 
 

@@ -123,7 +123,10 @@ def test_target_size_is_met(words, checkpoint, tmp_path, flags, allocation, capl
         (["--target_memory", "0.8x", "--sparsity", 0.2], "--target_memory sets the ratios; leave --sparsity out"),
         (["--target_memory", "0.8x", "--at_context", 0], "--at_context 0: at least 1"),
         (["--target_memory", "0.8x", "--at_batch", 0], "--at_batch 0: at least 1"),
-        (["--target_macs", "0.8x", "--at_batch", 2], "--at_batch is a part of --target_memory; add it"),
+        (
+            ["--target_macs", "0.8x", "--at_batch", 2],
+            "--at_batch is a part of --target_memory or --target_latency; add it",
+        ),
     ],
 )
 def test_target_size_with_wrong_flags_is_refused(words, tmp_path, flags, message):
