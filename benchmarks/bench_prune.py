@@ -38,8 +38,9 @@ from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import DTYPES, check_output_file, choose_device, peak_memory_mib, write_json_atomic
+from slim_utils.common.random_model import random_model
 from slim_utils.families import find_family
-from slim_utils.layerwise.device_defaults import model_tokens_per_forward, resolve_solve_dtype
+from slim_utils.layerwise.device_defaults import SOLVE_DTYPES, model_tokens_per_forward, resolve_solve_dtype
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.obs import PAPER_SELECTION, SelectionOptions
@@ -48,7 +49,7 @@ from slim_utils.slimgpt import SlimGPT
 logger = logging.getLogger("bench_prune")
 
 PERCDAMP, SEED = 0.01, 0
-SETTINGS = ("num_samples", "seqlen", "layers", "sparsity", "dtype", "column_group")
+SETTINGS = ("num_samples", "seqlen", "layers", "sparsity", "dtype", "solve_dtype", "column_group")
 WAYS = ("original", "ours", "ours_fine")
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -73,6 +74,13 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 32,
         "vocab_size": 32000,
     },
+    "llama-70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+    },
     "llama-8b": {
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -94,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, default=6, help="number of layers (the first ones)")
     parser.add_argument("--sparsity", type=float, default=0.2)
     parser.add_argument("--dtype", choices=[name for name in DTYPES if name != "auto"], default="float32")
+    parser.add_argument("--solve_dtype", choices=("auto", *SOLVE_DTYPES), default="auto", help="ours only")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--cache_dev", help="device of cached activations, ours only (default: --device)")
     parser.add_argument("--repeats", type=int, default=3)
@@ -119,15 +128,7 @@ def make_model(args: argparse.Namespace) -> PreTrainedModel:
     config, dtype = shape_config(args), DTYPES[args.dtype]
     if args.model not in SHAPES:
         return AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=dtype).eval()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model = model.to_empty(device="cpu").eval()
-    # Rotary frequencies are buffers, which to_empty leaves uninitialised.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    generator = torch.Generator().manual_seed(SEED)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.02, generator=generator) if parameter.dim() > 1 else parameter.data.fill_(1)
-    return model
+    return random_model(config, dtype, torch.device("cpu"), SEED)
 
 
 class Stopwatch:
@@ -183,7 +184,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             selection=selection,
             gqa_unit="kv_group",
             tokens_per_forward=model_tokens_per_forward(model, device, cache_dev, samples.numel()),
-            solve_dtype=resolve_solve_dtype("auto", device),
+            solve_dtype=resolve_solve_dtype(args.solve_dtype, device),
         )
         start = watch.now()
         plans = plans_of(model, ratios, settings)

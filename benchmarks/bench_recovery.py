@@ -34,6 +34,7 @@ from benchmarks.smollm2_recovery import flag_list, is_finished, run, zero_shot
 from ppl_eval.ppl_dataset import load_eval_sets
 from ppl_eval.ppl_eval import evaluate
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.errors import UserError
 from slim_utils.common.loading import load_model, load_tokenizer
 from slim_utils.profiling.tables import markdown_table
 from slim_utils.text_source import file_documents, file_rows, join_documents, row_text
@@ -75,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", help="dense model as a checkpoint folder")
     parser.add_argument("--calib_file", type=Path, required=True)
     parser.add_argument("--train_text", nargs="+", required=True, help="as --train_text of model_finetune.py")
-    parser.add_argument("--alpaca_file", type=Path, required=True, help="jsonl")
+    parser.add_argument("--alpaca_file", type=Path, help="jsonl, for the recovery on instructions")
     parser.add_argument("--eval_files", nargs="+", required=True, metavar="NAME=FILE")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.33, 0.5])
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, DENSE], default=[*METHODS, DENSE])
@@ -84,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[None], help="default: that of the recovery")
     parser.add_argument("--task_dir", type=Path, help="local rows of the zero-shot tasks")
     parser.add_argument("--limit", type=int, default=0, help="rows per zero-shot task; 0 skips them")
+    parser.add_argument("--bf16", action="store_true", help="train in bf16 mixed precision")
     parser.add_argument("--work_dir", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     return parser
@@ -139,6 +141,7 @@ def train(args: argparse.Namespace, specs: list[str], base: Path, key: Key) -> P
     flags |= {"--extra_val_set": ",".join(specs), "--extra_val_seqlen": EVAL_SEQLEN, "--eval_seqlens": EVAL_SEQLEN}
     flags |= {"--cache_dataset": "false", "--eval_strategy": "no", **RECOVERIES[recovery]}
     flags |= {} if rate is None else {"--learning_rate": rate}
+    flags |= {"--bf16": "true"} if args.bf16 else {}
     if recovery == ALPACA:
         run("model_finetune.py", *flag_list(flags), "--data_path", alpaca_rows(args, tokens))
         return folder
@@ -225,10 +228,13 @@ def _order(row: Row) -> tuple[Any, ...]:
 
 def main(args: argparse.Namespace) -> None:
     """Measure the missing rows."""
+    if ALPACA in args.recoveries and not args.alpaca_file:
+        raise UserError(f"--alpaca_file: the recovery '{ALPACA}' needs it; add it, or choose other --recoveries")
     args.work_dir.mkdir(parents=True, exist_ok=True)
     protocol = {"model": Path(args.model).name, "calibration": [NUM_SAMPLES, SEQLEN], "seed": 0}
     protocol |= {"evaluation": [EVAL_WINDOWS, EVAL_SEQLEN], "zero_shot_limit": args.limit}
     protocol |= {"train_text": [Path(text).name for text in args.train_text]}
+    protocol |= {"bf16": True} if args.bf16 else {}
     measure_row = partial(measure, args, eval_specs(args))
     print(table(measure_missing_rows(args.out, protocol, Key._fields, row_keys(args), measure_row)["rows"]))
 

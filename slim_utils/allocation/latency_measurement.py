@@ -23,11 +23,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
-from transformers.initialization import no_init_weights
 
 from slim_utils.allocation.alignment import Alignment
 from slim_utils.common.environment import command_line, environment
+from slim_utils.common.random_model import random_model
 from slim_utils.families import Family, LayerShape, find_family, layer_shapes
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerMask, LayerPlan
@@ -143,12 +142,7 @@ def _model_of_points(
         removed = (kind.units - point.heads) * settings.heads_per_unit(kind.shape)
         plan = LayerPlan(removed, kind.shape.ffn_width - point.columns)
         masks.append(settings.size_mask(kind.shape, plan))
-    with torch.device(settings.device), no_init_weights():
-        model = AutoModelForCausalLM.from_config(slim_config(config, family, masks), dtype=dtype).eval()
-    for parameter in model.parameters():
-        # Memory that was never written could hold numbers that are slow to compute with.
-        parameter.data.uniform_(-0.02, 0.02) if parameter.dim() > 1 else parameter.data.fill_(1)
-    return model
+    return random_model(slim_config(config, family, masks), dtype, settings.device)
 
 
 class _Clock:
