@@ -206,10 +206,11 @@ def recovery_part(args: argparse.Namespace) -> Part:
     return Part("recovery", module("bench_recovery", *argv), 300, recovery_figure)
 
 
-def run_part(part: Part, out: Path, seconds: float) -> Outcome:
+def run_part(part: Part, out: Path, seconds: float, rehearsal: bool) -> Outcome:
     """Run a part for at most ``seconds``, and write its result if it succeeds."""
     work, log = out / WORK_FOLDER, out / f"{part.name}.log"
-    names = {"{result}": str(work / part.name), "{work}": str(work)}
+    written = work / f"{part.name}.result"
+    names = {"{result}": str(written), "{work}": str(work)}
     argv = [sys.executable]
     for word in part.argv:
         for placeholder, path in names.items():
@@ -231,11 +232,11 @@ def run_part(part: Part, out: Path, seconds: float) -> Outcome:
     if code != 0:
         return Outcome(part.name, FAILED, taken, f"exit code {code}: {last_line(log)}")
     try:
-        result = part.read(work / part.name)
+        result = part.read(written)
         text = part.figure(result)
     except (UserError, OSError, KeyError, ValueError, ElementTree.ParseError) as error:
         return Outcome(part.name, FAILED, taken, f"no result: {error}")
-    record = {"part": part.name, "seconds": round(taken, 1), "figure": text, "result": result}
+    record = {"part": part.name, "rehearsal": rehearsal, "seconds": round(taken, 1), "figure": text, "result": result}
     write_json_atomic(out / f"{part.name}.json", record)
     return Outcome(part.name, PASSED, taken, text)
 
@@ -246,7 +247,19 @@ def last_line(path: Path) -> str:
     return lines[-1].strip() if lines else "no output"
 
 
-def run_parts(parts: list[Part], out: Path, seconds: float) -> list[Outcome]:
+def check_results(parts: list[Part], out: Path, rehearsal: bool) -> None:
+    """Check that the results in a folder are all of a rehearsal, or all not.
+
+    Raises:
+        UserError: if not.
+    """
+    for path in (out / f"{part.name}.json" for part in parts):
+        if path.exists() and json.loads(path.read_text(encoding="utf-8"))["rehearsal"] != rehearsal:
+            kind = "the measurements" if rehearsal else "a rehearsal"
+            raise UserError(f"{out}: has results of {kind} ({path.name}); choose another folder")
+
+
+def run_parts(parts: list[Part], out: Path, seconds: float, rehearsal: bool) -> list[Outcome]:
     """Run the parts in order, those without a result; all together take at most ``seconds``."""
     (out / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
     end, outcomes = time.perf_counter() + seconds, []
@@ -261,7 +274,7 @@ def run_parts(parts: list[Part], out: Path, seconds: float) -> list[Outcome]:
             outcome = Outcome(part.name, NO_TIME, 0, "run again: what passed is kept")
         else:
             logger.info("%s: at most %.0f s", part.name, min(part.seconds, left))
-            outcome = run_part(part, out, min(part.seconds, left))
+            outcome = run_part(part, out, min(part.seconds, left), rehearsal)
         logger.info("%s: %s (%s)", part.name, outcome.status, outcome.text)
         outcomes.append(outcome)
     return outcomes
@@ -275,12 +288,14 @@ def main(args: argparse.Namespace) -> None:
     if args.minutes <= 0:
         raise UserError(f"--minutes {args.minutes}: above 0")
     named_files("--eval_files", args.eval_files or [])
-    outcomes = run_parts(make_parts(args), args.out.resolve(), 60 * args.minutes)
+    parts, out = make_parts(args), args.out.resolve()
+    check_results(parts, out, args.rehearse)
+    outcomes = run_parts(parts, out, 60 * args.minutes, args.rehearse)
     rows = [(outcome.part, outcome.status, f"{outcome.seconds:.0f}", outcome.text) for outcome in outcomes]
     print(text_table(("part", "status", "seconds", ""), rows))
     summary = {"command": command_line(), **environment(device), "rehearsal": args.rehearse}
     summary["parts"] = [dict(zip(("part", "status", "seconds", "text"), row, strict=True)) for row in rows]
-    write_json_atomic(args.out / "summary.json", summary)
+    write_json_atomic(out / "summary.json", summary)
     if any(outcome.status in (FAILED, NO_TIME) for outcome in outcomes):
         sys.exit(1)
 

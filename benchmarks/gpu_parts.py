@@ -60,8 +60,9 @@ logger = logging.getLogger("gpu_parts")
 
 # Shares of the unlimited run's peak memory that the limited ones get, until one is rescued.
 MEMORY_SHARES = (0.8, 0.65, 0.5, 0.4)
-# Units are chosen by errors that differ in rounding between batch sizes; of nearly equal ones another may go.
-MIN_EQUAL_UNITS, ERROR_TOLERANCE = 0.999, 1e-3
+# Units are chosen by errors that differ in rounding between batch sizes; of nearly equal ones another may be removed.
+# Differences of errors are relative to those before compensation, of which those after it may be a rounding error.
+MIN_EQUAL_UNITS, ERROR_TOLERANCE = 0.999, 1e-4
 PROMPT_TOKENS, WARM_UPS = 128, 1
 TEXT_WORDS = 1000
 
@@ -123,11 +124,12 @@ def limited_memory(device: torch.device, limit: int | None) -> Iterator[None]:
         yield
     elif device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(limit / total, device)
+        # The index, or None for the current device: a device without one is not accepted here.
+        torch.cuda.set_per_process_memory_fraction(limit / total, device.index)
         try:
             yield
         finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
+            torch.cuda.set_per_process_memory_fraction(1.0, device.index)
     else:
         run, failed = LayerForward._run, []
 
@@ -172,7 +174,7 @@ def compared(whole: PruningRun, limited: PruningRun) -> dict[str, Any]:
         for units, others in zip(one.kept_units().values(), other.kept_units().values(), strict=True):
             equal, total = equal + len(set(units) & set(others)), total + len(units)
     errors = [
-        abs(one.error_compensated - other.error_compensated) / max(one.error_compensated, 1e-12)
+        abs(one.error_compensated - other.error_compensated) / one.error_uncompensated
         for first, second in zip(whole.reports, limited.reports, strict=True)
         for one, other in ((first.attention, second.attention), (first.mlp, second.mlp))
     ]

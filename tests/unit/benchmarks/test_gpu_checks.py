@@ -4,15 +4,16 @@ import json
 import os
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import gpu_checks
+from benchmarks import gpu_checks, gpu_parts
 from benchmarks.gpu_checks import FAILED, LEFT_OUT, NO_TIME, PASSED, STANDS, Part, make_parts, run_parts
 from slim_utils.common.errors import UserError
 from tests.conftest import make_tiny, random_text
-from tests.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[3]
 # Appends its name to a file, and does what its second argument says.
@@ -51,7 +52,7 @@ def order(tmp_path: Path) -> list[str]:
 
 def test_parts_run_in_order_and_failing_ones_do_not_stop_the_others(part, tmp_path):
     parts = [part("a"), part("b", "fail"), part("c", "silent"), part("left", reason="needs --model"), part("d")]
-    outcomes = run_parts(parts, tmp_path / "out", 60)
+    outcomes = run_parts(parts, tmp_path / "out", 60, True)
     assert order(tmp_path) == ["a", "b", "c", "d"]
     assert [outcome.status for outcome in outcomes] == [PASSED, FAILED, FAILED, LEFT_OUT, PASSED]
     assert outcomes[0].text == "value 3" and outcomes[1].text == "exit code 1: no luck"
@@ -63,8 +64,8 @@ def test_parts_run_in_order_and_failing_ones_do_not_stop_the_others(part, tmp_pa
 
 
 def test_parts_run_again_are_those_without_a_result(part, tmp_path):
-    run_parts([part("a"), part("b", "fail"), part("c")], tmp_path / "out", 60)
-    outcomes = run_parts([part("a", "fail"), part("b"), part("c", "fail")], tmp_path / "out", 60)
+    run_parts([part("a"), part("b", "fail"), part("c")], tmp_path / "out", 60, True)
+    outcomes = run_parts([part("a", "fail"), part("b"), part("c", "fail")], tmp_path / "out", 60, True)
     assert order(tmp_path) == ["a", "b", "c", "b"]
     assert [outcome.status for outcome in outcomes] == [STANDS, PASSED, STANDS]
     assert outcomes[0].text == "value 3"
@@ -72,7 +73,7 @@ def test_parts_run_again_are_those_without_a_result(part, tmp_path):
 
 def test_part_out_of_time_is_ended_with_its_processes(part, tmp_path):
     start = time.perf_counter()
-    outcomes = run_parts([part("slow", "sleep", seconds=1.5), part("next")], tmp_path / "out", 60)
+    outcomes = run_parts([part("slow", "sleep", seconds=1.5), part("next")], tmp_path / "out", 60, True)
     assert time.perf_counter() - start < 20
     assert [outcome.status for outcome in outcomes] == [FAILED, PASSED]
     assert outcomes[0].text.startswith("not finished in 2 s")
@@ -93,7 +94,7 @@ def is_running(process: int) -> bool:
 
 
 def test_parts_without_time_are_not_started(part, tmp_path):
-    outcomes = run_parts([part("a"), part("b")], tmp_path / "out", 0)
+    outcomes = run_parts([part("a"), part("b")], tmp_path / "out", 0, True)
     assert [outcome.status for outcome in outcomes] == [NO_TIME, NO_TIME]
     assert not (tmp_path / "order").exists()
 
@@ -129,6 +130,15 @@ def test_main_prints_a_table_and_exits_with_1_if_a_part_failed(part, tmp_path, m
     assert [row["status"] for row in summary["parts"]] == [line.split()[1] for line in lines[1:]]
 
 
+def test_main_with_results_of_a_rehearsal_is_refused_on_a_gpu(part, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_checks, "make_parts", lambda args: [part("a")])
+    gpu_checks.main(parse(tmp_path / "out", "--rehearse", "--device", "cpu"))
+    monkeypatch.setattr(gpu_checks, "choose_device", lambda name: torch.device("cuda"))
+    with pytest.raises(UserError, match=r"out: has results of a rehearsal \(a.json\); choose another folder"):
+        gpu_checks.main(parse(tmp_path / "out"))
+    assert order(tmp_path) == ["a"]
+
+
 def test_main_without_a_gpu_is_refused(tmp_path):
     with pytest.raises(UserError, match="no CUDA device; --rehearse"):
         gpu_checks.main(parse(tmp_path / "out", "--device", "cpu"))
@@ -157,11 +167,25 @@ TINY = ["--model", "smollm2-135m", "--layers", 2, "--num_samples", 4, "--seqlen"
 
 def test_part_rescue_goes_on_with_less_and_has_the_same_figures(tmp_path):
     out = tmp_path / "out.json"
-    process = run_python("benchmarks/gpu_parts.py", "rescue", *TINY, "--device", "cpu", "--out", out)
-    assert process.returncode == 0, process.stderr
+    words = list(map(str, ["rescue", *TINY, "--device", "cpu", "--out", out]))
+    gpu_parts.main(gpu_parts.build_parser().parse_args(words))
     (row,) = json.loads(out.read_text())["limited"]
     assert "retrying with 2 samples per forward" in row["retries"][0] and row["batch_samples"] == 2
     assert row["equal"] and row["equal_units"] == 1
+
+
+def test_compared_runs_with_other_units_or_errors_are_not_equal():
+    args = gpu_parts.build_parser().parse_args(list(map(str, ["rescue", *TINY, "--out", "none"])))
+    args.device = torch.device("cpu")
+    whole = gpu_parts.prune_within(args, gpu_parts.shape_config(args), None)
+    assert gpu_parts.compared(whole, whole)["equal"] and not whole.retries
+    units = whole.masks[0].kept_columns
+    other = sorted(set(range(1536)) - set(units))[: len(units) // 10]
+    moved = replace(whole.masks[0], kept_columns=sorted([*units[len(other) :], *other]))
+    assert not gpu_parts.compared(whole, replace(whole, masks=[moved, *whole.masks[1:]]))["equal"]
+    error = replace(whole.reports[1].mlp, error_compensated=0.1 * whole.reports[1].mlp.error_uncompensated)
+    reports = [whole.reports[0], replace(whole.reports[1], mlp=error)]
+    assert not gpu_parts.compared(whole, replace(whole, reports=reports))["equal"]
 
 
 @pytest.mark.slow
