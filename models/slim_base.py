@@ -1,6 +1,6 @@
-"""Base classes of all pruned model families: decoder layers with per-layer heads and FFN widths.
+"""First part of the file that ships inside a pruned checkpoint: decoder layers with per-layer heads and FFN widths.
 
-This file ships inside a pruned checkpoint, beside that of the family. It only depends on ``transformers`` (>= 5.15, for
+The classes of one family follow it, see ``models/shipped_code.py``. It only depends on ``transformers`` (>= 5.15, for
 ``per_layer_config``) and adds no modeling code: every layer is the library's class, built from its own entry.
 """
 
@@ -76,26 +76,58 @@ def init_dense(init: Callable[..., None], config: PreTrainedConfig) -> None:
 
 
 class SlimModelMixin:
-    """Mixin of a family's model: builds layer ``i`` from ``config.per_layer_config[i]``.
+    """Mixin of a family's model: rebuilds layer ``i`` from ``config.per_layer_config[i]``.
 
     Attributes:
-        layer_class: decoder layer class of the family.
+        layers_name: name of the list of decoder layers in the model.
+        head_norms: RMS norms over all heads of a layer, each with the configuration key of their number. With r the
+            fraction of heads kept, the mean square over all heads (removed ones zero) is r times that over the
+            remaining ones. To match the masked model, epsilon is divided by r; the norm weights are scaled when a
+            model is shrunk.
+        head_maps: linear maps that the library sizes by the hidden size, each with the configuration keys of the heads
+            that its rows belong to; the last map has them as columns instead.
+        head_counts: attributes that hold the number of heads of a layer with ``head_maps``.
     """
 
-    layer_class: type[nn.Module]
+    layers_name = "layers"
+    head_norms: tuple[tuple[str, str], ...] = ()
+    head_maps: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    head_counts: tuple[tuple[str, str], ...] = ()
     post_init: Callable[[], None]
 
     def __init__(self, config: PreTrainedConfig) -> None:
         init_dense(super().__init__, config)
-        self.layers = nn.ModuleList(
-            self.layer_class(config.per_layer_config[i], i) for i in range(config.num_hidden_layers)
-        )
-        for i, layer in enumerate(self.layers):
-            view = LayerConfigView(config, i)
-            for module in layer.modules():
-                if isinstance(getattr(module, "config", None), PreTrainedConfig):
-                    module.config = view  # type: ignore[assignment]
+        layers: Any = self.get_submodule(self.layers_name)  # type: ignore[attr-defined]
+        for i, dense in enumerate(layers):
+            layers[i] = self._layer(type(dense), config, i)
         self.post_init()
+
+    def _layer(self, layer_class: Callable[..., nn.Module], config: PreTrainedConfig, index: int) -> nn.Module:
+        sizes = config.per_layer_config[index]
+        layer_config = config.per_layer_config[index]
+        if self.head_maps:
+            layer_config.num_attention_heads = config.num_attention_heads
+        layer = layer_class(layer_config, index)
+        for name, kinds in self.head_maps:
+            width = sum(getattr(sizes, kind) for kind in kinds) * config.head_dim
+            layer.set_submodule(name, resized(layer.get_submodule(name), width, name == self.head_maps[-1][0]))
+        for name, kind in self.head_counts:
+            owner, _, attribute = name.rpartition(".")
+            setattr(layer.get_submodule(owner), attribute, getattr(sizes, kind))
+        for name, kind in self.head_norms:
+            norm: Any = layer.get_submodule(name)
+            norm.variance_epsilon *= getattr(config, kind) / getattr(sizes, kind)
+        view = LayerConfigView(config, index)
+        for module in layer.modules():
+            if isinstance(getattr(module, "config", None), PreTrainedConfig):
+                module.config = view  # type: ignore[assignment]
+        return layer
+
+
+def resized(linear: Any, width: int, columns: bool) -> nn.Linear:
+    """Return a linear map like ``linear`` with ``width`` rows, or columns."""
+    columns_in, rows_out = (width, linear.out_features) if columns else (linear.in_features, width)
+    return nn.Linear(columns_in, rows_out, bias=linear.bias is not None, dtype=linear.weight.dtype)
 
 
 class SlimForCausalLMMixin:
@@ -105,12 +137,13 @@ class SlimForCausalLMMixin:
         model_class: class of the slim model.
     """
 
+    base_model_prefix: str
     model_class: type[nn.Module]
     post_init: Callable[[], None]
 
     def __init__(self, config: PreTrainedConfig) -> None:
         init_dense(super().__init__, config)
-        self.model = self.model_class(config)
+        setattr(self, self.base_model_prefix, self.model_class(config))
         self.post_init()
         share_lora_defaults(type(config))
 

@@ -23,6 +23,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+import models  # noqa: F401 - registers the classes of pruned checkpoints
 from slim_utils.common.checkpoint_checks import (
     building,
     capture_load_report,
@@ -107,19 +108,12 @@ def choose_local_device(name: str) -> torch.device:
     return choose_device(name)
 
 
-def _register_slim_classes() -> None:
-    """Register the classes of pruned checkpoints, which then load without remote code."""
-    # Imported lazily: it takes seconds.
-    import models  # noqa: F401
-
-
 def load_config(model_path: str, trust_remote_code: bool) -> PreTrainedConfig:
     """Configuration of a checkpoint (folder or hub name), without its weights.
 
     Raises:
         UserError: if the configuration cannot be read or is inconsistent, or the weights are quantised.
     """
-    _register_slim_classes()
     with loading(model_path):
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         untie_stored_head(config, model_path)
@@ -130,7 +124,6 @@ def load_config(model_path: str, trust_remote_code: bool) -> PreTrainedConfig:
 
 def load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """Tokenizer of a checkpoint."""
-    _register_slim_classes()
     with loading(model_path):
         return AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
 

@@ -68,7 +68,7 @@ def test_model_slimming_outputs_are_complete(pruned):
     names = {path.name for path in save_dir.iterdir()}
     assert names == WEIGHT_FILES | TOKENIZER_FILES | RECORD | {"pruning.json", "run.json", "pruned_weights"}
     names = {path.name for path in (save_dir / "pruned_weights").iterdir()}
-    assert names == WEIGHT_FILES | TOKENIZER_FILES | CARD | {"pruning.json", "modeling_slim_llama.py", "slim_base.py"}
+    assert names == WEIGHT_FILES | TOKENIZER_FILES | CARD | {"pruning.json", "modeling_slim_llama.py"}
     assert [path.name for path in save_dir.parent.iterdir()] == ["out"]
     for folder in (save_dir, save_dir / "pruned_weights"):
         generation = json.loads((folder / "generation_config.json").read_text())

@@ -9,13 +9,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ("datasets", "pandas", "pyarrow", "lm_eval")
 TRAINING = ("transformers.trainer",)
-MODELING = ("models", "transformers.modeling_utils", "torch._dynamo", "sympy")
+MODELING = ("models.modeling_slim_llama", "transformers.modeling_utils", "torch._dynamo", "sympy")
 # Script, module of its parser, packages that must not be imported. The Trainer's arguments import modeling code.
 PARSERS = [
     ("model_slimming", "model_slimming", (*DATA, *TRAINING, "peft", *MODELING)),
     ("model_evaluate", "model_evaluate", (*DATA, *TRAINING, "peft", *MODELING)),
     ("test_flops", "test_flops", (*DATA, *TRAINING, "peft", *MODELING)),
-    ("model_finetune", "train_utils.finetune_args", (*DATA, *TRAINING, "models")),
+    ("model_finetune", "train_utils.finetune_args", (*DATA, *TRAINING, "models.modeling_slim_llama")),
 ]
 
 

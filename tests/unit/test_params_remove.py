@@ -145,8 +145,8 @@ def test_shrink_query_heads_keep_their_key_value_head(variant, samples, tmp_path
 def test_experts_implementation_can_be_set(variant):
     """The class of the pruned model is queried before the stock class, in a new process."""
     script = (
-        "import sys; from models import SLIM_CLASSES; name = sys.argv[1]\n"
-        "slim = SLIM_CLASSES[name][1]; assert slim._can_set_experts_implementation()\n"
+        "import sys; from models.families import FAMILIES; name = sys.argv[1]\n"
+        "slim = FAMILIES[name].slim_model; assert slim._can_set_experts_implementation()\n"
         "assert slim.__mro__[2]._can_set_experts_implementation()"
     )
     process = run_python("-c", script, variant)

@@ -1,25 +1,29 @@
 """The classes that ship inside a pruned checkpoint, also with an old version of transformers."""
 
-import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from models import SLIM_CLASSES
-from slim_utils.families import FAMILIES, find_family, layer_shapes
+import models.registry
+from models.families import FAMILIES, ROWS
+from models.shipped_code import BASE, shipped_code
+from slim_utils.families import LayerShape, find_family, layer_shapes
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import shrink
 from tests.conftest import TINY_FAMILIES, make_tiny
+from tests.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_families_have_every_slim_class():
-    slim_types = {base_type: config.model_type for base_type, (config, _) in SLIM_CLASSES.items()}
-    assert {family.base_type: family.slim_type for family in FAMILIES.values()} == slim_types
+def shapes_of(model: PreTrainedModel) -> list[LayerShape]:
+    return layer_shapes(model.config)
 
 
 @pytest.mark.parametrize("variant", ["gqa", *TINY_FAMILIES])
@@ -29,7 +33,7 @@ def test_slim_model_of_a_config_with_gradient_checkpointing_checkpoints_its_laye
     assert all(layer.gradient_checkpointing for layer in family.decoder_layers(dense))
     masks = [
         LayerMask.from_groups(shape, list(range(shape.num_kv_heads)), list(range(shape.num_columns)))
-        for shape in layer_shapes(dense.config)
+        for shape in shapes_of(dense)
     ]
     config = shrink(dense, family, masks).config
     # transformers deletes it from the configuration when it builds a model.
@@ -40,21 +44,135 @@ def test_slim_model_of_a_config_with_gradient_checkpointing_checkpoints_its_laye
     assert not hasattr(model.config, "gradient_checkpointing")
 
 
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.base_type)
+def test_shipped_code_of_every_row_is_formatted_and_is_what_the_suite_uses(row, tmp_path):
+    code = shipped_code(row)
+    file = tmp_path / f"modeling_{row.slim_type}.py"
+    file.write_text(code, encoding="utf-8")
+    assert Path(sys.modules[row.slim_model.__module__].__file__).read_text(encoding="utf-8") == code
+    assert AutoConfig.for_model(row.slim_type).__class__ is row.slim_config
+    ruff = [sys.executable, "-m", "ruff"]
+    # Imports follow the check of the version; the first part is checked in its own file.
+    for command in (["format", "--diff"], ["check", "--ignore", "E402,I001"]):
+        process = subprocess.run(
+            [*ruff, *command, "--config", ROOT / "pyproject.toml", file], capture_output=True, text=True, check=False
+        )
+        assert process.returncode == 0, process.stdout + process.stderr
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"name": "Llama(object):\n    pass\nclass X"},
+        {"name": "Llama-2"},
+        {"config_class": "os"},
+        {"model_class": "Llama Model"},
+        {"causal_class": "NoSuchForCausalLM"},
+        {"slim_type": 'slim_x"\nimport os'},
+        {"layers": "model.layers[0]"},
+        {"heads_fill_hidden": True, "attention_rows": ((')\nimport os"', ("heads",)),)},
+        {"head_norms": (("self_attn.q norm", "heads"),)},
+    ],
+)
+def test_shipped_code_names_that_are_no_identifiers_or_classes_are_refused(field):
+    with pytest.raises(ValueError, match="is not"):
+        shipped_code(replace(FAMILIES["llama"], **field))
+
+
+def test_import_of_the_suite_imports_no_modeling_code():
+    code = """
+import sys
+import models, slim_utils.families
+from transformers import AutoConfig
+loaded = lambda: sorted(name for name in sys.modules if ".modeling_" in name and "auto" not in name)
+print([name for name in loaded() if name.startswith(("transformers.models.", "models."))])
+assert AutoConfig.for_model("slim_llama").model_type == "slim_llama"
+print([name for name in loaded() if name.startswith(("transformers.models.", "models."))])
+"""
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert process.stdout.splitlines() == [
+        "[]",
+        "['models.modeling_slim_llama', 'transformers.models.llama.modeling_llama']",
+    ]
+
+
+def test_folder_of_the_generated_code_is_removed_at_the_end_but_not_by_a_fork():
+    code = """
+import os, sys
+from models.families import FAMILIES
+file = sys.modules[FAMILIES["llama"].slim_model.__module__].__file__
+if os.fork() == 0:
+    sys.exit()
+os.wait()
+assert os.path.exists(file)
+print(file)
+"""
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    file = Path(process.stdout.strip())
+    assert file.name == "modeling_slim_llama.py"
+    assert not file.parent.exists()
+
+
+def test_slim_classes_are_made_once():
+    assert models.registry.slim_classes(FAMILIES["llama"]) is models.registry.slim_classes(FAMILIES["slim_llama"])
+
+
 def test_shipped_code_with_an_older_transformers_names_the_needed_version(tmp_path):
     """The code is in a package, as transformers makes one of the code of a checkpoint, with a stub of transformers."""
-    shutil.copytree(ROOT / "models", tmp_path / "shipped", ignore=shutil.ignore_patterns("__init__.py", "__pycache__"))
+    (tmp_path / "shipped").mkdir()
+    (tmp_path / "shipped" / "modeling_slim_llama.py").write_text(shipped_code(FAMILIES["llama"]), encoding="utf-8")
     (tmp_path / "transformers").mkdir()
     (tmp_path / "transformers" / "__init__.py").write_text('__version__ = "4.57.1"')
-    modules = sorted(path.stem for path in (tmp_path / "shipped").glob("modeling_slim_*.py"))
-    code = """
-import importlib, sys
-for name in sys.argv[1:]:
-    try:
-        importlib.import_module(f"shipped.{name}")
-    except ImportError as error:
-        print(error)
+    command = [sys.executable, "-c", "import shipped.modeling_slim_llama"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "needs transformers >= 5.15" in process.stderr
+    assert "this is transformers 4.57.1" in process.stderr.splitlines()[-1]
+
+
+# The file of a family in checkpoints that hold two files, beside slim_base.py.
+EARLIER_FILE = """
+from .slim_base import SlimConfigMixin, SlimForCausalLMMixin, SlimModelMixin
+
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+
+class SlimLlamaConfig(SlimConfigMixin, LlamaConfig):
+    model_type = "slim_llama"
+
+
+class SlimLlamaModel(SlimModelMixin, LlamaModel):
+    config: SlimLlamaConfig
+    layer_class = LlamaDecoderLayer
+
+
+class SlimLlamaForCausalLM(SlimForCausalLMMixin, LlamaForCausalLM):
+    config: SlimLlamaConfig
+    model_class = SlimLlamaModel
 """
-    command = [sys.executable, "-c", code, *modules]
-    lines = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(lines) == len(modules) > 10
-    assert all("needs transformers >= 5.15" in line and "this is transformers 4.57.1" in line for line in lines), lines
+
+
+def test_checkpoint_with_two_files_of_code_loads_with_and_without_the_suite(samples, tmp_path):
+    dense = make_tiny("gqa")
+    masks = [LayerMask.from_groups(shape, [1], list(range(0, 40, 2 + i))) for i, shape in enumerate(shapes_of(dense))]
+    pruned = shrink(dense, FAMILIES["llama"], masks)
+    folder = tmp_path / "two-files"
+    pruned.save_pretrained(folder)
+    (folder / "modeling_slim_llama.py").write_text(EARLIER_FILE, encoding="utf-8")
+    (folder / "slim_base.py").write_text(BASE.read_text(encoding="utf-8"), encoding="utf-8")
+    with torch.no_grad():
+        expected = pruned(samples).logits
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(samples).logits, expected)
+    save_file({"samples": samples, "logits": expected}, tmp_path / "expected.safetensors")
+    code = """
+import sys, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+expected = load_file(sys.argv[2])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert hasattr(sys.modules[type(model).__module__], "LlamaDecoderLayer")
+with torch.no_grad():
+    assert torch.equal(model(expected["samples"]).logits, expected["logits"])
+"""
+    process = run_python("-c", code, str(folder), str(tmp_path / "expected.safetensors"), cwd=tmp_path)
+    assert process.returncode == 0, process.stderr

@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from models import SLIM_CLASSES
+from models.families import ROWS
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import load_model
 from slim_utils.families import find_family, layer_shapes
@@ -123,7 +123,7 @@ def test_fuse_lora_of_unadapted_tied_embeddings_keeps_them_tied(tmp_path):
     assert fused.lm_head.weight is fused.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("name", list(SLIM_CLASSES))
+@pytest.mark.parametrize("name", [row.base_type for row in ROWS])
 def test_get_peft_model_without_targets_adapts_slim_models_like_dense_ones(name):
     dense = make_tiny("gqa" if name == "llama" else name)
     slim = slim_copy(dense)

@@ -1,0 +1,154 @@
+"""Table of model families: the classes, modules and configuration keys that pruning needs. A new family is one row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# Kinds of rows of a linear map.
+HEADS, KV_HEADS, COLUMNS = "heads", "kv_heads", "columns"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Classes, prunable modules and configuration keys of a family. Module names are relative to a decoder layer.
+
+    Attributes:
+        base_type: model type of transformers, before pruning.
+        slim_type: model type of the pruned model.
+        name: name of the family in its class names.
+        config_class: configuration class of transformers.
+        model_class: its model without a head.
+        causal_class: its causal language model.
+        layers: name of the list of decoder layers in the causal language model.
+        attention_out: linear map whose input columns are the query heads side by side.
+        attention_rows: linear maps that feed ``attention_out``, and the kinds of their output rows as stacked.
+        mlp_out: linear map whose input columns are the FFN's intermediate columns.
+        mlp_rows: linear maps that feed ``mlp_out``, and the kinds of their output rows as stacked.
+        head_norms: RMS norms over all heads at once, and the kind of their weights.
+        columns_key: configuration key of the FFN width.
+        experts: module with the 3-D parameters ``gate_up_proj`` and ``down_proj`` of a mixture of experts, if any.
+        router: module that chooses the experts of a token; its weight has a row per expert.
+        expert_columns_key: configuration key of the width of an expert; empty for families without experts.
+        heads_fill_hidden: whether the stock class sizes the attention by the hidden size, which the heads fill.
+        head_counts: with ``heads_fill_hidden``, the attributes that hold a number of heads, and its kind.
+    """
+
+    base_type: str
+    slim_type: str
+    name: str
+    config_class: str
+    model_class: str
+    causal_class: str
+    layers: str = "model.layers"
+    attention_out: str = "self_attn.o_proj"
+    attention_rows: tuple[tuple[str, tuple[str, ...]], ...] = (
+        ("self_attn.q_proj", (HEADS,)),
+        ("self_attn.k_proj", (KV_HEADS,)),
+        ("self_attn.v_proj", (KV_HEADS,)),
+    )
+    mlp_out: str = "mlp.down_proj"
+    mlp_rows: tuple[tuple[str, tuple[str, ...]], ...] = (
+        ("mlp.gate_proj", (COLUMNS,)),
+        ("mlp.up_proj", (COLUMNS,)),
+    )
+    head_norms: tuple[tuple[str, str], ...] = ()
+    columns_key: str = "intermediate_size"
+    experts: str = "mlp.experts"
+    router: str = "mlp.gate"
+    expert_columns_key: str = ""
+    heads_fill_hidden: bool = False
+    head_counts: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def slim_config(self) -> type[PreTrainedConfig]:
+        """Configuration class of the pruned model."""
+        from models.registry import slim_classes
+
+        return slim_classes(self).config
+
+    @property
+    def slim_model(self) -> type[PreTrainedModel]:
+        """Causal language model class of the pruned model, shipped inside the checkpoint."""
+        from models.registry import slim_classes
+
+        return slim_classes(self).causal
+
+    def decoder_layers(self, model: PreTrainedModel) -> nn.ModuleList:
+        """Return the decoder layers of ``model``."""
+        return model.get_submodule(self.layers)
+
+    def num_experts(self, config: PreTrainedConfig, index: int) -> int:
+        """Return the number of experts of layer ``index``; 0 for a dense FFN."""
+        if not self.expert_columns_key:
+            return 0
+        dense_layers = getattr(config, "mlp_only_layers", None) or ()
+        sparse = index not in dense_layers and (index + 1) % getattr(config, "decoder_sparse_step", 1) == 0
+        return config.num_experts if sparse else 0
+
+    def width_key(self, num_experts: int) -> str:
+        """Return the configuration key of the FFN width of a layer with ``num_experts`` experts."""
+        return self.expert_columns_key if num_experts else self.columns_key
+
+
+def row(base_type: str, name: str, **differences: Any) -> Family:
+    """Return the row of model type ``base_type``, whose classes are called ``name``; other fields are LLaMA's."""
+    classes = {
+        "config_class": f"{name}Config",
+        "model_class": f"{name}Model",
+        "causal_class": f"{name}ForCausalLM",
+    }
+    return Family(**{"base_type": base_type, "slim_type": f"slim_{base_type}", "name": name, **classes, **differences})
+
+
+_QK_NORMS_OVER_HEADS = (("self_attn.q_norm", HEADS), ("self_attn.k_norm", KV_HEADS))
+_FUSED_GATE_UP = (("mlp.gate_up_proj", (COLUMNS, COLUMNS)),)
+
+ROWS = (
+    row("llama", "Llama"),
+    row("smollm3", "SmolLM3"),
+    row("mistral", "Mistral"),
+    row("qwen2", "Qwen2"),
+    row("qwen3", "Qwen3"),
+    row("gemma2", "Gemma2"),
+    row(
+        "gemma3_text",
+        "Gemma3",
+        slim_type="slim_gemma3",
+        config_class="Gemma3TextConfig",
+        model_class="Gemma3TextModel",
+    ),
+    row("olmo2", "Olmo2", head_norms=_QK_NORMS_OVER_HEADS),
+    row("granite", "Granite"),
+    row(
+        "phi3",
+        "Phi3",
+        attention_rows=(("self_attn.qkv_proj", (HEADS, KV_HEADS, KV_HEADS)),),
+        mlp_rows=_FUSED_GATE_UP,
+    ),
+    row(
+        "opt",
+        "OPT",
+        layers="model.decoder.layers",
+        attention_out="self_attn.out_proj",
+        attention_rows=(
+            ("self_attn.q_proj", (HEADS,)),
+            ("self_attn.k_proj", (HEADS,)),
+            ("self_attn.v_proj", (HEADS,)),
+        ),
+        mlp_out="fc2",
+        mlp_rows=(("fc1", (COLUMNS,)),),
+        columns_key="ffn_dim",
+        heads_fill_hidden=True,
+        head_counts=(("self_attn.num_heads", HEADS),),
+    ),
+    row("mixtral", "Mixtral", expert_columns_key="intermediate_size"),
+    row("qwen3_moe", "Qwen3Moe", expert_columns_key="moe_intermediate_size"),
+)
+
+# The row of every model type, before and after pruning.
+FAMILIES: dict[str, Family] = {name: family for family in ROWS for name in (family.base_type, family.slim_type)}
