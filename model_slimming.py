@@ -63,6 +63,7 @@ from slim_utils.common.loading import (
 )
 from slim_utils.common.output_folder import output_lock
 from slim_utils.families import find_family, layer_shapes
+from slim_utils.family_like import add_family_like
 from slim_utils.layerwise.distributed import ProcessGroup
 from slim_utils.layerwise.offload import ResidentModel
 from slim_utils.layerwise.resume import LayerStore, fingerprint
@@ -167,6 +168,8 @@ def prepare_inputs(config: PruningConfig) -> RunInputs:
         UserError: if the inputs do not fit the model or each other, naming the flag to change.
     """
     model_config = load_config(config.model_path, config.trust_remote_code)
+    if config.family_like:
+        add_family_like(model_config, config.family_like)
     find_family(model_config)
     check_length(config.seqlen, model_config, "--seqlen")
     shapes = layer_shapes(model_config)

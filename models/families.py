@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Kinds of rows of a linear map.
-HEADS, KV_HEADS, COLUMNS = "heads", "kv_heads", "columns"
+# Kinds of rows of a linear map; QKV: query, key and value of every head side by side.
+HEADS, KV_HEADS, COLUMNS, QKV = "heads", "kv_heads", "columns", "qkv"
+# Query heads per kv head.
+HEADS_PER_GROUP = "heads_per_group"
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,15 @@ class Family:
         mlp_out: linear map whose input columns are the FFN's intermediate columns.
         mlp_rows: linear maps that feed ``mlp_out``, and the kinds of their output rows as stacked.
         head_norms: RMS norms over all heads at once, and the kind of their weights.
-        columns_key: configuration key of the FFN width.
+        head_parameters: further parameters with one row or entry per head, by name, and the kind of head.
+        columns_key: configuration key of the FFN width; 4 times the hidden size where it is ``None``.
         experts: module with the 3-D parameters ``gate_up_proj`` and ``down_proj`` of a mixture of experts, if any.
         router: module that chooses the experts of a token; its weight has a row per expert.
         expert_columns_key: configuration key of the width of an expert; empty for families without experts.
         heads_fill_hidden: whether the stock class sizes the attention by the hidden size, which the heads fill.
         head_counts: with ``heads_fill_hidden``, the attributes that hold a number of heads, and its kind.
+        unsupported: configuration keys that may not be set, and why.
+        like: family whose layout the row repeats, in a row that is not part of the table.
     """
 
     base_type: str
@@ -57,12 +62,15 @@ class Family:
         ("mlp.up_proj", (COLUMNS,)),
     )
     head_norms: tuple[tuple[str, str], ...] = ()
+    head_parameters: tuple[tuple[str, str], ...] = ()
     columns_key: str = "intermediate_size"
     experts: str = "mlp.experts"
     router: str = "mlp.gate"
     expert_columns_key: str = ""
     heads_fill_hidden: bool = False
     head_counts: tuple[tuple[str, str], ...] = ()
+    unsupported: tuple[tuple[str, str], ...] = ()
+    like: str = ""
 
     @property
     def slim_config(self) -> type[PreTrainedConfig]:
@@ -107,6 +115,8 @@ def row(base_type: str, name: str, **differences: Any) -> Family:
 
 _QK_NORMS_OVER_HEADS = (("self_attn.q_norm", HEADS), ("self_attn.k_norm", KV_HEADS))
 _FUSED_GATE_UP = (("mlp.gate_up_proj", (COLUMNS, COLUMNS)),)
+_UP_ALONE = (("mlp.up_proj", (COLUMNS,)),)
+_PER_HEAD_NORMS = (("self_attn.q_norm.weight", HEADS), ("self_attn.k_norm.weight", KV_HEADS))
 
 ROWS = (
     row("llama", "Llama"),
@@ -145,6 +155,84 @@ ROWS = (
         columns_key="ffn_dim",
         heads_fill_hidden=True,
         head_counts=(("self_attn.num_heads", HEADS),),
+    ),
+    row("gemma", "Gemma"),
+    row("ministral", "Ministral"),
+    row("ministral3", "Ministral3"),
+    row("olmo", "Olmo"),
+    row("olmo3", "Olmo3", head_norms=_QK_NORMS_OVER_HEADS),
+    row("glm", "Glm", mlp_rows=_FUSED_GATE_UP),
+    row("glm4", "Glm4", mlp_rows=_FUSED_GATE_UP),
+    row("cohere", "Cohere", head_parameters=_PER_HEAD_NORMS),
+    row("cohere2", "Cohere2"),
+    row("exaone4", "Exaone4"),
+    row("seed_oss", "SeedOss"),
+    row("hunyuan_v1_dense", "HunYuanDenseV1"),
+    row("ernie4_5", "Ernie4_5"),
+    row("hyperclovax", "HyperCLOVAX"),
+    row("cwm", "Cwm"),
+    row("jais2", "Jais2", mlp_rows=_UP_ALONE),
+    row("granite_swa", "GraniteSWA", head_parameters=(("self_attn.sinks", HEADS),)),
+    row(
+        "helium",
+        "Helium",
+        heads_fill_hidden=True,
+        head_counts=(("self_attn.num_key_value_groups", HEADS_PER_GROUP),),
+    ),
+    row("apertus", "Apertus", mlp_rows=_UP_ALONE),
+    row("arcee", "Arcee", mlp_rows=_UP_ALONE),
+    row("nemotron", "Nemotron", mlp_rows=_UP_ALONE),
+    row(
+        "stablelm",
+        "StableLm",
+        heads_fill_hidden=True,
+        head_counts=(
+            ("self_attn.num_heads", HEADS),
+            ("self_attn.num_key_value_heads", KV_HEADS),
+            ("self_attn.num_key_value_groups", HEADS_PER_GROUP),
+        ),
+        unsupported=(("qk_layernorm", "its norms are a module per head"),),
+    ),
+    row(
+        "llama4_text",
+        "Llama4",
+        slim_type="slim_llama4",
+        config_class="Llama4TextConfig",
+        model_class="Llama4TextModel",
+        mlp_out="feed_forward.down_proj",
+        mlp_rows=(("feed_forward.gate_proj", (COLUMNS,)), ("feed_forward.up_proj", (COLUMNS,))),
+        columns_key="intermediate_size_mlp",
+        unsupported=(("moe_layers", "its layers with experts are not supported"),),
+    ),
+    row("starcoder2", "Starcoder2", mlp_out="mlp.c_proj", mlp_rows=(("mlp.c_fc", (COLUMNS,)),)),
+    row(
+        "phi",
+        "Phi",
+        attention_out="self_attn.dense",
+        mlp_out="mlp.fc2",
+        mlp_rows=(("mlp.fc1", (COLUMNS,)),),
+        heads_fill_hidden=True,
+        head_counts=(("self_attn.num_key_value_groups", HEADS_PER_GROUP),),
+    ),
+    row(
+        "persimmon",
+        "Persimmon",
+        attention_out="self_attn.dense",
+        attention_rows=(("self_attn.query_key_value", (QKV,)),),
+        mlp_out="mlp.dense_4h_to_h",
+        mlp_rows=(("mlp.dense_h_to_4h", (COLUMNS,)),),
+        heads_fill_hidden=True,
+        head_counts=(("self_attn.num_heads", HEADS),),
+    ),
+    row(
+        "gpt_neox",
+        "GPTNeoX",
+        layers="gpt_neox.layers",
+        attention_out="attention.dense",
+        attention_rows=(("attention.query_key_value", (QKV,)),),
+        mlp_out="mlp.dense_4h_to_h",
+        mlp_rows=(("mlp.dense_h_to_4h", (COLUMNS,)),),
+        heads_fill_hidden=True,
     ),
     row("mixtral", "Mixtral", expert_columns_key="intermediate_size"),
     row("qwen3_moe", "Qwen3Moe", expert_columns_key="moe_intermediate_size"),

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from models.families import ROWS, Family
+from models.families import FAMILIES, Family
 from models.shipped_code import shipped_code
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def slim_classes(family: Family) -> SlimClasses:
 @cache
 def _register(slim_type: str) -> SlimClasses:
     module = importlib.import_module(f"{_PREFIX}{slim_type}")
-    name = _SHIPPED[slim_type].name
+    name = FAMILIES[slim_type].name
     classes = SlimClasses(*(getattr(module, f"Slim{name}{kind}") for kind in ("Config", "Model", "ForCausalLM")))
     AutoConfig.register(slim_type, classes.config, exist_ok=True)
     AutoModel.register(classes.config, classes.model, exist_ok=True)
@@ -59,8 +59,10 @@ def _register(slim_type: str) -> SlimClasses:
     return classes
 
 
-# Families whose code can be imported, by the model type of the pruned model.
-_SHIPPED = {family.slim_type: family for family in ROWS}
+def _shipped(slim_type: object) -> Family | None:
+    """Family whose pruned models have the type ``slim_type``."""
+    family = FAMILIES.get(slim_type) if isinstance(slim_type, str) else None
+    return family if family and family.slim_type == slim_type else None
 
 
 class _ShippedCodeFinder(MetaPathFinder):
@@ -74,7 +76,7 @@ class _ShippedCodeFinder(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Write the code of a family and return where it is; ``None`` for any other module."""
-        family = _SHIPPED.get(fullname.removeprefix(_PREFIX)) if fullname.startswith(_PREFIX) else None
+        family = _shipped(fullname.removeprefix(_PREFIX)) if fullname.startswith(_PREFIX) else None
         if family is None:
             return None
         file = _code_folder() / f"modeling_{family.slim_type}.py"
@@ -102,10 +104,10 @@ class _LazyConfigs(dict[str, Any]):
     """
 
     def __contains__(self, model_type: object) -> bool:
-        return super().__contains__(model_type) or model_type in _SHIPPED
+        return super().__contains__(model_type) or _shipped(model_type) is not None
 
     def __missing__(self, model_type: str) -> type[PreTrainedConfig]:
-        if model_type not in _SHIPPED:
+        if _shipped(model_type) is None:
             raise KeyError(model_type)
         return _register(model_type).config
 

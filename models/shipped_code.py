@@ -6,15 +6,16 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from models.families import Family
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+from models.families import HEADS, HEADS_PER_GROUP, KV_HEADS, QKV, Family
 
 BASE = Path(__file__).with_name("slim_base.py")
 
-# Configuration keys of the kinds of rows.
-_SIZE_KEYS = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
+# Configuration keys of the kinds of rows and counts.
+_SIZE_KEYS = {HEADS: "num_attention_heads", KV_HEADS: "num_key_value_heads", HEADS_PER_GROUP: "num_key_value_groups"}
 
 _DOCSTRING = Template('''\
 """$name with per-layer heads and FFN widths, as pruned by SlimGPT.
@@ -47,7 +48,7 @@ class Slim${name}ForCausalLM(SlimForCausalLMMixin, $causal_class):
 
     config: Slim${name}Config
     model_class = Slim${name}Model
-
+$causal_attributes
 
 Slim${name}Config.register_for_auto_class("AutoConfig")
 Slim${name}Model.register_for_auto_class("AutoModel")
@@ -77,20 +78,30 @@ def shipped_code(family: Family) -> str:
         slim_type=family.slim_type,
         experts_comment=_EXPERTS_COMMENT if family.expert_columns_key else "",
         model_attributes=_model_attributes(family),
+        causal_attributes=_assignments({"model_name": _layers_path(family)[0]}, {"model_name": "model"}),
     )
     return f"{_DOCSTRING.substitute(name=family.name)}\n{base.rstrip()}\n{classes}"
 
 
 def _model_attributes(family: Family) -> str:
     """Attributes of the model class that differ from those of ``SlimModelMixin``, as lines of code."""
-    values: dict[str, object] = {"layers_name": layers_in_model(family)}
+    values: dict[str, object] = {"layers_name": _layers_path(family)[1]}
     values["head_norms"] = tuple((name, _SIZE_KEYS[kind]) for name, kind in family.head_norms)
     if family.heads_fill_hidden:
-        rows = tuple((name, tuple(_SIZE_KEYS[kind] for kind in kinds)) for name, kinds in family.attention_rows)
+        rows = tuple((name, _size_keys(kinds)) for name, kinds in family.attention_rows)
         values["head_maps"] = (*rows, (family.attention_out, (_SIZE_KEYS["heads"],)))
         values["head_counts"] = tuple((name, _SIZE_KEYS[kind]) for name, kind in family.head_counts)
-    defaults: tuple[object, ...] = ("layers", ())
-    return "".join(_assignment(name, value) for name, value in values.items() if value not in defaults)
+    return _assignments(values, {"layers_name": "layers"})
+
+
+def _size_keys(kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """Configuration keys of the numbers of heads that a map has rows of; query, key and value of a head count once."""
+    return tuple(_SIZE_KEYS[part] for kind in kinds for part in ((HEADS,) * 3 if kind == QKV else (kind,)))
+
+
+def _assignments(values: dict[str, object], defaults: dict[str, str]) -> str:
+    """Lines of code that assign ``values``, without empty ones and ``defaults``."""
+    return "".join(_assignment(name, value) for name, value in values.items() if value and value != defaults.get(name))
 
 
 def _assignment(name: str, value: object) -> str:
@@ -104,15 +115,14 @@ def _literal(value: object) -> str:
     return repr(value).replace("'", '"')
 
 
-def layers_in_model(family: Family) -> str:
-    """Name of the list of decoder layers in the model without a head."""
-    return family.layers.partition(".")[2]
+def _layers_path(family: Family) -> tuple[str, str]:
+    """Names of the model in the causal language model, and of the list of decoder layers in the model."""
+    model, _, layers = family.layers.partition(".")
+    return model, layers
 
 
 def _check_names(family: Family) -> None:
     """Check every name of the row that becomes code."""
-    import transformers
-
     modules = [family.layers, family.attention_out]
     modules += [name for name, _ in (*family.attention_rows, *family.head_norms, *family.head_counts)]
     if not re.fullmatch(r"slim_\w+", family.slim_type, flags=re.ASCII):
@@ -120,9 +130,14 @@ def _check_names(family: Family) -> None:
     for identifier in _parts([family.name, family.slim_type, *modules]):
         if not re.fullmatch(r"[A-Za-z_]\w*", identifier, flags=re.ASCII):
             raise ValueError(f"row {family.base_type!r}: {identifier!r} is not an identifier")
-    for class_name in (family.config_class, family.model_class, family.causal_class):
-        if not class_name.isidentifier() or not isinstance(getattr(transformers, class_name, None), type):
-            raise ValueError(f"row {family.base_type!r}: {class_name!r} is not a class of transformers")
+    classes = {
+        family.config_class: CONFIG_MAPPING_NAMES,
+        family.model_class: MODEL_MAPPING_NAMES,
+        family.causal_class: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    }
+    for class_name, known in classes.items():
+        if class_name not in known.values():
+            raise ValueError(f"row {family.base_type!r}: {class_name!r} is not such a class of transformers")
 
 
 def _parts(names: Iterable[str]) -> list[str]:

@@ -29,6 +29,7 @@ PER_LAYER_SIZES = (
     "num_attention_heads",
     "num_key_value_heads",
     "intermediate_size",
+    "intermediate_size_mlp",
     "moe_intermediate_size",
     "ffn_dim",
 )
@@ -86,7 +87,7 @@ class SlimModelMixin:
             model is shrunk.
         head_maps: linear maps that the library sizes by the hidden size, each with the configuration keys of the heads
             that its rows belong to; the last map has them as columns instead.
-        head_counts: attributes that hold the number of heads of a layer with ``head_maps``.
+        head_counts: attributes that hold a number of heads in a layer with ``head_maps``, see :func:`head_count`.
     """
 
     layers_name = "layers"
@@ -107,13 +108,15 @@ class SlimModelMixin:
         layer_config = config.per_layer_config[index]
         if self.head_maps:
             layer_config.num_attention_heads = config.num_attention_heads
+            if hasattr(config, "num_key_value_heads"):
+                layer_config.num_key_value_heads = config.num_key_value_heads
         layer = layer_class(layer_config, index)
         for name, kinds in self.head_maps:
             width = sum(getattr(sizes, kind) for kind in kinds) * config.head_dim
             layer.set_submodule(name, resized(layer.get_submodule(name), width, name == self.head_maps[-1][0]))
         for name, kind in self.head_counts:
             owner, _, attribute = name.rpartition(".")
-            setattr(layer.get_submodule(owner), attribute, getattr(sizes, kind))
+            setattr(layer.get_submodule(owner), attribute, head_count(sizes, kind))
         for name, kind in self.head_norms:
             norm: Any = layer.get_submodule(name)
             norm.variance_epsilon *= getattr(config, kind) / getattr(sizes, kind)
@@ -122,6 +125,13 @@ class SlimModelMixin:
             if isinstance(getattr(module, "config", None), PreTrainedConfig):
                 module.config = view  # type: ignore[assignment]
         return layer
+
+
+def head_count(sizes: Any, name: str) -> int:
+    """Return the number of heads ``name`` of a layer: a configuration key, or the query heads of a kv head."""
+    if name == "num_key_value_groups":
+        return sizes.num_attention_heads // sizes.num_key_value_heads
+    return getattr(sizes, name)
 
 
 def resized(linear: Any, width: int, columns: bool) -> nn.Linear:
@@ -135,15 +145,16 @@ class SlimForCausalLMMixin:
 
     Attributes:
         model_class: class of the slim model.
+        model_name: name of the model in the causal language model.
     """
 
-    base_model_prefix: str
+    model_name = "model"
     model_class: type[nn.Module]
     post_init: Callable[[], None]
 
     def __init__(self, config: PreTrainedConfig) -> None:
         init_dense(super().__init__, config)
-        setattr(self, self.base_model_prefix, self.model_class(config))
+        setattr(self, self.model_name, self.model_class(config))
         self.post_init()
         share_lora_defaults(type(config))
 

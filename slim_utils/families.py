@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from models.families import COLUMNS, FAMILIES, HEADS, KV_HEADS, ROWS, Family
+from models.families import COLUMNS, FAMILIES, HEADS, KV_HEADS, QKV, ROWS, Family
 from slim_utils.common.checkpoint_checks import check_unquantised
 from slim_utils.common.errors import UserError
 
@@ -21,14 +22,17 @@ __all__ = [
     "FAMILIES",
     "HEADS",
     "KV_HEADS",
+    "QKV",
     "SERVED_FAMILIES",
     "Family",
     "LayerShape",
     "find_family",
     "layer_shapes",
     "linear_map",
+    "unknown_type_message",
 ]
 
+UNKNOWN_TYPE_ADVICE = "; docs/families.md lists all, and --family_like of model_slimming.py tries the layout of another"
 # Families exported to GGUF for llama.cpp.
 EXPORTED_FAMILIES = ("llama", "mistral")
 # Families tested with vLLM with per-layer shapes.
@@ -81,6 +85,12 @@ class LayerShape:
         return self.num_columns // self.num_ffns
 
 
+def unknown_type_message(model_type: str) -> str:
+    """Return that ``model_type`` is not supported, with the nearest types that are."""
+    nearest = get_close_matches(model_type, [row.base_type for row in ROWS], n=3, cutoff=0)
+    return f"model type '{model_type}' is not supported; nearest supported types: {', '.join(nearest)}"
+
+
 def find_family(config: PreTrainedConfig) -> Family:
     """Return the row of the table for ``config``.
 
@@ -89,9 +99,10 @@ def find_family(config: PreTrainedConfig) -> Family:
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise UserError(
-            f"model type '{config.model_type}' is not supported; supported: {', '.join(row.base_type for row in ROWS)}"
-        )
+        raise UserError(unknown_type_message(config.model_type) + UNKNOWN_TYPE_ADVICE)
+    for key, reason in family.unsupported:
+        if getattr(config, key, None):
+            raise UserError(f"model type '{config.model_type}' with {key} is not supported: {reason}")
     check_unquantised(config, config.name_or_path)
     return family
 
@@ -106,7 +117,7 @@ def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
             num_heads=layer.num_attention_heads,
             num_kv_heads=getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads,
             head_dim=getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads,
-            num_columns=getattr(layer, family.width_key(experts)) * (experts or 1),
+            num_columns=(getattr(layer, family.width_key(experts)) or 4 * layer.hidden_size) * (experts or 1),
             num_experts=experts,
         )
         shapes.append(shape)

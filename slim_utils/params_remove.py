@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import model_on_meta
-from slim_utils.families import COLUMNS, HEADS, KV_HEADS, Family, LayerShape, layer_shapes
+from slim_utils.families import COLUMNS, HEADS, KV_HEADS, QKV, Family, LayerShape, layer_shapes
 from slim_utils.masks import LayerMask, columns_by_ffn
 from slim_utils.routers import active_experts, mask_router
 
@@ -73,6 +73,8 @@ def _indices(
 
     for name, kinds in rows:
         parameters |= dict.fromkeys((f"{name}.weight", f"{name}.bias"), (0, stacked(kinds)))
+    for name, kind in family.head_parameters:
+        parameters[name] = (0, expand(units[kind], 1))
     return parameters
 
 
@@ -118,6 +120,7 @@ def _rows_by_kind(shape: LayerShape, units: dict[str, list[int]]) -> dict[str, t
     return {
         HEADS: (expand(units[HEADS], shape.head_dim), shape.num_heads * shape.head_dim),
         KV_HEADS: (expand(units[KV_HEADS], shape.head_dim), shape.num_kv_heads * shape.head_dim),
+        QKV: (expand(units[HEADS], 3 * shape.head_dim), 3 * shape.num_heads * shape.head_dim),
         COLUMNS: (expand(units[COLUMNS], 1), shape.num_columns),
     }
 

@@ -73,6 +73,38 @@ TINY_FAMILIES = {
         "norm_topk_prob": True,
     },
 }
+# Families whose layers are made of the same parts, tested together in tests/integration/test_family_table.py.
+_GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
+_WINDOWED = {**_GROUPED, "sliding_window": 8, "layer_types": WINDOWS}
+FURTHER_FAMILIES = {
+    "gemma": _GROUPED,
+    "ministral": _WINDOWED,
+    "ministral3": _GROUPED,
+    "olmo": {**_GROUPED, "clip_qkv": 5.0},
+    "olmo3": _WINDOWED,
+    "glm": {**_GROUPED, "attention_bias": True},
+    "glm4": _GROUPED,
+    "cohere": {**_GROUPED, "use_qk_norm": True},
+    "cohere2": _WINDOWED,
+    "exaone4": _WINDOWED,
+    "seed_oss": _GROUPED,
+    "hunyuan_v1_dense": _GROUPED,
+    "ernie4_5": {**_GROUPED, "use_bias": True},
+    "hyperclovax": {**_GROUPED, "attention_multiplier": 0.3},
+    "cwm": _WINDOWED,
+    "jais2": _GROUPED,
+    "granite_swa": _WINDOWED,
+    "helium": _GROUPED,
+    "apertus": _GROUPED,
+    "arcee": {**_GROUPED, "mlp_bias": True},
+    "nemotron": _GROUPED,
+    "stablelm": {**_GROUPED, "use_qkv_bias": True, "use_parallel_residual": True},
+    "llama4_text": {**_GROUPED, "moe_layers": [], "intermediate_size_mlp": 40, "no_rope_layers": [1, 1, 0, 1]},
+    "starcoder2": {**_GROUPED, "tie_word_embeddings": True},
+    "phi": {**_GROUPED, "qk_layernorm": True},
+    "persimmon": {"qk_layernorm": True},
+    "gpt_neox": {"attention_bias": True},
+}
 ALL_TINY = [*TINY_VARIANTS, *TINY_FAMILIES]
 
 
@@ -81,8 +113,9 @@ def make_tiny(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -
 
     Some end in grouped-query attention, biases, tied embeddings or sliding windows.
     """
-    family = name if name in TINY_FAMILIES else "llama"
-    differences = TINY_FAMILIES.get(name) or TINY_VARIANTS.get(name, {})
+    families = {**TINY_FAMILIES, **FURTHER_FAMILIES}
+    family = name if name in families else "llama"
+    differences = families.get(name) or TINY_VARIANTS.get(name, {})
     config = AutoConfig.for_model(family, **{**TINY, **differences, **overrides})
     torch.manual_seed(0)
     # The library's faster ways with experts have no fp64.

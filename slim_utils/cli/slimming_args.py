@@ -98,6 +98,12 @@ def add_machine_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--stream", action="store_true", help="for models larger than memory: one layer at a time")
     group.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (auto: as stored)")
+    group.add_argument(
+        "--family_like",
+        metavar="TYPE",
+        help="for a model type that is not supported: prune it as one with the layout of TYPE, if a check on a random "
+        "model passes",
+    )
     group.add_argument("--trust_remote_code", action="store_true", help="run model code found in the checkpoint")
 
 

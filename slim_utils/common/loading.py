@@ -21,9 +21,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
 )
 
 import models  # noqa: F401 - registers the classes of pruned checkpoints
+from models.families import FAMILIES
+from models.like import LIKE_KEY, add_row_of
 from slim_utils.common.checkpoint_checks import (
     building,
     capture_load_report,
@@ -46,11 +49,7 @@ from slim_utils.common.output_folder import (
 )
 
 if TYPE_CHECKING:
-    from transformers import (
-        PreTrainedConfig,
-        PreTrainedModel,
-        PreTrainedTokenizerBase,
-    )
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 try:
     import resource
@@ -115,7 +114,12 @@ def load_config(model_path: str, trust_remote_code: bool) -> PreTrainedConfig:
         UserError: if the configuration cannot be read or is inconsistent, or the weights are quantised.
     """
     with loading(model_path):
+        add_row_of(PreTrainedConfig.get_config_dict(model_path)[0])
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        family = FAMILIES.get(config.model_type)
+        if family and family.like:
+            # Saved with the masked and the pruned model, which load by it.
+            setattr(config, LIKE_KEY, family.like)
         untie_stored_head(config, model_path)
         check_unquantised(config, model_path)
         check_padding_id(config, model_path)

@@ -132,7 +132,8 @@ def removed_share(layers: nn.ModuleList, family: Family, masks: list[LayerMask])
 
 def weights_of(layer: nn.Module, family: Family, mask: LayerMask) -> tuple[int, int]:
     """Number of block weights of ``layer`` that ``mask`` removes, and of all its block weights, without the router."""
-    parameters = dict(layer.named_parameters())
+    vectors = {name for name, _ in family.head_parameters}
+    parameters = {name: weight for name, weight in layer.named_parameters() if name not in vectors}
     total = removed = 0
     for name, (dim, kept) in kept_indices(family, mask).items():
         if name in parameters and not name.endswith(".bias") and name != router_weight(family):

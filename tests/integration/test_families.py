@@ -54,8 +54,8 @@ def test_pruned_models_of_every_family_load_without_the_repository(tmp_path, sam
     assert process.stdout.strip() == f"loaded {len(TINY_FAMILIES)}"
 
 
-def test_find_family_of_an_unsupported_type_lists_the_supported_ones():
+def test_find_family_of_an_unsupported_type_names_the_nearest_ones():
     model = make_tiny("gqa")
-    model.config.model_type = "mamba"
-    with pytest.raises(UserError, match="model type 'mamba' is not supported; supported: llama, smollm3, mistral"):
+    model.config.model_type = "gemma3"
+    with pytest.raises(UserError, match="'gemma3' is not supported; nearest supported types: gemma, gemma2, gemma3_text"):
         find_family(model.config)

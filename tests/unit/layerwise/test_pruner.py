@@ -206,13 +206,6 @@ def test_one_log_line_a_layer(samples, caplog):
     assert lines[2].startswith("layer 2/4 ratio 0.6667/0.5000: heads −4/6")
 
 
-def test_unknown_family_names_the_known_ones():
-    config = LlamaConfig()
-    config.model_type = "gpt_neox"
-    with pytest.raises(UserError, match="'gpt_neox' is not supported; supported: llama"):
-        find_family(config)
-
-
 def test_quantised_weights_are_refused():
     with pytest.raises(UserError, match="quantised"):
         find_family(LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4}))

@@ -9,13 +9,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from models.families import ROWS
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import load_model
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import shrink
-from tests.conftest import ALL_TINY, make_tiny
+from tests.conftest import ALL_TINY, TINY_FAMILIES, make_tiny
 from train_utils.finetune_args import ModelArguments
 from train_utils.lora import add_lora, check_lora_targets, fuse_lora
 
@@ -123,7 +122,7 @@ def test_fuse_lora_of_unadapted_tied_embeddings_keeps_them_tied(tmp_path):
     assert fused.lm_head.weight is fused.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("name", [row.base_type for row in ROWS])
+@pytest.mark.parametrize("name", ["llama", *TINY_FAMILIES])
 def test_get_peft_model_without_targets_adapts_slim_models_like_dense_ones(name):
     dense = make_tiny("gqa" if name == "llama" else name)
     slim = slim_copy(dense)

@@ -1,0 +1,135 @@
+"""Every row of the table of families, from the command line to a process without the repository.
+
+The families of ``TINY_FAMILIES`` have tests of every part beside this one; those of ``FURTHER_FAMILIES`` have this one.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import model_slimming
+from models.families import FAMILIES, ROWS
+from slim_utils.common.errors import UserError
+from slim_utils.families import EXPORTED_FAMILIES, SERVED_FAMILIES, find_family, layer_shapes
+from slim_utils.masks import LayerMask
+from slim_utils.params_remove import kept_indices, shrink, zero_indices, zero_removed
+from tests.conftest import FURTHER_FAMILIES, TINY_FAMILIES, make_tiny
+from tests.integration.test_families import LOADER
+from tests.processes import run_python
+from train_utils.lora import lora_targets
+
+ROOT = Path(__file__).resolve().parents[2]
+# One of each kind: fused gate and up with norms after the blocks; parallel residual with norms per head; fused and
+# interleaved queries, keys and values. The others are slow.
+DEFAULT_TIER = ("glm4", "cohere", "gpt_neox")
+NAMES = [name if name in DEFAULT_TIER else pytest.param(name, marks=pytest.mark.slow) for name in FURTHER_FAMILIES]
+PARAMETERS = pytest.mark.parametrize("name", NAMES)
+
+
+def flags(*argv: object) -> argparse.Namespace:
+    return model_slimming.build_parser().parse_args(list(map(str, argv)))
+
+
+def difference(first: PreTrainedModel, second: PreTrainedModel, samples: torch.Tensor) -> float:
+    """Largest difference of their logits, relative to the largest logit."""
+    with torch.no_grad():
+        expected = first(samples).logits
+        return float((second(samples).logits - expected).abs().max() / expected.abs().max())
+
+
+@PARAMETERS
+def test_family_is_pruned_reloaded_and_trained(name, samples, tokenizer, text_file, tmp_path):
+    make_tiny(name).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    run = [tmp_path / "dense", "--data_file", text_file, "--num_samples", 16, "--seqlen", 16, "--device", "cpu"]
+    run += ["--non_uniform", "--min_sparsity", 0.3, "--max_sparsity", 0.6, "--skip_evaluate"]
+    model_slimming.main(flags(*run, "--save_pruned_weights", "--save_dir", tmp_path / "out"))
+    dense, masked = (AutoModelForCausalLM.from_pretrained(tmp_path / folder) for folder in ("dense", "out"))
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "pruned_weights")
+    shapes = layer_shapes(pruned.config)
+    assert len({(shape.num_heads, shape.num_columns) for shape in shapes}) > 1
+    assert difference(masked, pruned, samples) < 1e-4
+    assert difference(dense, pruned, samples) > 1e-2
+    with torch.no_grad():
+        logits = pruned(samples).logits
+    # Also compares generation with the cache and without.
+    save_file({"samples": samples, "logits": logits}, tmp_path / "out" / "expected.safetensors")
+    process = run_python("-c", LOADER, tmp_path / "out" / "pruned_weights", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    config = LoraConfig(r=2, target_modules=lora_targets(pruned, None), init_lora_weights=False)
+    adapted = get_peft_model(pruned, config).eval()
+    adapted(input_ids=samples, labels=samples).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapted.parameters() if p.requires_grad)
+    assert difference(adapted, adapted.merge_and_unload(), samples) < 1e-4
+
+
+@PARAMETERS
+@pytest.mark.parametrize("by_query_head", [False, True])
+def test_removed_rows_feed_removed_columns_alone(name, by_query_head, samples):
+    """The pruned model is the dense one with the columns of the output maps zeroed, in float64."""
+    model, zeroed = make_tiny(name, torch.float64), make_tiny(name, torch.float64)
+    family, masks = find_family(model.config), []
+    for index, shape in enumerate(layer_shapes(model.config)):
+        columns = [column for column in range(shape.num_columns) if column % 4 != index]
+        size = shape.heads_per_group
+        if by_query_head and size > 1:
+            removed = [group * size + (group + index) % size for group in range(shape.num_kv_heads)]
+            heads = [head for head in range(shape.num_heads) if head not in removed]
+            masks.append(LayerMask.from_heads(shape, heads, columns))
+        else:
+            groups = [group for group in range(shape.num_kv_heads) if group != index % shape.num_kv_heads]
+            masks.append(LayerMask.from_groups(shape, groups, columns))
+    for layer, mask in zip(family.decoder_layers(zeroed), masks, strict=True):
+        for parameter, (dim, indices) in kept_indices(family, mask.removed()).items():
+            if dim == 1:
+                zero_indices(layer.get_parameter(parameter).data, dim, indices)
+    if family.head_norms:
+        # These norms include the heads whose rows are zero.
+        zero_removed(zeroed, family, masks)
+    assert difference(zeroed, shrink(model, family, masks), samples) < 1e-5
+
+
+@PARAMETERS
+def test_uniform_shapes_make_a_stock_model_or_are_refused(name, samples, tmp_path):
+    model = make_tiny(name)
+    family, masks = find_family(model.config), []
+    for shape in layer_shapes(model.config):
+        masks.append(
+            LayerMask.from_groups(shape, list(range(1, shape.num_kv_heads)), list(range(0, shape.num_columns, 2)))
+        )
+    try:
+        shrink(model, family, masks, uniform_shapes=True).save_pretrained(tmp_path)
+    except UserError as error:
+        assert "--uniform_shapes: a stock" in str(error)
+        return
+    assert not list(tmp_path.glob("*.py"))
+    zero_removed(model, family, masks)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert stock.config.model_type == name
+    # The q/k norms over all heads have another epsilon in a stock model.
+    assert difference(model, stock, samples) < 1e-4
+
+
+def table_lines() -> list[str]:
+    """Lines of the table of capabilities in docs/families.md, without their notes."""
+    lines = []
+    for row in ROWS:
+        marks = ["yes"] * 5
+        marks.append("yes" if row.base_type in EXPORTED_FAMILIES else "")
+        marks.append("yes" if row.base_type in SERVED_FAMILIES else "")
+        lines.append(" | ".join([f"| `{row.base_type}`", *marks, ""]).rstrip().replace("|  ", "| "))
+    return lines
+
+
+def test_documented_table_is_that_of_the_rows():
+    assert {row.base_type for row in ROWS} == {"llama", *TINY_FAMILIES, *FURTHER_FAMILIES}
+    assert len({row.slim_type for row in ROWS} | {row.base_type for row in ROWS}) == 2 * len(ROWS) == len(FAMILIES)
+    text = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^\| `\w+` \|(?: yes \| yes ).*$", text, flags=re.MULTILINE)
+    assert documented == table_lines(), "\n".join(table_lines())
