@@ -57,5 +57,5 @@ def test_pruned_models_of_every_family_load_without_the_repository(tmp_path, sam
 def test_find_family_of_an_unsupported_type_names_the_nearest_ones():
     model = make_tiny("gqa")
     model.config.model_type = "gemma3"
-    with pytest.raises(UserError, match="'gemma3' is not supported; nearest supported types: gemma, gemma2, gemma3_text"):
+    with pytest.raises(UserError, match="'gemma3' is not supported; nearest supported types: gemma, gemma2, gemma3_te"):
         find_family(model.config)
