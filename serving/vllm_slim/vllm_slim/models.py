@@ -1,0 +1,106 @@
+"""One class per architecture: vLLM's class of the family, with layers of their own sizes."""
+
+from functools import partial
+
+from vllm.config import VllmConfig
+from vllm.model_executor.models import gemma2, gemma3, granite, mixtral, qwen3_moe
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralDecoderLayer, MistralForCausalLM
+from vllm.model_executor.models.phi3 import Phi3ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model
+
+from vllm_slim.layers import SmolLM3Attention, per_layer, substituted
+
+
+class SlimLlamaForCausalLM(LlamaForCausalLM):
+    """LLaMA with per-layer shapes."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        layer = per_layer(LlamaDecoderLayer, vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer)
+
+
+class SlimMistralForCausalLM(MistralForCausalLM):
+    """Mistral with per-layer shapes."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        layer = per_layer(MistralDecoderLayer, vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer)
+
+
+class SlimQwen2ForCausalLM(LlamaForCausalLM):
+    """Qwen2 with per-layer shapes.
+
+    vLLM's Qwen2 takes the size of a head from the hidden size and the number of heads; its LLaMA does not, and has the
+    biases of Qwen2.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        layer = per_layer(LlamaDecoderLayer, vllm_config, qkv_bias=True)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer)
+
+
+class SlimSmolLM3ForCausalLM(LlamaForCausalLM):
+    """SmolLM3 with per-layer shapes: vLLM's LLaMA, with layers that have no rotary embedding."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        layer = partial(per_layer(LlamaDecoderLayer, vllm_config), attn_layer_type=SmolLM3Attention)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer)
+
+
+class SlimPhi3ForCausalLM(Phi3ForCausalLM):
+    """Phi-3 with per-layer shapes."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        layer = per_layer(LlamaDecoderLayer, vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer)
+
+
+class SlimQwen3ForCausalLM(Qwen3ForCausalLM):
+    """Qwen3 with per-layer shapes."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        with substituted(Qwen3Model, "decoder_layer_type", per_layer(Qwen3DecoderLayer, vllm_config)):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+
+class SlimGemma2ForCausalLM(gemma2.Gemma2ForCausalLM):
+    """Gemma 2 with per-layer shapes."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        with substituted(gemma2, "Gemma2DecoderLayer", per_layer(gemma2.Gemma2DecoderLayer, vllm_config)):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+
+class SlimGemma3ForCausalLM(gemma3.Gemma3ForCausalLM):
+    """Gemma 3 (text) with per-layer shapes."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        with substituted(gemma3, "Gemma3DecoderLayer", per_layer(gemma3.Gemma3DecoderLayer, vllm_config)):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+
+class SlimGraniteForCausalLM(granite.GraniteForCausalLM):
+    """Granite with per-layer shapes."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        with substituted(granite, "GraniteDecoderLayer", per_layer(granite.GraniteDecoderLayer, vllm_config)):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+
+class SlimMixtralForCausalLM(mixtral.MixtralForCausalLM):
+    """Mixtral with per-layer shapes."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        with substituted(mixtral, "MixtralDecoderLayer", per_layer(mixtral.MixtralDecoderLayer, vllm_config)):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+
+class SlimQwen3MoeForCausalLM(qwen3_moe.Qwen3MoeForCausalLM):
+    """Qwen3-MoE with per-layer shapes."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        layer = per_layer(qwen3_moe.Qwen3MoeDecoderLayer, vllm_config)
+        model = partial(qwen3_moe.Qwen3MoeModel, decoder_layer_type=layer)
+        with substituted(qwen3_moe, "Qwen3MoeModel", model):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
