@@ -1,13 +1,16 @@
 """One class per architecture: vLLM's class of the family, with layers of their own sizes."""
 
+from collections.abc import Iterable
 from functools import partial
 
+import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models import gemma2, gemma3, granite, mixtral, qwen3_moe
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralDecoderLayer, MistralForCausalLM
 from vllm.model_executor.models.phi3 import Phi3ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model
+from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_slim.layers import SmolLM3Attention, per_layer, substituted
 
@@ -89,11 +92,23 @@ class SlimGraniteForCausalLM(granite.GraniteForCausalLM):
 
 
 class SlimMixtralForCausalLM(mixtral.MixtralForCausalLM):
-    """Mixtral with per-layer shapes."""
+    """Mixtral with per-layer shapes; in checkpoints, experts are 3-D tensors under the names of transformers."""
+
+    _names = WeightsMapper(
+        orig_to_new_substr={
+            ".mlp.experts.gate_up_proj": ".block_sparse_moe.experts.w13",
+            ".mlp.experts.down_proj": ".block_sparse_moe.experts.w2",
+            ".mlp.gate.": ".block_sparse_moe.gate.",
+        }
+    )
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         with substituted(mixtral, "MixtralDecoderLayer", per_layer(mixtral.MixtralDecoderLayer, vllm_config)):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load the checkpoint's tensors, given by their names; returns the names of the parameters."""
+        return super().load_weights(self._names.apply(weights))
 
 
 class SlimQwen3MoeForCausalLM(qwen3_moe.Qwen3MoeForCausalLM):
