@@ -35,8 +35,13 @@ __all__ = [
 UNKNOWN_TYPE_ADVICE = "; docs/families.md lists all, and --family_like of model_slimming.py tries the layout of another"
 # Families exported to GGUF for llama.cpp.
 EXPORTED_FAMILIES = ("llama", "mistral")
-# Families tested with vLLM with per-layer shapes.
+# Families tested with per-layer shapes in vLLM's Transformers backend.
 SERVED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# Those of the vLLM plugin.
+PLUGIN_FAMILIES = (
+    *SERVED_FAMILIES,
+    *("gemma2", "gemma3_text", "phi3", "granite", "smollm3", "mixtral", "qwen3_moe"),
+)
 
 
 def linear_map(layer: nn.Module, name: str) -> nn.Linear:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,12 +36,42 @@ def run(*argv: object) -> None:
     assert process.returncode == 0, process.stderr
 
 
-def engine(python: Path, script: str, *argv: object, stdin: str = "") -> dict[str, Any]:
-    """JSON that a script of this folder prints in the environment of an engine."""
+def run_engine(python: Path, script: str, *argv: object, stdin: str = "", plugin: Path | None = None) -> Any:
+    """Finished process of a script of this folder in the environment of an engine.
+
+    Args:
+        python: interpreter of the environment.
+        script: name of the script.
+        argv: its arguments.
+        stdin: its input.
+        plugin: folder of an installed plugin, added to the environment.
+    """
     command = [str(python), str(ROOT / "tests" / "interop" / script), *map(str, argv)]
-    process = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
+    variables = {"PYTHONPATH": str(plugin)} if plugin else {}
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, env=os.environ | variables)
+
+
+def engine(*args: Any, **options: Any) -> dict[str, Any]:
+    """JSON that a script prints in the environment of an engine; arguments of :func:`run_engine`."""
+    process = run_engine(*args, **options)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
+
+
+def install_plugin(python: Path, folder: Path) -> Path:
+    """Install ``serving/vllm_slim`` of this repository into ``folder``, for the environment of ``python``.
+
+    Returns:
+        ``folder/site``, to be put on the path of a process that shall have the plugin.
+
+    Raises:
+        subprocess.CalledProcessError: if the installation fails.
+    """
+    # Built in a copy: the build leaves files beside the sources.
+    source = shutil.copytree(ROOT / "serving" / "vllm_slim", folder / "source")
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation"]
+    subprocess.run([python, "-m", "pip", "install", *options, "--target", folder / "site", source], check=True)
+    return folder / "site"
 
 
 def smollm2(shape: str, out: Path, *flags: str) -> Path:

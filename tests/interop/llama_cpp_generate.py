@@ -2,8 +2,8 @@
 
     python llama_cpp_generate.py MODEL.gguf NEW_TOKENS < PROMPTS.json
 
-PROMPTS.json is a list of texts or of lists of token ids, completed in one batch. Prints one json line: texts, seconds
-and tokens.
+PROMPTS.json is one line, a list of texts or of lists of token ids, completed in one batch. Prints one json line: texts,
+seconds and tokens. Each further line of the input completes the batch again and prints the same.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 import xllamacpp
 
 path, new_tokens = sys.argv[1:]
-prompts = json.load(sys.stdin)
+prompts = json.loads(sys.stdin.readline())
 parameters = xllamacpp.CommonParams()
 parameters.model.path = path
 parameters.n_ctx = 512 * len(prompts)
@@ -31,10 +31,16 @@ def complete(prompt: str | list[int]) -> dict[str, Any]:
     return response if isinstance(response, dict) else json.loads(response)
 
 
-start = time.perf_counter()
-with ThreadPoolExecutor(len(prompts)) as pool:
-    responses = list(pool.map(complete, prompts))
-seconds = time.perf_counter() - start
-tokens = sum(response["usage"]["completion_tokens"] for response in responses)
-texts = [response["choices"][0]["text"] for response in responses]
-print(json.dumps({"texts": texts, "seconds": seconds, "tokens": tokens}))
+def timed_batch() -> dict[str, Any]:
+    """Completions of all prompts, and their seconds and tokens."""
+    start = time.perf_counter()
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        responses = list(pool.map(complete, prompts))
+    seconds = time.perf_counter() - start
+    tokens = sum(response["usage"]["completion_tokens"] for response in responses)
+    return {"texts": [response["choices"][0]["text"] for response in responses], "seconds": seconds, "tokens": tokens}
+
+
+print(json.dumps(timed_batch()), flush=True)
+for _ in sys.stdin:
+    print(json.dumps(timed_batch()), flush=True)

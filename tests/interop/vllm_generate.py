@@ -1,45 +1,62 @@
 """Greedy tokens of a checkpoint in vLLM, and their time; runs in the environment of vLLM.
 
-    python vllm_generate.py DIR NEW_TOKENS OPTIONS < PROMPTS.json
+    python vllm_generate.py DIR NEW_TOKENS OPTIONS [ADAPTER] < PROMPTS.json
 
-OPTIONS is json of more arguments of ``vllm.LLM``, PROMPTS.json a list of lists of token ids. Prints one json line:
-tokens of every prompt alone and in a batch, the class that vLLM chose, seconds and number of tokens of the batch.
+OPTIONS is json of more arguments of ``vllm.LLM``, ADAPTER a folder of a LoRA adapter, PROMPTS.json one line, a list of
+lists of token ids. Prints one json line:
+
+* ``alone``, ``together``: tokens of every prompt alone and in a batch;
+* ``adapted``: of the batch with the LoRA adapter, if one is given;
+* ``cached``: tokens of each prompt of the batch that came from the prefix cache;
+* ``class``: architecture that vLLM chose;
+* ``seconds``, ``tokens``: of the batch.
+
+Each further line of the input generates for the batch again and prints ``seconds`` and ``tokens``.
 """
 
 import json
 import os
 import sys
 import time
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
-from vllm import LLM, SamplingParams
+from vllm import LLM, RequestOutput, SamplingParams
+from vllm.lora.request import LoRARequest
 
-folder, new_tokens, options = sys.argv[1:]
-prompts = [{"prompt_token_ids": tokens} for tokens in json.load(sys.stdin)]
-llm = LLM(
-    model=folder,
-    dtype="float32",
-    skip_tokenizer_init=True,
-    max_model_len=256,
-    enforce_eager=True,
-    disable_log_stats=True,
-    **json.loads(options),
-)
+folder, new_tokens, options, *adapters = sys.argv[1:]
+prompts = [{"prompt_token_ids": tokens} for tokens in json.loads(sys.stdin.readline())]
+defaults = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "enable_lora": bool(adapters)}
+llm = LLM(model=folder, skip_tokenizer_init=True, disable_log_stats=True, **defaults | json.loads(options))
 sampling = SamplingParams(temperature=0, max_tokens=int(new_tokens), ignore_eos=True, detokenize=False)
 
 
-def generate(batch: list[dict]) -> list[list[int]]:
-    """Greedy tokens of a batch of prompts."""
-    return [list(output.outputs[0].token_ids) for output in llm.generate(batch, sampling, use_tqdm=False)]
+def generate(batch: list[dict], adapter: LoRARequest | None = None) -> list[RequestOutput]:
+    """Outputs of a batch of prompts."""
+    return llm.generate(batch, sampling, use_tqdm=False, lora_request=adapter)
 
 
-alone = [tokens for prompt in prompts for tokens in generate([prompt])]
-start = time.perf_counter()
-together = generate(prompts)
-seconds = time.perf_counter() - start
-architecture = llm.llm_engine.model_config.architecture
-tokens = sum(map(len, together))
-print(json.dumps({"alone": alone, "together": together, "class": architecture, "seconds": seconds, "tokens": tokens}))
+def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
+    """Greedy tokens of every prompt."""
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def timed_batch() -> tuple[list[RequestOutput], dict[str, Any]]:
+    """Outputs of the batch of all prompts, and its seconds and tokens."""
+    start = time.perf_counter()
+    outputs = generate(prompts)
+    seconds = time.perf_counter() - start
+    return outputs, {"seconds": seconds, "tokens": sum(map(len, tokens(outputs)))}
+
+
+result: dict[str, Any] = {"alone": [tokens(generate([prompt]))[0] for prompt in prompts]}
+outputs, timing = timed_batch()
+result |= timing | {"together": tokens(outputs), "cached": [output.num_cached_tokens for output in outputs]}
+if adapters:
+    result["adapted"] = tokens(generate(prompts, LoRARequest("adapter", 1, adapters[0])))
+print(json.dumps(result | {"class": llm.llm_engine.model_config.architecture}), flush=True)
+for _ in sys.stdin:
+    print(json.dumps(timed_batch()[1]), flush=True)

@@ -55,10 +55,10 @@ def layer_sizes(config: Any, experts_whole: bool = False) -> list[LayerSizes]:
 
 def _has_experts(layer: Any, index: int) -> bool:
     """Whether layer ``index`` is a mixture of experts."""
-    if hasattr(layer, "num_local_experts"):
-        return True
+    if not (hasattr(layer, "num_local_experts") or hasattr(layer, "num_experts")):
+        return False
     dense = index in (getattr(layer, "mlp_only_layers", None) or ())
-    return hasattr(layer, "num_experts") and not dense and (index + 1) % layer.decoder_sparse_step == 0
+    return not dense and (index + 1) % getattr(layer, "decoder_sparse_step", 1) == 0
 
 
 def check_tensor_parallel(sizes: list[LayerSizes], devices: int, dense_heads: int) -> None:

@@ -1,0 +1,88 @@
+"""Checkpoints with per-layer shapes in vLLM with the plugin: greedy tokens against Transformers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from slim_utils.families import PLUGIN_FAMILIES
+from slim_utils.output.model_card import vllm_options
+from tests.interop.common import install_plugin, run_engine, smollm2
+from tests.interop.served import record_served
+from tests.interop.test_vllm import (  # noqa: F401 - pytestmark marks this file too
+    BACKEND,
+    PYTHON,
+    TOKEN_PROMPTS,
+    compare,
+    pytestmark,
+    text_prompts,
+)
+from tests.interop.tiny_served import pruned_model
+
+ENGINE = "vLLM, plugin"
+# Longer than a chunk of the prefill and than several blocks of the cache, with a common beginning.
+CHUNK, BLOCK = 64, 32
+LONG_PROMPTS = [[*range(3, 83), *tail] for tail in ([90, 91], [100, 7, 5], [200], [10, 11, 12, 13])]
+
+
+@pytest.fixture(scope="session")
+def plugin(tmp_path_factory) -> Path:
+    """Folder of the installed plugin, apart from the environment of vLLM."""
+    return install_plugin(PYTHON, tmp_path_factory.mktemp("plugin"))
+
+
+def save_adapter(model: torch.nn.Module, folder: Path) -> Path:
+    """Save a random LoRA adapter of all linear maps in the decoder layers."""
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("model_type", PLUGIN_FAMILIES)
+def test_plugin_generates_the_greedy_tokens_of_transformers(model_type, tmp_path, plugin):
+    model = pruned_model(model_type, "query heads")
+    model.save_pretrained(tmp_path)
+    compare(tmp_path, TOKEN_PROMPTS, type(model).__name__, {}, plugin=plugin)
+    record_served(ENGINE, model_type, "query heads", "fp32")
+
+
+@pytest.mark.parametrize("model_type", PLUGIN_FAMILIES)
+def test_plugin_with_prefix_cache_chunked_prefill_and_adapter_generates_the_same(model_type, tmp_path, plugin):
+    model = pruned_model(model_type, "kv groups")
+    model.save_pretrained(tmp_path / "model")
+    adapter = save_adapter(model, tmp_path / "adapter")
+    options = {"enable_prefix_caching": True, "block_size": BLOCK, "max_lora_rank": 8, "max_num_seqs": 4}
+    options |= {"enable_chunked_prefill": True, "max_num_batched_tokens": CHUNK}
+    got = compare(tmp_path / "model", LONG_PROMPTS, type(model).__name__, options, adapter=adapter, plugin=plugin)
+    assert min(got["cached"]) >= BLOCK
+    record_served(ENGINE, model_type, "kv groups", "fp32")
+    record_served(ENGINE, model_type, "with LoRA adapter", "fp32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", ["query heads", "kv groups"])
+def test_plugin_generates_the_greedy_tokens_of_smollm2(shape, dtype, tmp_path, plugin):
+    folder = smollm2(shape, tmp_path / "out")
+    compare(folder, text_prompts(folder), "SlimLlamaForCausalLM", {}, dtype, plugin=plugin)
+    record_served(ENGINE, "llama", shape, {"float32": "fp32", "bfloat16": "bf16"}[dtype])
+
+
+def test_backend_beside_the_plugin_is_still_chosen_by_its_flags(tmp_path, plugin):
+    model = pruned_model("llama", "kv groups")
+    model.save_pretrained(tmp_path)
+    compare(tmp_path, TOKEN_PROMPTS, "TransformersForCausalLM", vllm_options(model.config), plugin=plugin)
+    record_served(BACKEND, "llama", "kv groups", "fp32")
+
+
+def test_plugin_refuses_tensor_parallelism_that_does_not_divide_a_layer(tmp_path, plugin):
+    pruned_model("llama", "query heads").save_pretrained(tmp_path)
+    argv = [tmp_path, 1, json.dumps({"tensor_parallel_size": 4})]
+    process = run_engine(PYTHON, "vllm_generate.py", *argv, stdin="[[1]]", plugin=plugin)
+    message = "--tensor-parallel-size 4 does not divide the 6 heads of layer 0; use --tensor-parallel-size 2, or prune"
+    assert process.returncode != 0 and message in process.stderr

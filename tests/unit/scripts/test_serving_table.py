@@ -1,0 +1,43 @@
+"""``scripts/serving_table.py``, the rows that tests add, and the page."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts import serving_table
+from slim_utils.common.errors import UserError
+from tests.interop.served import record_served
+
+ROOT = Path(__file__).resolve().parents[3]
+RESULTS = ROOT / "benchmarks" / "results" / "serving_table.json"
+
+
+def test_record_served_adds_every_row_once(tmp_path, monkeypatch):
+    path = tmp_path / "table.json"
+    record_served("b", "llama", "dense", "fp32")
+    monkeypatch.setenv("SLIMGPT_SERVING_TABLE", str(path))
+    for engine in ("b", "a", "b"):
+        record_served(engine, "llama", "dense", "fp32")
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["engine"] for row in rows] == ["a", "b"]
+
+
+def test_table_has_a_line_per_engine_and_family_and_a_column_per_shape():
+    rows = [("e", "llama", "other", "q4_0"), ("e", "llama", "dense", "fp32"), ("e", "llama", "dense", "bf16")]
+    rows.append(("e", "gemma2", "stock", "fp32"))
+    keys = ("engine", "family", "shape", "dtype")
+    lines = serving_table.table([dict(zip(keys, row, strict=True)) for row in rows]).splitlines()
+    assert lines[0] == "| engine | family | dense | stock | other |"
+    assert lines[2:] == ["| e | gemma2 |  | fp32 |  |", "| e | llama | bf16, fp32 |  | q4_0 |"]
+
+
+def test_page_without_markers_is_refused():
+    with pytest.raises(UserError, match="no lines <!-- serving table -->"):
+        serving_table.with_table("# Serving\n", [])
+
+
+def test_page_has_the_table_of_the_results():
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert serving_table.with_table(page, rows) == page
