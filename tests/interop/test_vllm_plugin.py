@@ -58,16 +58,15 @@ def test_plugin_generates_the_greedy_tokens_of_transformers(model_type, tmp_path
 def test_plugin_with_prefix_cache_chunked_prefill_and_adapter_generates_the_same(model_type, tmp_path, plugin):
     model = pruned_model(model_type, "kv groups")
     model.save_pretrained(tmp_path / "model")
-    adapter = save_adapter(model, tmp_path / "adapter")
+    # On a CPU, vLLM has no kernels for mixtures of experts with adapters.
+    adapter = None if hasattr(model.config, "num_experts_per_tok") else save_adapter(model, tmp_path / "adapter")
     options = {"enable_prefix_caching": True, "block_size": BLOCK, "max_lora_rank": 8, "max_num_seqs": 4}
     options |= {"enable_chunked_prefill": True, "max_num_batched_tokens": CHUNK}
-    if model.config.model_type in ("slim_mixtral", "slim_qwen3_moe"):
-        # vLLM adapts experts by kernels that a CPU does not have; the adapter has none.
-        options["lora_target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     got = compare(tmp_path / "model", LONG_PROMPTS, type(model).__name__, options, adapter=adapter, plugin=plugin)
     assert min(got["cached"]) >= BLOCK
     record_served(ENGINE, model_type, "kv groups", "fp32")
-    record_served(ENGINE, model_type, "with LoRA adapter", "fp32")
+    if adapter:
+        record_served(ENGINE, model_type, "with LoRA adapter", "fp32")
 
 
 @pytest.mark.parametrize("shape", ["query heads", "kv groups"])
