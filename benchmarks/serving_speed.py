@@ -8,8 +8,9 @@ The first command creates the environments of the engines. The second
 
 1. prunes 20 % of the block weights twice: per-layer shapes with multiples of 32 columns, and a stock
    checkpoint with multiples of 64;
-2. starts a process per engine and model, which generates 64 tokens greedily for --batch prompts of 32 tokens at once;
-3. has the processes generate in turns, one batch at a time, for --repeats rounds, so that all see the same machine.
+2. starts a process per model, one engine after the other, which generates 64 tokens greedily for --batch prompts of 32
+   tokens at once;
+3. has the processes of an engine generate in turns, one batch at a time, for --repeats rounds, forwards and backwards.
 
 A ratio is the median over rounds of the tokens per second over those of the dense model in the same round; ``promise``
 is the dense model's multiply-accumulates over the model's. Weights are fp32 in Transformers and vLLM, f16 in llama.cpp.
@@ -69,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--eval_file", type=Path, required=True, help="text that the prompts are cut from")
     parser.add_argument("--work_dir", type=Path, required=True, help="folder of the pruned models and GGUF files")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--overwrite", action="store_true")
     return parser
@@ -178,15 +179,28 @@ def measure(args: argparse.Namespace, folders: dict[str, Path], prompts: str) ->
 
     Dense and stock models are the same in vLLM with the plugin.
     """
-    keys = [(engine, name) for engine in ENGINES for name in folders if "plugin" not in engine or name == PER_LAYER]
-    runs: dict[tuple[str, str], list[float]] = {key: [] for key in keys}
-    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+    runs: dict[tuple[str, str], list[float]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
         plugin = install_plugin(ROOT / ENGINES["vllm, plugin"] / "bin" / "python", Path(temporary))
-        servers = {key: stack.enter_context(start(args, *key, folders[key[1]], prompts, plugin)) for key in keys}
-        for number in range(args.repeats):
-            for key, server in servers.items():
-                runs[key].append(server.tokens_per_second())
-                logger.info("round %d, %s: %.1f tokens/s", number + 1, ", ".join(key), runs[key][-1])
+        for engines in (["transformers"], ["vllm", "vllm, plugin"], ["llama.cpp"]):
+            keys = [
+                (engine, name) for engine in engines for name in folders if "plugin" not in engine or name == PER_LAYER
+            ]
+            with ExitStack() as stack:
+                servers = {
+                    key: stack.enter_context(start(args, *key, folders[key[1]], prompts, plugin)) for key in keys
+                }
+                runs |= measure_in_turns(servers, args.repeats)
+    return runs
+
+
+def measure_in_turns(servers: dict[tuple[str, str], Server], rounds: int) -> dict[tuple[str, str], list[float]]:
+    """Tokens per second of every server, one value per round; every other round is in the reverse order."""
+    runs: dict[tuple[str, str], list[float]] = {key: [] for key in servers}
+    for number in range(rounds):
+        for key in list(servers)[:: -1 if number % 2 else 1]:
+            runs[key].append(servers[key].tokens_per_second())
+            logger.info("round %d, %s: %.1f tokens/s", number + 1, ", ".join(key), runs[key][-1])
     return runs
 
 
