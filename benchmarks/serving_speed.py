@@ -20,6 +20,7 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -41,7 +42,6 @@ from slim_utils.common.errors import UserError
 from slim_utils.common.loading import check_output_file, load_config, write_json_atomic
 from slim_utils.output.model_card import vllm_options
 from slim_utils.profiling.model_stats import model_stats
-from tests.interop.common import install_plugin
 
 logger = logging.getLogger("serving_speed")
 
@@ -172,6 +172,22 @@ def start(args: argparse.Namespace, engine: str, name: str, folder: Path, prompt
         argv = [INTEROP / "transformers_generate.py", folder, NEW_TOKENS]
     logger.info("starting %s, %s", engine, name)
     return Server([python, *argv], prompts, variables)
+
+
+def install_plugin(python: Path, folder: Path) -> Path:
+    """Install ``serving/vllm_slim`` of this repository into ``folder``, for the environment of ``python``.
+
+    Returns:
+        ``folder/site``, to be put on the path of a process that shall have the plugin.
+
+    Raises:
+        subprocess.CalledProcessError: if the installation fails.
+    """
+    # Built in a copy: the build leaves files beside the sources.
+    source = shutil.copytree(ROOT / "serving" / "vllm_slim", folder / "source")
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation"]
+    subprocess.run([python, "-m", "pip", "install", *options, "--target", folder / "site", source], check=True)
+    return folder / "site"
 
 
 def measure(args: argparse.Namespace, folders: dict[str, Path], prompts: str) -> dict[tuple[str, str], list[float]]:

@@ -13,7 +13,7 @@ from models.like import add_row_like
 from slim_utils.common.errors import UserError
 from slim_utils.families import FAMILIES, find_family, layer_shapes, linear_map, unknown_type_message
 from slim_utils.masks import LayerMask
-from slim_utils.params_remove import kept_indices, shrink, zero_heads, zero_indices
+from slim_utils.params_remove import removed_indices, shrink, zero_heads, zero_indices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -109,7 +109,7 @@ def _some_mask(index: int, shape: LayerShape) -> LayerMask:
 def _zero_columns(layer: nn.Module, family: Family, mask: LayerMask) -> None:
     """Zero the columns of the output maps that ``mask`` removes, and nothing else, except for norms over all heads."""
     zero_heads(layer, family, mask)
-    for name, (dim, indices) in kept_indices(family, mask.removed()).items():
+    for name, (dim, indices) in removed_indices(family, mask).items():
         if dim == 1:
             weight: Tensor = linear_map(layer, name.removesuffix(".weight")).weight
             zero_indices(weight, dim, indices)

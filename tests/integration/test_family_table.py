@@ -18,7 +18,7 @@ from models.families import FAMILIES, ROWS
 from slim_utils.common.errors import UserError
 from slim_utils.families import EXPORTED_FAMILIES, SERVED_FAMILIES, find_family, layer_shapes
 from slim_utils.masks import LayerMask
-from slim_utils.params_remove import kept_indices, shrink, zero_indices, zero_removed
+from slim_utils.params_remove import removed_indices, shrink, zero_indices, zero_removed
 from tests.conftest import FURTHER_FAMILIES, TINY_FAMILIES, make_tiny
 from tests.integration.test_families import LOADER
 from tests.processes import run_python
@@ -86,7 +86,7 @@ def test_removed_rows_feed_removed_columns_alone(name, by_query_head, samples):
             groups = [group for group in range(shape.num_kv_heads) if group != index % shape.num_kv_heads]
             masks.append(LayerMask.from_groups(shape, groups, columns))
     for layer, mask in zip(family.decoder_layers(zeroed), masks, strict=True):
-        for parameter, (dim, indices) in kept_indices(family, mask.removed()).items():
+        for parameter, (dim, indices) in removed_indices(family, mask).items():
             if dim == 1:
                 zero_indices(layer.get_parameter(parameter).data, dim, indices)
     if family.head_norms:

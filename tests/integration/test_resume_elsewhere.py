@@ -132,5 +132,6 @@ def test_open_store_on_another_gpu_has_the_same_settings_unlike_another_device_t
     data = type("Data", (), {"sha256": "text"})()
     for name in ("cuda:0", "cuda:3", "cpu"):
         config = PruningConfig(save_dir=str(tmp_path / "out"), device=torch.device(name))
-        model_slimming.open_store(config, host, data, model_slimming.ProcessGroup())
+        inputs = type("Inputs", (), {"config": config, "data": data, "table": None})()
+        model_slimming.open_store(inputs, host, model_slimming.ProcessGroup())
     assert opened[0] == opened[1] != opened[2]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,22 +55,6 @@ def engine(*args: Any, **options: Any) -> dict[str, Any]:
     process = run_engine(*args, **options)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
-
-
-def install_plugin(python: Path, folder: Path) -> Path:
-    """Install ``serving/vllm_slim`` of this repository into ``folder``, for the environment of ``python``.
-
-    Returns:
-        ``folder/site``, to be put on the path of a process that shall have the plugin.
-
-    Raises:
-        subprocess.CalledProcessError: if the installation fails.
-    """
-    # Built in a copy: the build leaves files beside the sources.
-    source = shutil.copytree(ROOT / "serving" / "vllm_slim", folder / "source")
-    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation"]
-    subprocess.run([python, "-m", "pip", "install", *options, "--target", folder / "site", source], check=True)
-    return folder / "site"
 
 
 def smollm2(shape: str, out: Path, *flags: str) -> Path:

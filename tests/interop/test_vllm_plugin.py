@@ -8,9 +8,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from benchmarks.serving_speed import install_plugin
 from slim_utils.families import PLUGIN_FAMILIES
 from slim_utils.output.model_card import vllm_options
-from tests.interop.common import NEW_TOKENS, engine, install_plugin, run_engine, smollm2
+from tests.interop.common import NEW_TOKENS, engine, run_engine, smollm2
 from tests.interop.served import record_served
 from tests.interop.test_vllm import (  # noqa: F401 - pytestmark marks this file too
     BACKEND,

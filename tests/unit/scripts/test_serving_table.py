@@ -1,16 +1,12 @@
 """``scripts/serving_table.py``, the rows that tests add, and the page."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from scripts import serving_table
 from slim_utils.common.errors import UserError
 from tests.interop.served import record_served
-
-ROOT = Path(__file__).resolve().parents[3]
-RESULTS = ROOT / "benchmarks" / "results" / "serving_table.json"
 
 
 def test_record_served_adds_every_row_once(tmp_path, monkeypatch):
@@ -35,9 +31,3 @@ def test_table_has_a_line_per_engine_and_family_and_a_column_per_shape():
 def test_page_without_markers_is_refused():
     with pytest.raises(UserError, match="no lines <!-- serving table -->"):
         serving_table.with_table("# Serving\n", [])
-
-
-def test_page_has_the_table_of_the_results():
-    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
-    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
-    assert serving_table.with_table(page, rows) == page

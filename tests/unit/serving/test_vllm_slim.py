@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from models import SLIM_CLASSES
 from slim_utils.families import FAMILIES, PLUGIN_FAMILIES, find_family, layer_shapes
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import shrink
@@ -79,7 +78,7 @@ def test_architectures_of_the_plugin_are_those_of_checkpoints():
     by_family = {FAMILIES[model_type].base_type: name for name, (model_type, _) in MODEL_TYPES.items()}
     assert set(by_family) == set(PLUGIN_FAMILIES)
     for family, architecture in by_family.items():
-        shipped, model = SLIM_CLASSES[family]
+        shipped, model = FAMILIES[family].slim_config, FAMILIES[family].slim_model
         cls = config_class(architecture)
         assert (architecture, cls.model_type) == (model.__name__, shipped.model_type)
         # The mixins differ, the library's class does not.
