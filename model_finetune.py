@@ -28,7 +28,6 @@ import transformers
 from torch import distributed
 
 from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalKey, EvalSets, load_eval_sets, split_eval_specs
-from ppl_eval.ppl_eval import evaluate
 from slim_utils.cli.app import run_cli
 from slim_utils.common.bos import calibration_bos
 from slim_utils.common.environment import command_line, environment
@@ -38,7 +37,6 @@ from slim_utils.common.loading import (
     RUN_FILE,
     atomic_entries,
     load_config,
-    load_model,
     load_tokenizer,
     peak_memory_mib,
     write_json_atomic,
@@ -154,26 +152,22 @@ def run(args: FinetuneArguments) -> None:
     6. Measure perplexity of the saved model and complete ``run.json`` and the model card (rank 0).
     """
     # Imported after the flags are checked: peft and the Trainer take seconds.
-    from train_utils.distillation import check_teacher, load_teacher
+    from train_utils.distillation import check_teacher
     from train_utils.finetune_result import (
         load_masks,
         mask_record,
-        save_result,
-        warn_if_not_masked,
         write_cards,
         write_unit_records,
     )
     from train_utils.lora import check_lora_targets
     from train_utils.resumption import check_resumed, run_settings
-    from train_utils.sharding import sharded_weights
+    from train_utils.sharding import model_weights
     from train_utils.sparse_trainer import MaskCallback, masked_slices
-    from train_utils.trainable import prepare_model
     from train_utils.trainer_setup import (
         best_metric,
         build_trainer,
         evaluation_sets,
         held_out_record,
-        open_teacher,
         padding_collator,
     )
 
@@ -182,8 +176,8 @@ def run(args: FinetuneArguments) -> None:
     if not is_main:
         logging.getLogger().setLevel(logging.ERROR)
     transformers.set_seed(training.seed)
-    shards = sharded_weights(args)
     pruned = load_masks(args)
+    weights = model_weights(args, pruned)
     path, trusted = args.model.model_name_or_path, args.model.trust_remote_code
     tokenizer = load_tokenizer(path, trusted)
     check_tokenizer(tokenizer, NO_TEMPLATE if args.data.train_text else args.data.prompt_template_name, path)
@@ -201,29 +195,18 @@ def run(args: FinetuneArguments) -> None:
     check_token_ids(config, tokenizer, *splits, *training_windows.values(), *windows.values())
     eval_sets = evaluation_sets(args, data, training_windows)
     training.metric_for_best_model = best_metric(training.metric_for_best_model, list(eval_sets))
-    model: Any = shards.open_base() if shards else load_model(path, "auto", trusted)
-    teacher_model: Any = None
-    if args.model.distill_from is not None:
-        teacher_model = shards.open_teacher() if shards else load_teacher(args)
-    settings = run_settings(args, data, model, teacher_model, pruned.masks if pruned else None)
+    model: Any = weights.open_base()
+    teacher: Any = weights.open_teacher() if args.model.distill_from is not None else None
+    settings = run_settings(args, data, model, teacher, pruned.masks if pruned else None)
     if training.resume_from_checkpoint is not None:
         check_resumed(training.resume_from_checkpoint, settings)
-    dtype = (model.model if shards else model).dtype
-    if pruned:
-        warn_if_not_masked(model, pruned, path)
     collator = padding_collator(tokenizer, config)
-    teacher: Any = None
-    if teacher_model is not None and not shards:
-        teacher, teacher_model = open_teacher(args, teacher_model, data, collator, settings), None
+    before = weights.evaluate_base(model, windows) if is_main else []
+    model = weights.load(model)
+    if teacher is not None:
+        teacher = weights.load_teacher(teacher, data, collator, settings)
         # With --cache_teacher, its weights are not needed any more; hooks refer to them.
         gc.collect()
-    before = []
-    if is_main:
-        before = shards.evaluate(path, windows) if shards else evaluate(model.to(training.device), windows)
-
-    model = shards.load(model) if shards else prepare_model(model, args)
-    if shards and teacher_model is not None:
-        teacher = shards.load_teacher(teacher_model)
     trainer = build_trainer(args, model, collator, data, eval_sets, teacher, settings)
     if pruned:
         mask = MaskCallback(list(masked_slices(model, pruned.family, pruned.masks)))
@@ -234,8 +217,7 @@ def run(args: FinetuneArguments) -> None:
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     seconds = time.perf_counter() - start
-    if shards:
-        shards.save(model, tokenizer)
+    weights.gather(model, tokenizer)
     if distributed.is_initialized():
         distributed.destroy_process_group()
     if not is_main:
@@ -247,7 +229,7 @@ def run(args: FinetuneArguments) -> None:
     record |= {"finished": True, "training_seconds": round(seconds, 2), "log": trainer.state.log_history}
     record |= held_out_record(trainer)
     with atomic_entries(args.run_folder) as folder:
-        result = shards.install(folder) if shards else save_result(args, model, tokenizer, dtype, pruned, folder)
+        result = weights.write(model, tokenizer, folder)
         write_unit_records(args, folder, provenance, units, pruned)
         if pruned:
             record["mask"] = mask_record(mask, pruned, result)
@@ -257,13 +239,10 @@ def run(args: FinetuneArguments) -> None:
     output_dir = Path(training.output_dir)
     install_result(args.run_folder, output_dir)
     logger.info("saved %s", output_dir)
-    del trainer, model, teacher, teacher_model
+    del trainer, model, teacher
     gc.collect()
     with annotate_errors(f"{output_dir} is saved; only its perplexities are missing in {RUN_FILE}"):
-        if shards:
-            after = shards.evaluate(str(shards.checkpoint(output_dir)), windows)
-        else:
-            after = evaluate(result.to(training.device), windows)
+        after = weights.evaluate_result(result, output_dir, windows)
         record |= {"perplexity": {"before": before, "after": after}}
         record |= {"peak_memory_mib": peak_memory_mib(training.device)}
         write_cards(args, output_dir, record, provenance, pruned, result)

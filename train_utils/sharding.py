@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
@@ -33,26 +33,28 @@ from slim_utils.common.output_folder import hidden_path
 from slim_utils.layerwise.offload import CPU, OffloadedModel
 from slim_utils.output.writers import CheckpointShards
 from train_utils.finetune_args import FinetuneArguments
-from train_utils.finetune_result import FUSED_FOLDER
+from train_utils.finetune_dataset import FinetuneData
+from train_utils.finetune_result import FUSED_FOLDER, ModelMasks
 from train_utils.lora import TARGETS_FLAG, load_adapters, merge_adapters
+from train_utils.model_weights import ModelWeights, WholeWeights
 from train_utils.sharding_checks import uses_fsdp, uses_zero3
 from train_utils.trainable import cast_parameters, frozen_dtype, prepare_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def sharded_weights(args: FinetuneArguments) -> ShardedWeights | None:
-    """The sharding that the flags request; ``None`` if every process holds the whole model."""
+def model_weights(args: FinetuneArguments, masks: ModelMasks | None) -> ModelWeights:
+    """The weights of a run: sharded if the flags request it, else whole, with the ``masks`` of the model."""
     if uses_zero3(args.training):
         return Zero3Weights(args)
-    return FullyShardedWeights(args) if uses_fsdp(args.training) else None
+    return FullyShardedWeights(args) if uses_fsdp(args.training) else WholeWeights(args, masks)
 
 
-class ShardedWeights(ABC):
+class ShardedWeights(ModelWeights):
     """Loads, trains and saves models whose weights are split among the processes.
 
-    Every method is a collective, except :meth:`open`, :meth:`evaluate` and :meth:`install`.
+    :meth:`load`, :meth:`load_teacher` and :meth:`gather` are collectives.
 
     Args:
         args: flags of the run.
@@ -64,7 +66,7 @@ class ShardedWeights(ABC):
     one_dtype = False
 
     def __init__(self, args: FinetuneArguments) -> None:
-        self.args = args
+        super().__init__(args)
         self.device: torch.device = args.training.device
         self._is_main = args.training.process_index == 0
         self._staging = hidden_path(Path(args.training.output_dir), "partial-sharded")
@@ -74,7 +76,7 @@ class ShardedWeights(ABC):
         """Split the parameters of ``module`` that are not split yet."""
 
     @abstractmethod
-    def gather(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    def gather_parameters(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """Return whole ``parameters`` in host memory on rank 0, and ``{}`` elsewhere."""
 
     def for_inference(self, model: PreTrainedModel) -> nn.Module:
@@ -113,43 +115,48 @@ class ShardedWeights(ABC):
         except UserError as error:
             raise UserError(f"--distill_from: {error}") from error
 
-    def evaluate(self, path: str, windows: EvalSets) -> list[dict[str, Any]]:
-        """Return the perplexities of the checkpoint ``path``, measured layer by layer."""
-        with closing(self.open(path, "evaluated")) as host:
-            return evaluate_layers(host, self.device, windows)
+    def evaluate_base(self, base: OffloadedModel, windows: EvalSets) -> list[dict[str, Any]]:
+        """Return the perplexities of the base checkpoint, measured layer by layer."""
+        return self._evaluate(self.args.model.model_name_or_path, windows)
 
-    def load(self, host: OffloadedModel) -> PreTrainedModel | PeftModel:
-        """Return the sharded model to train, set up by :func:`prepare_model`; closes ``host``.
+    def load(self, base: OffloadedModel) -> PreTrainedModel | PeftModel:
+        """Return the sharded model to train, set up by :func:`prepare_model`; closes ``base``.
 
         Raises:
             UserError: if an adapter lies outside the decoder layers.
         """
-        with closing(host):
+        with closing(base):
             if self.args.model.use_lora:
-                cast_parameters(host.model, frozen_dtype(self.args.training))
+                cast_parameters(base.model, frozen_dtype(self.args.training))
                 # peft initialises adapters on the device of the weights that they adapt.
-                _assign(host.model, _placeholders(host.model.named_parameters()), CPU)
-                host.model.tie_weights()
-            model = prepare_model(host.model, self.args)
-            if self.args.model.use_lora and _trained_outside_layers(model, host):
+                _assign(base.model, _placeholders(base.model.named_parameters()), CPU)
+                base.model.tie_weights()
+            model = prepare_model(base.model, self.args)
+            if self.args.model.use_lora and _trained_outside_layers(model, base):
                 raise UserError(
                     f"{TARGETS_FLAG} {self.args.model.peft_target_modules}: sharded weights are adapted in the decoder "
                     "layers only; leave out embeddings and head"
                 )
             if self.one_dtype:
                 cast_parameters(model, frozen_dtype(self.args.training))
-            self._fill(host, model)
+            self._fill(base, model)
             return model
 
-    def load_teacher(self, host: OffloadedModel) -> nn.Module:
-        """Return the sharded and frozen teacher; closes ``host``."""
-        with closing(host):
-            cast_parameters(host.model, frozen_dtype(self.args.training))
-            self._fill(host, host.model.requires_grad_(False))
-            return self.for_inference(host.model)
+    def load_teacher(
+        self,
+        teacher: OffloadedModel,
+        data: FinetuneData,
+        collator: DataCollatorForSeq2Seq,
+        settings: dict[str, Any],
+    ) -> nn.Module:
+        """Return the sharded and frozen model; closes ``teacher``."""
+        with closing(teacher):
+            cast_parameters(teacher.model, frozen_dtype(self.args.training))
+            self._fill(teacher, teacher.model.requires_grad_(False))
+            return self.for_inference(teacher.model)
 
-    def save(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write the trained model to a folder beside the output, from where :meth:`install` moves it.
+    def gather(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write the trained model to a folder beside the output, from where :meth:`write` moves it.
 
         Args:
             model: the trained model, sharded.
@@ -161,22 +168,32 @@ class ShardedWeights(ABC):
         if not self.args.model.use_lora:
             self._save_weights(model, tokenizer)
             return
-        adapters = self.gather(_trained(model))
+        adapters = self.gather_parameters(_trained(model))
         if self._is_main:
             model.save_pretrained(self._staging, state_dict=adapters, save_embedding_layers=False)
             self._save_fused(tokenizer)
 
-    def install(self, folder: Path) -> PreTrainedModel:
-        """Move the result of :meth:`save` into ``folder``; return the model that a user would load, without weights."""
+    def write(
+        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+    ) -> PreTrainedModel:
+        """Move the result of :meth:`gather` into ``folder``; return the model as loaded from there, without weights."""
         for entry in list(self._staging.iterdir()):
             entry.replace(folder / entry.name)
         self._staging.rmdir()
-        with closing(self.open(str(self.checkpoint(folder)), "saved")) as host:
+        with closing(self.open(self._checkpoint(folder), "saved")) as host:
             return host.model
 
-    def checkpoint(self, folder: Path) -> Path:
-        """Return the folder of the whole model in the output folder ``folder``."""
-        return folder / FUSED_FOLDER if self.args.model.use_lora else folder
+    def evaluate_result(self, result: PreTrainedModel, folder: Path, windows: EvalSets) -> list[dict[str, Any]]:
+        """Return the perplexities of the checkpoint in ``folder``, measured layer by layer."""
+        return self._evaluate(self._checkpoint(folder), windows)
+
+    def _evaluate(self, path: str, windows: EvalSets) -> list[dict[str, Any]]:
+        with closing(self.open(path, "evaluated")) as host:
+            return evaluate_layers(host, self.device, windows)
+
+    def _checkpoint(self, folder: Path) -> str:
+        """Folder of the whole model in the output folder ``folder``."""
+        return str(folder / FUSED_FOLDER if self.args.model.use_lora else folder)
 
     def _fill(self, host: OffloadedModel, model: PreTrainedModel | PeftModel) -> None:
         """Read the weights of ``model``, which is or wraps the model of ``host``, and shard every layer once read."""
@@ -196,10 +213,10 @@ class ShardedWeights(ABC):
         with closing(self.open_base()) as host:
             shards = CheckpointShards(self._staging, host.model, host.family) if self._is_main else None
             for index, layer in enumerate(host.family.decoder_layers(model)):
-                trained = self.gather(_trained(layer))
+                trained = self.gather_parameters(_trained(layer))
                 if shards:
                     shards.write_layer(index, _replaced(host.read_layer(index), trained))
-            trained = self.gather(_trained_outside_layers(model, host))
+            trained = self.gather_parameters(_trained_outside_layers(model, host))
             if shards:
                 shards.write_non_layer_tensors(_replaced(host.read_non_layer_tensors(), trained))
                 shards.finish(tokenizer)
@@ -248,7 +265,7 @@ class FullyShardedWeights(ShardedWeights):
             offload_policy=self._offload,
         )
 
-    def gather(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    def gather_parameters(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """Return whole ``parameters`` in host memory on rank 0, and ``{}`` elsewhere."""
         gathered = {}
         for name, parameter in parameters.items():
@@ -281,7 +298,7 @@ class Zero3Weights(ShardedWeights):
 
         deepspeed.zero.Init(module=module, config_dict_or_path=self._config)
 
-    def gather(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    def gather_parameters(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """Return whole ``parameters`` in host memory on rank 0, and ``{}`` elsewhere."""
         import deepspeed
 

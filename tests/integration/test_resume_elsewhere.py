@@ -6,7 +6,6 @@ import os
 import pytest
 import torch
 
-import model_finetune
 import model_slimming
 from slim_utils.cli.app import run_cli
 from slim_utils.layerwise.layer_forward import LayerForward
@@ -14,6 +13,7 @@ from slim_utils.layerwise.resume import LayerStore
 from slim_utils.output import run_record
 from slim_utils.pruning_config import PruningConfig
 from tests.integration import finetuning
+from train_utils import model_weights
 
 
 @pytest.fixture
@@ -74,13 +74,13 @@ def test_model_slimming_with_a_failing_evaluation_reports_the_saved_output(prune
 
 
 def test_model_finetune_with_a_failing_evaluation_reports_the_saved_output(slim, argv, tmp_path, monkeypatch):
-    evaluate, calls = model_finetune.evaluate, []
+    evaluate, calls = model_weights.evaluate, []
 
     def limited(*args):
         calls.append(args)
         return evaluate(*args) if len(calls) == 1 else full()
 
-    monkeypatch.setattr(model_finetune, "evaluate", limited)
+    monkeypatch.setattr(model_weights, "evaluate", limited)
     with pytest.raises(torch.OutOfMemoryError) as error:
         finetuning.main(argv(slim / "pruned_weights", "--use_lora", "true", "--max_steps", 1))
     assert error.value.__notes__ == [f"{tmp_path / 'out'} is saved; only its perplexities are missing in run.json"]
