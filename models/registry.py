@@ -6,10 +6,9 @@ a checkpoint of the family is loaded or made; until then, no modeling code of tr
 
 from __future__ import annotations
 
-import atexit
+import hashlib
 import importlib
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.hub import HF_MODULES_CACHE
 
 from models.families import FAMILIES, Family
 from models.shipped_code import shipped_code
@@ -68,8 +68,7 @@ def _shipped(slim_type: object) -> Family | None:
 class _ShippedCodeFinder(MetaPathFinder):
     """Finder of the modules ``models.modeling_slim_NAME``.
 
-    Their files are written to a temporary folder of this process: transformers copies the file of a class into the
-    checkpoint.
+    They are files in the cache of transformers for modules, which copies the file of a class into the checkpoint.
     """
 
     def find_spec(
@@ -79,22 +78,25 @@ class _ShippedCodeFinder(MetaPathFinder):
         family = _shipped(fullname.removeprefix(_PREFIX)) if fullname.startswith(_PREFIX) else None
         if family is None:
             return None
-        file = _code_folder() / f"modeling_{family.slim_type}.py"
-        file.write_text(shipped_code(family), encoding="utf-8")
-        return spec_from_file_location(fullname, file)
+        return spec_from_file_location(fullname, _code_file(f"modeling_{family.slim_type}.py", shipped_code(family)))
 
 
-@cache
-def _code_folder() -> Path:
-    folder, owner = Path(tempfile.mkdtemp(prefix="slimgpt-code-")), os.getpid()
-
-    def remove() -> None:
-        # Not at the end of a fork of this process.
-        if os.getpid() == owner:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    atexit.register(remove)
-    return folder
+def _code_file(name: str, code: str) -> Path:
+    """File ``name`` with this content; in a temporary folder if the cache cannot be written."""
+    digest = hashlib.sha256(code.encode()).hexdigest()[:16]
+    file = Path(HF_MODULES_CACHE) / "slimgpt" / digest / name
+    if file.is_file() and file.read_text(encoding="utf-8") == code:
+        return file
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Other processes may write the same file.
+        partial = file.with_name(f"{name}.{os.getpid()}")
+        partial.write_text(code, encoding="utf-8")
+        partial.replace(file)
+    except OSError:
+        file = Path(tempfile.mkdtemp(prefix="slimgpt-code-")) / name
+        file.write_text(code, encoding="utf-8")
+    return file
 
 
 class _LazyConfigs(dict[str, Any]):
