@@ -108,8 +108,6 @@ def build_parser() -> argparse.ArgumentParser:
 def checked(config: PruningConfig) -> PruningConfig:
     """Return ``config`` with devices and hub name resolved; nothing is loaded.
 
-    Flags are checked as ``--preset`` sets them for a dense model; the preset is resolved once the model is known.
-
     Raises:
         UserError: naming the flag to change.
     """
@@ -175,7 +173,7 @@ def prepare_inputs(config: PruningConfig) -> RunInputs:
     shapes = layer_shapes(model_config)
     if config.whole_experts and not has_experts(shapes):
         raise UserError("--expert_unit expert: the model has no experts; leave it out")
-    config = resolve_preset(config, has_experts(shapes))
+    config = resolve_preset(config)
     table = latency_table(config, model_config)
     plan = plan_without_weights(config, model_config, table)
     tokenizer = load_tokenizer(config.model_path, config.trust_remote_code)

@@ -11,8 +11,31 @@ if TYPE_CHECKING:
 
 # Kinds of rows of a linear map; QKV: query, key and value of every head side by side.
 HEADS, KV_HEADS, COLUMNS, QKV = "heads", "kv_heads", "columns", "qkv"
+# Columns of the FFN of every token beside the experts.
+SHARED_COLUMNS = "shared_columns"
+# Heads of latent attention, in the map of queries, and in that of keys and values from the latents.
+LATENT_QUERIES, LATENT_KEY_VALUES = "latent_queries", "latent_key_values"
 # Query heads per kv head.
 HEADS_PER_GROUP = "heads_per_group"
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """Layout of the 3-D parameters ``gate_up_proj`` and ``down_proj`` of experts.
+
+    Attributes:
+        transposed: (experts, in, out) instead of (experts, out, in).
+        interleaved: gate and up of a column are side by side, instead of all gates before all ups; the module applies
+            its own gate to them.
+        gate_on_inputs: the router's weights multiply the inputs of an expert, not its outputs.
+    """
+
+    transposed: bool = False
+    interleaved: bool = False
+    gate_on_inputs: bool = False
+
+
+PLAIN_LAYOUT = ExpertLayout()
 
 
 @dataclass(frozen=True)
@@ -33,10 +56,21 @@ class Family:
         mlp_rows: linear maps that feed ``mlp_out``, and the kinds of their output rows as stacked.
         head_norms: RMS norms over all heads at once, and the kind of their weights.
         head_parameters: further parameters with one row or entry per head, by name, and the kind of head.
+        latent_attention: whether keys and values are computed from latents, which are cached in their place.
         columns_key: configuration key of the FFN width; 4 times the hidden size where it is ``None``.
         experts: module with the 3-D parameters ``gate_up_proj`` and ``down_proj`` of a mixture of experts, if any.
-        router: module that chooses the experts of a token; its weight has a row per expert.
+        expert_layout: layout of these parameters.
         expert_columns_key: configuration key of the width of an expert; empty for families without experts.
+        num_experts_key: configuration key of the number of experts.
+        router: module that chooses the experts of a token.
+        router_tensors: its parameters and buffers with an entry per expert, and the dimension of these entries.
+        fewest_experts: experts that the router needs at least.
+        shared_expert: FFN of every token beside the experts, with a gate, if any; its maps are ``gate_proj``,
+            ``up_proj`` and ``down_proj``.
+        shared_gate: linear map whose sigmoid weights the output of the shared expert, if any.
+        shared_columns_key: configuration key of the width of the shared expert; where it is empty, the shared expert
+            is as wide as ``shared_count_key`` experts, or as one.
+        shared_count_key: configuration key of the number of experts that the shared expert is as wide as.
         heads_fill_hidden: whether the stock class sizes the attention by the hidden size, which the heads fill.
         head_counts: with ``heads_fill_hidden``, the attributes that hold a number of heads, and its kind.
         unsupported: configuration keys that may not be set, and why.
@@ -63,10 +97,19 @@ class Family:
     )
     head_norms: tuple[tuple[str, str], ...] = ()
     head_parameters: tuple[tuple[str, str], ...] = ()
+    latent_attention: bool = False
     columns_key: str = "intermediate_size"
     experts: str = "mlp.experts"
-    router: str = "mlp.gate"
+    expert_layout: ExpertLayout = PLAIN_LAYOUT
     expert_columns_key: str = ""
+    num_experts_key: str = "num_experts"
+    router: str = "mlp.gate"
+    router_tensors: tuple[tuple[str, int], ...] = (("weight", 0),)
+    fewest_experts: int = 1
+    shared_expert: str = ""
+    shared_gate: str = ""
+    shared_columns_key: str = ""
+    shared_count_key: str = ""
     heads_fill_hidden: bool = False
     head_counts: tuple[tuple[str, str], ...] = ()
     unsupported: tuple[tuple[str, str], ...] = ()
@@ -92,11 +135,24 @@ class Family:
 
     def num_experts(self, config: PreTrainedConfig, index: int) -> int:
         """Return the number of experts of layer ``index``; 0 for a dense FFN."""
-        if not self.expert_columns_key:
+        if not self.expert_columns_key or index in (getattr(config, "mlp_only_layers", None) or ()):
             return 0
-        dense_layers = getattr(config, "mlp_only_layers", None) or ()
-        sparse = index not in dense_layers and (index + 1) % getattr(config, "decoder_sparse_step", 1) == 0
-        return config.num_experts if sparse else 0
+        first = getattr(config, "moe_layer_start_index", getattr(config, "first_k_dense_replace", 0))
+        last = getattr(config, "moe_layer_end_index", config.num_hidden_layers - 1)
+        step = getattr(config, "moe_layer_interval", getattr(config, "decoder_sparse_step", 1))
+        sparse = first <= index <= last and (index + 1) % step == 0
+        if hasattr(config, "moe_layers"):
+            sparse = index in config.moe_layers
+        return getattr(config, self.num_experts_key) if sparse else 0
+
+    def num_shared_columns(self, layer_config: PreTrainedConfig) -> int:
+        """Return the width of the shared expert of a layer with experts; 0 if it has none."""
+        if not self.shared_expert:
+            return 0
+        if self.shared_columns_key:
+            return getattr(layer_config, self.shared_columns_key)
+        count = getattr(layer_config, self.shared_count_key) if self.shared_count_key else 1
+        return count * getattr(layer_config, self.expert_columns_key)
 
     def width_key(self, num_experts: int) -> str:
         """Return the configuration key of the FFN width of a layer with ``num_experts`` experts."""
@@ -116,6 +172,11 @@ def row(base_type: str, name: str, **differences: Any) -> Family:
 _QK_NORMS_OVER_HEADS = (("self_attn.q_norm", HEADS), ("self_attn.k_norm", KV_HEADS))
 _FUSED_GATE_UP = (("mlp.gate_up_proj", (COLUMNS, COLUMNS)),)
 _UP_ALONE = (("mlp.up_proj", (COLUMNS,)),)
+_LATENT_ROWS = (
+    ("self_attn.q_proj", (LATENT_QUERIES,)),
+    ("self_attn.q_b_proj", (LATENT_QUERIES,)),
+    ("self_attn.kv_b_proj", (LATENT_KEY_VALUES,)),
+)
 _PER_HEAD_NORMS = (("self_attn.q_norm.weight", HEADS), ("self_attn.k_norm.weight", KV_HEADS))
 
 ROWS = (
@@ -202,7 +263,12 @@ ROWS = (
         mlp_out="feed_forward.down_proj",
         mlp_rows=(("feed_forward.gate_proj", (COLUMNS,)), ("feed_forward.up_proj", (COLUMNS,))),
         columns_key="intermediate_size_mlp",
-        unsupported=(("moe_layers", "its layers with experts are not supported"),),
+        experts="feed_forward.experts",
+        expert_layout=ExpertLayout(transposed=True, gate_on_inputs=True),
+        expert_columns_key="intermediate_size",
+        num_experts_key="num_local_experts",
+        router="feed_forward.router",
+        shared_expert="feed_forward.shared_expert",
     ),
     row("starcoder2", "Starcoder2", mlp_out="mlp.c_proj", mlp_rows=(("mlp.c_fc", (COLUMNS,)),)),
     row(
@@ -236,6 +302,96 @@ ROWS = (
     ),
     row("mixtral", "Mixtral", expert_columns_key="intermediate_size"),
     row("qwen3_moe", "Qwen3Moe", expert_columns_key="moe_intermediate_size"),
+    row(
+        "olmoe",
+        "Olmoe",
+        head_norms=_QK_NORMS_OVER_HEADS,
+        heads_fill_hidden=True,
+        head_counts=(("self_attn.num_key_value_groups", HEADS_PER_GROUP),),
+        expert_columns_key="intermediate_size",
+    ),
+    row(
+        "qwen2_moe",
+        "Qwen2Moe",
+        expert_columns_key="moe_intermediate_size",
+        shared_expert="mlp.shared_expert",
+        shared_gate="mlp.shared_expert_gate",
+        shared_columns_key="shared_expert_intermediate_size",
+    ),
+    row(
+        "granitemoe",
+        "GraniteMoe",
+        experts="block_sparse_moe.experts",
+        expert_columns_key="intermediate_size",
+        num_experts_key="num_local_experts",
+        router="block_sparse_moe.router",
+    ),
+    row(
+        "phimoe",
+        "Phimoe",
+        expert_columns_key="intermediate_size",
+        num_experts_key="num_local_experts",
+        router="mlp.router",
+        fewest_experts=2,
+    ),
+    row(
+        "hunyuan_v1_moe",
+        "HunYuanMoEV1",
+        expert_columns_key="intermediate_size",
+        router_tensors=(("wg.weight", 0),),
+        shared_expert="mlp.shared_mlp",
+    ),
+    row(
+        "ernie4_5_moe",
+        "Ernie4_5_Moe",
+        expert_columns_key="moe_intermediate_size",
+        num_experts_key="moe_num_experts",
+        router_tensors=(("weight", 0), ("moe_statics.e_score_correction_bias", 1)),
+        shared_expert="mlp.shared_experts",
+        shared_count_key="moe_num_shared_experts",
+    ),
+    row(
+        "glm4_moe",
+        "Glm4Moe",
+        expert_columns_key="moe_intermediate_size",
+        num_experts_key="n_routed_experts",
+        router_tensors=(("weight", 0), ("e_score_correction_bias", 0)),
+        fewest_experts=2,
+        shared_expert="mlp.shared_experts",
+        shared_count_key="n_shared_experts",
+    ),
+    row(
+        "gpt_oss",
+        "GptOss",
+        head_parameters=(("self_attn.sinks", HEADS),),
+        expert_layout=ExpertLayout(transposed=True, interleaved=True),
+        expert_columns_key="intermediate_size",
+        num_experts_key="num_local_experts",
+        router="mlp.router",
+        router_tensors=(("weight", 0), ("bias", 0)),
+    ),
+    row(
+        "deepseek_v2",
+        "DeepseekV2",
+        attention_rows=_LATENT_ROWS,
+        latent_attention=True,
+        expert_columns_key="moe_intermediate_size",
+        num_experts_key="n_routed_experts",
+        shared_expert="mlp.shared_experts",
+        shared_count_key="n_shared_experts",
+    ),
+    row(
+        "deepseek_v3",
+        "DeepseekV3",
+        attention_rows=_LATENT_ROWS,
+        latent_attention=True,
+        expert_columns_key="moe_intermediate_size",
+        num_experts_key="n_routed_experts",
+        router_tensors=(("weight", 0), ("e_score_correction_bias", 0)),
+        fewest_experts=2,
+        shared_expert="mlp.shared_experts",
+        shared_count_key="n_shared_experts",
+    ),
 )
 
 # The row of every model type, before and after pruning.

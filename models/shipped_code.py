@@ -76,7 +76,10 @@ def shipped_code(family: Family) -> str:
         model_class=family.model_class,
         causal_class=family.causal_class,
         slim_type=family.slim_type,
-        experts_comment=_EXPERTS_COMMENT if family.expert_columns_key else "",
+        # With gates on inputs, the stock class has no other implementations.
+        experts_comment=_EXPERTS_COMMENT
+        if family.expert_columns_key and not family.expert_layout.gate_on_inputs
+        else "",
         model_attributes=_model_attributes(family),
         causal_attributes=_assignments({"model_name": _layers_path(family)[0]}, {"model_name": "model"}),
     )

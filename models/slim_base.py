@@ -31,6 +31,7 @@ PER_LAYER_SIZES = (
     "intermediate_size",
     "intermediate_size_mlp",
     "moe_intermediate_size",
+    "shared_expert_intermediate_size",
     "ffn_dim",
 )
 
@@ -85,8 +86,8 @@ class SlimModelMixin:
             fraction of heads kept, the mean square over all heads (removed ones zero) is r times that over the
             remaining ones. To match the masked model, epsilon is divided by r; the norm weights are scaled when a
             model is shrunk.
-        head_maps: linear maps that the library sizes by the hidden size, each with the configuration keys of the heads
-            that its rows belong to; the last map has them as columns instead.
+        head_maps: linear maps that the library sizes by the hidden size, as ``head_norms`` then, each with the
+            configuration keys of the heads that its rows belong to; the last map has them as columns instead.
         head_counts: attributes that hold a number of heads in a layer with ``head_maps``, see :func:`head_count`.
     """
 
@@ -120,6 +121,8 @@ class SlimModelMixin:
         for name, kind in self.head_norms:
             norm: Any = layer.get_submodule(name)
             norm.variance_epsilon *= getattr(config, kind) / getattr(sizes, kind)
+            if self.head_maps:
+                norm.weight = nn.Parameter(norm.weight.new_ones(getattr(sizes, kind) * config.head_dim))
         view = LayerConfigView(config, index)
         for module in layer.modules():
             if isinstance(getattr(module, "config", None), PreTrainedConfig):

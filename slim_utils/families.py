@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from models.families import COLUMNS, FAMILIES, HEADS, KV_HEADS, QKV, ROWS, Family
+from models.families import (
+    COLUMNS,
+    FAMILIES,
+    HEADS,
+    KV_HEADS,
+    LATENT_KEY_VALUES,
+    LATENT_QUERIES,
+    QKV,
+    ROWS,
+    SHARED_COLUMNS,
+    Family,
+)
 from slim_utils.common.checkpoint_checks import check_unquantised
 from slim_utils.common.errors import UserError
 
@@ -22,8 +33,11 @@ __all__ = [
     "FAMILIES",
     "HEADS",
     "KV_HEADS",
+    "LATENT_KEY_VALUES",
+    "LATENT_QUERIES",
     "QKV",
     "SERVED_FAMILIES",
+    "SHARED_COLUMNS",
     "Family",
     "LayerShape",
     "find_family",
@@ -63,9 +77,13 @@ class LayerShape:
     Attributes:
         num_heads: query heads.
         num_kv_heads: key/value heads.
-        head_dim: size of a head.
+        head_dim: size of a head, in latent attention that of its values.
         num_columns: intermediate columns of the FFN, or of all experts side by side.
         num_experts: number of experts; 0 for a dense FFN.
+        num_shared_columns: intermediate columns of the shared expert beside the experts; 0 without one.
+        query_dim: size of the queries and keys of a head in latent attention; 0 where it is ``head_dim``.
+        rotated_dim: how much of them has positions, the keys' shared by all heads; 0 without latent attention.
+        latent_dim: cached latents of a token, with its shared keys; 0 without latent attention.
     """
 
     num_heads: int
@@ -73,11 +91,25 @@ class LayerShape:
     head_dim: int
     num_columns: int
     num_experts: int = 0
+    num_shared_columns: int = 0
+    query_dim: int = 0
+    rotated_dim: int = 0
+    latent_dim: int = 0
 
     @property
     def heads_per_group(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def cached_values(self) -> int:
+        """Values of a token in the KV cache."""
+        return self.latent_dim or 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def attention_macs(self) -> int:
+        """Multiply-accumulates of a query with a key, and of its score with a value, in one head."""
+        return (self.query_dim or self.head_dim) + self.head_dim
 
     @property
     def num_ffns(self) -> int:
@@ -88,6 +120,11 @@ class LayerShape:
     def ffn_width(self) -> int:
         """Intermediate columns of the FFN, or of one expert."""
         return self.num_columns // self.num_ffns
+
+    @property
+    def shared_per_column(self) -> int:
+        """Columns that the shared expert loses with a column of every expert; 0 where it is narrower than an expert."""
+        return self.num_shared_columns // self.ffn_width
 
 
 def unknown_type_message(model_type: str) -> str:
@@ -124,6 +161,16 @@ def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
             head_dim=getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads,
             num_columns=(getattr(layer, family.width_key(experts)) or 4 * layer.hidden_size) * (experts or 1),
             num_experts=experts,
+            num_shared_columns=family.num_shared_columns(layer) if experts else 0,
         )
+        if family.latent_attention:
+            shape = replace(
+                shape,
+                num_kv_heads=shape.num_heads,
+                head_dim=layer.v_head_dim,
+                query_dim=layer.qk_nope_head_dim + layer.qk_rope_head_dim,
+                rotated_dim=layer.qk_rope_head_dim,
+                latent_dim=layer.kv_lora_rank + layer.qk_rope_head_dim,
+            )
         shapes.append(shape)
     return shapes

@@ -46,6 +46,8 @@ def add_family_like(config: PreTrainedConfig, like: str) -> None:
         raise UserError(f"--family_like {like}: model type '{config.model_type}' is supported by itself; leave it out")
     if like not in FAMILIES:
         raise UserError(f"--family_like {like}: {unknown_type_message(like)}")
+    if FAMILIES[like].expert_columns_key:
+        raise UserError(f"--family_like {like}: mixtures of experts need a row of their own in models/families.py")
     try:
         add_row_like(config.model_type if family is None else family.base_type, like)
     except ValueError as error:

@@ -3,12 +3,12 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from slim_utils.common.errors import UserError
-from slim_utils.families import COLUMNS, HEADS, KV_HEADS, Family, LayerShape
+from slim_utils.families import COLUMNS, HEADS, KV_HEADS, SHARED_COLUMNS, Family, LayerShape
 
 FORMAT_VERSION = 1
 PRUNING_FILE = "pruning.json"
@@ -20,7 +20,8 @@ class LayerPlan:
 
     Attributes:
         heads: query heads: the same number from every kv group, or all heads of some kv groups.
-        columns: columns of the FFN, or of each expert that stays.
+        columns: columns of the FFN, or of each expert that stays; a shared expert loses ``shared_per_column`` of its
+            columns with each.
         experts: whole experts.
     """
 
@@ -49,7 +50,7 @@ def _others(units: list[int], total: int) -> list[int]:
 class LayerMask:
     """Kept units of one decoder layer, as ascending indices into its original heads, kv heads and FFN columns.
 
-    An expert that keeps no column is removed as a whole.
+    An expert that keeps no column is removed as a whole. ``kept_shared`` are the kept columns of the shared expert.
 
     Raises:
         ValueError: if the experts keep different numbers of columns.
@@ -59,6 +60,7 @@ class LayerMask:
     kept_heads: list[int]
     kept_kv_heads: list[int]
     kept_columns: list[int]
+    kept_shared: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if len({len(columns) for columns in self.columns_by_ffn() if columns}) > 1:
@@ -70,15 +72,25 @@ class LayerMask:
         return cls.from_groups(shape, list(range(shape.num_kv_heads)), list(range(shape.num_columns)))
 
     @classmethod
-    def from_groups(cls, shape: LayerShape, kept_groups: list[int], kept_columns: list[int]) -> "LayerMask":
-        """Return the mask that keeps whole kv groups: a key/value head and all query heads that share it."""
+    def from_groups(
+        cls, shape: LayerShape, kept_groups: list[int], kept_columns: list[int], kept_shared: list[int] | None = None
+    ) -> "LayerMask":
+        """Return the mask that keeps whole kv groups: a key/value head and all query heads that share it.
+
+        Without ``kept_shared``, the shared expert keeps the first of its columns, as many as go with ``kept_columns``.
+        """
         size = shape.heads_per_group
         heads = [group * size + i for group in kept_groups for i in range(size)]
-        return cls(shape, heads, kept_groups, kept_columns)
+        mask = cls(shape, heads, kept_groups, kept_columns)
+        return replace(mask, kept_shared=mask._first_shared() if kept_shared is None else kept_shared)
 
     @classmethod
-    def from_heads(cls, shape: LayerShape, kept_heads: list[int], kept_columns: list[int]) -> "LayerMask":
+    def from_heads(
+        cls, shape: LayerShape, kept_heads: list[int], kept_columns: list[int], kept_shared: list[int] | None = None
+    ) -> "LayerMask":
         """Return the mask that keeps query heads and the key/value heads that they use.
+
+        Without ``kept_shared`` as :meth:`from_groups`.
 
         Raises:
             ValueError: if the kv heads keep different numbers of query heads.
@@ -87,23 +99,35 @@ class LayerMask:
         groups = sorted(set(kept_groups))
         if len({kept_groups.count(group) for group in groups}) > 1:
             raise ValueError("kv heads with different numbers of query heads")
-        return cls(shape, kept_heads, groups, kept_columns)
+        mask = cls(shape, kept_heads, groups, kept_columns)
+        return replace(mask, kept_shared=mask._first_shared() if kept_shared is None else kept_shared)
+
+    def _first_shared(self) -> list[int]:
+        """The first columns of the shared expert, as many as are left with the columns of the experts."""
+        return list(range(self.shape.num_shared_columns - self.plan.columns * self.shape.shared_per_column))
 
     def removed_units(self) -> dict[str, list[int]]:
         """Return the removed units by kind."""
-        totals = {HEADS: self.shape.num_heads, KV_HEADS: self.shape.num_kv_heads, COLUMNS: self.shape.num_columns}
+        shape = self.shape
+        totals = {HEADS: shape.num_heads, KV_HEADS: shape.num_kv_heads}
+        totals |= {COLUMNS: shape.num_columns, SHARED_COLUMNS: shape.num_shared_columns}
         return {kind: _others(units, totals[kind]) for kind, units in self.kept_units().items()}
 
     def kept_units(self) -> dict[str, list[int]]:
-        """Return the kept units by kind."""
-        return {HEADS: self.kept_heads, KV_HEADS: self.kept_kv_heads, COLUMNS: self.kept_columns}
+        """Return the kept units by kind, those of the shared expert where there is one."""
+        units = {HEADS: self.kept_heads, KV_HEADS: self.kept_kv_heads, COLUMNS: self.kept_columns}
+        return units | ({SHARED_COLUMNS: self.kept_shared} if self.shape.num_shared_columns else {})
 
     @property
     def kept_shape(self) -> LayerShape:
         """Sizes of the layer without its removed units."""
-        sizes = {"num_heads": self.kept_heads, "num_kv_heads": self.kept_kv_heads, "num_columns": self.kept_columns}
         return replace(
-            self.shape, **{name: len(units) for name, units in sizes.items()}, num_experts=len(self.kept_experts)
+            self.shape,
+            num_heads=len(self.kept_heads),
+            num_kv_heads=len(self.kept_kv_heads),
+            num_columns=len(self.kept_columns),
+            num_experts=len(self.kept_experts),
+            num_shared_columns=len(self.kept_shared),
         )
 
     def compose(self, later: "LayerMask") -> "LayerMask":
@@ -266,7 +290,8 @@ def _read_content(path: Path) -> dict[str, Any]:
 
 def _read_layer(layer: dict[str, Any]) -> tuple[LayerMask, LayerMask]:
     """Return the kept units of a layer, and all units of the masked model, as masks of the dense layer."""
-    shape, rows = LayerShape(**layer["shape"]), [layer[kind] for kind in (HEADS, KV_HEADS, COLUMNS)]
+    shape = LayerShape(**layer["shape"])
+    rows = [layer[kind] for kind in LayerMask.dense(shape).kept_units()]
     kept = LayerMask(shape, *(row["kept"] for row in rows))
     return kept, LayerMask(shape, *(sorted(row["kept"] + row["removed"]) for row in rows))
 

@@ -12,9 +12,20 @@ from transformers import AutoConfig
 
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import model_on_meta
-from slim_utils.families import COLUMNS, HEADS, KV_HEADS, QKV, Family, LayerShape, layer_shapes
+from slim_utils.families import (
+    COLUMNS,
+    HEADS,
+    KV_HEADS,
+    LATENT_KEY_VALUES,
+    LATENT_QUERIES,
+    QKV,
+    SHARED_COLUMNS,
+    Family,
+    LayerShape,
+    layer_shapes,
+)
 from slim_utils.masks import LayerMask, columns_by_ffn
-from slim_utils.routers import active_experts, mask_router
+from slim_utils.routers import Router, active_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -35,8 +46,9 @@ def kept_indices(family: Family, mask: LayerMask) -> dict[str, tuple[int, Indice
     """Return the dimension and kept indices of every prunable parameter of a layer, by name.
 
     Linear maps lose rows (dimension 0), together with the entries of their biases, or columns (1). The 3-D parameters
-    of experts lose rows (1) or columns (2) of each expert; their indices are one tensor per expert, empty for an expert
-    that is removed as a whole, whose row the router's weight loses too.
+    of experts lose rows (1) or columns (2) of each expert, or the other way round, and their biases the entries; these
+    indices are one tensor per expert, empty for an expert that is removed as a whole. Tensors with an entry per expert,
+    those of the router and biases of outputs, lose the entries of such an expert.
     """
     return _indices(family, mask.shape, mask.kept_units(), mask.kept_experts)
 
@@ -56,9 +68,17 @@ def _indices(
     rows = family.attention_rows
     if shape.num_experts:
         columns = [torch.tensor(row, dtype=torch.long) for row in columns_by_ffn(shape, units[COLUMNS])]
-        parameters[f"{family.experts}.down_proj"] = (2, columns)
-        parameters[f"{family.experts}.gate_up_proj"] = (1, [torch.cat([row, row + shape.ffn_width]) for row in columns])
-        parameters[router_weight(family)] = (0, torch.tensor(experts, dtype=torch.long))
+        layout, entries = family.expert_layout, torch.tensor(experts, dtype=torch.long)
+        gate_up = [_gate_up_rows(row, shape.ffn_width, layout.interleaved) for row in columns]
+        parameters[f"{family.experts}.down_proj"] = (1 if layout.transposed else 2, columns)
+        parameters[f"{family.experts}.down_proj_bias"] = (0, entries)
+        parameters[f"{family.experts}.gate_up_proj"] = (2 if layout.transposed else 1, gate_up)
+        parameters[f"{family.experts}.gate_up_proj_bias"] = (1, gate_up)
+        parameters |= {name: (dim, entries) for name, dim in router_tensors(family)}
+        if shape.num_shared_columns:
+            shared = family.shared_expert
+            parameters[f"{shared}.down_proj.weight"] = (1, kept[SHARED_COLUMNS][0])
+            rows += tuple((f"{shared}.{name}", (SHARED_COLUMNS,)) for name in ("gate_proj", "up_proj"))
     else:
         parameters[f"{family.mlp_out}.weight"] = (1, kept[COLUMNS][0])
         rows += family.mlp_rows
@@ -78,9 +98,14 @@ def _indices(
     return parameters
 
 
-def router_weight(family: Family) -> str:
-    """Return the name of the router's weight in a layer."""
-    return f"{family.router}.weight"
+def _gate_up_rows(columns: Tensor, width: int, interleaved: bool) -> Tensor:
+    """Return the indices of the gates and the ups of ``columns`` of an expert of ``width`` columns."""
+    return expand(columns.tolist(), 2) if interleaved else torch.cat([columns, columns + width])
+
+
+def router_tensors(family: Family) -> list[tuple[str, int]]:
+    """Return the names in a layer of the router's tensors with an entry per expert, and the dimension of these."""
+    return [(f"{family.router}.{name}", dim) for name, dim in family.router_tensors]
 
 
 def select_indices(tensor: Tensor, dim: int, indices: Indices) -> Tensor:
@@ -117,12 +142,17 @@ def count_weights(tensor: Tensor, dim: int, indices: Indices) -> int:
 
 def _rows_by_kind(shape: LayerShape, units: dict[str, list[int]]) -> dict[str, tuple[Tensor, int]]:
     """Return the indices of the rows of ``units``, and the number of all rows, of each kind."""
-    return {
-        HEADS: (expand(units[HEADS], shape.head_dim), shape.num_heads * shape.head_dim),
-        KV_HEADS: (expand(units[KV_HEADS], shape.head_dim), shape.num_kv_heads * shape.head_dim),
-        QKV: (expand(units[HEADS], 3 * shape.head_dim), 3 * shape.num_heads * shape.head_dim),
-        COLUMNS: (expand(units[COLUMNS], 1), shape.num_columns),
+    # Units, their number in the layer, and the rows of each.
+    kinds = {
+        HEADS: (units[HEADS], shape.num_heads, shape.head_dim),
+        KV_HEADS: (units[KV_HEADS], shape.num_kv_heads, shape.head_dim),
+        QKV: (units[HEADS], shape.num_heads, 3 * shape.head_dim),
+        LATENT_QUERIES: (units[HEADS], shape.num_heads, shape.query_dim),
+        LATENT_KEY_VALUES: (units[HEADS], shape.num_heads, shape.query_dim - shape.rotated_dim + shape.head_dim),
+        COLUMNS: (units[COLUMNS], shape.num_columns, 1),
+        SHARED_COLUMNS: (units.get(SHARED_COLUMNS, []), shape.num_shared_columns, 1),
     }
+    return {kind: (expand(rows, size), total * size) for kind, (rows, total, size) in kinds.items()}
 
 
 @torch.no_grad()
@@ -151,7 +181,7 @@ def mask_experts(layer: nn.Module, family: Family, mask: LayerMask) -> None:
     No weights of a router express this, so that a saved masked model would choose removed experts again.
     """
     if mask.shape.num_experts:
-        mask_router(layer.get_submodule(family.router), mask.kept_experts)
+        Router.of(layer, family).mask(mask.kept_experts)
 
 
 @torch.no_grad()
@@ -177,7 +207,7 @@ def slim_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask]
     """
     per_layer = {index: _layer_sizes(config, family, mask) for index, mask in enumerate(masks)}
     # The top level keeps the sizes of the dense base, also for a model that was pruned before.
-    slim = family.slim_config(**_shared_fields(config, masks), per_layer_config=per_layer)
+    slim = family.slim_config(**_shared_fields(config, family, masks), per_layer_config=per_layer)
     slim.architectures = [family.slim_model.__name__]
     # save_pretrained adds the other two classes; vLLM loads AutoModel.
     slim.auto_map = {"AutoModel": _auto_model_reference(family)}
@@ -198,7 +228,7 @@ def stock_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask
         # Dense and MoE layers have separate keys for their widths.
         if any(sizes.setdefault(key, size) != size for key, size in layer_sizes.items()):
             raise UserError("--uniform_shapes: the pruned layers differ in shape; use --sparsity on all layers")
-    fields = _shared_fields(config, masks) | sizes
+    fields = _shared_fields(config, family, masks) | sizes
     heads, hidden = sizes["num_attention_heads"], config.hidden_size
     try:
         if family.heads_fill_hidden and heads * fields["head_dim"] != hidden:
@@ -214,23 +244,27 @@ def stock_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask
         ) from error
 
 
-def _shared_fields(config: PreTrainedConfig, masks: list[LayerMask]) -> dict[str, Any]:
+def _shared_fields(config: PreTrainedConfig, family: Family, masks: list[LayerMask]) -> dict[str, Any]:
     fields = {key: value for key, value in config.to_dict().items() if key not in _DENSE_ONLY_KEYS}
-    fields["head_dim"] = masks[0].shape.head_dim
+    if not family.latent_attention:
+        fields["head_dim"] = masks[0].shape.head_dim
     fields["layer_head_num"] = [len(mask.kept_heads) for mask in masks]
     fields["layer_inter_size"] = [mask.kept_width for mask in masks]
     num_experts = {len(mask.kept_experts) for mask in masks if mask.shape.num_experts}
     if len(num_experts) > 1:
         raise ValueError(f"layers with {' and '.join(map(str, sorted(num_experts)))} experts")
     for kept in num_experts:
-        fields[config.attribute_map.get("num_experts", "num_experts")] = kept
-        fields["num_experts_per_tok"] = active_experts(config, kept)
+        sizes = {family.num_experts_key: kept, "num_experts_per_tok": active_experts(config, kept)}
+        # A configuration stores some keys under other names.
+        fields |= {config.attribute_map.get(key, key): size for key, size in sizes.items()}
     return fields
 
 
 def _layer_sizes(config: PreTrainedConfig, family: Family, mask: LayerMask) -> dict[str, int]:
     width = family.width_key(mask.shape.num_experts)
     sizes = {"num_attention_heads": len(mask.kept_heads), width: mask.kept_width}
+    if mask.shape.num_experts and family.shared_columns_key:
+        sizes[family.shared_columns_key] = len(mask.kept_shared)
     if hasattr(config, "num_key_value_heads"):
         sizes["num_key_value_heads"] = len(mask.kept_kv_heads)
     return sizes

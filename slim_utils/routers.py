@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,45 +13,97 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-
-def active_experts(config: PreTrainedConfig, num_experts: int) -> int:
-    """Return the number of experts of a token once ``num_experts`` are left."""
-    return min(config.num_experts_per_tok, num_experts)
+    from models.families import Family
 
 
-def mask_router(router: nn.Module, kept: list[int]) -> None:
-    """Make ``router`` choose among the experts ``kept``, in place, as with logits of −inf for all others.
+def active_experts(config: PreTrainedConfig, num_experts: int) -> int | list[int]:
+    """Return the number of experts of a token once ``num_experts`` are left, by layer where ``config`` lists it."""
+    active = config.num_experts_per_tok
+    return [min(k, num_experts) for k in active] if isinstance(active, list) else min(active, num_experts)
 
-    Its weights, outputs and the numbers of the experts stay as they are; with fewer than ``top_k`` experts, every token
-    gets all of them. A mask takes the place of an earlier one.
 
-    Args:
-        router: with ``top_k``, and parameters and buffers that have a row per expert; its forward returns logits
-            (tokens, experts), weights (tokens, k) and indices (tokens, k).
-        kept: ascending numbers of experts; all of them for no mask.
+def active_by_layer(config: PreTrainedConfig) -> list[int]:
+    """Return the number of experts that a token is routed to in every layer; 1 without experts."""
+    active = getattr(config, "num_experts_per_tok", 1)
+    return active if isinstance(active, list) else [active] * config.num_hidden_layers
+
+
+@dataclass(frozen=True)
+class Router:
+    """The router of a layer.
+
+    Attributes:
+        module: with ``num_experts`` and ``top_k``. Its forward returns logits (tokens, experts), weights (tokens, k)
+            and indices (tokens, k); or weights of all experts (tokens, experts), 0 for those not chosen, and logits.
+        tensors: its parameters and buffers with an entry per expert, and the dimension of these entries.
     """
-    router.__dict__.pop("forward", None)
-    if len(kept) < router.get_parameter("weight").shape[0]:
-        router.forward = partial(_route_to, router, kept)
+
+    module: nn.Module
+    tensors: tuple[tuple[str, int], ...] = (("weight", 0),)
+
+    @classmethod
+    def of(cls, layer: nn.Module, family: Family) -> Router:
+        """Return the router of a layer."""
+        return cls(layer.get_submodule(family.router), family.router_tensors)
+
+    def route(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the experts (tokens, k) of the tokens (tokens, hidden), and their weights (tokens, k)."""
+        outputs = self.module(hidden)
+        if len(outputs) == 3:
+            return outputs[2], outputs[1]
+        weights, logits = outputs
+        top_k: Any = self.module.top_k
+        chosen = logits.topk(top_k, dim=-1).indices
+        return chosen, weights.gather(1, chosen)
+
+    def mask(self, kept: list[int]) -> None:
+        """Make the router choose among the experts ``kept``, in place, as with logits of −inf for all others.
+
+        Its weights, outputs and the numbers of the experts stay as they are; with fewer than ``top_k`` experts, every
+        token gets all of them. A mask takes the place of an earlier one.
+
+        Args:
+            kept: ascending numbers of experts; all of them for no mask.
+        """
+        self.module.__dict__.pop("forward", None)
+        if len(kept) < self._num_experts:
+            self.module.forward = partial(self._route_to, kept)
+
+    @property
+    def _num_experts(self) -> int:
+        count: Any = self.module.num_experts
+        return count
+
+    def _route_to(self, kept: list[int], hidden: Tensor) -> tuple[Tensor, ...]:
+        """The forward with the entries of the experts ``kept`` alone, in the numbers of all experts."""
+        experts = torch.tensor(kept, device=hidden.device)
+        reduced: Any = _copied(self.module)
+        del reduced.forward
+        for name, dim in self.tensors:
+            owner, _, last = name.rpartition(".")
+            module = reduced.get_submodule(owner)
+            value = getattr(module, last).index_select(dim, experts)
+            if last in module._parameters:
+                module._parameters[last] = nn.Parameter(value, requires_grad=False)
+            else:
+                module._buffers[last] = value
+        reduced.num_experts, reduced.top_k = len(kept), min(reduced.top_k, len(kept))
+
+        def of_all(values: Tensor, others: float) -> Tensor:
+            return values.new_full((len(values), self._num_experts), others).index_copy(1, experts, values)
+
+        # Not a call, which would run the hooks of the router on these outputs.
+        outputs = reduced.forward(hidden)
+        if len(outputs) == 3:
+            logits, weights, indices = outputs
+            return of_all(logits, -torch.inf), weights, experts[indices]
+        weights, logits = outputs
+        return of_all(weights, 0.0), of_all(logits, -torch.inf)
 
 
-def _route_to(router: nn.Module, kept: list[int], hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward of a router with the rows of the experts ``kept`` alone, in the numbers of all experts."""
-    num_experts = router.get_parameter("weight").shape[0]
-    rows = torch.tensor(kept, device=hidden.device)
-
-    def selected(tensor: Tensor) -> Tensor:
-        return tensor[rows] if tensor.shape[:1] == (num_experts,) else tensor
-
-    reduced: Any = copy.copy(router)
-    del reduced.forward
-    parameters = {name: nn.Parameter(selected(value), False) for name, value in router.named_parameters(recurse=False)}
-    # The copy shares the dictionaries of the router, which are not changed.
-    reduced._parameters = router._parameters | parameters
-    reduced._buffers = router._buffers | {name: selected(value) for name, value in router.named_buffers(recurse=False)}
-    reduced.num_experts, reduced.top_k = len(kept), min(reduced.top_k, len(kept))
-    # Not a call, which would run the hooks of the router on these outputs.
-    logits, weights, indices = reduced.forward(hidden)
-    all_logits = logits.new_full((len(logits), num_experts), -torch.inf)
-    all_logits[:, rows] = logits
-    return all_logits, weights, rows[indices]
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` and its submodules that shares their tensors."""
+    copied = copy.copy(module)
+    copied._parameters, copied._buffers = module._parameters.copy(), module._buffers.copy()
+    copied._modules = {name: child and _copied(child) for name, child in module._modules.items()}
+    return copied

@@ -76,6 +76,19 @@ TINY_FAMILIES = {
 # Families whose layers are made of the same parts, tested together in tests/integration/test_family_table.py.
 _GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
 _WINDOWED = {**_GROUPED, "sliding_window": 8, "layer_types": WINDOWS}
+_MIXTURE = {"num_experts_per_tok": 2}
+_LATENT: dict[str, Any] = {
+    **_MIXTURE,
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+}
 FURTHER_FAMILIES = {
     "gemma": _GROUPED,
     "ministral": _WINDOWED,
@@ -99,11 +112,53 @@ FURTHER_FAMILIES = {
     "arcee": {**_GROUPED, "mlp_bias": True},
     "nemotron": _GROUPED,
     "stablelm": {**_GROUPED, "use_qkv_bias": True, "use_parallel_residual": True},
-    "llama4_text": {**_GROUPED, "moe_layers": [], "intermediate_size_mlp": 40, "no_rope_layers": [1, 1, 0, 1]},
+    "llama4_text": {
+        **_GROUPED,
+        **_MIXTURE,
+        "num_local_experts": 4,
+        "moe_layers": [1, 3],
+        "intermediate_size": 16,
+        "intermediate_size_mlp": 40,
+        "no_rope_layers": [1, 1, 0, 1],
+    },
     "starcoder2": {**_GROUPED, "tie_word_embeddings": True},
     "phi": {**_GROUPED, "qk_layernorm": True},
     "persimmon": {"qk_layernorm": True},
     "gpt_neox": {"attention_bias": True},
+    "olmoe": {**_GROUPED, **_MIXTURE, "num_experts": 4, "norm_topk_prob": True},
+    "qwen2_moe": {
+        **_GROUPED,
+        **_MIXTURE,
+        "num_experts": 4,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 32,
+        "mlp_only_layers": [1],
+    },
+    "granitemoe": {**_GROUPED, **_MIXTURE, "num_local_experts": 4, "residual_multiplier": 0.7},
+    "phimoe": {**_GROUPED, **_MIXTURE, "num_local_experts": 4, "attention_bias": True, "lm_head_bias": True},
+    "hunyuan_v1_moe": {**_GROUPED, "num_experts": 4, "moe_topk": [2, 2, 2, 2]},
+    "ernie4_5_moe": {
+        **_GROUPED,
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 16,
+        "moe_layer_interval": 2,
+        "use_bias": True,
+    },
+    "glm4_moe": {
+        **_GROUPED,
+        **_MIXTURE,
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+        "n_shared_experts": 2,
+        "use_qk_norm": True,
+        "attention_bias": True,
+    },
+    "gpt_oss": {**_WINDOWED, **_MIXTURE, "num_local_experts": 4},
+    "deepseek_v2": {**_LATENT, "q_lora_rank": None, "n_shared_experts": 1},
+    "deepseek_v3": {**_LATENT, "n_group": 2, "topk_group": 1},
 }
 ALL_TINY = [*TINY_VARIANTS, *TINY_FAMILIES]
 

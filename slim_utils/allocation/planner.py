@@ -149,9 +149,6 @@ class Planner:
         Raises:
             UserError: if it cannot, naming the flag to change.
         """
-        if has_experts(self.shapes):
-            flag = self._config.measuring_flag
-            raise UserError(f"{flag} is not supported for MoE models; use --allocation log_increase")
         most = self.target.removed(max_removable(self.units, self.layers))
         if self._config.allocation != SENSITIVITY:
             self.plans()
@@ -191,7 +188,8 @@ class Planner:
         """Return size-only masks of ``plans``; logs empty plans and layers that cannot be aligned.
 
         Raises:
-            UserError: if ``--uniform_shapes`` is set and the pruned layers do not fit a stock checkpoint.
+            UserError: if ``--uniform_shapes`` is set and the pruned layers do not fit a stock checkpoint, or whole
+                experts cannot be removed.
         """
         if not any(plans):
             logger.warning("nothing to prune: all ratios are 0; set --sparsity, or --non_uniform with --max_sparsity")
@@ -208,14 +206,29 @@ class Planner:
         return masks
 
     def _log_experts(self, masks: list[LayerMask]) -> None:
-        """Log the experts that stay, the share of the block weights that goes with the others, and a smaller top k."""
-        config = self._host.model.config
-        kept = next(len(mask.kept_experts) for mask in masks if mask.shape.num_experts)
-        share = removed_share(self._host.layers, self._host.family, masks)
+        """Log the experts that stay, the share of the block weights that goes with the others, and a smaller top k.
+
+        Raises:
+            UserError: if the router cannot choose among so few experts.
+        """
+        config, family = self._host.model.config, self._host.family
+        kept, total = next((len(m.kept_experts), m.shape.num_experts) for m in masks if m.shape.num_experts)
+        groups = getattr(config, "n_group", None) or 1
+        if groups > 1:
+            raise UserError(
+                f"--expert_unit expert: the router of {family.base_type} chooses among n_group {groups} groups of as "
+                "many experts; leave it out to remove columns of every expert"
+            )
+        if kept < family.fewest_experts:
+            raise UserError(
+                f"--expert_unit expert: the router of {family.base_type} needs {family.fewest_experts} experts, {kept} "
+                "would be left; lower --sparsity or the target"
+            )
+        share = removed_share(self._host.layers, family, masks)
         message = "every MoE layer keeps %d of %d experts: %.2f %% of the block weights are removed"
-        logger.info(message, kept, config.num_experts, 100 * share)
-        if active_experts(config, kept) < config.num_experts_per_tok:
-            logger.warning("num_experts_per_tok is reduced from %d to %d", config.num_experts_per_tok, kept)
+        logger.info(message, kept, total, 100 * share)
+        if active_experts(config, kept) != config.num_experts_per_tok:
+            logger.warning("num_experts_per_tok is reduced from %s to %d", config.num_experts_per_tok, kept)
 
     def latency(self, plans: list[LayerPlan]) -> dict[str, Any] | None:
         """Return the requested and predicted seconds of ``--target_latency``; ``None`` without it."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -36,14 +36,15 @@ from slim_utils.allocation.sensitivity import (
     loss_curves,
     reference_count,
 )
-from slim_utils.families import Family, linear_map
+from slim_utils.families import Family, layer_shapes, linear_map
+from slim_utils.layerwise.layer_maps import column_parameters
 from slim_utils.layerwise.less_memory import retry_with_less_memory
 from slim_utils.layerwise.offload import ResidentModel
+from slim_utils.layerwise.output_maps import OutputMaps, restore_parameters
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.resume import copied_parameters, put_back_parameters
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerPlan
-from slim_utils.slimgpt import SlimGPT
 
 logger = logging.getLogger(__name__)
 
@@ -60,19 +61,19 @@ def unit_fraction(fraction: float, total: int) -> int:
 
 @dataclass
 class _ProbedMap:
-    """The output map of the heads or of the FFN columns of a layer, probed before it was pruned.
+    """The output maps of the heads or of the columns of a layer, probed before they were pruned.
 
     Attributes:
         errors: (n,) fp64 OBS error with 0, 1, … units of every group removed.
         reference: reference count of the loss curve.
         count: units removed by the plan.
-        candidate_weights: weights on the host, by other numbers of units removed.
+        candidate_weights: weights of the maps on the host, by other numbers of units removed.
     """
 
     errors: Tensor
     reference: int
     count: int
-    candidate_weights: dict[int, Tensor]
+    candidate_weights: dict[int, list[Tensor]]
 
     def sensitivity(self, losses: dict[int, float]) -> UnitSensitivity:
         """Return the sensitivity with the loss per error measured near the plan.
@@ -96,7 +97,7 @@ class _ProbedMap:
 
 
 class _ProbeHook:
-    """Prune hook that probes every map before it is pruned.
+    """Prune hook that probes every layer's maps before they are pruned.
 
     Attributes:
         maps: the probed maps by layer and name.
@@ -106,23 +107,22 @@ class _ProbeHook:
         self._family, self._settings = family, settings
         self.maps: dict[tuple[int, str], _ProbedMap] = {}
 
-    def __call__(self, index: int, name: str, pruner: SlimGPT, count: int, unit_size: int, num_groups: int) -> None:
-        """Probe the map ``name`` of layer ``index``; the other arguments as for :meth:`SlimGPT.struct_prune`."""
-        settings = self._settings
-        per_group, count = pruner.columns // unit_size // num_groups, count // num_groups
-        errors = error_curve(pruner, unit_size, num_groups, settings, count)
+    def __call__(self, index: int, maps: OutputMaps, count: int) -> None:
+        """Probe ``maps`` of layer ``index``, of which ``count`` units of every group are about to be pruned."""
+        settings, per_group = self._settings, maps.units_per_group
+        errors = error_curve(maps, settings, count)
         step = unit_fraction(PROBE_STEP, per_group)
         candidates = {max(count - step, 0), min(count + step, len(errors) - 1)} - {count}
-        if self._family.head_norms and name == self._family.attention_out:
+        if self._family.head_norms and maps.name == self._family.attention_out:
             # The rows that feed removed heads are zeroed under these norms, so removed heads cannot be restored.
             candidates = {candidate for candidate in candidates if candidate > count}
-        weight, candidate_weights = pruner.linear.weight, {}
-        dense = weight.clone()
+        dense, candidate_weights = maps.copies(), {}
         for candidate in candidates:
-            settings.struct_prune(pruner, candidate * num_groups, unit_size, num_groups)
-            candidate_weights[candidate] = weight.to("cpu", copy=True)
-            weight.copy_(dense)
-        self.maps[index, name] = _ProbedMap(errors, reference_count(errors, per_group), count, candidate_weights)
+            maps.prune(candidate, settings)
+            candidate_weights[candidate] = maps.copies("cpu")
+            maps.restore(dense)
+        probed = _ProbedMap(errors, reference_count(errors, per_group), count, candidate_weights)
+        self.maps[index, maps.name] = probed
 
 
 @torch.no_grad()
@@ -180,7 +180,7 @@ def _measure_layers(
     host: ResidentModel, cache: SensitivityCache, hook: _ProbeHook, probe: KLProbe, settings: PruningSettings
 ) -> None:
     """Run the pruned model layer by layer and measure the pending layers of ``cache``."""
-    family = host.family
+    family, shapes = host.family, layer_shapes(host.model.config)
     with host.non_layer_modules(settings.device), logging_redirect_tqdm():
         plan_loss = probe.divergence(0)
         cache.start_clock()
@@ -189,9 +189,15 @@ def _measure_layers(
             layer = host.onload(index, settings.device)
             if cache.pending(index):
                 layer_probe = probe if cache.in_time(index) else None
+                parameters = {
+                    family.attention_out: [linear_map(layer, family.attention_out).weight.data],
+                    family.experts if shapes[index].num_experts else family.mlp_out: column_parameters(
+                        layer, family, shapes[index]
+                    ),
+                }
                 heads, columns = (
-                    _unit_sensitivity(linear_map(layer, name), hook.maps[index, name], layer_probe, index, plan_loss)
-                    for name in (family.attention_out, family.mlp_out)
+                    _unit_sensitivity(weights, hook.maps[index, name], layer_probe, index, plan_loss)
+                    for name, weights in parameters.items()
                 )
                 cache.add(index, LayerSensitivity(heads, columns), "refined sensitivity")
             probe.advance(index)
@@ -199,15 +205,15 @@ def _measure_layers(
 
 
 def _unit_sensitivity(
-    linear: nn.Linear, probed: _ProbedMap, probe: KLProbe | None, index: int, plan_loss: float
+    parameters: list[Tensor], probed: _ProbedMap, probe: KLProbe | None, index: int, plan_loss: float
 ) -> UnitSensitivity:
-    """Return the sensitivity of a map of layer ``index``; without a probe, the errors alone."""
-    losses, pruned = {probed.count: plan_loss}, linear.weight.clone()
+    """Return the sensitivity of maps of layer ``index`` with these weights; without a probe, the errors alone."""
+    losses, pruned = {probed.count: plan_loss}, [parameter.clone() for parameter in parameters]
     if probe:
-        for count, weight in probed.candidate_weights.items():
-            linear.weight.copy_(weight)
+        for count, weights in probed.candidate_weights.items():
+            restore_parameters(parameters, weights)
             losses[count] = probe.divergence(index)
-    linear.weight.copy_(pruned)
+    restore_parameters(parameters, pruned)
     return probed.sensitivity(losses)
 
 

@@ -13,8 +13,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,13 @@ from slim_utils.allocation.budget import LayerCurves, LayerUnits, LossCurve
 from slim_utils.allocation.schedules import units_to_remove
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import write_json_atomic
-from slim_utils.families import LayerShape, layer_shapes, linear_map
+from slim_utils.families import LayerShape, layer_shapes
 from slim_utils.layerwise.layer_forward import LayerForward, capture_layer_kwargs, layer_outputs_given
+from slim_utils.layerwise.layer_maps import column_maps, head_maps
 from slim_utils.layerwise.less_memory import retry_with_less_memory
 from slim_utils.layerwise.offload import ResidentModel
-from slim_utils.layerwise.pruner import head_unit
+from slim_utils.layerwise.output_maps import OutputMaps
 from slim_utils.layerwise.settings import PruningSettings
-from slim_utils.slimgpt import SlimGPT
 
 logger = logging.getLogger(__name__)
 
@@ -273,59 +273,41 @@ def _layer_sensitivity(
     settings: PruningSettings,
 ) -> LayerSensitivity:
     """Return the sensitivity of layer ``index``; without the probes of heads and columns, the errors alone."""
-
-    def sensitivity(
-        name: str, inputs: Iterable[Tensor], unit_size: int, num_groups: int, probe: KLProbe | None
-    ) -> UnitSensitivity:
-        pruner = SlimGPT(linear_map(forward.layer, name), f"layer {index} {name}")
-        for batch in inputs:
-            pruner.add_batch(batch)
-        return _unit_sensitivity(pruner, probe, index, unit_size, num_groups, settings)
-
-    unit_size, num_groups, _ = head_unit(shape, settings)
-    family = forward.family
-    heads = sensitivity(family.attention_out, forward.attention_inputs(), unit_size, num_groups, probes[0])
+    heads = _unit_sensitivity(head_maps(index, [forward], shape, settings), probes[0], index, settings)
     # The attention is dense again.
     forward.finish_attention()
-    columns = sensitivity(family.mlp_out, forward.column_inputs(), 1, 1, probes[1])
+    columns = _unit_sensitivity(column_maps(index, [forward], shape), probes[1], index, settings)
     return LayerSensitivity(heads, columns)
 
 
 def _unit_sensitivity(
-    pruner: SlimGPT, probe: KLProbe | None, index: int, unit_size: int, num_groups: int, settings: PruningSettings
+    maps: OutputMaps, probe: KLProbe | None, index: int, settings: PruningSettings
 ) -> UnitSensitivity:
     """Return the errors with 0, 1, … units of every group removed and the loss; the weights are unchanged on return."""
-    errors = error_curve(pruner, unit_size, num_groups, settings)
-    per_group = pruner.columns // unit_size // num_groups
-    count = reference_count(errors, per_group)
+    errors = error_curve(maps, settings)
+    count = reference_count(errors, maps.units_per_group)
     sensitivity = UnitSensitivity(errors.tolist(), count)
     if probe and count < len(errors):
-        dense = pruner.linear.weight.clone()
+        dense = maps.copies()
         try:
-            settings.struct_prune(pruner, count * num_groups, unit_size, num_groups)
+            maps.prune(count, settings)
             # The rest of the model needs the memory.
-            pruner.release()
+            maps.release()
             sensitivity.loss = max(probe.divergence(index), MIN_LOSS)
         finally:
             # Also for the retry after an out-of-memory error.
-            pruner.linear.weight.copy_(dense)
+            maps.restore(dense)
     return sensitivity
 
 
-def error_curve(
-    pruner: SlimGPT, unit_size: int, num_groups: int, settings: PruningSettings, at_least: int = 0
-) -> Tensor:
-    """Return :meth:`SlimGPT.error_curve` up to all units of heads but one, or ``MAX_CURVE_RATIO`` of the columns.
+def error_curve(maps: OutputMaps, settings: PruningSettings, at_least: int = 0) -> Tensor:
+    """Return :meth:`OutputMaps.error_curve` up to all units of heads but one, or ``MAX_CURVE_RATIO`` of the columns.
 
     The curve of columns reaches ``at_least`` columns.
     """
-    per_group = pruner.columns // unit_size // num_groups
-    most = per_group - 1 if unit_size > 1 else max(units_to_remove(per_group, MAX_CURVE_RATIO), at_least)
-    column_group = settings.selection.column_group or math.ceil(pruner.columns / CURVE_STEPS)
-    selection = replace(settings.selection, column_group=column_group)
-    return pruner.error_curve(
-        most * num_groups, unit_size, settings.percdamp, num_groups, selection, settings.solve_dtype
-    )
+    per_group = maps.units_per_group
+    most = per_group - 1 if maps.unit_size > 1 else max(units_to_remove(per_group, MAX_CURVE_RATIO), at_least)
+    return maps.error_curve(most, settings, CURVE_STEPS)
 
 
 def reference_count(errors: Tensor, per_group: int) -> int:

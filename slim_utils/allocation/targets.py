@@ -20,8 +20,9 @@ from slim_utils.common.loading import DTYPES
 from slim_utils.families import LayerShape, find_family, layer_shapes
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerPlan
-from slim_utils.profiling.model_stats import KEY_AND_VALUE, count_parameters, model_stats
+from slim_utils.profiling.model_stats import count_parameters, model_stats
 from slim_utils.pruning_config import MACS_TOKENS, PruningConfig
+from slim_utils.routers import active_by_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -144,8 +145,11 @@ def target_of(
     if requested >= dense:
         raise UserError(f"{' '.join(config.target_size)}: the model has {size_text(config, dense)}")
     if config.target_macs is not None:
-        active = getattr(model.config.get_text_config(), "num_experts_per_tok", 1)
-        costs = [macs_of(unit, shape, active) for unit, shape in zip(units, shapes, strict=True)]
+        active = active_by_layer(model.config)
+        if family.expert_layout.gate_on_inputs:
+            # The library runs every expert on every token.
+            active = [shape.num_experts for shape in shapes]
+        costs = [macs_of(*layer) for layer in zip(units, shapes, active, strict=True)]
     else:
         itemsize = (saved_dtype(config, model.config) or torch.float32).itemsize
         caches = cached_tokens(config, model.config)
@@ -161,12 +165,13 @@ def macs_of(units: LayerUnits, shape: LayerShape, active: int) -> LayerUnits:
     Args:
         units: units of the layer; their costs are block weights.
         shape: shape of the layer.
-        active: experts that a token is routed to.
+        active: experts that run on a token.
     """
-    attention = 2 * units.heads_per_unit * shape.head_dim * MACS_TOKENS**2 if units.head_cost else 0
+    attention = units.heads_per_unit * shape.attention_macs * MACS_TOKENS**2 if units.head_cost else 0
     columns = units.column_cost * MACS_TOKENS
     if shape.num_experts:
-        columns = columns * active // shape.num_experts
+        shared = shape.shared_per_column
+        columns = columns * (active + shared) // (shape.num_experts + shared)
     return replace(units, head_cost=units.head_cost * MACS_TOKENS + attention, column_cost=columns)
 
 
@@ -180,8 +185,9 @@ def bytes_of(units: LayerUnits, shape: LayerShape, cached: int, settings: Prunin
         settings: how layers are pruned.
         itemsize: bytes of a weight.
     """
-    kv_heads = 0 if settings.by_query_head(shape) else 1
-    cache = KEY_AND_VALUE * kv_heads * shape.head_dim * cached if units.head_cost else 0
+    # Query heads alone leave keys and values as they are, as all heads do with latents.
+    shared = settings.by_query_head(shape) or shape.latent_dim or not units.head_cost
+    cache = 0 if shared else shape.cached_values // shape.num_kv_heads * cached
     return replace(units, head_cost=(units.head_cost + cache) * itemsize, column_cost=units.column_cost * itemsize)
 
 

@@ -45,46 +45,32 @@ def num_sink_windows(config: PruningConfig, bos: bool) -> int:
     return BEST_SINK_WINDOWS if config.preset == "best" and not bos else 0
 
 
-def with_preset(config: PruningConfig, experts: bool = False) -> PruningConfig:
-    """Return ``config`` with the flags that ``--preset best`` stands for; explicit flags take precedence.
-
-    Args:
-        config: flags as given.
-        experts: whether the model is an MoE model, which is known once its configuration is loaded.
-    """
+def with_preset(config: PruningConfig) -> PruningConfig:
+    """Return ``config`` with the flags that ``--preset best`` stands for; explicit flags take precedence."""
     if config.preset == "paper":
         return config
     group = BEST_COLUMN_GROUP if config.column_group is None else config.column_group
     config = replace(config, exact_heads=True, column_group=group)
     if config.allocation or config.uniform_shapes or not config.has_target:
         return config
-    return replace(config, allocation=FALLBACK_ALLOCATION if _preset_obstacles(config, experts) else SENSITIVITY)
+    return replace(config, allocation=FALLBACK_ALLOCATION if _preset_obstacles(config) else SENSITIVITY)
 
 
-def resolve_preset(config: PruningConfig, experts: bool) -> PruningConfig:
-    """Return :func:`with_preset`, and log where it falls back to a schedule.
-
-    Raises:
-        UserError: if a flag limits a sensitivity analysis that the model does not allow.
-    """
-    resolved = with_preset(config, experts)
+def resolve_preset(config: PruningConfig) -> PruningConfig:
+    """Return :func:`with_preset`, and log where it falls back to a schedule."""
+    resolved = with_preset(config)
     if config.allocation is None and resolved.allocation == FALLBACK_ALLOCATION:
-        if experts and config.search_minutes is not None:
-            raise UserError("--search_minutes limits the sensitivity analysis, which is not supported for MoE models")
-        obstacles = " and ".join(_preset_obstacles(config, experts))
+        obstacles = " and ".join(_preset_obstacles(config))
         message = "--preset best: no sensitivity analysis with %s; using --allocation %s"
         logger.warning(message, obstacles, FALLBACK_ALLOCATION)
     return resolved
 
 
-def _preset_obstacles(config: PruningConfig, experts: bool) -> list[str]:
+def _preset_obstacles(config: PruningConfig) -> list[str]:
     """Return what rules out the sensitivity analysis of ``--preset best``."""
     obstacles = [f"--{name}" for name in SENSITIVITY_NEEDS if getattr(config, name)]
     if launched_processes() > 1:
         obstacles.append("several processes")
-    # --refine needs measurements too; the planner refuses it for MoE models.
-    if experts and not config.refine:
-        obstacles.append("experts")
     return obstacles
 
 

@@ -1,14 +1,18 @@
 """Pruning of MoE layers whose weights are 3-D parameters; each expert is pruned on the tokens routed to it."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.families import PLAIN_LAYOUT, ExpertLayout
+from slim_utils.families import Family
 from slim_utils.layerwise.distributed import SINGLE_PROCESS, ProcessGroup
-from slim_utils.layerwise.settings import PruningSettings
+from slim_utils.layerwise.output_maps import UnitMap
 from slim_utils.slimgpt import PruneResult, SlimGPT
 
 logger = logging.getLogger(__name__)
@@ -17,69 +21,118 @@ logger = logging.getLogger(__name__)
 UNDER_CALIBRATED_PERCDAMP = 1.0
 
 
-def expert_linear(experts: nn.Module, index: int) -> nn.Linear:
+@dataclass(frozen=True)
+class Experts:
+    """The 3-D parameters of the experts of a layer, whatever their layout.
+
+    Attributes:
+        module: with ``gate_up_proj``, ``down_proj`` and, where gates are not interleaved, ``act_fn``; it may have
+            ``gate_up_proj_bias`` and ``down_proj_bias``.
+        layout: of its parameters.
+    """
+
+    module: nn.Module
+    layout: ExpertLayout = PLAIN_LAYOUT
+
+    @classmethod
+    def of(cls, layer: nn.Module, family: Family) -> "Experts":
+        """Return the experts of a layer."""
+        return cls(layer.get_submodule(family.experts), family.expert_layout)
+
+    @property
+    def down_proj(self) -> Tensor:
+        """The down projections (experts, hidden, columns), a view of the parameter."""
+        weight = self.module.get_parameter("down_proj").data
+        return weight.transpose(1, 2) if self.layout.transposed else weight
+
+    def activations(self, index: int, hidden: Tensor) -> Tensor:
+        """Outputs (tokens, columns) of the gated activation of expert ``index`` on its inputs (tokens, hidden)."""
+        weight = self.module.get_parameter("gate_up_proj")[index]
+        gate_up = functional.linear(hidden, weight.T if self.layout.transposed else weight)
+        if hasattr(self.module, "gate_up_proj_bias"):
+            gate_up = gate_up + self.module.get_parameter("gate_up_proj_bias")[index]
+        if self.layout.interleaved:
+            apply_gate: Any = self.module._apply_gate
+            return apply_gate(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.module.get_submodule("act_fn")(gate) * up
+
+
+@dataclass(frozen=True)
+class RoutedTokens:
+    """Tokens that are routed to one expert.
+
+    Attributes:
+        token: (n,) their indices.
+        inputs: (n, columns) inputs of the down projection ``W``, scaled by the router's weights, so that ``W x`` is
+            the expert's contribution to the layer's output, but for a bias.
+        bias: (n, hidden) the contribution of its bias; ``None`` without one.
+    """
+
+    token: Tensor
+    inputs: Tensor
+    bias: Tensor | None
+
+
+def expert_linear(experts: Experts, index: int) -> nn.Linear:
     """Down projection of one expert; its weight (hidden, columns) is a view of that slice of ``experts.down_proj``."""
-    weight = experts.get_parameter("down_proj").data[index]
+    weight = experts.down_proj[index]
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear
 
 
 def expert_inputs(
-    experts: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    experts: Experts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Iterator[tuple[int, Tensor]]:
-    """Inputs (routed tokens, columns) of the down projection of every expert that tokens are routed to.
-
-    The inputs are scaled by the router's weights, so that ``W x`` is the expert's contribution to the layer's output.
+    """Inputs (routed tokens, columns) of the down projection of every expert, see :class:`RoutedTokens`.
 
     Args:
-        experts: with ``gate_up_proj`` (experts, 2 · columns, hidden), ``down_proj`` and ``act_fn``.
+        experts: of the layer.
         hidden: (tokens, hidden) inputs of the module.
         top_k_index: (tokens, k) experts that each token is routed to.
         top_k_weights: (tokens, k) weights of the router.
     """
     for index in top_k_index.unique().tolist():
-        yield index, tokens_of_expert(experts, index, hidden, top_k_index, top_k_weights)[1]
+        yield index, tokens_of_expert(experts, index, hidden, top_k_index, top_k_weights).inputs
 
 
 def tokens_of_expert(
-    experts: nn.Module, index: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Tokens that are routed to expert ``index``, and the inputs of its down projection as :func:`expert_inputs`."""
-    gate_up_proj, act_fn = experts.get_parameter("gate_up_proj"), experts.get_submodule("act_fn")
+    experts: Experts, index: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> RoutedTokens:
+    """Tokens that are routed to expert ``index``; arguments as of :func:`expert_inputs`."""
     token, place = torch.where(top_k_index == index)
-    gate, up = functional.linear(hidden[token], gate_up_proj[index]).chunk(2, dim=-1)
-    return token, act_fn(gate) * up * top_k_weights[token, place, None]
+    routed, gates = hidden[token], top_k_weights[token, place, None]
+    if experts.layout.gate_on_inputs:
+        inputs = experts.activations(index, routed * gates)
+    else:
+        inputs = experts.activations(index, routed) * gates
+    has_bias = hasattr(experts.module, "down_proj_bias")
+    return RoutedTokens(
+        token, inputs, experts.module.get_parameter("down_proj_bias")[index] * gates if has_bias else None
+    )
 
 
-def prune_experts(
-    experts: nn.Module,
+def expert_maps(
+    experts: Experts,
     name: str,
     calls: Iterable[tuple[Tensor, Tensor, Tensor]],
-    count: int,
-    settings: PruningSettings,
     processes: ProcessGroup = SINGLE_PROCESS,
-) -> PruneResult:
-    """Prune the same number of FFN columns of every expert, in place.
+) -> list[UnitMap]:
+    """Return the down projections of all experts with the Hessians of their own tokens.
 
-    An under-calibrated expert, with fewer tokens than columns, is logged and pruned with a damping of at least
+    An under-calibrated expert, with fewer tokens than columns, is logged and needs a damping of at least
     ``UNDER_CALIBRATED_PERCDAMP``; an expert without tokens loses the columns of least magnitude.
 
     Args:
-        experts: module with 3-D parameters.
-        name: its name in messages.
-        calls: arguments of ``experts``, as of :func:`expert_inputs`, batch by batch.
-        count: columns to prune per expert.
-        settings: how layers are pruned.
+        experts: of the layer.
+        name: their name in messages.
+        calls: inputs of the experts and their routing, as of :func:`expert_inputs`, batch by batch.
         processes: processes that share the calibration samples.
-
-    Returns:
-        Units numbered through all experts; errors as means over the experts, and the largest damping.
     """
-    down_proj = experts.get_parameter("down_proj")
-    num_experts, _, columns = down_proj.shape
+    num_experts, _, columns = experts.down_proj.shape
     pruners = [SlimGPT(expert_linear(experts, index), f"{name} {index}") for index in range(num_experts)]
-    counts = torch.zeros(num_experts, device=down_proj.device)
+    counts = torch.zeros(num_experts, device=experts.down_proj.device)
     for call in calls:
         for index, inputs in expert_inputs(experts, *call):
             pruners[index].add_batch(inputs)
@@ -87,29 +140,27 @@ def prune_experts(
     processes.all_reduce(counts)
     for pruner in pruners:
         pruner.all_reduce_hessian(processes.all_reduce)
+        if not pruner.num_samples:
+            # Without tokens all columns weigh the same.
+            pruner.hessian.fill_diagonal_(1)
     tokens = [int(count) for count in counts.tolist()]
     under_calibrated = [index for index in range(num_experts) if tokens[index] < columns]
     if under_calibrated:
         seen = ", ".join(f"{index} ({tokens[index]})" for index in under_calibrated)
         message = "%s: under-calibrated, fewer tokens than the %d columns: experts %s; percdamp raised to %g; raise "
         logger.warning(message + "--num_samples", name, columns, seen, UNDER_CALIBRATED_PERCDAMP)
+    return [
+        UnitMap(pruner, least_percdamp=UNDER_CALIBRATED_PERCDAMP if count < columns else 0.0)
+        for pruner, count in zip(pruners, tokens, strict=True)
+    ]
 
-    def solve() -> PruneResult:
-        return _solve(pruners, tokens, count, settings)
 
-    return processes.on_main(solve, [down_proj.data])
+def result_of_experts(results: Sequence[PruneResult]) -> PruneResult:
+    """Return the results of all experts as one.
 
-
-def _solve(pruners: list[SlimGPT], tokens: list[int], count: int, settings: PruningSettings) -> PruneResult:
-    """Prune one expert after another."""
-    results, columns = [], pruners[0].columns
-    for index, pruner in enumerate(pruners):
-        if not tokens[index]:
-            # Without tokens all columns weigh the same.
-            pruner.hessian.fill_diagonal_(1)
-        damping = max(settings.percdamp, UNDER_CALIBRATED_PERCDAMP) if tokens[index] < columns else settings.percdamp
-        results.append(settings.struct_prune(pruner, count, percdamp=damping))
-        pruner.release()
+    Units are numbered through all experts; errors are means over the experts, and the damping is the largest.
+    """
+    columns = len(results[0].pruned_units) + len(results[0].kept_units)
     return PruneResult(
         pruned_units=[index * columns + unit for index, result in enumerate(results) for unit in result.pruned_units],
         kept_units=[index * columns + unit for index, result in enumerate(results) for unit in result.kept_units],

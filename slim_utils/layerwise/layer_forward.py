@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from slim_utils.families import Family, linear_map
 from slim_utils.layerwise.distributed import SINGLE_PROCESS, ProcessGroup
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.obs import solve_bytes
+from slim_utils.routers import Router
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,9 +99,25 @@ class LayerForward:
                 self._columns.append(inputs)
             yield inputs
 
-    def expert_calls(self) -> Iterator[tuple[Tensor, ...]]:
-        """Arguments of the layer's experts module, batch by batch, after :meth:`finish_attention`."""
-        return self._arguments_after_attention(self.layer.get_submodule(self.family.experts))
+    def expert_calls(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Inputs of the layer's experts and their routing, batch by batch, after :meth:`finish_attention`.
+
+        Yields:
+            (tokens, hidden) inputs, (tokens, k) experts of each, (tokens, k) their weights.
+        """
+        router = Router.of(self.layer, self.family)
+        for (hidden,) in self._arguments_after_attention(router.module):
+            tokens = hidden.flatten(end_dim=-2)
+            yield tokens, *router.route(tokens)
+
+    def shared_inputs(self) -> Iterator[Tensor]:
+        """Inputs (tokens, columns) of the shared expert's output map, scaled by its gate, as :meth:`column_inputs`."""
+        columns_to_hidden = linear_map(self.layer, f"{self.family.shared_expert}.down_proj")
+        gate = self.layer.get_submodule(self.family.shared_gate) if self.family.shared_gate else None
+        shared = self.layer.get_submodule(self.family.shared_expert)
+        for (hidden,) in self._arguments_after_attention(shared):
+            (inputs,) = _arguments_of(columns_to_hidden, partial(shared, hidden))
+            yield inputs if gate is None else inputs * gate(hidden).sigmoid()
 
     def advance(self) -> None:
         """Replace the inputs of the layer by its outputs, and free the caches."""
@@ -120,19 +138,7 @@ class LayerForward:
 
     def _arguments(self, module: nn.Module, batch: Tensor) -> tuple[Tensor, ...]:
         """Arguments that ``module`` is called with on a batch; the layer stops there."""
-        seen: list[tuple[Tensor, ...]] = []
-
-        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.append(args)
-            raise _InputSeen
-
-        handle = module.register_forward_pre_hook(stop)
-        try:
-            with suppress(_InputSeen):
-                self._run(batch)
-        finally:
-            handle.remove()
-        return seen.pop()
+        return _arguments_of(module, partial(self._run, batch))
 
     def _arguments_after_attention(self, module: nn.Module) -> Iterator[tuple[Tensor, ...]]:
         """Arguments that ``module`` is called with, batch by batch, from the cached attention outputs."""
@@ -177,6 +183,23 @@ class LayerForward:
     def _batches(self) -> Iterator[Tensor]:
         for start, stop in self._micro_batches():
             yield self.hidden[start:stop].to(self.settings.device)
+
+
+def _arguments_of(module: nn.Module, run: Callable[[], Any]) -> tuple[Tensor, ...]:
+    """Arguments that ``run`` calls ``module`` with; it stops there."""
+    seen: list[tuple[Tensor, ...]] = []
+
+    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args)
+        raise _InputSeen
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        with suppress(_InputSeen):
+            run()
+    finally:
+        handle.remove()
+    return seen.pop()
 
 
 def capture_layer_kwargs(

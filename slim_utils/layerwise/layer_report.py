@@ -42,6 +42,7 @@ class LayerReport:
             error.
         cache_dev: device of the activations at the end of the layer.
         experts: what whole experts were removed and refitted, if that is the unit.
+        shared: result of pruning the shared expert's output map, if there is one that loses columns.
     """
 
     layer: int
@@ -53,6 +54,7 @@ class LayerReport:
     batch_samples: int | None = None
     cache_dev: str | None = None
     experts: ExpertRefit | None = None
+    shared: PruneResult | None = None
 
     def to_json(self) -> str:
         """As json."""
@@ -66,9 +68,10 @@ class LayerReport:
         shape = LayerShape(**mask.pop("shape"))
         attention, mlp = (PruneResult(**content.pop(name)) for name in ("attention", "mlp"))
         # Layers of earlier versions have none.
-        refit = content.pop("experts", None)
-        experts = ExpertRefit(**refit) if refit else None
-        return cls(mask=LayerMask(shape, **mask), attention=attention, mlp=mlp, experts=experts, **content)
+        refit, result = content.pop("experts", None), content.pop("shared", None)
+        experts, shared = ExpertRefit(**refit) if refit else None, PruneResult(**result) if result else None
+        mask = LayerMask(shape, **mask)
+        return cls(mask=mask, attention=attention, mlp=mlp, experts=experts, shared=shared, **content)
 
     def log_line(self, num_layers: int) -> str:
         """One line: pruned heads and columns, or experts, errors before and after compensation, seconds, memory."""
@@ -87,6 +90,10 @@ class LayerReport:
                 f"heads −{plan.heads}/{shape.num_heads} {_error_change(self.attention)}, "
                 f"{columns} {_error_change(self.mlp)}"
             )
+        if shape.num_shared_columns:
+            removed = shape.num_shared_columns - len(mask.kept_shared)
+            units += f", shared expert −{removed}/{shape.num_shared_columns}"
+            units += f" {_error_change(self.shared)}" if self.shared else ""
         ratio = "/".join(f"{ratio:.4f}" for ratio in dict.fromkeys(ratios))
         return f"layer {self.layer}/{num_layers} ratio {ratio}: {units}, {self.seconds:.1f} s, peak {peaks}"
 

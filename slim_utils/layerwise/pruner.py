@@ -5,8 +5,9 @@
 3. Accumulate the Hessian of the attention's output map (``o_proj``) on the layer's inputs.
 4. Prune whole heads of it and compensate; zero what feeds them.
 5. Accumulate the Hessian of the FFN's output map (``down_proj``) on the outputs of the pruned attention.
-6. Prune its columns and compensate; log the layer and store it for ``--resume``. Where whole experts are the unit,
-   remove those of a layer and refit the others instead; 3 to 5 remove no heads then.
+6. Prune its columns and compensate; those of every expert in a mixture of experts, and of a shared expert. Log the
+   layer and store it for ``--resume``. Where whole experts are the unit, remove those of a layer and refit the others
+   instead; 3 to 5 remove no heads then.
 7. Replace the inputs by the outputs of the pruned layer; offload the layer; go to 2.
 """
 
@@ -14,11 +15,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +27,22 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from slim_utils.common.loading import peak_memory_mib
 from slim_utils.common.memory import empty_cache
-from slim_utils.families import Family, LayerShape, layer_shapes, linear_map
+from slim_utils.families import Family, LayerShape, layer_shapes
 from slim_utils.layerwise.distributed import SINGLE_PROCESS, ProcessGroup
-from slim_utils.layerwise.experts import prune_experts
+from slim_utils.layerwise.experts import Experts, result_of_experts
 from slim_utils.layerwise.layer_forward import LayerForward, LayerKwargs, capture_layer_kwargs, check_finite
+from slim_utils.layerwise.layer_maps import column_maps, head_maps
 from slim_utils.layerwise.layer_report import ExpertRefit, LayerReport
 from slim_utils.layerwise.less_memory import warn_of_full_memory
 from slim_utils.layerwise.offload import CPU, ResidentModel
+from slim_utils.layerwise.output_maps import OutputMaps
 from slim_utils.layerwise.resume import LayerStore, changed_parameters, copied_parameters, put_back_parameters
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.layerwise.whole_experts import prune_whole_experts
 from slim_utils.masks import LayerMask, LayerPlan
 from slim_utils.params_remove import mask_experts, zero_heads
-from slim_utils.slimgpt import PruneResult, SlimGPT
+from slim_utils.routers import Router
+from slim_utils.slimgpt import PruneResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,18 +51,19 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Arguments: layer index, name of the map, its pruner, units to prune, columns of a unit, groups of units.
-PruneHook = Callable[[int, str, SlimGPT, int, int, int], None]
+# Arguments: layer index, output maps, units of every group to prune.
+PruneHook = Callable[[int, OutputMaps, int], None]
 
 
 @dataclass(frozen=True)
 class _PrunedLayer:
-    """Mask of a pruned layer, results of its attention and its FFN, and of the removal of whole experts."""
+    """Mask of a pruned layer, results of its attention, FFN and shared expert, and of the removal of whole experts."""
 
     mask: LayerMask
     attention: PruneResult
     mlp: PruneResult
     experts: ExpertRefit | None = None
+    shared: PruneResult | None = None
 
 
 @torch.no_grad()
@@ -87,7 +91,7 @@ def prune_layers(
         processes: process group; each process has its own samples.
         host: storage of the model (default: resident on the CPU).
         starts: (count, 8) sink windows of this process, for the first half of the layers.
-        hook: called before a map of heads or columns is pruned, but not for experts.
+        hook: called before heads or columns are pruned, but not before whole experts are.
 
     Returns:
         The mask of every layer, and a report of every pruned layer. Routers are masked where experts are removed.
@@ -120,7 +124,9 @@ def prune_layers(
                 seconds, peak = time.perf_counter() - start, peak_memory_mib(settings.device)
                 batches = pruner.settings.batch_samples, str(pruner.settings.cache_dev)
                 parts = result.mask, result.attention, result.mlp
-                report = LayerReport(index, *parts, seconds, peak, *batches, experts=result.experts)
+                report = LayerReport(
+                    index, *parts, seconds, peak, *batches, experts=result.experts, shared=result.shared
+                )
                 logger.info(report.log_line(len(shapes)))
                 if store:
                     store.save(layer, family, report)
@@ -283,13 +289,6 @@ def _restored(
     return report
 
 
-def head_unit(shape: LayerShape, settings: PruningSettings) -> tuple[int, int, Callable[..., LayerMask]]:
-    """Columns of a unit of heads, number of groups that lose the same number each, and the constructor of a mask."""
-    if settings.by_query_head(shape):
-        return shape.head_dim, shape.num_kv_heads, LayerMask.from_heads
-    return shape.head_dim * shape.heads_per_group, 1, LayerMask.from_groups
-
-
 def _prune_layer(
     index: int,
     forwards: list[LayerForward],
@@ -301,46 +300,30 @@ def _prune_layer(
     """Prune the heads of a layer, then its FFN columns or its experts on the outputs of the pruned attention."""
     settings, layer, family = forwards[0].settings, forwards[0].layer, forwards[0].family
 
-    def seen(inputs: Callable[[LayerForward], Iterator[Any]]) -> Iterator[Any]:
-        return chain.from_iterable(map(inputs, forwards))
-
-    def prune(name: str, inputs: Iterator[Tensor], count: int, unit_size: int, num_groups: int = 1) -> PruneResult:
-        linear = linear_map(layer, name)
-        pruner = SlimGPT(linear, f"layer {index} {name}")
-        for batch in inputs:
-            pruner.add_batch(batch)
-        pruner.all_reduce_hessian(processes.all_reduce)
+    def prune(maps: OutputMaps, count: int) -> list[PruneResult]:
         if hook:
-            hook(index, name, pruner, count, unit_size, num_groups)
-        result = processes.on_main(
-            lambda: settings.struct_prune(pruner, count, unit_size, num_groups), [linear.weight.data]
-        )
-        pruner.release()
-        return result
+            hook(index, maps, count)
+        results = processes.on_main(lambda: maps.prune(count, settings), maps.parameters)
+        maps.release()
+        return results
 
-    unit_size, num_groups, keep = head_unit(shape, settings)
-    units = plan.heads * shape.head_dim // unit_size
-    attention = prune(family.attention_out, seen(LayerForward.attention_inputs), units, unit_size, num_groups)
+    keep: Callable[..., LayerMask] = LayerMask.from_groups
+    if settings.by_query_head(shape):
+        keep = LayerMask.from_heads
+    maps = head_maps(index, forwards, shape, settings, processes)
+    (attention,) = prune(maps, plan.heads // settings.heads_per_unit(shape))
     zero_heads(layer, family, keep(shape, attention.kept_units, list(range(shape.num_columns))))
     for forward in forwards:
         forward.finish_attention()
-    refit = None
+    refit = shared = None
     if plan.experts:
-        experts, router, name = _experts_of(index, layer, family)
+        experts, router = Experts.of(layer, family), Router.of(layer, family)
         samples = ((call, forward.hidden.shape[1]) for forward in forwards for call in forward.expert_calls())
+        name = f"layer {index} {family.experts}"
         mlp, refit = prune_whole_experts(experts, router, name, samples, plan.experts, settings, processes)
-    elif shape.num_experts:
-        experts, _, name = _experts_of(index, layer, family)
-        mlp = prune_experts(experts, name, seen(LayerForward.expert_calls), plan.columns, settings, processes)
     else:
-        mlp = prune(family.mlp_out, seen(LayerForward.column_inputs), plan.columns, 1)
-    return _PrunedLayer(keep(shape, attention.kept_units, mlp.kept_units), attention, mlp, refit)
-
-
-def _experts_of(index: int, layer: nn.Module, family: Family) -> tuple[nn.Module, nn.Module, str]:
-    """The experts of layer ``index``, their router, and their name in messages."""
-    return (
-        layer.get_submodule(family.experts),
-        layer.get_submodule(family.router),
-        f"layer {index} {family.experts}",
-    )
+        results = prune(column_maps(index, forwards, shape, processes), plan.columns)
+        mlp = result_of_experts(results[: shape.num_experts]) if shape.num_experts else results[0]
+        shared = results[-1] if shape.shared_per_column else None
+    mask = keep(shape, attention.kept_units, mlp.kept_units, shared and shared.kept_units)
+    return _PrunedLayer(mask, attention, mlp, refit, shared)

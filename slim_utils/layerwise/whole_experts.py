@@ -3,9 +3,9 @@
 The score of expert j is the mean, over the tokens that the router sends to it, of ``g_j(x) · ‖f_j(x)‖``: its gate times
 the norm of its output (REAP, Lasby et al., 2025). Those of the lowest scores are removed at once, and the router
 chooses among the others. With the inputs ``z_j = g_j(x) a_j(x)`` of its down projection ``W_j`` and ``z_j = 0`` for the
-tokens of others, the layer's output is ``Σ_j W_j z_j``; the refit minimises ``Σ ‖y − Σ_j W_j z_j‖²`` for the outputs y
-of the dense layer, one expert at a time. With the residual ``r = y − Σ_j W_j z_j``, ``H = (2/n) Σ z_j z_jᵀ`` and
-``R = (2/n) Σ r z_jᵀ``, the update of ``W_j`` is ``ΔW = R (H + λI)⁻¹``.
+tokens of others, the layer's output is ``Σ_j W_j z_j``, but for biases; the refit minimises ``Σ ‖y − Σ_j W_j z_j‖²``
+for the outputs y of the dense layer, one expert at a time. With the residual ``r = y − Σ_j W_j z_j``,
+``H = (2/n) Σ z_j z_jᵀ`` and ``R = (2/n) Σ r z_jᵀ``, the update of ``W_j`` is ``ΔW = R (H + λI)⁻¹``.
 """
 
 import logging
@@ -13,16 +13,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from slim_utils.common.errors import UserError
 from slim_utils.layerwise.distributed import SINGLE_PROCESS, ProcessGroup
-from slim_utils.layerwise.experts import tokens_of_expert
+from slim_utils.layerwise.experts import Experts, RoutedTokens, tokens_of_expert
 from slim_utils.layerwise.layer_report import ExpertRefit
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.obs import add_gram, damping_steps, symmetrise_upper
-from slim_utils.routers import mask_router
+from slim_utils.routers import Router
 from slim_utils.slimgpt import PruneResult
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ SWEEPS = 3
 # Every so many samples, one is held out.
 HELD_OUT_EVERY = 5
 
-# Arguments of the experts module on whole samples: (tokens, hidden), (tokens, k) experts, (tokens, k) gates.
+# Inputs of the experts on whole samples and their routing: (tokens, hidden), (tokens, k) experts, (tokens, k) gates.
 ExpertCall = tuple[Tensor, ...]
 
 
@@ -76,8 +76,8 @@ class _SquaredErrors:
 
 
 def prune_whole_experts(
-    experts: nn.Module,
-    router: nn.Module,
+    experts: Experts,
+    router: Router,
     name: str,
     calls: Iterable[tuple[ExpertCall, int]],
     count: int,
@@ -91,10 +91,10 @@ def prune_whole_experts(
     is it with a single sample.
 
     Args:
-        experts: with the 3-D parameters ``gate_up_proj`` and ``down_proj``; the weights of removed experts are left.
+        experts: of the layer; the weights of removed experts are left.
         router: of the layer.
         name: of the experts in messages.
-        calls: arguments of ``experts`` with the dense router, batch by batch, and the tokens of a sample.
+        calls: inputs of the experts and their routing by the dense router, batch by batch, and the tokens of a sample.
         count: experts to remove.
         settings: how layers are pruned.
         processes: processes that share the calibration samples.
@@ -106,7 +106,7 @@ def prune_whole_experts(
     Raises:
         UserError: if activations are not finite.
     """
-    down_proj = experts.get_parameter("down_proj")
+    down_proj = experts.down_proj
     num_experts, _, columns = down_proj.shape
     batches, scores = _dense_outputs(experts, calls, settings, processes)
     if not scores.isfinite().all():
@@ -114,7 +114,7 @@ def prune_whole_experts(
     energy = _squared_errors(batches, processes)
     removed = lowest(scores, count)
     kept = sorted(set(range(num_experts)) - set(removed))
-    mask_router(router, kept)
+    router.mask(kept)
     _reroute(experts, router, batches, settings)
     before = _squared_errors(batches, processes)
     refitted: set[int] = set()
@@ -147,20 +147,20 @@ def _columns_of(experts: list[int], columns: int) -> list[int]:
 
 
 def _dense_outputs(
-    experts: nn.Module, calls: Iterable[tuple[ExpertCall, int]], settings: PruningSettings, processes: ProcessGroup
+    experts: Experts, calls: Iterable[tuple[ExpertCall, int]], settings: PruningSettings, processes: ProcessGroup
 ) -> tuple[list[_Batch], Tensor]:
     """The tokens with the outputs of the dense layer as residuals, and the (experts,) REAP scores."""
-    down_proj, batches, num_samples = experts.get_parameter("down_proj"), [], 0
+    down_proj, batches, num_samples = experts.down_proj, [], 0
     sums = torch.zeros(2, len(down_proj), dtype=torch.float64, device=down_proj.device)
     for (hidden, top_k_index, top_k_weights), seqlen in calls:
         outputs = torch.zeros_like(hidden, dtype=_accurate(hidden.dtype))
         for index in top_k_index.unique().tolist():
-            token, inputs = tokens_of_expert(experts, index, hidden, top_k_index, top_k_weights)
-            output = _map(inputs, down_proj[index])
-            outputs.index_add_(0, token, output)
+            routed = tokens_of_expert(experts, index, hidden, top_k_index, top_k_weights)
+            output = _output(routed, down_proj[index])
+            outputs.index_add_(0, routed.token, output)
             # Gates are positive: the norm of the weighted output is gate times norm.
             sums[0, index] += output.norm(dim=1).sum()
-            sums[1, index] += len(token)
+            sums[1, index] += len(routed.token)
         sample = num_samples + torch.arange(len(hidden), device=hidden.device) // seqlen
         num_samples += len(hidden) // seqlen
         tensors = hidden, outputs, sample % HELD_OUT_EVERY == 1, top_k_index, top_k_weights
@@ -169,43 +169,43 @@ def _dense_outputs(
     return batches, (sums[0] / sums[1].clamp_min(1)).cpu()
 
 
-def _reroute(experts: nn.Module, router: nn.Module, batches: list[_Batch], settings: PruningSettings) -> None:
+def _reroute(experts: Experts, router: Router, batches: list[_Batch], settings: PruningSettings) -> None:
     """Send the tokens to the experts that ``router`` chooses now, and subtract their outputs from the residuals."""
-    down_proj = experts.get_parameter("down_proj")
+    down_proj = experts.down_proj
     for batch in batches:
-        _, gates, chosen = router(batch.hidden.to(settings.device))
+        chosen, gates = router.route(batch.hidden.to(settings.device))
         batch.gates, batch.experts = gates.to(settings.cache_dev), chosen.to(settings.cache_dev)
     for index in range(len(down_proj)):
-        _subtract(experts, index, down_proj[index], batches, settings)
+        for part, routed in _routed_to(experts, index, batches, settings):
+            _subtract(part, routed.token, _output(routed, down_proj[index]))
 
 
-def _subtract(experts: nn.Module, index: int, W: Tensor, batches: list[_Batch], settings: PruningSettings) -> None:
-    """Subtract ``W z`` from the residuals of the tokens of expert ``index``."""
-    for batch, token, inputs in _inputs_of(experts, index, batches, settings):
-        batch.residual.index_add_(0, token, _map(inputs, W).to(batch.residual), alpha=-1)
+def _subtract(batch: _Batch, token: Tensor, outputs: Tensor) -> None:
+    """Subtract ``outputs`` (n, hidden) from the residuals of the (n,) tokens."""
+    batch.residual.index_add_(0, token.to(batch.residual.device), outputs.to(batch.residual), alpha=-1)
 
 
-def _inputs_of(
-    experts: nn.Module, index: int, batches: list[_Batch], settings: PruningSettings
-) -> Iterator[tuple[_Batch, Tensor, Tensor]]:
-    """Batches with tokens of expert ``index``, these tokens, and their inputs of its down projection on the device."""
+def _routed_to(
+    experts: Experts, index: int, batches: list[_Batch], settings: PruningSettings
+) -> Iterator[tuple[_Batch, RoutedTokens]]:
+    """Batches with tokens of expert ``index``, and these tokens on the device."""
     for batch in batches:
         call = (tensor.to(settings.device) for tensor in (batch.hidden, batch.experts, batch.gates))
-        token, inputs = tokens_of_expert(experts, index, *call)
-        if len(token):
-            yield batch, token.to(settings.cache_dev), inputs
+        routed = tokens_of_expert(experts, index, *call)
+        if len(routed.token):
+            yield batch, routed
 
 
 def _refit(
-    experts: nn.Module, index: int, batches: list[_Batch], settings: PruningSettings, processes: ProcessGroup
+    experts: Experts, index: int, batches: list[_Batch], settings: PruningSettings, processes: ProcessGroup
 ) -> bool:
     """Update the down projection of an expert and the residuals; returns whether the held-out samples agreed."""
-    down_proj = experts.get_parameter("down_proj")
-    weight = down_proj.data[index]
+    weight = experts.down_proj[index]
     hidden, columns = weight.shape
     shapes = ((columns, columns), (hidden, columns)) * 2
     H, R, H_held_out, R_held_out = (torch.zeros(shape, device=weight.device) for shape in shapes)
-    for batch, token, inputs in _inputs_of(experts, index, batches, settings):
+    for batch, routed in _routed_to(experts, index, batches, settings):
+        inputs, token = routed.inputs, routed.token.to(settings.cache_dev)
         held_out, residual = batch.held_out[token].to(weight.device), batch.residual[token].to(weight.device)
         for part, gram, product in ((~held_out, H, R), (held_out, H_held_out, R_held_out)):
             add_gram(gram, inputs[part])
@@ -217,10 +217,12 @@ def _refit(
         _Statistics(symmetrise_upper(gram).to(dtype), product.to(dtype))
         for gram, product in ((H, R), (H_held_out, R_held_out))
     )
-    improved = processes.on_main(lambda: _update(weight, fitted, held, settings.percdamp), [weight])
+    stored = experts.module.get_parameter("down_proj").data[index]
+    improved = processes.on_main(lambda: _update(weight, fitted, held, settings.percdamp), [stored])
     if improved:
         change = weight.to(_accurate(weight.dtype)) - before.to(_accurate(weight.dtype))
-        _subtract(experts, index, change, batches, settings)
+        for batch, routed in _routed_to(experts, index, batches, settings):
+            _subtract(batch, routed.token, _map(routed.inputs, change))
     return improved
 
 
@@ -258,6 +260,12 @@ def _squared_errors(batches: list[_Batch], processes: ProcessGroup) -> _SquaredE
         sums += torch.stack([norms.sum(), norms[batch.held_out].sum()])
     processes.all_reduce(sums)
     return _SquaredErrors(*sums.tolist())
+
+
+def _output(routed: RoutedTokens, W: Tensor) -> Tensor:
+    """What an expert with down projection ``W`` adds to the outputs of its tokens, in fp32 or fp64."""
+    output = _map(routed.inputs, W)
+    return output if routed.bias is None else output + routed.bias.to(output)
 
 
 def _map(inputs: Tensor, W: Tensor) -> Tensor:

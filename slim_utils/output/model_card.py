@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
 from slim_utils.common.loading import load_config, model_on_meta, write_text_atomic
-from slim_utils.families import EXPORTED_FAMILIES, FAMILIES, SERVED_FAMILIES, layer_shapes
+from slim_utils.families import EXPORTED_FAMILIES, FAMILIES, SERVED_FAMILIES, LayerShape, layer_shapes
 from slim_utils.masks import LayerMask
 from slim_utils.output.provenance import (
     CARD_FILE,
@@ -79,7 +79,7 @@ def model_card(
         trained=trained,
         total_table=markdown_table(("", "base", "pruned" if num_prunings else "this model"), [total]),
         removed=_removed_units(provenance),
-        layer_table=_layer_table(base, _kept_sizes(config, masks)),
+        layer_table=_layer_table(base, [mask.kept_shape for mask in masks] if masks else layer_shapes(config)),
         steps=[(step["kind"].capitalize(), markdown_table(("", ""), step["settings"].items())) for step in steps],
         perplexity_table=_perplexity_table(perplexity),
         address=address,
@@ -136,27 +136,22 @@ def write_card(folder: Path, provenance: dict[str, Any], model_path: str, **opti
     write_text_atomic(folder / CARD_FILE, model_card(provenance, config, parameters, **options))
 
 
-def _kept_sizes(config: PreTrainedConfig, masks: list[LayerMask] | None) -> list[tuple[int, int, int, int]]:
-    """Kept heads, kv heads and FFN width, and number of experts, of every layer."""
-    if masks:
-        return [
-            (len(mask.kept_heads), len(mask.kept_kv_heads), mask.kept_width, len(mask.kept_experts)) for mask in masks
-        ]
-    shapes = layer_shapes(config)
-    return [(shape.num_heads, shape.num_kv_heads, shape.ffn_width, shape.num_experts) for shape in shapes]
-
-
-def _layer_table(base: dict[str, Any], kept: list[tuple[int, int, int, int]]) -> str:
+def _layer_table(base: dict[str, Any], kept: list[LayerShape]) -> str:
     """Markdown table of the heads, kv heads, FFN columns and experts that every layer keeps."""
     rows = []
-    # Not in the provenance that earlier versions wrote, which removed no experts.
-    dense_experts = base.get("experts") or [layer[3] for layer in kept]
-    for index, (layer, sizes, experts) in enumerate(zip(kept, base["layers"], dense_experts, strict=True)):
-        heads, groups, columns = (f"{size} of {total}" for size, total in zip(layer[:3], sizes, strict=True))
-        of_experts = f" (each of {layer[3]} experts)" if layer[3] else ""
-        if layer[3] != experts:
-            of_experts = f" (each of {layer[3]} of {experts} experts)"
-        rows.append((index, heads, groups, columns + of_experts))
+    # Not in the provenance that earlier versions wrote, which removed no experts and knew no shared ones.
+    dense_experts = base.get("experts") or [layer.num_experts for layer in kept]
+    dense_shared = base.get("shared_columns") or [layer.num_shared_columns for layer in kept]
+    for index, (layer, sizes) in enumerate(zip(kept, base["layers"], strict=True)):
+        counts = layer.num_heads, layer.num_kv_heads, layer.ffn_width
+        heads, groups, columns = (f"{size} of {total}" for size, total in zip(counts, sizes, strict=True))
+        if layer.num_experts != dense_experts[index]:
+            columns += f" (each of {layer.num_experts} of {dense_experts[index]} experts)"
+        elif layer.num_experts:
+            columns += f" (each of {layer.num_experts} experts)"
+        if layer.num_shared_columns:
+            columns += f", {layer.num_shared_columns} of {dense_shared[index]} of the shared expert"
+        rows.append((index, heads, groups, columns))
     return markdown_table(("layer", "heads", "key/value heads", "FFN columns"), rows)
 
 

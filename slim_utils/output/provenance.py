@@ -47,8 +47,8 @@ def read_provenance(model_path: str, config: PreTrainedConfig, trust_remote_code
 
     Returns:
         ``base``: ``name``, ``on_hub``, ``card`` (licence and language), ``parameters``, ``block_weights``, ``layers``
-        (heads, kv heads and FFN width of each) and ``experts`` (number in each); ``steps``: see :func:`pruning_step`
-        and :func:`recovery_step`.
+        (heads, kv heads and FFN width of each), ``experts`` (number in each) and ``shared_columns`` (width of the
+        shared expert of each); ``steps``: see :func:`pruning_step` and :func:`recovery_step`.
     """
     try:
         content = json.loads(_checkpoint_file(model_path, PROVENANCE_FILE).read_text(encoding="utf-8"))
@@ -71,6 +71,7 @@ def read_provenance(model_path: str, config: PreTrainedConfig, trust_remote_code
         ),
         "layers": [[shape.num_heads, shape.num_kv_heads, shape.ffn_width] for shape in shapes],
         "experts": [shape.num_experts for shape in shapes],
+        "shared_columns": [shape.num_shared_columns for shape in shapes],
     }
     return {"format": FORMAT_VERSION, "base": base, "steps": []}
 

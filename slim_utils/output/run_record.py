@@ -150,12 +150,14 @@ def calibration_record(data: CalibrationData) -> dict[str, Any]:
 def layer_record(report: LayerReport) -> dict[str, Any]:
     """Return the row of one layer: plan, ratios, errors before and after compensation, damping, seconds, memory."""
     heads, columns = report.mask.removed_share()
+    shared = 1 - len(report.mask.kept_shared) / (report.mask.shape.num_shared_columns or 1)
     return {
         "layer": report.layer,
         "plan": asdict(report.mask.plan),
         "attention": {"ratio": heads, **_errors(report.attention)},
         "mlp": {"ratio": columns, **_errors(report.mlp)},
         **({"experts": asdict(report.experts)} if report.experts else {}),
+        **({"shared_expert": {"ratio": shared, **_errors(report.shared)}} if report.shared else {}),
         "seconds": round(report.seconds, 3),
         "peak_memory_mib": report.peak_memory_mib,
         "batch_samples": report.batch_samples,

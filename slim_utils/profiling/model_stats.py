@@ -13,12 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from slim_utils.common.loading import model_on_meta
 from slim_utils.families import Family, LayerShape, find_family, layer_shapes
 from slim_utils.masks import LayerMask
-from slim_utils.params_remove import count_weights, kept_indices, router_weight
+from slim_utils.params_remove import count_weights, kept_indices, router_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-KEY_AND_VALUE = 2
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def model_stats(config: PreTrainedConfig, seq_len: int = 64, dtype: torch.dtype 
             shape=shape,
             parameters=count_parameters(layer),
             macs=macs[f"{type(model).__name__}.{family.layers}.{index}"],
-            kv_cache_bytes=KEY_AND_VALUE * shape.num_kv_heads * shape.head_dim * model.dtype.itemsize,
+            kv_cache_bytes=shape.cached_values * model.dtype.itemsize,
         )
         for index, (layer, shape) in enumerate(zip(family.decoder_layers(model), layer_shapes(config), strict=True))
     ]
@@ -132,11 +130,11 @@ def removed_share(layers: nn.ModuleList, family: Family, masks: list[LayerMask])
 
 def weights_of(layer: nn.Module, family: Family, mask: LayerMask) -> tuple[int, int]:
     """Number of block weights of ``layer`` that ``mask`` removes, and of all its block weights, without the router."""
-    vectors = {name for name, _ in family.head_parameters}
+    vectors = {name for name, _ in (*family.head_parameters, *router_tensors(family))}
     parameters = {name: weight for name, weight in layer.named_parameters() if name not in vectors}
     total = removed = 0
     for name, (dim, kept) in kept_indices(family, mask).items():
-        if name in parameters and not name.endswith(".bias") and name != router_weight(family):
+        if name in parameters and not name.endswith("bias"):
             weight = parameters[name]
             total += weight.numel()
             removed += weight.numel() - count_weights(weight, dim, kept)

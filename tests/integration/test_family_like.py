@@ -68,6 +68,7 @@ def test_family_like_prunes_saves_and_reloads(tokenizer, text_file, samples, tmp
         ("bitnet", "llama", "size mismatch for model.layers.0.mlp.ffn_sub_norm.weight"),
         (UNKNOWN, "gpt_neox", "has no attribute"),
         (UNKNOWN, "lama", "model type 'lama' is not supported; nearest supported types: llama"),
+        (UNKNOWN, "qwen3_moe", "mixtures of experts need a row of their own"),
         ("qwen3", "llama", "model type 'qwen3' is supported by itself"),
         ("slim_llama", "llama", "is supported by itself"),
     ],

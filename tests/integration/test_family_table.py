@@ -26,10 +26,13 @@ from train_utils.lora import lora_targets
 
 ROOT = Path(__file__).resolve().parents[2]
 # One of each kind: fused gate and up with norms after the blocks; parallel residual with norms per head; fused and
-# interleaved queries, keys and values. The others are slow.
-DEFAULT_TIER = ("glm4", "cohere", "gpt_neox")
-NAMES = [name if name in DEFAULT_TIER else pytest.param(name, marks=pytest.mark.slow) for name in FURTHER_FAMILIES]
-PARAMETERS = pytest.mark.parametrize("name", NAMES)
+# interleaved queries, keys and values; experts with a shared one. The others are slow.
+DEFAULT_TIER = ("glm4", "cohere", "gpt_neox", "glm4_moe")
+NAMES = {
+    name: name if name in DEFAULT_TIER else pytest.param(name, marks=pytest.mark.slow) for name in FURTHER_FAMILIES
+}
+PARAMETERS = pytest.mark.parametrize("name", NAMES.values())
+MIXTURES = pytest.mark.parametrize("name", [p for name, p in NAMES.items() if FAMILIES[name].expert_columns_key])
 
 
 def flags(*argv: object) -> argparse.Namespace:
@@ -52,7 +55,8 @@ def test_family_is_pruned_reloaded_and_trained(name, samples, tokenizer, text_fi
     model_slimming.main(flags(*run, "--save_pruned_weights", "--save_dir", tmp_path / "out"))
     dense, masked = (AutoModelForCausalLM.from_pretrained(tmp_path / folder) for folder in ("dense", "out"))
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "pruned_weights")
-    shapes = layer_shapes(pruned.config)
+    shapes, card = layer_shapes(pruned.config), (tmp_path / "out" / "pruned_weights" / "README.md").read_text()
+    assert ("of the shared expert |" in card) == bool(find_family(dense.config).shared_expert)
     assert len({(shape.num_heads, shape.num_columns) for shape in shapes}) > 1
     assert difference(masked, pruned, samples) < 1e-4
     assert difference(dense, pruned, samples) > 1e-2
@@ -85,9 +89,11 @@ def test_removed_rows_feed_removed_columns_alone(name, by_query_head, samples):
         else:
             groups = [group for group in range(shape.num_kv_heads) if group != index % shape.num_kv_heads]
             masks.append(LayerMask.from_groups(shape, groups, columns))
+    maps = [f"{name}.weight" for name in (family.attention_out, family.mlp_out, f"{family.shared_expert}.down_proj")]
+    outputs = [*maps, f"{family.experts}.down_proj"]
     for layer, mask in zip(family.decoder_layers(zeroed), masks, strict=True):
         for parameter, (dim, indices) in removed_indices(family, mask).items():
-            if dim == 1:
+            if parameter in outputs:
                 zero_indices(layer.get_parameter(parameter).data, dim, indices)
     if family.head_norms:
         # These norms include the heads whose rows are zero.
@@ -114,6 +120,24 @@ def test_uniform_shapes_make_a_stock_model_or_are_refused(name, samples, tmp_pat
     assert stock.config.model_type == name
     # The q/k norms over all heads have another epsilon in a stock model.
     assert difference(model, stock, samples) < 1e-4
+
+
+@MIXTURES
+def test_whole_experts_of_family_are_removed_from_a_stock_model(name, samples, tokenizer, text_file, tmp_path):
+    ungrouped = {"n_group": 1} if name in ("glm4_moe", "deepseek_v3") else {}
+    dense = make_tiny(name, **ungrouped)
+    dense.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    run = [tmp_path / "dense", "--data_file", text_file, "--num_samples", 8, "--seqlen", 16, "--device", "cpu"]
+    run += ["--expert_unit", "expert", "--sparsity", 0.25, "--skip_evaluate", "--save_pruned_weights"]
+    model_slimming.main(flags(*run, "--save_dir", tmp_path / "out"))
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "pruned_weights")
+    assert type(pruned) is type(dense)
+    assert {shape.num_experts for shape in layer_shapes(pruned.config)} <= {0, 3}
+    assert difference(dense, pruned, samples) > 1e-2
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    cached, plain = (pruned.generate(samples[:2, :5], use_cache=use_cache, **options) for use_cache in (True, False))
+    assert torch.equal(cached, plain)
 
 
 def table_lines() -> list[str]:

@@ -243,3 +243,18 @@ def test_whole_experts_on_two_processes_are_those_of_one(mixture, argv, tmp_path
     one, two = (load(tmp_path / name / "pruned_weights").state_dict() for name in ("1", "2"))
     for key, tensor in one.items():
         assert (tensor - two[key]).abs().max() <= 1e-3 * tensor.abs().max(), key
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("glm4_moe", ["--sparsity", 0.5], "the router of glm4_moe chooses among n_group 2 groups of as many experts"),
+        ("phimoe", ["--sparsity", 0.99], "the router of phimoe needs 2 experts, 1 would be left"),
+    ],
+)
+def test_model_slimming_to_experts_that_the_router_cannot_choose_among_is_refused(
+    name, flags, message, mixture, argv, tmp_path
+):
+    with pytest.raises(UserError, match=f"--expert_unit expert: {message}"):
+        main(mixture(name), *argv, *WHOLE, *flags, "--save_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

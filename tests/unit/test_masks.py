@@ -12,6 +12,7 @@ from slim_utils.params_remove import kept_indices, select_indices, shrink
 from tests.conftest import ALL_TINY, make_tiny
 
 GROUPED, EXPERTS = LayerShape(6, 3, 4, 8), LayerShape(6, 3, 4, 12, num_experts=3)
+SHARED = LayerShape(6, 3, 4, 12, num_experts=3, num_shared_columns=8)
 
 
 def uneven_masks(shapes: list[LayerShape], unit: str, dense_layer: int) -> list[LayerMask]:
@@ -89,6 +90,12 @@ def test_compose_of_two_prunings_slices_the_dense_weights_to_the_pruned_model(va
             LayerMask(LayerShape(2, 1, 4, 6, num_experts=3), [0, 1], [0], [1, 2, 5]),
             LayerMask(EXPERTS, [0, 1], [0], [1, 6, 11]),
         ),
+        # And of the shared expert, which loses twice as many.
+        (
+            LayerMask(SHARED, [0, 1], [0], [0, 1, 6, 7, 8, 11], [0, 2, 4, 7]),
+            LayerMask(LayerShape(2, 1, 4, 6, 3, num_shared_columns=4), [0, 1], [0], [1, 2, 5], [2, 3]),
+            LayerMask(SHARED, [0, 1], [0], [1, 6, 11], [4, 7]),
+        ),
     ],
 )
 def test_compose_gives_indices_of_the_first_layer(earlier, later, expected):
@@ -96,6 +103,16 @@ def test_compose_gives_indices_of_the_first_layer(earlier, later, expected):
     assert expected.relative_to(earlier) == later
     assert LayerMask.dense(earlier.shape).compose(earlier) == earlier
     assert earlier.compose(LayerMask.dense(earlier.kept_shape)) == earlier
+
+
+def test_from_groups_without_kept_shared_columns_keeps_as_many_as_go_with_the_columns(tmp_path):
+    mask = LayerMask.from_groups(SHARED, [0], [1, 6, 11])
+    assert mask.kept_shared == [0, 1] and mask.removed_units()["shared_columns"] == [2, 3, 4, 5, 6, 7]
+    assert mask.kept_shape == LayerShape(2, 1, 4, 3, 3, num_shared_columns=2)
+    assert LayerMask.dense(SHARED).kept_shared == list(range(8))
+    units = ModelUnits.unpruned("tiny", "qwen2_moe", True, [SHARED])
+    write_pruning(tmp_path / "pruning.json", units, [mask])
+    assert read_pruning(tmp_path / "pruning.json") == [mask]
 
 
 def test_compose_with_a_mask_of_another_shape_is_refused():

@@ -1,15 +1,22 @@
 """Masked routers against logits of −inf, and against the router without the rows of the removed experts."""
 
+from itertools import product
+
 import pytest
 import torch
 
+from models.families import FAMILIES
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import shrink, zero_removed
-from slim_utils.routers import active_experts, mask_router
-from tests.conftest import make_tiny
+from slim_utils.routers import Router, active_by_layer, active_experts
+from tests.conftest import FURTHER_FAMILIES, make_tiny
 
 MIXTURES = [("mixtral", {}), ("qwen3_moe", {}), ("qwen3_moe", {"norm_topk_prob": False})]
+
+
+# Also with routers of other names and outputs, further tensors per expert and other layouts of experts.
+FURTHER_MIXTURES = [name for name in FURTHER_FAMILIES if FAMILIES[name].expert_columns_key]
 
 
 def expert_masks(shapes, kept: list[int]) -> list[LayerMask]:
@@ -30,7 +37,7 @@ def test_mask_router_is_the_top_k_of_logits_with_minus_infinity(name, overrides,
     hidden = torch.randn(50, 24, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         dense_logits = router(hidden)[0]
-        mask_router(router, kept)
+        Router(router).mask(kept)
         logits, weights, indices = router(hidden)
     removed = sorted(set(range(4)) - set(kept))
     expected = dense_logits.index_fill(1, torch.tensor(removed), -torch.inf).softmax(-1)
@@ -47,10 +54,10 @@ def test_mask_router_again_or_with_all_experts_replaces_the_mask():
     router, hidden = make_tiny("mixtral").model.layers[0].mlp.gate, torch.randn(9, 24)
     with torch.no_grad():
         dense = router(hidden)
-        mask_router(router, [0, 1])
-        mask_router(router, [2, 3])
+        Router(router).mask([0, 1])
+        Router(router).mask([2, 3])
         assert set(router(hidden)[2].flatten().tolist()) == {2, 3}
-        mask_router(router, [0, 1, 2, 3])
+        Router(router).mask([0, 1, 2, 3])
         assert all(torch.equal(*pair) for pair in zip(router(hidden), dense, strict=True))
     assert active_experts(make_tiny("mixtral").config, 1) == 1
 
@@ -58,32 +65,38 @@ def test_mask_router_again_or_with_all_experts_replaces_the_mask():
 def test_masked_router_runs_its_hooks_once_on_the_logits_of_all_experts(samples):
     model = make_tiny("mixtral", output_router_logits=True)
     for layer in model.model.layers:
-        mask_router(layer.mlp.gate, [0, 2])
+        Router(layer.mlp.gate).mask([0, 2])
     with torch.no_grad():
         output = model(samples)
     assert len(output.router_logits) == 4 and all(logits.shape[-1] == 4 for logits in output.router_logits)
     assert output.aux_loss.isfinite()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kept", [[0, 1, 3], [2]])
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("name", "kept", "dtype"),
+    [
+        *product(["mixtral", "qwen3_moe"], [[0, 1, 3], [2]], [torch.float64, torch.float32, torch.bfloat16]),
+        *product(FURTHER_MIXTURES, [[0, 1, 3]], [torch.float32]),
+    ],
+)
 def test_shrink_without_experts_is_a_stock_model_with_the_logits_of_the_masked_model(name, kept, dtype, samples):
-    model = make_tiny(name, dtype)
+    ungrouped = {"n_group": 1} if name in ("glm4_moe", "deepseek_v3") else {}
+    model = make_tiny(name, dtype, **ungrouped)
     family = find_family(model.config)
     masks = expert_masks(layer_shapes(model.config), kept)
     zero_removed(model, family, masks)
     pruned = shrink(model, family, masks, uniform_shapes=True)
     assert type(pruned) is type(model) and pruned.config.model_type == name
-    assert (pruned.config.num_experts, pruned.config.num_experts_per_tok) == (len(kept), min(2, len(kept)))
-    assert model.config.num_experts_per_tok == 2
+    assert {shape.num_experts for shape in layer_shapes(pruned.config)} <= {0, len(kept)}
+    assert set(active_by_layer(pruned.config)) == {min(2, len(kept))}
+    assert set(active_by_layer(model.config)) == {2}
     with torch.no_grad():
         expected, logits = model(samples).logits, pruned(samples).logits
     assert logits.dtype == dtype
     assert (logits - expected).abs().max() <= 1e-6 * expected.abs().max()
     # Not the dense model's: the mask matters.
     with torch.no_grad():
-        assert not torch.allclose(logits, make_tiny(name, dtype)(samples).logits, rtol=1e-2)
+        assert not torch.allclose(logits, make_tiny(name, dtype, **ungrouped)(samples).logits, rtol=1e-2)
 
 
 def test_shrink_to_different_numbers_of_experts_is_refused():

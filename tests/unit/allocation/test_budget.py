@@ -22,7 +22,7 @@ from slim_utils.allocation.budget import (
 )
 from slim_utils.allocation.planner import Planner
 from slim_utils.allocation.schedules import layer_ratios, non_uniform_ratios
-from slim_utils.cli.slimming_checks import num_sink_windows, resolve_preset, with_preset
+from slim_utils.cli.slimming_checks import num_sink_windows, with_preset
 from slim_utils.common.errors import UserError
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layerwise.resume import LayerStore
@@ -205,22 +205,6 @@ def test_with_preset_best_keeps_explicit_flags(flags, allocation, column_group, 
     assert config.exact_heads == ("best" in flags)
 
 
-@pytest.mark.parametrize(
-    ("flags", "allocation"),
-    [
-        ({}, "log_increase"),
-        ({"allocation": "uniform"}, "uniform"),
-        ({"allocation": "search"}, "search"),
-        # Refused by the planner, which names --refine.
-        ({"refine": 1}, "search"),
-    ],
-)
-def test_resolve_preset_best_of_moe_model_replaces_its_search_alone(flags, allocation, caplog):
-    config = resolve_preset(PruningConfig(preset="best", target_ratio=0.3, **flags), experts=True)
-    assert config.allocation == allocation
-    assert ("no sensitivity analysis with experts" in caplog.text) == (not flags)
-
-
 def test_target_ratio_with_uniform_shapes_is_met(words, tmp_path):
     flags = ["--target_ratio", 0.3, "--uniform_shapes", "--save_pruned_weights", "--save_dir", tmp_path / "out"]
     main(*words, *flags)
@@ -260,23 +244,17 @@ def test_search_single_kv_group_is_kept(tokenizer, text_file, tmp_path):
     assert all(layer["attention"]["loss"] is None for layer in record["search"])
 
 
-def test_search_of_moe_model_is_refused_or_replaced_by_the_preset(tokenizer, text_file, tmp_path):
-    make_tiny("mixtral").save_pretrained(tmp_path / "model")
+def test_preset_best_of_moe_model_searches_and_refines(tokenizer, text_file, tmp_path):
+    make_tiny("qwen2_moe").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    flags = ["--data_file", text_file, "--target_ratio", 0.3, "--seqlen", 32, "--save_dir", tmp_path / "out"]
-    # Explicit flags are refused; only the allocation of the preset is replaced.
-    for preset in ([], ["--preset", "best"]):
-        with pytest.raises(UserError, match="--allocation search is not supported for MoE models"):
-            main(tmp_path / "model", *flags, *preset, "--allocation", "search")
-    for flag in ("--refine", "--search_minutes"):
-        with pytest.raises(UserError, match=f"{flag} .*not supported for MoE models") as error:
-            main(tmp_path / "model", *flags, "--preset", "best", flag, 1)
-        assert "\n" not in str(error.value)
-    assert not LayerStore(tmp_path / "out").exists()
-    flags += ["--preset", "best", "--num_samples", 8, "--device", "cpu", "--skip_evaluate"]
+    flags = ["--data_file", text_file, "--target_ratio", 0.3, "--seqlen", 32, "--num_samples", 8, "--device", "cpu"]
+    flags += ["--preset", "best", "--refine", 1, "--skip_evaluate", "--save_dir", tmp_path / "out"]
     main(tmp_path / "model", *flags)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert record["arguments"]["allocation"] == "log_increase" and "search" not in record
+    assert record["arguments"]["allocation"] == "search"
+    assert all(layer["mlp"]["loss"] > 0 for layer in record["search"])
+    # To 8 columns of every expert.
+    assert record["sizes"]["block_share_removed"] == pytest.approx(0.3, abs=0.1)
 
 
 def test_search_without_time_measures_first_and_last_layer(words, tmp_path):

@@ -1,11 +1,6 @@
 """Plans of all layers from a configuration."""
 
-from contextlib import nullcontext
-
-import pytest
-
 from slim_utils.allocation.planner import Planner
-from slim_utils.common.errors import UserError
 from slim_utils.families import find_family
 from slim_utils.layerwise.offload import ResidentModel
 from slim_utils.masks import LayerPlan
@@ -16,12 +11,6 @@ from tests.conftest import make_tiny
 def planner(name: str, **flags) -> Planner:
     model, config = make_tiny(name), PruningConfig(device="cpu", cache_dev="cpu", **flags)
     return Planner(config, ResidentModel(model, find_family(model.config)))
-
-
-@pytest.mark.parametrize(("name", "refused"), [("mixtral", True), ("gqa", False)])
-def test_check_measurable_of_moe_model_is_refused(name, refused):
-    with pytest.raises(UserError, match="MoE") if refused else nullcontext():
-        planner(name, target_ratio=0.3, allocation="search").check_measurable()
 
 
 def test_plans_of_ratios_are_counts_of_query_heads_and_columns():

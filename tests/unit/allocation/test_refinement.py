@@ -79,7 +79,7 @@ def test_measure_around_interrupted_restores_the_dense_model(samples, monkeypatc
         assert torch.equal(parameter, before)
 
 
-@pytest.mark.parametrize("name", ["olmo2", "phi3", "gemma2"])
+@pytest.mark.parametrize("name", ["olmo2", "phi3", "gemma2", "qwen2_moe", "gpt_oss"])
 def test_refined_plans_of_every_family_keep_the_budget(name, samples):
     model, dense = make_tiny(name), make_tiny(name)
     host, family = ResidentModel(model, find_family(model.config)), find_family(model.config)
@@ -216,15 +216,6 @@ def test_refine_without_time_measures_first_and_last_layer(words, tmp_path, monk
 def test_refine_with_contradictory_flags_is_refused(flags, message, words):
     with pytest.raises(UserError, match=message):
         main(*words, *flags)
-
-
-@pytest.mark.parametrize("preset", ["paper", "best"])
-def test_refine_of_moe_model_is_refused(preset, tokenizer, text_file, tmp_path):
-    make_tiny("mixtral").save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    flags = ["--data_file", text_file, "--target_ratio", 0.3, "--refine", 1, "--seqlen", 32, "--preset", preset]
-    with pytest.raises(UserError, match="--refine is not supported for MoE models"):
-        main(tmp_path / "model", *flags)
 
 
 def test_refine_without_target_is_refused(checkpoint, text_file):

@@ -18,7 +18,9 @@ from slim_utils.allocation.sensitivity import (
 )
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layerwise.offload import ResidentModel
+from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import PruningSettings
+from slim_utils.masks import LayerPlan
 from slim_utils.obs import SelectionOptions
 from slim_utils.slimgpt import SlimGPT
 from tests.conftest import make_tiny
@@ -57,6 +59,25 @@ def test_loss_curves_at_the_reference_count_are_the_divergence(name, stride, sam
     for losses in (curve.losses for layer in curves for curve in (layer.heads, layer.columns)):
         assert (np.diff(losses) >= 0).all() and losses[0] == 0
     assert (len(curves[0].heads.losses), len(curves[0].columns.losses)) == (units[0].heads, 37)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss"])
+def test_measure_loss_of_columns_of_experts_is_the_divergence_of_the_pruned_model(name, samples, monkeypatch):
+    """The loss at the reference count is that of the model with the experts of one layer alone pruned."""
+    monkeypatch.setattr(sensitivity, "PROBE_STRIDE", 1)
+    model, dense = make_tiny(name, torch.float64), make_tiny(name, torch.float64)
+    family, settings, probe = find_family(model.config), PruningSettings(CPU, CPU), samples[:COLUMN_PROBE_SAMPLES]
+    columns = measure(ResidentModel(model, family), samples, range(4), settings)[2].columns
+    for parameter, before in zip(model.parameters(), dense.parameters(), strict=True):
+        assert torch.equal(parameter, before)
+    plans = [LayerPlan(columns=columns.count if index == 2 else 0) for index in range(4)]
+    with torch.no_grad():
+        expected = model(probe).logits.log_softmax(-1)
+        prune_layers(model, family, samples, plans, settings)
+        changed = model(probe).logits.log_softmax(-1)
+    total = functional.kl_div(changed, expected, reduction="sum", log_target=True).item()
+    assert columns.loss == pytest.approx(total / expected[..., 0].numel(), rel=1e-3, abs=3e-8)
+    assert (np.diff(columns.errors) >= 0).all()
 
 
 PROTOCOL = [4, 0.3, 0.9, 4, 2, 256]

@@ -23,7 +23,8 @@ MEMORY = PruningConfig(target_memory="0.9x", at_context=300, at_batch=3)
 MACS = PruningConfig(target_macs="0.9x")
 
 
-@pytest.mark.parametrize("variant", ALL_TINY)
+# Also shared experts, experts that all run on every token, and latent attention.
+@pytest.mark.parametrize("variant", [*ALL_TINY, "qwen2_moe", "llama4_text", "deepseek_v3"])
 @pytest.mark.parametrize("unit", ["query_head", "kv_group"])
 @pytest.mark.parametrize("config", [MACS, MEMORY], ids=["macs", "memory"])
 def test_cost_of_units_is_what_the_pruned_model_saves(variant, unit, config):

@@ -6,11 +6,21 @@ import pytest
 import torch
 
 from slim_utils.allocation.planner import plans_of
-from slim_utils.families import find_family, layer_shapes
-from slim_utils.layerwise.experts import expert_inputs, expert_linear, prune_experts
+from slim_utils.families import SHARED_COLUMNS, find_family, layer_shapes
+from slim_utils.layerwise.experts import (
+    Experts,
+    expert_inputs,
+    expert_linear,
+    expert_maps,
+    result_of_experts,
+    tokens_of_expert,
+)
+from slim_utils.layerwise.output_maps import OutputMaps
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import PruningSettings
-from slim_utils.masks import LayerMask
+from slim_utils.masks import LayerMask, LayerPlan
+from slim_utils.routers import Router
+from slim_utils.slimgpt import PruneResult
 from tests import reference_slimgpt
 from tests.conftest import make_tiny
 
@@ -26,29 +36,76 @@ def some_calls(experts, counts: list[int]):
     return hidden, chosen[:, None], weights
 
 
+def prune_experts(experts, name: str, calls, count: int, settings: PruningSettings) -> PruneResult:
+    """Remove ``count`` columns of every expert."""
+    maps = OutputMaps(name, expert_maps(Experts(experts), name, calls), [experts.down_proj.data])
+    return result_of_experts(maps.prune(count, settings))
+
+
 def tiny_experts(name: str = "mixtral"):
     """The experts of one layer, in float64: four, of 40 columns on a hidden size of 24."""
     return make_tiny(name, torch.float64).model.layers[0].mlp.experts
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_the_experts_outputs_are_linear_in_these_inputs(name, samples):
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "llama4_text"])
+def test_the_experts_outputs_are_linear_in_these_inputs_but_for_biases(name, samples):
     model = make_tiny(name, torch.float64)
-    experts, seen = model.model.layers[0].mlp.experts, []
-    experts.register_forward_hook(lambda module, args, output: seen.append((args, output)))
+    family, layer, seen = find_family(model.config), model.model.layers[3], {}
+    router = Router.of(layer, family)
+    router.module.register_forward_pre_hook(lambda module, args: seen.update(hidden=args[0]))
+    layer.get_submodule(family.experts).register_forward_hook(lambda module, args, output: seen.update(output=output))
+    experts = Experts.of(layer, family)
     with torch.no_grad():
         model(samples)
-        (hidden, chosen, weights), output = seen[0]
-        total = torch.zeros_like(output)
-        for index, inputs in expert_inputs(experts, hidden, chosen, weights):
-            token = torch.where(chosen == index)[0]
-            total.index_add_(0, token, inputs.to(output.dtype) @ experts.down_proj[index].T)
+        hidden, output = seen["hidden"], seen["output"]
+        chosen, weights = router.route(hidden)
+        total = torch.zeros_like(hidden)
+        for index in range(4):
+            routed = tokens_of_expert(experts, index, hidden, chosen, weights)
+            total.index_add_(0, routed.token, (routed.inputs.double() @ experts.down_proj[index].T).to(total))
+            if routed.bias is not None:
+                total.index_add_(0, routed.token, routed.bias.to(total))
+    # Those of LLaMA 4 run every expert on every token.
+    output = output.view(-1, *hidden.shape).sum(0)
     assert torch.allclose(total, output, rtol=1e-6, atol=1e-6 * output.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "llama4_text"])
+def test_prune_layers_shared_expert_loses_columns_by_its_gated_inputs(name, samples):
+    model, dense = make_tiny(name, torch.float64), make_tiny(name, torch.float64)
+    family, layer, seen = find_family(model.config), dense.model.layers[3], {}
+    plans = [LayerPlan()] * 3 + [LayerPlan(columns=8)]
+    masks, reports = prune_layers(model, family, samples, plans, PruningSettings(CPU, CPU))
+    down_proj = layer.get_submodule(f"{family.shared_expert}.down_proj")
+    down_proj.register_forward_pre_hook(lambda module, args: seen.update(inputs=args[0]))
+    if family.shared_gate:
+        gate = layer.get_submodule(family.shared_gate)
+        gate.register_forward_hook(lambda module, args, output: seen.update(gate=output))
+    with torch.no_grad():
+        dense(samples)
+    inputs = seen["inputs"] * seen["gate"].sigmoid() if family.shared_gate else seen["inputs"]
+    hessian = reference_slimgpt.hessian_of(inputs[None])
+    expected, removed = reference_slimgpt.struct_prune(down_proj.weight.data, hessian, 0.5, percdamp=0.01)
+    # As a share, the columns of the experts: half of 16.
+    assert len(removed) == {"qwen2_moe": 16, "llama4_text": 8}[name]
+    assert masks[3].removed_units()[SHARED_COLUMNS] == removed
+    weight = model.model.layers[3].get_submodule(f"{family.shared_expert}.down_proj").weight
+    assert torch.allclose(weight, expected, rtol=1e-4, atol=1e-4)
+    line = f"shared expert −{len(removed)}/{2 * len(removed)} error {reports[0].shared.error_uncompensated:.2e}"
+    assert line in reports[0].log_line(4)
+
+
+def test_shared_expert_that_is_narrower_than_an_expert_is_left_as_it_is(samples):
+    model = make_tiny("qwen2_moe", shared_expert_intermediate_size=12)
+    family, plans = find_family(model.config), [LayerPlan()] * 3 + [LayerPlan(columns=8)]
+    masks, reports = prune_layers(model, family, samples, plans, PruningSettings(CPU, CPU))
+    assert masks[3].kept_shared == list(range(12)) and reports[0].shared is None
+    assert "shared expert −0/12" in reports[0].log_line(4)
 
 
 def test_an_experts_linear_map_is_its_slice():
     experts = tiny_experts()
-    linear = expert_linear(experts, 2)
+    linear = expert_linear(Experts(experts), 2)
     with torch.no_grad():
         linear.weight[:, 5] = 7
     assert (linear.in_features, linear.out_features) == (40, 24)
@@ -59,7 +116,7 @@ def test_every_expert_by_its_own_tokens():
     experts, dense = tiny_experts(), tiny_experts()
     calls = some_calls(experts, [60, 50, 45, 70])
     result = prune_experts(experts, "experts", [calls], 12, PruningSettings(CPU, CPU))
-    for index, inputs in expert_inputs(dense, *calls):
+    for index, inputs in expert_inputs(Experts(dense), *calls):
         hessian = reference_slimgpt.hessian_of(inputs[None])
         expected, removed = reference_slimgpt.struct_prune(dense.down_proj[index].data, hessian, 0.3, percdamp=0.01)
         assert [u - 40 * index for u in result.pruned_units if u // 40 == index] == removed
@@ -89,6 +146,22 @@ def test_batches_add_up():
     expected = prune_experts(whole, "experts", [calls], 12, PruningSettings(CPU, CPU))
     split = [tuple(tensor[start::3] for tensor in calls) for start in range(3)]
     assert prune_experts(parts, "experts", split, 12, PruningSettings(CPU, CPU)).pruned_units == expected.pruned_units
+
+
+def test_error_curve_of_experts_is_the_error_of_their_outputs():
+    """Of 12 columns less, over all tokens; the expert without tokens adds nothing."""
+    experts, dense, columns = tiny_experts(), tiny_experts(), 12
+    calls = some_calls(experts, [60, 50, 45, 0])
+    settings = PruningSettings(CPU, CPU, percdamp=1e-9)
+    maps = OutputMaps("experts", expert_maps(Experts(experts), "experts", [calls]), [experts.down_proj.data])
+    errors = maps.error_curve(columns, settings, steps=1)
+    assert torch.equal(experts.down_proj, dense.down_proj) and len(errors) == columns + 1
+    maps.prune(columns, settings)
+    total = 0.0
+    for index, inputs in expert_inputs(Experts(dense), *calls):
+        total += (inputs @ (experts.down_proj[index] - dense.down_proj[index]).T).square().sum().item()
+    # The Hessian is that of one batch, with the factor 2, as a mean over the experts with tokens.
+    assert errors[columns].item() == pytest.approx(2 * total / 3, rel=1e-3)
 
 
 def test_experts_that_saw_few_tokens_are_damped_and_reported(caplog):

@@ -8,11 +8,12 @@ import torch
 from slim_utils.common.errors import UserError
 from slim_utils.families import find_family
 from slim_utils.layerwise import whole_experts
-from slim_utils.layerwise.experts import tokens_of_expert
+from slim_utils.layerwise.experts import Experts, tokens_of_expert
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.layerwise.whole_experts import lowest, prune_whole_experts
 from slim_utils.masks import LayerPlan
+from slim_utils.routers import Router
 from tests.conftest import make_tiny
 
 CPU = torch.device("cpu")
@@ -38,7 +39,7 @@ def prune(experts, router, count: int, settings: PruningSettings = SETTINGS, hid
     for batch in hidden.split(len(hidden) // SEQLEN // parts * SEQLEN):
         _, weights, indices = router(batch)
         calls.append(((batch, indices, weights), SEQLEN))
-    return prune_whole_experts(experts, router, "experts", calls, count, settings)
+    return prune_whole_experts(Experts(experts), Router(router), "experts", calls, count, settings)
 
 
 @torch.no_grad()
@@ -131,8 +132,8 @@ def test_refit_of_one_expert_per_token_is_the_ridge_solution_of_the_best_damping
     with torch.no_grad():
         _, weights, indices = router(hidden)
     for index in kept:
-        token, z = tokens_of_expert(dense_experts, index, hidden, indices, weights)
-        z, target, out = z.detach().double(), y[token], held_out()[token]
+        routed = tokens_of_expert(Experts(dense_experts), index, hidden, indices, weights)
+        z, target, out = routed.inputs.detach().double(), y[routed.token], held_out()[routed.token]
         W = dense_experts.down_proj[index].detach()
         solutions = []
         for percdamp in (0.01, 0.1, 1.0):
@@ -204,6 +205,24 @@ def test_prune_layers_without_an_expert_that_no_token_reaches_changes_no_logit(n
     assert (logits - dense).abs().max() <= 1e-6 * dense.abs().max()
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "llama4_text", "ernie4_5_moe", "hunyuan_v1_moe", "phimoe"])
+def test_prune_layers_reports_the_error_of_the_experts_outputs_in_every_layout(name, samples):
+    """Biases of experts, gates on inputs, and routers with further tensors, in submodules or of two experts alone."""
+    outputs = []
+    for count in (0, 2):
+        model = make_tiny(name, torch.float64)
+        family, layer = find_family(model.config), model.model.layers[3]
+        plans = [LayerPlan()] * 3 + [LayerPlan(experts=count)]
+        reports = prune_layers(model, family, samples, plans, SETTINGS)[1]
+        seen = layer.get_submodule(family.experts).register_forward_hook(lambda *args: outputs.append(args[2]))
+        with torch.no_grad():
+            model(samples)
+        seen.remove()
+    dense, pruned = (output.view(-1, 128, 24).sum(0) for output in outputs)
+    assert 0 < reports[0].mlp.error_compensated <= reports[0].mlp.error_uncompensated
+    assert error(dense, pruned) == pytest.approx(reports[0].mlp.error_compensated, rel=1e-4)
+
+
 def test_prune_layers_feeds_the_outputs_of_masked_layers_to_the_next(samples):
     model, dense = make_tiny("mixtral"), make_tiny("mixtral")
     plans, family, seen = [LayerPlan(experts=2)] * 4, find_family(dense.config), {}
@@ -219,7 +238,7 @@ def test_prune_layers_feeds_the_outputs_of_masked_layers_to_the_next(samples):
     block.experts.register_forward_pre_hook(lambda module, args: calls.append((args, 16)))
     with torch.no_grad():
         again(samples)
-        _, report = prune_whole_experts(block.experts, block.gate, "experts", calls, 2, SETTINGS)
+        _, report = prune_whole_experts(Experts(block.experts), Router(block.gate), "experts", calls, 2, SETTINGS)
     last = prune_layers(make_tiny("mixtral"), family, samples, plans, SETTINGS)[1][3]
     assert last.experts.scores == pytest.approx(report.scores, rel=1e-4)
     assert last.experts.scores != pytest.approx(alone.experts.scores, rel=1e-2)
