@@ -11,12 +11,16 @@ if TYPE_CHECKING:
 
 # Kinds of rows of a linear map; QKV: query, key and value of every head side by side.
 HEADS, KV_HEADS, COLUMNS, QKV = "heads", "kv_heads", "columns", "qkv"
+# Query and gate of every head side by side.
+GATED_HEADS = "gated_heads"
 # Columns of the FFN of every token beside the experts.
 SHARED_COLUMNS = "shared_columns"
 # Heads of latent attention, in the map of queries, and in that of keys and values from the latents.
 LATENT_QUERIES, LATENT_KEY_VALUES = "latent_queries", "latent_key_values"
 # Query heads per kv head.
 HEADS_PER_GROUP = "heads_per_group"
+# Layer types, as in ``layer_types``, with another mixer of tokens in place of attention heads.
+OTHER_MIXERS = ("linear_attention", "conv")
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Family:
         model_class: its model without a head.
         causal_class: its causal language model.
         layers: name of the list of decoder layers in the causal language model.
+        tuple_outputs: whether a decoder layer returns its output as a tuple.
         attention_out: linear map whose input columns are the query heads side by side.
         attention_rows: linear maps that feed ``attention_out``, and the kinds of their output rows as stacked.
         mlp_out: linear map whose input columns are the FFN's intermediate columns.
@@ -58,6 +63,7 @@ class Family:
         head_parameters: further parameters with one row or entry per head, by name, and the kind of head.
         latent_attention: whether keys and values are computed from latents, which are cached in their place.
         columns_key: configuration key of the FFN width; 4 times the hidden size where it is ``None``.
+        fixed_keys: configuration keys that a pruned model sets, and their values.
         experts: module with the 3-D parameters ``gate_up_proj`` and ``down_proj`` of a mixture of experts, if any.
         expert_layout: layout of these parameters.
         expert_columns_key: configuration key of the width of an expert; empty for families without experts.
@@ -84,6 +90,7 @@ class Family:
     model_class: str
     causal_class: str
     layers: str = "model.layers"
+    tuple_outputs: bool = False
     attention_out: str = "self_attn.o_proj"
     attention_rows: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("self_attn.q_proj", (HEADS,)),
@@ -99,6 +106,7 @@ class Family:
     head_parameters: tuple[tuple[str, str], ...] = ()
     latent_attention: bool = False
     columns_key: str = "intermediate_size"
+    fixed_keys: tuple[tuple[str, Any], ...] = ()
     experts: str = "mlp.experts"
     expert_layout: ExpertLayout = PLAIN_LAYOUT
     expert_columns_key: str = ""
@@ -133,6 +141,11 @@ class Family:
         """Return the decoder layers of ``model``."""
         return model.get_submodule(self.layers)
 
+    def mixer(self, config: PreTrainedConfig, index: int) -> str:
+        """Return the layer type of layer ``index`` if it has another mixer of tokens than attention heads, else ""."""
+        types = getattr(config, "layer_types", None)
+        return types[index] if types and types[index] in OTHER_MIXERS else ""
+
     def num_experts(self, config: PreTrainedConfig, index: int) -> int:
         """Return the number of experts of layer ``index``; 0 for a dense FFN."""
         if not self.expert_columns_key or index in (getattr(config, "mlp_only_layers", None) or ()):
@@ -154,6 +167,16 @@ class Family:
         count = getattr(layer_config, self.shared_count_key) if self.shared_count_key else 1
         return count * getattr(layer_config, self.expert_columns_key)
 
+    def ffn_width(self, layer_config: PreTrainedConfig, num_experts: int) -> int:
+        """Return the FFN width of a layer, or that of each of ``num_experts`` experts."""
+        width = getattr(layer_config, self.width_key(num_experts)) or 4 * layer_config.hidden_size
+        if getattr(layer_config, "block_auto_adjust_ff_dim", False):
+            # LFM2 derives the width of its gated FFN from that of one without a gate.
+            width, multiple = 2 * width // 3, layer_config.block_multiple_of
+            if layer_config.block_ffn_dim_multiplier is not None:
+                width = -(-int(layer_config.block_ffn_dim_multiplier * width) // multiple) * multiple
+        return width
+
     def width_key(self, num_experts: int) -> str:
         """Return the configuration key of the FFN width of a layer with ``num_experts`` experts."""
         return self.expert_columns_key if num_experts else self.columns_key
@@ -171,11 +194,17 @@ def row(base_type: str, name: str, **differences: Any) -> Family:
 
 _QK_NORMS_OVER_HEADS = (("self_attn.q_norm", HEADS), ("self_attn.k_norm", KV_HEADS))
 _FUSED_GATE_UP = (("mlp.gate_up_proj", (COLUMNS, COLUMNS)),)
+_FEED_FORWARD = (("feed_forward.gate_proj", (COLUMNS,)), ("feed_forward.up_proj", (COLUMNS,)))
 _UP_ALONE = (("mlp.up_proj", (COLUMNS,)),)
 _LATENT_ROWS = (
     ("self_attn.q_proj", (LATENT_QUERIES,)),
     ("self_attn.q_b_proj", (LATENT_QUERIES,)),
     ("self_attn.kv_b_proj", (LATENT_KEY_VALUES,)),
+)
+_GATED_QUERIES = (
+    ("self_attn.q_proj", (GATED_HEADS,)),
+    ("self_attn.k_proj", (KV_HEADS,)),
+    ("self_attn.v_proj", (KV_HEADS,)),
 )
 _PER_HEAD_NORMS = (("self_attn.q_norm.weight", HEADS), ("self_attn.k_norm.weight", KV_HEADS))
 
@@ -261,7 +290,7 @@ ROWS = (
         config_class="Llama4TextConfig",
         model_class="Llama4TextModel",
         mlp_out="feed_forward.down_proj",
-        mlp_rows=(("feed_forward.gate_proj", (COLUMNS,)), ("feed_forward.up_proj", (COLUMNS,))),
+        mlp_rows=_FEED_FORWARD,
         columns_key="intermediate_size_mlp",
         experts="feed_forward.experts",
         expert_layout=ExpertLayout(transposed=True, gate_on_inputs=True),
@@ -391,6 +420,41 @@ ROWS = (
         fewest_experts=2,
         shared_expert="mlp.shared_experts",
         shared_count_key="n_shared_experts",
+    ),
+    row(
+        "qwen3_5_text",
+        "Qwen3_5",
+        slim_type="slim_qwen3_5",
+        config_class="Qwen3_5TextConfig",
+        model_class="Qwen3_5TextModel",
+        attention_rows=_GATED_QUERIES,
+    ),
+    row(
+        "qwen3_next",
+        "Qwen3Next",
+        attention_rows=_GATED_QUERIES,
+        expert_columns_key="moe_intermediate_size",
+        shared_expert="mlp.shared_expert",
+        shared_gate="mlp.shared_expert_gate",
+        shared_columns_key="shared_expert_intermediate_size",
+    ),
+    row("olmo_hybrid", "OlmoHybrid", head_norms=_QK_NORMS_OVER_HEADS),
+    row(
+        "granitemoehybrid",
+        "GraniteMoeHybrid",
+        mlp_out="shared_mlp.output_linear",
+        mlp_rows=(("shared_mlp.input_linear", (COLUMNS, COLUMNS)),),
+        columns_key="shared_intermediate_size",
+        unsupported=(("num_local_experts", "its experts are not supported"),),
+    ),
+    row("falcon_h1", "FalconH1", tuple_outputs=True, mlp_out="feed_forward.down_proj", mlp_rows=_FEED_FORWARD),
+    row(
+        "lfm2",
+        "Lfm2",
+        attention_out="self_attn.out_proj",
+        mlp_out="feed_forward.w2",
+        mlp_rows=(("feed_forward.w1", (COLUMNS,)), ("feed_forward.w3", (COLUMNS,))),
+        fixed_keys=(("block_auto_adjust_ff_dim", False),),
     ),
 )
 

@@ -32,6 +32,7 @@ PER_LAYER_SIZES = (
     "intermediate_size_mlp",
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
+    "shared_intermediate_size",
     "ffn_dim",
 )
 
@@ -77,7 +78,17 @@ def init_dense(init: Callable[..., None], config: PreTrainedConfig) -> None:
         config.gradient_checkpointing = checkpointing
 
 
-class SlimModelMixin:
+class LibraryInitialisation:
+    """Mixin: modules are initialised as in a class of the library, which leaves loaded weights alone.
+
+    For other classes transformers skips a module without parameters of its own, whose buffers then hold no values.
+    """
+
+    def _initialize_weights(self, module: nn.Module, *_: bool, **__: bool) -> None:
+        super()._initialize_weights(module)  # type: ignore[misc]
+
+
+class SlimModelMixin(LibraryInitialisation):
     """Mixin of a family's model: rebuilds layer ``i`` from ``config.per_layer_config[i]``.
 
     Attributes:
@@ -102,6 +113,7 @@ class SlimModelMixin:
         layers: Any = self.get_submodule(self.layers_name)  # type: ignore[attr-defined]
         for i, dense in enumerate(layers):
             layers[i] = self._layer(type(dense), config, i)
+            register_missing_buffers(layers[i], dense)
         self.post_init()
 
     def _layer(self, layer_class: Callable[..., nn.Module], config: PreTrainedConfig, index: int) -> nn.Module:
@@ -118,8 +130,10 @@ class SlimModelMixin:
         for name, kind in self.head_counts:
             owner, _, attribute = name.rpartition(".")
             setattr(layer.get_submodule(owner), attribute, head_count(sizes, kind))
-        for name, kind in self.head_norms:
-            norm: Any = layer.get_submodule(name)
+        modules = dict(layer.named_modules())
+        # Layers with another mixer of tokens have none.
+        for name, kind in (pair for pair in self.head_norms if pair[0] in modules):
+            norm: Any = modules[name]
             norm.variance_epsilon *= getattr(config, kind) / getattr(sizes, kind)
             if self.head_maps:
                 norm.weight = nn.Parameter(norm.weight.new_ones(getattr(sizes, kind) * config.head_dim))
@@ -128,6 +142,15 @@ class SlimModelMixin:
             if isinstance(getattr(module, "config", None), PreTrainedConfig):
                 module.config = view  # type: ignore[assignment]
         return layer
+
+
+def register_missing_buffers(layer: nn.Module, dense: nn.Module) -> None:
+    """Register the buffers that the library's model, not its layer class, has registered on the layer ``dense``."""
+    own = dict(layer.named_buffers())
+    for name, buffer in dense.named_buffers():
+        if name not in own:
+            owner, _, attribute = name.rpartition(".")
+            layer.get_submodule(owner).register_buffer(attribute, buffer, persistent=False)
 
 
 def head_count(sizes: Any, name: str) -> int:
@@ -143,7 +166,7 @@ def resized(linear: Any, width: int, columns: bool) -> nn.Linear:
     return nn.Linear(columns_in, rows_out, bias=linear.bias is not None, dtype=linear.weight.dtype)
 
 
-class SlimForCausalLMMixin:
+class SlimForCausalLMMixin(LibraryInitialisation):
     """Mixin of a family's causal language model around its slim model.
 
     Attributes:

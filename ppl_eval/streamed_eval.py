@@ -65,5 +65,5 @@ def precomputed_layer_outputs(
     settings = PruningSettings(device, cache_dev=CPU)
     hidden = retry_with_less_memory(layer_outputs, settings, windows, host, "evaluation")
     outputs = (batch.to(device) for batch in hidden.split(batch_size))
-    with host.non_layer_modules(device), layer_outputs_given(host.layers, outputs):
+    with host.non_layer_modules(device), layer_outputs_given(host.family, host.layers, outputs):
         yield

@@ -11,6 +11,7 @@ from torch import nn
 from models.families import (
     COLUMNS,
     FAMILIES,
+    GATED_HEADS,
     HEADS,
     KV_HEADS,
     LATENT_KEY_VALUES,
@@ -31,6 +32,7 @@ __all__ = [
     "COLUMNS",
     "EXPORTED_FAMILIES",
     "FAMILIES",
+    "GATED_HEADS",
     "HEADS",
     "KV_HEADS",
     "LATENT_KEY_VALUES",
@@ -75,7 +77,7 @@ class LayerShape:
     """Sizes of one decoder layer.
 
     Attributes:
-        num_heads: query heads.
+        num_heads: query heads; 0 where another mixer takes the place of attention.
         num_kv_heads: key/value heads.
         head_dim: size of a head, in latent attention that of its values.
         num_columns: intermediate columns of the FFN, or of all experts side by side.
@@ -99,7 +101,7 @@ class LayerShape:
     @property
     def heads_per_group(self) -> int:
         """Query heads that share one key/value head."""
-        return self.num_heads // self.num_kv_heads
+        return self.num_heads // self.num_kv_heads if self.num_heads else 1
 
     @property
     def cached_values(self) -> int:
@@ -159,7 +161,7 @@ def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
             num_heads=layer.num_attention_heads,
             num_kv_heads=getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads,
             head_dim=getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads,
-            num_columns=(getattr(layer, family.width_key(experts)) or 4 * layer.hidden_size) * (experts or 1),
+            num_columns=family.ffn_width(layer, experts) * (experts or 1),
             num_experts=experts,
             num_shared_columns=family.num_shared_columns(layer) if experts else 0,
         )
@@ -172,5 +174,7 @@ def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
                 rotated_dim=layer.qk_rope_head_dim,
                 latent_dim=layer.kv_lora_rank + layer.qk_rope_head_dim,
             )
+        if family.mixer(config, index):
+            shape = replace(shape, num_heads=0, num_kv_heads=0)
         shapes.append(shape)
     return shapes

@@ -176,7 +176,7 @@ class LayerMask:
 
     def removed_share(self) -> tuple[float, float]:
         """Return the removed fraction of the query heads and of the FFN columns."""
-        heads = 1 - len(self.kept_heads) / self.shape.num_heads
+        heads = 1 - len(self.kept_heads) / self.shape.num_heads if self.shape.num_heads else 0.0
         return heads, 1 - len(self.kept_columns) / self.shape.num_columns
 
 

@@ -14,6 +14,7 @@ from slim_utils.common.errors import UserError
 from slim_utils.common.loading import model_on_meta
 from slim_utils.families import (
     COLUMNS,
+    GATED_HEADS,
     HEADS,
     KV_HEADS,
     LATENT_KEY_VALUES,
@@ -147,6 +148,7 @@ def _rows_by_kind(shape: LayerShape, units: dict[str, list[int]]) -> dict[str, t
         HEADS: (units[HEADS], shape.num_heads, shape.head_dim),
         KV_HEADS: (units[KV_HEADS], shape.num_kv_heads, shape.head_dim),
         QKV: (units[HEADS], shape.num_heads, 3 * shape.head_dim),
+        GATED_HEADS: (units[HEADS], shape.num_heads, 2 * shape.head_dim),
         LATENT_QUERIES: (units[HEADS], shape.num_heads, shape.query_dim),
         LATENT_KEY_VALUES: (units[HEADS], shape.num_heads, shape.query_dim - shape.rotated_dim + shape.head_dim),
         COLUMNS: (units[COLUMNS], shape.num_columns, 1),
@@ -191,7 +193,7 @@ def zero_heads(layer: nn.Module, family: Family, mask: LayerMask) -> None:
     The mean square of these norms includes the zeros; their weights are rescaled to the mean square of the kept heads
     alone, which the pruned model computes. In other families the rows of a removed head reach no kept head.
     """
-    if not family.head_norms:
+    if not (family.head_norms and mask.shape.num_heads):
         return
     zero_layer(layer, family, mask)
     kept = _rows_by_kind(mask.shape, mask.kept_units())
@@ -251,6 +253,7 @@ def _shared_fields(config: PreTrainedConfig, family: Family, masks: list[LayerMa
     fields["layer_head_num"] = [len(mask.kept_heads) for mask in masks]
     fields["layer_inter_size"] = [mask.kept_width for mask in masks]
     num_experts = {len(mask.kept_experts) for mask in masks if mask.shape.num_experts}
+    fields |= dict(family.fixed_keys)
     if len(num_experts) > 1:
         raise ValueError(f"layers with {' and '.join(map(str, sorted(num_experts)))} experts")
     for kept in num_experts:
@@ -262,11 +265,14 @@ def _shared_fields(config: PreTrainedConfig, family: Family, masks: list[LayerMa
 
 def _layer_sizes(config: PreTrainedConfig, family: Family, mask: LayerMask) -> dict[str, int]:
     width = family.width_key(mask.shape.num_experts)
-    sizes = {"num_attention_heads": len(mask.kept_heads), width: mask.kept_width}
+    sizes = {width: mask.kept_width}
     if mask.shape.num_experts and family.shared_columns_key:
         sizes[family.shared_columns_key] = len(mask.kept_shared)
-    if hasattr(config, "num_key_value_heads"):
-        sizes["num_key_value_heads"] = len(mask.kept_kv_heads)
+    # Layers with another mixer of tokens have the sizes of the top level, which they do not use.
+    if mask.shape.num_heads:
+        sizes["num_attention_heads"] = len(mask.kept_heads)
+        if hasattr(config, "num_key_value_heads"):
+            sizes["num_key_value_heads"] = len(mask.kept_kv_heads)
     return sizes
 
 
@@ -282,7 +288,7 @@ def shrink_layer(layer: nn.Module, family: Family, mask: LayerMask) -> dict[str,
     for name, (dim, kept) in kept_indices(family, mask).items():
         if name in state:
             state[name] = select_indices(state[name], dim, kept)
-    for norm, kind in family.head_norms:
+    for norm, kind in family.head_norms if mask.shape.num_heads else ():
         indices, total = _rows_by_kind(mask.shape, mask.kept_units())[kind]
         name = f"{norm}.weight"
         # The mean square of the pruned model is over fewer heads.

@@ -89,6 +89,15 @@ _LATENT: dict[str, Any] = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 5,
 }
+_HYBRID: dict[str, Any] = {
+    **_GROUPED,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 12, "mamba_d_state": 8, "mamba_chunk_size": 8}
 FURTHER_FAMILIES = {
     "gemma": _GROUPED,
     "ministral": _WINDOWED,
@@ -159,6 +168,30 @@ FURTHER_FAMILIES = {
     "gpt_oss": {**_WINDOWED, **_MIXTURE, "num_local_experts": 4},
     "deepseek_v2": {**_LATENT, "q_lora_rank": None, "n_shared_experts": 1},
     "deepseek_v3": {**_LATENT, "n_group": 2, "topk_group": 1},
+    "qwen3_5_text": {**_HYBRID, "attention_bias": True},
+    "qwen3_next": {
+        **_HYBRID,
+        **_MIXTURE,
+        "num_experts": 4,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 32,
+    },
+    "olmo_hybrid": _HYBRID,
+    "granitemoehybrid": {
+        **_GROUPED,
+        **_MAMBA,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 40,
+        "residual_multiplier": 0.7,
+    },
+    "falcon_h1": {**_GROUPED, **_MAMBA, "mamba_d_ssm": 48, "attention_out_multiplier": 0.8},
+    "lfm2": {
+        **_GROUPED,
+        "layer_types": ["conv", "full_attention"] * 2,
+        "intermediate_size": 48,
+        "block_multiple_of": 8,
+    },
 }
 ALL_TINY = [*TINY_VARIANTS, *TINY_FAMILIES]
 

@@ -72,7 +72,7 @@ class Alignment:
         for index, mask in enumerate(masks):
             kept = mask.kept_heads if settings.by_query_head(mask.shape) else mask.kept_kv_heads
             kv_heads = len(mask.kept_kv_heads)
-            splits = kv_heads % self.tp_size == 0 or self.tp_size % kv_heads == 0
+            splits = kv_heads % self.tp_size == 0 or (kv_heads and self.tp_size % kv_heads == 0)
             columns = len(mask.kept_experts) if settings.whole_experts else mask.kept_width
             if len(kept) % self.heads_multiple or columns % self.columns_multiple or not splits:
                 unaligned.append(str(index))

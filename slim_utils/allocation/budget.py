@@ -72,7 +72,8 @@ def layer_units(
             # A single unit stays: heads and dense FFNs are not pruned.
             units.append(LayerUnits(1, shape.num_ffns, 0, cost, num_experts=shape.num_experts, whole_experts=True))
             continue
-        heads, per_unit = settings.head_units(shape), settings.heads_per_unit(shape)
+        # Of layers without heads, a single unit stays.
+        heads, per_unit = settings.head_units(shape) or 1, settings.heads_per_unit(shape)
         one_head, one_column = LayerPlan(per_unit if heads > 1 else 0, 0), LayerPlan(0, 1)
         head_cost, column_cost = (
             weights_of(layer, family, settings.size_mask(shape, plan))[0] for plan in (one_head, one_column)

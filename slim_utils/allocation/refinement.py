@@ -189,16 +189,17 @@ def _measure_layers(
             layer = host.onload(index, settings.device)
             if cache.pending(index):
                 layer_probe = probe if cache.in_time(index) else None
-                parameters = {
-                    family.attention_out: [linear_map(layer, family.attention_out).weight.data],
-                    family.experts if shapes[index].num_experts else family.mlp_out: column_parameters(
-                        layer, family, shapes[index]
-                    ),
-                }
-                heads, columns = (
-                    _unit_sensitivity(weights, hook.maps[index, name], layer_probe, index, plan_loss)
-                    for name, weights in parameters.items()
-                )
+
+                def sensitivity(name: str, weights: list[Tensor]) -> UnitSensitivity:
+                    return _unit_sensitivity(weights, hook.maps[index, name], layer_probe, index, plan_loss)
+
+                shape = shapes[index]
+                heads = UnitSensitivity.without_units()
+                if shape.num_heads:
+                    weights = [linear_map(layer, family.attention_out).weight.data]
+                    heads = sensitivity(family.attention_out, weights)
+                name = family.experts if shape.num_experts else family.mlp_out
+                columns = sensitivity(name, column_parameters(layer, family, shape))
                 cache.add(index, LayerSensitivity(heads, columns), "refined sensitivity")
             probe.advance(index)
             host.offload(index)

@@ -104,7 +104,8 @@ class KLProbe:
         """Yield log-probabilities (positions, vocabulary) by sample; all at once may be larger than the model."""
         model = self._host.model
         for sample, output in zip(self._samples, outputs, strict=True):
-            with layer_outputs_given(self._host.layers, iter([output[None].to(model.device)])):
+            outputs = iter([output[None].to(model.device)])
+            with layer_outputs_given(self._host.family, self._host.layers, outputs):
                 logits = model(
                     input_ids=sample[None].to(model.device), use_cache=False, logits_to_keep=self._positions
                 ).logits
@@ -124,6 +125,11 @@ class UnitSensitivity:
     errors: list[float]
     count: int
     loss: float | None = None
+
+    @classmethod
+    def without_units(cls) -> "UnitSensitivity":
+        """Return the sensitivity to the heads of a layer that has none."""
+        return cls([0.0], count=1)
 
     @property
     def log_text(self) -> str:
@@ -273,9 +279,11 @@ def _layer_sensitivity(
     settings: PruningSettings,
 ) -> LayerSensitivity:
     """Return the sensitivity of layer ``index``; without the probes of heads and columns, the errors alone."""
-    heads = _unit_sensitivity(head_maps(index, [forward], shape, settings), probes[0], index, settings)
-    # The attention is dense again.
-    forward.finish_attention()
+    heads = UnitSensitivity.without_units()
+    if shape.num_heads:
+        heads = _unit_sensitivity(head_maps(index, [forward], shape, settings), probes[0], index, settings)
+        # The attention is dense again.
+        forward.finish_attention()
     columns = _unit_sensitivity(column_maps(index, [forward], shape), probes[1], index, settings)
     return LayerSensitivity(heads, columns)
 

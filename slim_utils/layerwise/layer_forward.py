@@ -7,7 +7,7 @@ Each part starts from the outputs of the previous one, and the pruned maps are a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from slim_utils.common.errors import UserError
 from slim_utils.common.memory import free_memory
-from slim_utils.families import Family, linear_map
+from slim_utils.families import FAMILIES, Family, linear_map
 from slim_utils.layerwise.distributed import SINGLE_PROCESS, ProcessGroup
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.obs import solve_bytes
@@ -37,7 +37,8 @@ class LayerForward:
     """A decoder layer and its calibration inputs.
 
     The inputs of the FFN's output map are cached where activations stay on the compute device and its memory suffices;
-    with activations elsewhere, computing them twice is cheaper than the transfer.
+    with activations elsewhere, computing them twice is cheaper than the transfer. A layer with another mixer of tokens has
+    no attention to finish; its mixer runs in every part.
 
     Args:
         layer: on ``settings.device``.
@@ -123,8 +124,7 @@ class LayerForward:
         """Replace the inputs of the layer by its outputs, and free the caches."""
         for position, ((start, stop), batch) in enumerate(zip(self._micro_batches(), self._batches(), strict=True)):
             with ExitStack() as given:
-                if self._attention:
-                    given.enter_context(self._attention_given(position))
+                given.enter_context(self._attention_given(position))
                 if self._columns:
                     given.enter_context(self._columns_given(position))
                 self.hidden[start:stop] = self._run(batch)
@@ -148,6 +148,8 @@ class LayerForward:
             yield arguments
 
     def _attention_given(self, position: int) -> Any:
+        if not self._attention:
+            return nullcontext()
         output = self._attention[position].to(self.settings.device)
         block = self.layer.get_submodule(self.family.attention_out.rpartition(".")[0])
         # An attention module returns its weights, or None, as a second value.
@@ -216,16 +218,17 @@ def capture_layer_kwargs(
     Returns:
         The inputs of the first layer (num_samples, seqlen, hidden) on ``cache_dev``, and the kwargs of every layer.
     """
+    family = FAMILIES[model.config.model_type]
     first_inputs: list[Tensor] = []
     calls: list[LayerKwargs] = [{} for _ in layers]
 
-    def recorder(index: int) -> Callable[..., Tensor]:
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
+    def recorder(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs.pop("hidden_states")
             if index == 0:
                 first_inputs.append(hidden.to(settings.cache_dev))
             calls[index][hidden.shape[0]] = (args[1:], kwargs)
-            return hidden
+            return _layer_output(family, hidden)
 
         return forward
 
@@ -240,13 +243,18 @@ def capture_layer_kwargs(
 
 
 @contextmanager
-def layer_outputs_given(layers: nn.ModuleList, outputs: Iterator[Tensor]) -> Iterator[None]:
+def layer_outputs_given(family: Family, layers: nn.ModuleList, outputs: Iterator[Tensor]) -> Iterator[None]:
     """Context in which forwards run no layer; each takes the next of ``outputs`` as that of the last layer."""
     with ExitStack() as skipped:
         for layer in layers[:-1]:
-            skipped.enter_context(_forward_replaced(layer, lambda hidden, *args, **kwargs: hidden))
-        skipped.enter_context(_forward_replaced(layers[-1], lambda *args, **kwargs: next(outputs)))
+            skipped.enter_context(_forward_replaced(layer, lambda hidden, *_, **__: _layer_output(family, hidden)))
+        skipped.enter_context(_forward_replaced(layers[-1], lambda *_, **__: _layer_output(family, next(outputs))))
         yield
+
+
+def _layer_output(family: Family, hidden: Tensor) -> Tensor | tuple[Tensor]:
+    """``hidden`` as a decoder layer returns it."""
+    return (hidden,) if family.tuple_outputs else hidden
 
 
 @contextmanager

@@ -84,12 +84,12 @@ class LayerReport:
                 f"{_error_change(self.mlp)}, refitted {len(self.experts.refitted)}/{len(mask.kept_experts)}"
             )
         else:
-            ratios = plan.heads / shape.num_heads, plan.columns / shape.ffn_width
+            ratios = (plan.columns / shape.ffn_width,)
             columns = f"columns −{shape.num_columns - len(mask.kept_columns)}/{shape.num_columns}"
-            units = (
-                f"heads −{plan.heads}/{shape.num_heads} {_error_change(self.attention)}, "
-                f"{columns} {_error_change(self.mlp)}"
-            )
+            units = f"{columns} {_error_change(self.mlp)}"
+            if shape.num_heads:
+                ratios = plan.heads / shape.num_heads, *ratios
+                units = f"heads −{plan.heads}/{shape.num_heads} {_error_change(self.attention)}, {units}"
         if shape.num_shared_columns:
             removed = shape.num_shared_columns - len(mask.kept_shared)
             units += f", shared expert −{removed}/{shape.num_shared_columns}"

@@ -310,11 +310,13 @@ def _prune_layer(
     keep: Callable[..., LayerMask] = LayerMask.from_groups
     if settings.by_query_head(shape):
         keep = LayerMask.from_heads
-    maps = head_maps(index, forwards, shape, settings, processes)
-    (attention,) = prune(maps, plan.heads // settings.heads_per_unit(shape))
-    zero_heads(layer, family, keep(shape, attention.kept_units, list(range(shape.num_columns))))
-    for forward in forwards:
-        forward.finish_attention()
+    attention = PruneResult.without_units()
+    if shape.num_heads:
+        maps = head_maps(index, forwards, shape, settings, processes)
+        (attention,) = prune(maps, plan.heads // settings.heads_per_unit(shape))
+        zero_heads(layer, family, keep(shape, attention.kept_units, list(range(shape.num_columns))))
+        for forward in forwards:
+            forward.finish_attention()
     refit = shared = None
     if plan.experts:
         experts, router = Experts.of(layer, family), Router.of(layer, family)

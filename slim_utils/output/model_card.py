@@ -144,7 +144,9 @@ def _layer_table(base: dict[str, Any], kept: list[LayerShape]) -> str:
     dense_shared = base.get("shared_columns") or [layer.num_shared_columns for layer in kept]
     for index, (layer, sizes) in enumerate(zip(kept, base["layers"], strict=True)):
         counts = layer.num_heads, layer.num_kv_heads, layer.ffn_width
-        heads, groups, columns = (f"{size} of {total}" for size, total in zip(counts, sizes, strict=True))
+        heads, groups, columns = (
+            f"{size} of {total}" if total else "–" for size, total in zip(counts, sizes, strict=True)
+        )
         if layer.num_experts != dense_experts[index]:
             columns += f" (each of {layer.num_experts} of {dense_experts[index]} experts)"
         elif layer.num_experts:

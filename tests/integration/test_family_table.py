@@ -87,13 +87,13 @@ def test_removed_rows_feed_removed_columns_alone(name, by_query_head, samples):
             heads = [head for head in range(shape.num_heads) if head not in removed]
             masks.append(LayerMask.from_heads(shape, heads, columns))
         else:
-            groups = [group for group in range(shape.num_kv_heads) if group != index % shape.num_kv_heads]
+            groups = [group for group in range(shape.num_kv_heads) if group != index % max(shape.num_kv_heads, 1)]
             masks.append(LayerMask.from_groups(shape, groups, columns))
     maps = [f"{name}.weight" for name in (family.attention_out, family.mlp_out, f"{family.shared_expert}.down_proj")]
     outputs = [*maps, f"{family.experts}.down_proj"]
     for layer, mask in zip(family.decoder_layers(zeroed), masks, strict=True):
         for parameter, (dim, indices) in removed_indices(family, mask).items():
-            if parameter in outputs:
+            if parameter in outputs and parameter in dict(layer.named_parameters()):
                 zero_indices(layer.get_parameter(parameter).data, dim, indices)
     if family.head_norms:
         # These norms include the heads whose rows are zero.
