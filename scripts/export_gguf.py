@@ -1,8 +1,7 @@
-"""Export a LLaMA-like checkpoint, dense or pruned, to a GGUF file for llama.cpp.
+"""Export a dense or pruned checkpoint to a GGUF file for llama.cpp, with a Modelfile for Ollama beside it.
 
-    python scripts/export_gguf.py OUT/pruned_weights pruned.gguf --outtype q8_0
-
-Per-layer shapes are exported with llama.cpp's architecture ``deci``, uniform layers with ``llama``.
+python scripts/export_gguf.py OUT/pruned_weights pruned.gguf --outtype q8_0
+ollama create pruned -f pruned.gguf.Modelfile
 """
 
 import argparse
@@ -22,12 +21,14 @@ from slim_utils.common.loading import (
     load_config,
     load_model,
     load_tokenizer,
+    write_text_atomic,
 )
 from slim_utils.export.gguf import OUTTYPES, check_exportable, export_gguf
 from slim_utils.export.gguf_tokenizer import read_vocabulary
+from slim_utils.export.ollama import modelfile, modelfile_path, stop_texts
 
-# The first bytes of every GGUF file.
-GGUF_MAGIC = b"GGUF"
+# The first bytes of every GGUF file, and of every Modelfile.
+GGUF_MAGIC, MODELFILE_MAGIC = b"GGUF", b"FROM "
 
 logger = logging.getLogger("export_gguf")
 
@@ -37,7 +38,7 @@ INNER_FOLDERS = (PRUNED_MODEL_FOLDER, "lora_fused_model")
 
 def build_parser() -> argparse.ArgumentParser:
     """Parser of the flags."""
-    parser = ArgumentParser(prog="export_gguf.py", description="Export a LLaMA-like checkpoint to GGUF.")
+    parser = ArgumentParser(prog="export_gguf.py", description="Export a checkpoint to GGUF.")
     parser.add_argument("model", help="checkpoint folder")
     parser.add_argument("out", type=Path, help="file to write")
     parser.add_argument(
@@ -53,23 +54,25 @@ def folder_name(model: str) -> str:
     return path.parent.name if path.name in INNER_FOLDERS else path.name
 
 
-def check_gguf(out: Path) -> None:
+def check_replaceable(out: Path, magic: bytes, kind: str) -> None:
     """Check that ``--overwrite`` would replace an earlier export, not another file.
 
     Raises:
-        UserError: if ``out`` exists and is not a GGUF file.
+        UserError: if ``out`` exists and does not begin with ``magic``, as a ``kind`` does.
     """
     if out.is_file():
         with out.open("rb") as file:
-            if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
-                raise UserError(f"OUT {out}: not a GGUF file; not overwritten")
+            if file.read(len(magic)) != magic:
+                raise UserError(f"OUT {out}: not a {kind}; not overwritten")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Check the flags, load the model, and write the file atomically."""
+    """Check the flags, load the model, and write the files atomically."""
     check_output_file(args.out, args.overwrite, "OUT")
     check_inputs_outside(args.out, "OUT", {"MODEL": [args.model]})
-    check_gguf(args.out)
+    check_replaceable(args.out, GGUF_MAGIC, "GGUF file")
+    check_output_file(modelfile_path(args.out), args.overwrite, "OUT")
+    check_replaceable(modelfile_path(args.out), MODELFILE_MAGIC, "Modelfile")
     config = load_config(args.model, trust_remote_code=False)
     check_exportable(config, args.outtype)
     tokenizer = load_tokenizer(args.model, trust_remote_code=False)
@@ -77,6 +80,7 @@ def main(args: argparse.Namespace) -> None:
     model = load_model(args.model, "auto", trust_remote_code=False)
     with atomic_file(args.out) as partial:
         export_gguf(model, tokenizer, vocabulary, partial, args.outtype, folder_name(args.model))
+    write_text_atomic(modelfile_path(args.out), modelfile(args.out, stop_texts(model, tokenizer)))
     logger.info("saved %s: %.1f MiB", args.out, args.out.stat().st_size / (1 << 20))
 
 

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 # With the table, which is imported from here.
 __all__ = [
     "COLUMNS",
-    "EXPORTED_FAMILIES",
     "FAMILIES",
     "GATED_HEADS",
     "HEADS",
@@ -49,8 +48,6 @@ __all__ = [
 ]
 
 UNKNOWN_TYPE_ADVICE = "; docs/families.md lists all, and --family_like of model_slimming.py tries the layout of another"
-# Families exported to GGUF for llama.cpp.
-EXPORTED_FAMILIES = ("llama", "mistral")
 # Families tested with per-layer shapes in vLLM's Transformers backend.
 SERVED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Those of the vLLM plugin.

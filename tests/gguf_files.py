@@ -52,6 +52,23 @@ TEXTS = [
     "Überall stehen große Häuser; 東京 и Москва 2024!?",
     "xylophone x",
 ]
+# Where tokenizers differ most often: spaces at the ends, line ends, digits, composed letters, emoji, special tokens.
+AWKWARD = [
+    " ",
+    "  two spaces before",
+    "two after  ",
+    "tab\tand\t\ttabs",
+    "line\r\nends\r\n\r\nof Windows",
+    "\n\n\nlines before",
+    "0 12 345 6789 1,234.56 ²½",
+    "naïve Ünïcödé e\u0301 ﬁ ﷺ",
+    "日本語とEnglish, 한국어",
+    "👩‍👩‍👧 🙂🙂 ™",
+    "a</s>b <s> c</s>",
+    "<|im_start|>user\nHi<|im_end|>\n",
+    "x = [1,2];  // ok\n\tif (a != b) {}",
+    "DON'T we'll I'M 'tis",
+]
 CORPUS = "\n".join((*TEXTS[:3], random_text(20), "don't DON'T Garden GARDEN newYork 99 1000 // ")) * 3
 # Has no merges.
 WHOLE = "xylophone"

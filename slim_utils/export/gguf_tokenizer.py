@@ -85,6 +85,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, source:
         if model.get(setting):
             raise UserError(f"{source}: the tokenizer uses {setting}, which llama.cpp does not support")
     _check_rows(content, vocab_size, source)
+    _warn_about_strips(content)
     tokens = token_list(content, vocab_size)
     if model.get("byte_fallback"):
         types = token_types(content, vocab_size, _unknown(model.get("unk_token") or tokenizer.unk_token, tokenizer))
@@ -147,6 +148,9 @@ def space_prefix(content: dict[str, Any], source: str) -> bool:
     splits = _steps(content.get("pre_tokenizer"), "pretokenizers")
     prepend = {"type": "Prepend", "prepend": _SPACE}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    if replace in normalizers:
+        # Gemma also splits at spaces, of which the replacement leaves none.
+        splits = [step for step in splits if step["type"] != "Split" or step["pattern"] != {"String": " "}]
     if not splits and normalizers in ([prepend, replace], [replace]):
         return normalizers[0] == prepend
     if not normalizers and [step["type"] for step in splits] == ["Metaspace"]:
@@ -243,6 +247,14 @@ def _check_rows(content: dict[str, Any], vocab_size: int, source: str) -> None:
             f"{source}: {len(beyond)} of the tokenizer's tokens ({shown}) have no row in the embedding of "
             f"{vocab_size}; remove them from the tokenizer, or resize the embeddings of the model"
         )
+
+
+def _warn_about_strips(content: dict[str, Any]) -> None:
+    added = content.get("added_tokens", [])
+    strips = [repr(token["content"]) for token in added if token["lstrip"] or token["rstrip"]]
+    if strips:
+        shown = ", ".join(strips[:5]) + (", …" if len(strips) > 5 else "")
+        logger.warning("llama.cpp keeps the spaces beside the tokens %s, which this tokenizer strips", shown)
 
 
 def _name_of_steps(steps: list[dict[str, Any]], content: dict[str, Any]) -> str | None:

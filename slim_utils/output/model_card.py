@@ -10,7 +10,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
 from slim_utils.common.loading import load_config, model_on_meta, write_text_atomic
-from slim_utils.families import EXPORTED_FAMILIES, FAMILIES, SERVED_FAMILIES, LayerShape, layer_shapes
+from slim_utils.families import FAMILIES, SERVED_FAMILIES, LayerShape, layer_shapes
+from slim_utils.gguf_families import is_exportable
 from slim_utils.masks import LayerMask
 from slim_utils.output.provenance import (
     CARD_FILE,
@@ -86,7 +87,7 @@ def model_card(
         stock=stock,
         fewer_kv_heads=not stock and _has_fewer_kv_heads(config),
         vllm_flags=None if options is None else _vllm_flags(options),
-        exported=base_type in EXPORTED_FAMILIES,
+        exported=is_exportable(config),
         license_text=base["card"].get("license_name") or base["card"].get("license"),
     )
     return f"{card}\n"

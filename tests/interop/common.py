@@ -14,7 +14,7 @@ import models  # noqa: F401 - registers the classes of pruned checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("SLIMGPT_CACHE") or Path.home() / ".cache" / "slimgpt")
-SMOLLM2 = CACHE / "SmolLM2-135M-Instruct"
+SMOLLM2, GEMMA3 = CACHE / "SmolLM2-135M-Instruct", CACHE / "gemma-3-270m"
 CALIBRATION_TEXT = CACHE / "wiki.calibration.txt"
 EVALUATION_TEXT = CACHE / "wiki.evaluation.txt"
 PROMPTS = ["The history of the city began in", "Once upon a time there was", "Water boils at", "He wrote a book about"]
@@ -29,9 +29,11 @@ SHAPES: dict[str, list[str]] = {
 }
 
 
-def run(*argv: object) -> None:
-    """Run a script of the suite."""
-    process = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, check=False)
+def run(*argv: object, path: Path | None = None) -> None:
+    """Run a script of the suite, with the packages in the folder ``path`` too."""
+    variables = os.environ | ({"PYTHONPATH": str(path)} if path else {})
+    command = [sys.executable, *map(str, argv)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=variables)
     assert process.returncode == 0, process.stderr
 
 

@@ -10,7 +10,7 @@ LEVELS = (
     ("models",),
     ("slim_utils.common", "slim_utils.pruning_config"),
     ("slim_utils.families", "slim_utils.text_source"),
-    ("slim_utils.masks", "slim_utils.slim_dataset", "slim_utils.obs"),
+    ("slim_utils.masks", "slim_utils.slim_dataset", "slim_utils.obs", "slim_utils.gguf_families"),
     ("slim_utils.params_remove", "slim_utils.slimgpt"),
     ("slim_utils.profiling", "slim_utils.layerwise"),
     ("slim_utils.allocation",),

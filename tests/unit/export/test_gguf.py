@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from slim_utils.common.errors import UserError
-from slim_utils.export.gguf import check_exportable, interleave_halves, rope_factors
+from slim_utils.export.gguf import check_exportable, interleave_halves
+from slim_utils.export.gguf_metadata import rope_tensors
 from slim_utils.families import layer_shapes
 from tests.conftest import TINY_VARIANTS, make_tiny, random_text
 from tests.gguf_files import export, save_pruned, values
@@ -114,16 +115,17 @@ def test_export_of_a_window_as_long_as_the_positions_keeps_the_context(tmp_path,
 
 
 ROPE = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}
+YARN = ROPE | {"rope_type": "yarn", "original_max_position_embeddings": 32}
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"hidden_act": "gelu"}, r"hidden_act 'gelu' is not supported; llama\.cpp's LLaMA only has silu"),
+        ({"hidden_act": "gelu"}, r"hidden_act 'gelu' is not supported by llama\.cpp's deci, which only has silu"),
         ({"rope_parameters": ROPE | {"rope_type": "dynamic"}}, "rotary embeddings 'dynamic' is not supported"),
         (
-            {"rope_parameters": ROPE | {"rope_type": "yarn", "original_max_position_embeddings": 32}},
-            "rotary embeddings 'yarn' is not supported; supported: default, linear, llama3",
+            {"rope_parameters": YARN | {"attention_factor": 2.0}},
+            "rotary embeddings 'yarn' with this attention_factor is not supported",
         ),
         ({"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}, "partial rotary embeddings"),
     ],
@@ -150,12 +152,13 @@ def test_interleave_halves_makes_rotary_pairs_adjacent():
     assert interleave_halves(rows, 2).flatten().tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
 
 
-def test_rope_factors_of_llama3_match_transformers():
+def test_rope_tensors_of_llama3_match_transformers():
     config = make_tiny("llama3_rope", head_dim=16).config
     scaled = LlamaRotaryEmbedding(config).inv_freq
     plain = config.rope_parameters["rope_theta"] ** (-torch.arange(0, 16, 2) / 16)
-    assert torch.allclose(plain / torch.from_numpy(rope_factors(config)), scaled, rtol=1e-5)
-    assert rope_factors(make_tiny("gqa").config) is None
+    (factors,) = rope_tensors(config, 16).values()
+    assert torch.allclose(plain / torch.from_numpy(factors), scaled, rtol=1e-5)
+    assert not rope_tensors(make_tiny("gqa").config, 4)
 
 
 @pytest.mark.parametrize("variant", TINY_VARIANTS)
@@ -175,11 +178,18 @@ def test_export_of_an_unsupported_model_is_refused(tmp_path, bpe, tokenizer):
         export(folder, "--overwrite")
     (tmp_path / "model.gguf").write_text("GGUF of an earlier export")
     export(folder, "--overwrite")
+    assert (tmp_path / "model.gguf.Modelfile").read_text().startswith('FROM ./model.gguf\nPARAMETER stop "</s>"\n')
     (tmp_path / "model.gguf").unlink()
+    with pytest.raises(UserError, match=r"model\.gguf\.Modelfile: exists"):
+        export(folder)
+    (tmp_path / "model.gguf.Modelfile").write_text("mine")
+    with pytest.raises(UserError, match="not a Modelfile; not overwritten"):
+        export(folder, "--overwrite")
+    (tmp_path / "model.gguf.Modelfile").unlink()
     tokenizer.save_pretrained(folder)
     with pytest.raises(UserError, match="tokenizers of type WordLevel"):
         export(folder)
     assert not (tmp_path / "model.gguf").exists()
-    make_tiny("qwen3").save_pretrained(folder)
-    with pytest.raises(UserError, match="model type 'qwen3' is not supported; supported: llama, mistral"):
+    make_tiny("opt").save_pretrained(folder)
+    with pytest.raises(UserError, match="model type 'opt' is not supported; supported: llama, mistral"):
         export(folder)

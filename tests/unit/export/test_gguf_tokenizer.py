@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from slim_utils.common.errors import UserError
@@ -134,6 +134,15 @@ def test_space_prefix_of_metaspace_follows_its_scheme(scheme, prefix):
     assert space_prefix({**rule(), "pre_tokenizer": metaspace}, "here") is prefix
 
 
+def test_space_prefix_of_gemma_is_none():
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    spaces = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    assert space_prefix(rule(spaces, normalizer=replace), "here") is False
+    letters = spaces | {"pattern": {"String": "e"}}
+    with pytest.raises(UserError, match="the tokenizer's steps"):
+        space_prefix(rule(letters, normalizer=replace), "here")
+
+
 def test_space_prefix_of_other_steps_is_refused():
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}
     assert space_prefix(rule(metaspace), "here") is True
@@ -169,6 +178,15 @@ def test_read_vocabulary_of_an_unknown_token_that_is_eos_keeps_it_control():
         content["model"]["unk_token"] = "</s>"
 
     assert read_vocabulary(changed(byte_level("gpt-2"), name_unknown), 600, "here").types[:3] == [3, 3, 1]
+
+
+def test_read_vocabulary_of_tokens_that_strip_spaces_warns(caplog):
+    tokenizer = byte_level("gpt-2")
+    read_vocabulary(tokenizer, 610, "here")
+    assert not caplog.text
+    tokenizer.add_tokens([AddedToken("<end>", rstrip=True)])
+    read_vocabulary(tokenizer, 610, "here")
+    assert "llama.cpp keeps the spaces beside the tokens '<end>', which this tokenizer strips" in caplog.text
 
 
 def test_read_vocabulary_with_dropout_is_refused():
