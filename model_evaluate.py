@@ -54,6 +54,7 @@ from slim_utils.common.loading import (
     peak_memory_mib,
     write_json_atomic,
 )
+from slim_utils.common.model_source import check_input, input_format
 from slim_utils.layerwise.distributed import ProcessGroup, launched_processes
 
 logger = logging.getLogger("model_evaluate")
@@ -164,6 +165,7 @@ def evaluate(args: argparse.Namespace, processes: ProcessGroup, offload_folder: 
     from ppl_eval.truncation import warn_about_truncation
 
     load_config(args.model, args.trust_remote_code)
+    check_input(args.model, args.parallelize)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     manager = TaskManager()
     names = match_task_names(manager, args.tasks)
@@ -258,6 +260,7 @@ def main(args: argparse.Namespace) -> None:
         "truncated": results["truncated"],
         "config": {
             "model": args.model,
+            "format": input_format(args.model) or "checkpoint",
             "num_fewshot": args.num_fewshot,
             "bos": results["bos"],
             "batch_size": args.batch_size,

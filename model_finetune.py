@@ -41,6 +41,7 @@ from slim_utils.common.loading import (
     peak_memory_mib,
     write_json_atomic,
 )
+from slim_utils.common.model_source import check_input
 from slim_utils.common.ngrams import NgramSample
 from slim_utils.common.output_folder import output_lock
 from slim_utils.output.provenance import calibration_ngrams, read_model_units, read_provenance
@@ -162,6 +163,7 @@ def run(args: FinetuneArguments) -> None:
     from train_utils.lora import check_lora_targets
     from train_utils.resumption import check_resumed, run_settings
     from train_utils.sharding import model_weights
+    from train_utils.sharding_checks import shards_weights
     from train_utils.sparse_trainer import MaskCallback, masked_slices
     from train_utils.trainer_setup import (
         best_metric,
@@ -182,6 +184,7 @@ def run(args: FinetuneArguments) -> None:
     tokenizer = load_tokenizer(path, trusted)
     check_tokenizer(tokenizer, NO_TEMPLATE if args.data.train_text else args.data.prompt_template_name, path)
     config = load_config(path, trusted)
+    check_input(path, shards_weights(training))
     check_length(args.data.max_length, config, "--max_length")
     check_lora_targets(args.model, config)
     if args.model.distill_from is not None:

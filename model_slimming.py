@@ -61,6 +61,7 @@ from slim_utils.common.loading import (
     peak_memory_mib,
     warn_if_short_of_space,
 )
+from slim_utils.common.model_source import check_input
 from slim_utils.common.output_folder import output_lock
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.family_like import add_family_like
@@ -169,6 +170,7 @@ def prepare_inputs(config: PruningConfig) -> RunInputs:
     if config.family_like:
         add_family_like(model_config, config.family_like)
     find_family(model_config)
+    check_input(config.model_path, config.stream)
     check_length(config.seqlen, model_config, "--seqlen")
     shapes = layer_shapes(model_config)
     if config.whole_experts and not has_experts(shapes):

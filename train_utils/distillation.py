@@ -19,8 +19,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_checks import check_length
 from slim_utils.common.loading import load_config, load_model, load_tokenizer
+from slim_utils.common.model_source import check_input
 from train_utils.finetune_args import FinetuneArguments
 from train_utils.finetune_dataset import IGNORED_LABEL
+from train_utils.sharding_checks import shards_weights
 from train_utils.sparse_trainer import SlimTrainer
 from train_utils.teacher_cache import Divergence, top_log_probabilities
 from train_utils.trainable import cast_parameters, frozen_dtype
@@ -48,6 +50,7 @@ def check_teacher(args: FinetuneArguments, config: PreTrainedConfig, tokenizer: 
     assert path is not None
     try:
         teacher, vocabulary = load_config(path, trusted), load_tokenizer(path, trusted).get_vocab()
+        check_input(path, shards_weights(args.training))
     except UserError as error:
         raise UserError(f"--distill_from: {error}") from error
     check_length(args.data.max_length, teacher, f"--distill_from {path}: --max_length")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from slim_utils.common.adapters import FUSED_FOLDER
 from slim_utils.common.loading import PRUNED_MODEL_FOLDER, load_config, load_model, save_checkpoint
 from slim_utils.families import Family, find_family, layer_shapes
 from slim_utils.masks import PRUNING_FILE, LayerMask, ModelUnits, read_masks, write_pruning, write_units
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-FUSED_FOLDER = "lora_fused_model"
 
 
 @dataclass(frozen=True)

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from slim_utils.common.adapters import fuse_adapters, ignore_tied_embeddings_warning
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import load_model, model_on_meta
 from slim_utils.families import FAMILIES, Family
 from train_utils.finetune_args import ModelArguments
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -114,53 +111,12 @@ def add_lora(model: PreTrainedModel, args: ModelArguments) -> PeftModel:
         bias=args.peft_lora_bias,
     )
     try:
-        with _ignore_tied_embeddings_warning():
+        with ignore_tied_embeddings_warning():
             return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"{TARGETS_FLAG} {args.peft_target_modules}: {' '.join(str(error).split())}") from error
 
 
-@contextmanager
-def _ignore_tied_embeddings_warning() -> Iterator[None]:
-    """Suppress peft's warning about adapters on tied embeddings, which ``fuse_lora`` unties."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True.*part of the adapter")
-        yield
-
-
-@torch.no_grad()
 def fuse_lora(model_path: str, adapter_dir: str, trust_remote_code: bool) -> PreTrainedModel:
-    """The checkpoint ``model_path`` with the adapters in ``adapter_dir`` fused in, in its dtype and format.
-
-    ``W + (alpha/r)·B·A`` is computed in fp32 and rounded once. If embedding and head are tied and one of them is
-    adapted, the fused model is untied (``tie_word_embeddings`` false).
-    """
-    model = load_model(model_path, "auto", trust_remote_code)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    adapted = load_adapters(model, adapter_dir)
-    layers = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
-    if head.weight is embedding.weight and any(layer.get_base_layer() in (embedding, head) for layer in layers):
-        head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
-        model.config.tie_word_embeddings = False
-        model.all_tied_weights_keys = {}
-        logger.info("embedding and head have different adapters: the fused model is saved with an untied head")
-    merge_adapters(adapted)
-    return adapted.unload().eval()
-
-
-def load_adapters(model: PreTrainedModel, adapter_dir: str) -> PeftModel:
-    """``model`` with the adapters in ``adapter_dir``."""
-    with _ignore_tied_embeddings_warning():
-        return PeftModel.from_pretrained(model, adapter_dir)
-
-
-@torch.no_grad()
-def merge_adapters(module: nn.Module) -> None:
-    """Add the adapters in ``module`` to the weights that they adapt, computed in fp32 and rounded once."""
-    for layer in module.modules():
-        if isinstance(layer, LoraLayer):
-            weight = layer.get_base_layer().weight
-            dtype = weight.dtype
-            weight.data = weight.data.float()
-            layer.merge()
-            weight.data = weight.data.to(dtype)
+    """The checkpoint ``model_path`` with the adapters in ``adapter_dir`` fused in, in its dtype and format."""
+    return fuse_adapters(load_model(model_path, "auto", trust_remote_code), adapter_dir)

@@ -27,6 +27,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ppl_eval.ppl_dataset import EvalSets
 from ppl_eval.streamed_eval import evaluate_layers
+from slim_utils.common.adapters import FUSED_FOLDER, load_adapters, merge_adapters
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import scratch_folder
 from slim_utils.common.output_folder import hidden_path
@@ -34,8 +35,8 @@ from slim_utils.layerwise.offload import CPU, OffloadedModel
 from slim_utils.output.writers import CheckpointShards
 from train_utils.finetune_args import FinetuneArguments
 from train_utils.finetune_dataset import FinetuneData
-from train_utils.finetune_result import FUSED_FOLDER, ModelMasks
-from train_utils.lora import TARGETS_FLAG, load_adapters, merge_adapters
+from train_utils.finetune_result import ModelMasks
+from train_utils.lora import TARGETS_FLAG
 from train_utils.model_weights import ModelWeights, WholeWeights
 from train_utils.sharding_checks import uses_fsdp, uses_zero3
 from train_utils.trainable import cast_parameters, frozen_dtype, prepare_model

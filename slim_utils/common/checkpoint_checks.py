@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,18 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
-from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from slim_utils.common.errors import UserError, is_disk_full
+from slim_utils.common.gguf_input import is_gguf
+from slim_utils.common.weight_files import unpickling_reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
-FUSED_FOLDER = "lora_fused_model"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Prefixes of torch.compile, which may also wrap submodules, and of DistributedDataParallel.
 _WRAPPER_PREFIXES = {r"^(?:_orig_mod\.|module\.)+": "", r"\._orig_mod\.": "."}
@@ -42,12 +45,8 @@ def loading(model_path: str) -> Iterator[None]:
         UserError: if the checkpoint is missing, damaged, not a model, or needs missing code or packages.
     """
     folder = Path(model_path)
-    if model_path.startswith((".", "/", "~")) and not folder.is_dir():
+    if model_path.startswith((".", "/", "~")) and not folder.is_dir() and not is_gguf(model_path):
         raise UserError(f"model {model_path}: no such folder")
-    if (folder / ADAPTER_CONFIG_NAME).is_file():
-        fused = folder / FUSED_FOLDER
-        advice = f"use {fused}" if fused.is_dir() else "fuse the adapters into their base and use the result"
-        raise UserError(f"model {model_path}: a folder of adapters ({ADAPTER_CONFIG_NAME}), not a model; {advice}")
     with _one_line_errors(f"model {model_path}: cannot be loaded", folder):
         yield
 
@@ -84,10 +83,16 @@ def _one_line_errors(message: str, folder: Path | None = None) -> Iterator[None]
 
 def _first_sentence(error: Exception) -> str:
     """First line of the error message, plus the lines that a trailing colon announces; the class for a bare message."""
-    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, pickle.UnpicklingError):
+        return f"a weight file {unpickling_reason(error)}"
+    # The library's lookups raise the missing key alone, its checks a sentence.
+    message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    sentence = " " in message
+    message = message if sentence else str(error)
+    lines = [" ".join(line.split()) for line in message.splitlines() if line.strip()]
     end = next((number for number, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
     text = " ".join(lines[:end])
-    if isinstance(error, KeyError):
+    if isinstance(error, KeyError) and not sentence:
         # Usually a lookup in a table of transformers: rotary embeddings, activations.
         return f"KeyError: {text} (unknown to transformers {transformers.__version__}, or missing)"
     return text if " " in text else f"{type(error).__name__}: {text}".removesuffix(": ")
@@ -119,9 +124,43 @@ def check_unquantised(config: PreTrainedConfig, model_path: str) -> None:
         settings = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None)
         if settings:
             settings = settings if isinstance(settings, dict) else settings.to_dict()
-            method = settings.get("quant_method") or "unknown method"
-            advice = "use the unquantised checkpoint"
-            raise UserError(f"model {model_path}: its weights are quantised ({method}); {advice}")
+            bits = settings.get("load_in_4bit") or settings.get("load_in_8bit")
+            method = settings.get("quant_method") or ("bitsandbytes" if bits else "unknown method")
+            base = _base_by_card(model_path)
+            raise UserError(
+                f"model {model_path}: its weights are quantised ({method}); use the unquantised checkpoint"
+                f"{f', {base} by its card' if base else ''}, and quantise the pruned model afterwards"
+            )
+
+
+def _base_by_card(model_path: str) -> str:
+    """The base that the model card in the folder ``model_path`` names; empty without one."""
+    try:
+        base = ModelCard.load(Path(model_path) / "README.md").data.base_model
+    except Exception:
+        # No card, or one without metadata; it is a mere hint.
+        return ""
+    return str(base[0] if isinstance(base, list) else base or "")
+
+
+@cache
+def log_narrowed(model_path: str, dtypes: tuple[str, ...], loaded: torch.dtype) -> None:
+    """Log, once per model, that weights stored in several dtypes are loaded in one that is narrower than some.
+
+    Args:
+        model_path: checkpoint folder.
+        dtypes: dtypes of the stored weights.
+        loaded: dtype of the model.
+    """
+    wider = [name for name in dtypes if torch.finfo(getattr(torch, name)).bits > torch.finfo(loaded).bits]
+    if wider and len(dtypes) > 1:
+        logger.info(
+            "model %s: weights in %s are loaded in %s, as transformers does; --dtype %s of model_slimming.py keeps all",
+            model_path,
+            " and ".join(dtypes),
+            str(loaded).removeprefix("torch."),
+            wider[0],
+        )
 
 
 def untie_stored_head(config: PreTrainedConfig, model_path: str) -> None:

@@ -27,17 +27,21 @@ from transformers import (
 import models  # noqa: F401 - registers the classes of pruned checkpoints
 from models.families import FAMILIES
 from models.like import LIKE_KEY, add_row_of
+from slim_utils.common.adapters import BASE_KEY, adapter_base, base_checkpoint, fuse_adapters
 from slim_utils.common.checkpoint_checks import (
     building,
     capture_load_report,
     check_unquantised,
     check_weights,
     loading,
+    log_narrowed,
     log_untied_head,
     untie_stored_head,
 )
 from slim_utils.common.errors import UserError
+from slim_utils.common.gguf_input import check_architecture, check_weights_of_gguf, gguf_arguments, load_gguf
 from slim_utils.common.input_checks import check_padding_id
+from slim_utils.common.model_source import check_files, check_input, input_format
 from slim_utils.common.output_folder import (
     RUN_FILE,
     backup_paths,
@@ -67,6 +71,7 @@ DTYPES: dict[str, Any] = {
 }
 PRUNED_MODEL_FOLDER = "pruned_weights"
 SENTENCEPIECE_FILE = "tokenizer.model"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", SENTENCEPIECE_FILE)
 
 
 def choose_device(name: str, flag: str = "--device") -> torch.device:
@@ -113,9 +118,19 @@ def load_config(model_path: str, trust_remote_code: bool) -> PreTrainedConfig:
     Raises:
         UserError: if the configuration cannot be read or is inconsistent, or the weights are quantised.
     """
+    base = base_checkpoint(model_path)
+    if base != model_path:
+        try:
+            return load_config(base, trust_remote_code)
+        except UserError as error:
+            raise UserError(f"model {model_path}: {error}; its adapter_config.json sets {BASE_KEY}") from error
+    folder, arguments = gguf_arguments(model_path)
     with loading(model_path):
-        add_row_of(PreTrainedConfig.get_config_dict(model_path)[0])
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        if arguments:
+            check_architecture(model_path)
+        else:
+            add_row_of(PreTrainedConfig.get_config_dict(folder)[0])
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **arguments)
         family = FAMILIES.get(config.model_type)
         if family and family.like:
             # Saved with the masked and the pruned model, which load by it.
@@ -123,20 +138,27 @@ def load_config(model_path: str, trust_remote_code: bool) -> PreTrainedConfig:
         untie_stored_head(config, model_path)
         check_unquantised(config, model_path)
         check_padding_id(config, model_path)
+        if arguments:
+            config.name_or_path = model_path
+            check_weights_of_gguf(model_path, config)
         return config
 
 
 def load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Tokenizer of a checkpoint."""
+    """Tokenizer of a checkpoint or GGUF file; for an adapter without one, that of its base."""
+    base = adapter_base(model_path)
+    if base is not None and not any((Path(model_path) / name).is_file() for name in TOKENIZER_FILES):
+        return load_tokenizer(base, trust_remote_code)
+    folder, arguments = gguf_arguments(model_path)
     with loading(model_path):
-        return AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **arguments)
 
 
 def load_model(model_path: str, dtype: str, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
     """Causal language model of a checkpoint, on the CPU by default.
 
     Args:
-        model_path: checkpoint folder or hub name.
+        model_path: checkpoint folder, hub name, GGUF file, or LoRA adapter, which is merged into its base.
         dtype: key of ``DTYPES``.
         trust_remote_code: run model code found in the checkpoint.
         options: further arguments of ``from_pretrained``.
@@ -144,7 +166,24 @@ def load_model(model_path: str, dtype: str, trust_remote_code: bool, **options: 
     Raises:
         UserError: if the checkpoint cannot be loaded or is quantised, or its weights do not match its configuration.
     """
+    note = input_format(model_path)
+    if note:
+        check_input(model_path, divided="device_map" in options)
+        logger.info("model %s: %s", model_path, note)
+    base = adapter_base(model_path)
+    if base is not None:
+        load_config(model_path, trust_remote_code)
+        model = load_model(base, dtype, trust_remote_code, **options)
+        with loading(model_path):
+            model = fuse_adapters(model, model_path)
+        # What is trained on the model belongs to it, not to the base.
+        model.config.name_or_path = model.name_or_path = model_path
+        return model
+    stored = check_files(model_path)
     config = load_config(model_path, trust_remote_code)
+    if note:
+        with loading(model_path):
+            return load_gguf(model_path, config, DTYPES[dtype]).eval()
     with loading(model_path):
         renamings = check_weights(model_path, config, trust_remote_code=trust_remote_code)
         if renamings:
@@ -153,6 +192,7 @@ def load_model(model_path: str, dtype: str, trust_remote_code: bool, **options: 
             model = AutoModelForCausalLM.from_pretrained(
                 model_path, config=config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, **options
             )
+    log_narrowed(model_path, stored, model.dtype)
     if renamings:
         # Otherwise the library would save the weights under their wrapped names.
         model._weight_conversions = None

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, hf_hub_download
 
+from slim_utils.common.adapters import adapter_base, base_checkpoint
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import model_on_meta, write_json_atomic
+from slim_utils.common.model_source import input_format
 from slim_utils.common.ngrams import NgramSample
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.masks import PRUNING_FILE, LayerMask, ModelUnits, read_units
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 PROVENANCE_FILE = "slimgpt.json"
 FORMAT_VERSION = 1
-PRUNING, RECOVERY = "pruning", "recovery"
+PRUNING, RECOVERY, INPUT = "pruning", "recovery", "input"
 CARD_FILE = "README.md"
 CARRIED_KEYS = ("license", "license_name", "license_link", "language")
 
@@ -48,8 +50,12 @@ def read_provenance(model_path: str, config: PreTrainedConfig, trust_remote_code
     Returns:
         ``base``: ``name``, ``on_hub``, ``card`` (licence and language), ``parameters``, ``block_weights``, ``layers``
         (heads, kv heads and FFN width of each), ``experts`` (number in each) and ``shared_columns`` (width of the
-        shared expert of each); ``steps``: see :func:`pruning_step` and :func:`recovery_step`.
+        shared expert of each); ``steps``: see :func:`pruning_step`, :func:`recovery_step` and :func:`input_step`.
     """
+    note, base = input_format(model_path), adapter_base(model_path)
+    if note:
+        provenance = read_provenance(base, config, trust_remote_code) if base else _dense_base(model_path, config)
+        return with_step(provenance, input_step([("model", public_name(model_path)), ("format", note)]))
     try:
         content = json.loads(_checkpoint_file(model_path, PROVENANCE_FILE).read_text(encoding="utf-8"))
         if content["format"] == FORMAT_VERSION and content["base"]["block_weights"]:
@@ -58,12 +64,17 @@ def read_provenance(model_path: str, config: PreTrainedConfig, trust_remote_code
     except Exception as error:
         # Errors of the file system, the hub or the content; most models have no such file.
         logger.info("no %s of %s (%s)", PROVENANCE_FILE, model_path, type(error).__name__)
+    return _dense_base(model_path, config, trust_remote_code)
+
+
+def _dense_base(model_path: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Provenance of a model that is its own base."""
     family, shapes = find_family(config), layer_shapes(config)
     model = model_on_meta(config, trust_remote_code=trust_remote_code)
     dense = [LayerMask.dense(shape) for shape in shapes]
     base = {
         "name": public_name(model_path),
-        "on_hub": not Path(model_path).is_dir(),
+        "on_hub": not Path(model_path).exists(),
         "card": base_card_data(model_path),
         "parameters": count_parameters(model),
         "block_weights": sum(
@@ -131,6 +142,11 @@ def recovery_step(settings: list[tuple[str, Any]], datasets: Sequence[str] = ())
     return {"kind": RECOVERY, "settings": dict(settings), "datasets": list(datasets)}
 
 
+def input_step(settings: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A step that makes a model of an adapter or a GGUF file; arguments as for :func:`pruning_step`."""
+    return {"kind": INPUT, "settings": dict(settings), "datasets": []}
+
+
 def with_step(provenance: dict[str, Any], step: dict[str, Any]) -> dict[str, Any]:
     """``provenance`` with ``step`` appended."""
     return provenance | {"steps": [*provenance["steps"], step]}
@@ -176,11 +192,12 @@ def base_card_data(model_path: str) -> dict[str, Any]:
 
 def copy_license_files(model_path: str, folder: Path) -> None:
     """Copy the licence and notice files in the folder of the base model to ``folder``."""
-    for path in sorted(Path(model_path).glob("*")):
+    for path in sorted(Path(base_checkpoint(model_path)).glob("*")):
         if path.is_file() and path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE")):
             shutil.copyfile(path, folder / path.name)
 
 
 def _checkpoint_file(model_path: str, name: str) -> Path:
-    """Path of a file of a checkpoint, in its folder or downloaded from the hub."""
-    return Path(model_path) / name if Path(model_path).is_dir() else Path(hf_hub_download(model_path, name))
+    """Path of a file of a checkpoint, for an adapter of its base, in its folder or downloaded from the hub."""
+    model_path = base_checkpoint(model_path)
+    return Path(model_path) / name if Path(model_path).exists() else Path(hf_hub_download(model_path, name))

@@ -172,6 +172,9 @@ def wrong_checkpoints(folder: Path, checkpoint: Path) -> dict[str, Path]:
         "wrong shape: model.layers.0.self_attn.k_proj": {"num_key_value_heads": ...},
         "KeyError: 'newer'": {"rope_parameters": {"rope_type": "newer", "rope_theta": 1e4, "factor": 2.0}},
         r"KeyError: 'novel' \(unknown to transformers \d": {"hidden_act": "novel"},
+        "cannot be loaded: Missing required keys in `rope_parameters` .*'factor'}$": {
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}
+        },
         r"quantised \(gptq\); use the unquantised": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
     }
     checkpoints = {
@@ -181,8 +184,8 @@ def wrong_checkpoints(folder: Path, checkpoint: Path) -> dict[str, Path]:
     return checkpoints | {
         f"{WEIGHTS}: a Git LFS pointer.* git lfs pull": pointer("lfs", WEIGHTS),
         "pytorch_model.bin: a Git LFS pointer.* git lfs pull": pointer("bin", "pytorch_model.bin"),
-        "a folder of adapters .*fuse the adapters": adapters,
-        f"a folder of adapters .*use {fused}/lora_fused_model": fused,
+        "an adapter of type None; only LoRA": adapters,
+        f"a folder of adapters; use {fused}/lora_fused_model": fused,
     }
 
 
@@ -249,6 +252,27 @@ def test_load_model_of_quantised_weights_is_refused(nested, checkpoint, tmp_path
         load_model(str(model), "auto", False)
 
 
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
+        ({"load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "novel"}, "novel"),
+    ],
+)
+def test_load_config_of_quantised_weights_names_method_and_base(settings, method, checkpoint, tmp_path):
+    model = configured(tmp_path / "m", checkpoint, quantization_config=settings)
+    message = rf"quantised \({method}\); use the unquantised checkpoint{{}}, and quantise the pruned model afterwards"
+    with pytest.raises(UserError, match=message.format("")):
+        load_config(str(model), False)
+    (model / "README.md").write_text("---\nbase_model:\n- some/base\n---\n")
+    with pytest.raises(UserError, match=message.format(", some/base by its card")):
+        load_config(str(model), False)
+
+
 @pytest.fixture(scope="module")
 def untied_head(tmp_path_factory, tokenizer) -> Path:
     """A checkpoint with an untied head whose configuration ties it to the embeddings."""
@@ -301,6 +325,23 @@ def test_load_config_of_a_tied_model_that_stores_its_head_twice_keeps_the_flag(d
     stored(tmp_path / "m", untied_head, twice)
     assert load_config(str(tmp_path / "m"), False).tie_word_embeddings
     assert load_model(str(tmp_path / "m"), "auto", False).config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_load_model_of_an_untied_model_keeps_both_matrices(equal, untied_head, tmp_path):
+    model = configured(tmp_path / "m", untied_head, tie_word_embeddings=False)
+    state = load_file(model / WEIGHTS)
+    embeddings = state["model.embed_tokens.weight"]
+    state["lm_head.weight"] = embeddings.clone() if equal else state["lm_head.weight"]
+    save_file(state, model / WEIGHTS, metadata={"format": "pt"})
+    loaded = load_model(str(model), "auto", False)
+    host = OffloadedModel(str(model), "auto", False, tmp_path / "scratch")
+    with host.non_layer_modules():
+        for untied in (loaded, host.model):
+            assert not untied.config.tie_word_embeddings
+            assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+            assert torch.equal(untied.lm_head.weight, state["lm_head.weight"])
+    host.close()
 
 
 def test_test_flops_of_a_tied_model_with_an_untied_head_counts_the_head(untied_head, capsys):
