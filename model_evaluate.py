@@ -39,6 +39,7 @@ from ppl_eval.zero_shot import (
     task_specs,
 )
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.atomic_output import check_output_file, write_json_atomic
 from slim_utils.common.bos import BOS_CHOICES, BOS_POLICIES, set_bos
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import UserError
@@ -46,13 +47,12 @@ from slim_utils.common.input_checks import guard_token_ids, set_padding_token
 from slim_utils.common.input_paths import check_inputs_outside
 from slim_utils.common.loading import (
     DTYPES,
-    check_output_file,
     choose_local_device,
+    is_multimodal_checkpoint,
     load_config,
     load_model,
     load_tokenizer,
     peak_memory_mib,
-    write_json_atomic,
 )
 from slim_utils.common.model_source import check_input, input_format
 from slim_utils.layerwise.distributed import ProcessGroup, launched_processes
@@ -164,7 +164,9 @@ def evaluate(args: argparse.Namespace, processes: ProcessGroup, offload_folder: 
     from ppl_eval.parallel import DataParallelLM, highest_peaks, load_divided_model, prepare_shards
     from ppl_eval.truncation import warn_about_truncation
 
-    load_config(args.model, args.trust_remote_code)
+    config = load_config(args.model, args.trust_remote_code, language_model=True)
+    if is_multimodal_checkpoint(args.model):
+        logger.info("model %s: its language model, a '%s', is evaluated", args.model, config.model_type)
     check_input(args.model, args.parallelize)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     manager = TaskManager()
@@ -184,7 +186,7 @@ def evaluate(args: argparse.Namespace, processes: ProcessGroup, offload_folder: 
     if args.parallelize:
         model = load_divided_model(args.model, args.dtype, args.trust_remote_code, offload_folder)
     else:
-        model = load_model(args.model, args.dtype, args.trust_remote_code).to(args.device)
+        model = load_model(args.model, args.dtype, args.trust_remote_code, language_model=True).to(args.device)
     guard_token_ids(model)
     set_padding_token(tokenizer, model.config)
     lm = DataParallelLM(

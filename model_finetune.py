@@ -29,21 +29,15 @@ from torch import distributed
 
 from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalKey, EvalSets, load_eval_sets, split_eval_specs
 from slim_utils.cli.app import run_cli
+from slim_utils.common.atomic_output import atomic_entries, write_json_atomic
 from slim_utils.common.bos import calibration_bos
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import annotate_errors
 from slim_utils.common.input_checks import check_length, check_token_ids
-from slim_utils.common.loading import (
-    RUN_FILE,
-    atomic_entries,
-    load_config,
-    load_tokenizer,
-    peak_memory_mib,
-    write_json_atomic,
-)
+from slim_utils.common.loading import load_config, load_tokenizer, peak_memory_mib
 from slim_utils.common.model_source import check_input
 from slim_utils.common.ngrams import NgramSample
-from slim_utils.common.output_folder import output_lock
+from slim_utils.common.output_folder import RUN_FILE, output_lock
 from slim_utils.output.provenance import calibration_ngrams, read_model_units, read_provenance
 from slim_utils.profiling.tables import side_by_side
 from train_utils.finetune_args import FinetuneArguments, parse_args

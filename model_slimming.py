@@ -37,6 +37,7 @@ from slim_utils.cli.slimming_args import (
 from slim_utils.cli.slimming_checks import (
     calibration_texts,
     check_flags,
+    check_multimodal,
     check_save_dir,
     num_sink_windows,
     resolve_preset,
@@ -52,15 +53,10 @@ from slim_utils.cli.slimming_stages import (
     prune,
     with_device_defaults,
 )
+from slim_utils.common.atomic_output import warn_if_short_of_space
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_checks import check_length, check_token_ids
-from slim_utils.common.loading import (
-    PRUNED_MODEL_FOLDER,
-    load_config,
-    load_tokenizer,
-    peak_memory_mib,
-    warn_if_short_of_space,
-)
+from slim_utils.common.loading import PRUNED_MODEL_FOLDER, load_config, load_tokenizer, peak_memory_mib
 from slim_utils.common.model_source import check_input
 from slim_utils.common.output_folder import output_lock
 from slim_utils.families import find_family, layer_shapes
@@ -166,7 +162,8 @@ def prepare_inputs(config: PruningConfig) -> RunInputs:
     Raises:
         UserError: if the inputs do not fit the model or each other, naming the flag to change.
     """
-    model_config = load_config(config.model_path, config.trust_remote_code)
+    model_config = load_config(config.model_path, config.trust_remote_code, language_model=True)
+    check_multimodal(config, model_config)
     if config.family_like:
         add_family_like(model_config, config.family_like)
     find_family(model_config)

@@ -26,16 +26,10 @@ import torch
 
 from slim_utils.allocation.latency_measurement import measure_latency_table
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.atomic_output import check_output_file, write_json_atomic
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import UserError
-from slim_utils.common.loading import (
-    DTYPES,
-    check_output_file,
-    choose_device,
-    load_config,
-    load_model,
-    write_json_atomic,
-)
+from slim_utils.common.loading import DTYPES, choose_device, load_config, load_model
 from slim_utils.layerwise.settings import GQA_UNITS
 from slim_utils.profiling.latency import Latency, measure_latency
 from slim_utils.profiling.latency_table import LatencyCurve, TimedRequest

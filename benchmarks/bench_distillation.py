@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measuring import Row, measure_in_new_process
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.atomic_output import write_json_atomic
 from slim_utils.common.environment import command_line, environment
-from slim_utils.common.loading import load_model, peak_memory_mib, write_json_atomic
+from slim_utils.common.loading import load_model, peak_memory_mib
 from slim_utils.families import find_family
 from slim_utils.layerwise.offload import CPU
 from slim_utils.profiling.tables import markdown_table

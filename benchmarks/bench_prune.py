@@ -35,9 +35,10 @@ from benchmarks import original_slimgpt
 from benchmarks.measuring import measure_in_new_process
 from slim_utils.allocation.planner import plans_of
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.atomic_output import check_output_file, write_json_atomic
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import UserError
-from slim_utils.common.loading import DTYPES, check_output_file, choose_device, peak_memory_mib, write_json_atomic
+from slim_utils.common.loading import DTYPES, choose_device, peak_memory_mib
 from slim_utils.common.random_model import random_model
 from slim_utils.families import find_family
 from slim_utils.layerwise.device_defaults import SOLVE_DTYPES, model_tokens_per_forward, resolve_solve_dtype

@@ -38,7 +38,8 @@ from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_
 from ppl_eval.ppl_eval import perplexity
 from slim_utils.allocation.planner import Planner, no_cache
 from slim_utils.cli.app import ArgumentParser, run_cli
-from slim_utils.common.loading import load_model, load_tokenizer, peak_memory_mib, write_json_atomic
+from slim_utils.common.atomic_output import write_json_atomic
+from slim_utils.common.loading import load_model, load_tokenizer, peak_memory_mib
 from slim_utils.families import find_family
 from slim_utils.layerwise.offload import CPU, ResidentModel
 from slim_utils.layerwise.pruner import prune_layers

@@ -26,9 +26,10 @@ from benchmarks import original_slimgpt
 from benchmarks.bench_prune import PERCDAMP, SEED, Stopwatch, gemm_rate, solver_operations
 from benchmarks.measuring import measure_in_new_process
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.atomic_output import check_output_file, write_json_atomic
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import UserError
-from slim_utils.common.loading import check_output_file, choose_device, peak_memory_mib, write_json_atomic
+from slim_utils.common.loading import choose_device, peak_memory_mib
 from slim_utils.layerwise.device_defaults import SOLVE_DTYPES
 from slim_utils.obs import solve_bytes
 from slim_utils.profiling.tables import markdown_table

@@ -35,9 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measuring import named_files
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.atomic_output import write_json_atomic
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import UserError
-from slim_utils.common.loading import choose_device, write_json_atomic
+from slim_utils.common.loading import choose_device
 from slim_utils.profiling.tables import text_table
 
 logger = logging.getLogger("gpu_checks")

@@ -41,9 +41,10 @@ from benchmarks.bench_prune import SEED, SHAPES, Stopwatch, shape_config
 from slim_utils.allocation.planner import plans_of
 from slim_utils.allocation.schedules import non_uniform_ratios
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.atomic_output import write_json_atomic
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import UserError
-from slim_utils.common.loading import DTYPES, choose_device, write_json_atomic
+from slim_utils.common.loading import DTYPES, choose_device
 from slim_utils.common.memory import empty_cache
 from slim_utils.common.random_model import random_model
 from slim_utils.families import find_family, layer_shapes

@@ -29,9 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measuring import file_tokens
 from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_kv_heads
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.atomic_output import check_output_file, write_json_atomic
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import UserError
-from slim_utils.common.loading import check_output_file, load_model, load_tokenizer, write_json_atomic
+from slim_utils.common.loading import load_model, load_tokenizer
 from slim_utils.families import find_family
 from slim_utils.layerwise.layer_forward import LayerForward, capture_layer_kwargs
 from slim_utils.layerwise.offload import CPU

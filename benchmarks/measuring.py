@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ppl_eval.ppl_dataset import eval_windows
+from slim_utils.common.atomic_output import check_output_file, write_json_atomic
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import UserError
-from slim_utils.common.loading import check_output_file, write_json_atomic
 from slim_utils.layerwise.offload import CPU
 from slim_utils.text_source import file_documents, join_documents, tokenize
 

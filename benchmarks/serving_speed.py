@@ -37,9 +37,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models  # noqa: F401 - registers the classes of pruned checkpoints
 from ppl_eval.ppl_dataset import eval_windows, load_eval_tokens
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.atomic_output import check_output_file, write_json_atomic
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import UserError
-from slim_utils.common.loading import check_output_file, load_config, write_json_atomic
+from slim_utils.common.loading import load_config
 from slim_utils.output.model_card import vllm_options
 from slim_utils.profiling.model_stats import model_stats
 

@@ -29,8 +29,9 @@ from slim_utils.allocation.budget import layer_units
 from slim_utils.allocation.planner import plans_of, ratio_plans
 from slim_utils.allocation.schedules import non_uniform_ratios
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.atomic_output import write_json_atomic
 from slim_utils.common.environment import command_line, environment
-from slim_utils.common.loading import choose_device, load_model, load_tokenizer, peak_memory_mib, write_json_atomic
+from slim_utils.common.loading import choose_device, load_model, load_tokenizer, peak_memory_mib
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import PruningSettings

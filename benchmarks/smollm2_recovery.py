@@ -28,9 +28,10 @@ from benchmarks.smollm2_perplexity import MIN_SPARSITY, NUM_SAMPLES, PERCDAMP, S
 from ppl_eval.ppl_dataset import load_eval_sets
 from ppl_eval.ppl_eval import evaluate
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.atomic_output import write_json_atomic
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import UserError
-from slim_utils.common.loading import choose_device, load_model, load_tokenizer, write_json_atomic
+from slim_utils.common.loading import choose_device, load_model, load_tokenizer
 from slim_utils.layerwise.settings import PruningSettings
 
 logger = logging.getLogger("smollm2_recovery")

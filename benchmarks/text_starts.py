@@ -29,8 +29,9 @@ from benchmarks.smollm2_perplexity import NUM_SAMPLES, PERCDAMP, SEQLEN, repeat_
 from ppl_eval.ppl_dataset import eval_windows
 from ppl_eval.ppl_eval import perplexity
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.atomic_output import check_output_file, write_json_atomic
 from slim_utils.common.environment import command_line, environment
-from slim_utils.common.loading import check_output_file, load_model, load_tokenizer, write_json_atomic
+from slim_utils.common.loading import load_model, load_tokenizer
 from slim_utils.layerwise.offload import CPU
 from slim_utils.profiling.tables import markdown_table
 from slim_utils.pruning_config import BEST_SINK_WINDOWS

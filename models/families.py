@@ -1,185 +1,21 @@
-"""Table of model families: the classes, modules and configuration keys that pruning needs. A new family is one row."""
+"""Table of model families. A new family is one row."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel
-
-# Kinds of rows of a linear map; QKV: query, key and value of every head side by side.
-HEADS, KV_HEADS, COLUMNS, QKV = "heads", "kv_heads", "columns", "qkv"
-# Query and gate of every head side by side.
-GATED_HEADS = "gated_heads"
-# Columns of the FFN of every token beside the experts.
-SHARED_COLUMNS = "shared_columns"
-# Heads of latent attention, in the map of queries, and in that of keys and values from the latents.
-LATENT_QUERIES, LATENT_KEY_VALUES = "latent_queries", "latent_key_values"
-# Query heads per kv head.
-HEADS_PER_GROUP = "heads_per_group"
-# Layer types, as in ``layer_types``, with another mixer of tokens in place of attention heads.
-OTHER_MIXERS = ("linear_attention", "conv")
-
-
-@dataclass(frozen=True)
-class ExpertLayout:
-    """Layout of the 3-D parameters ``gate_up_proj`` and ``down_proj`` of experts.
-
-    Attributes:
-        transposed: (experts, in, out) instead of (experts, out, in).
-        interleaved: gate and up of a column are side by side, instead of all gates before all ups; the module applies
-            its own gate to them.
-        gate_on_inputs: the router's weights multiply the inputs of an expert, not its outputs.
-    """
-
-    transposed: bool = False
-    interleaved: bool = False
-    gate_on_inputs: bool = False
-
-
-PLAIN_LAYOUT = ExpertLayout()
-
-
-@dataclass(frozen=True)
-class Family:
-    """Classes, prunable modules and configuration keys of a family. Module names are relative to a decoder layer.
-
-    Attributes:
-        base_type: model type of transformers, before pruning.
-        slim_type: model type of the pruned model.
-        name: name of the family in its class names.
-        config_class: configuration class of transformers.
-        model_class: its model without a head.
-        causal_class: its causal language model.
-        layers: name of the list of decoder layers in the causal language model.
-        tuple_outputs: whether a decoder layer returns its output as a tuple.
-        attention_out: linear map whose input columns are the query heads side by side.
-        attention_rows: linear maps that feed ``attention_out``, and the kinds of their output rows as stacked.
-        mlp_out: linear map whose input columns are the FFN's intermediate columns.
-        mlp_rows: linear maps that feed ``mlp_out``, and the kinds of their output rows as stacked.
-        head_norms: RMS norms over all heads at once, and the kind of their weights.
-        head_parameters: further parameters with one row or entry per head, by name, and the kind of head.
-        latent_attention: whether keys and values are computed from latents, which are cached in their place.
-        columns_key: configuration key of the FFN width; 4 times the hidden size where it is ``None``.
-        fixed_keys: configuration keys that a pruned model sets, and their values.
-        experts: module with the 3-D parameters ``gate_up_proj`` and ``down_proj`` of a mixture of experts, if any.
-        expert_layout: layout of these parameters.
-        expert_columns_key: configuration key of the width of an expert; empty for families without experts.
-        num_experts_key: configuration key of the number of experts.
-        router: module that chooses the experts of a token.
-        router_tensors: its parameters and buffers with an entry per expert, and the dimension of these entries.
-        fewest_experts: experts that the router needs at least.
-        shared_expert: FFN of every token beside the experts, with a gate, if any; its maps are ``gate_proj``,
-            ``up_proj`` and ``down_proj``.
-        shared_gate: linear map whose sigmoid weights the output of the shared expert, if any.
-        shared_columns_key: configuration key of the width of the shared expert; where it is empty, the shared expert
-            is as wide as ``shared_count_key`` experts, or as one.
-        shared_count_key: configuration key of the number of experts that the shared expert is as wide as.
-        heads_fill_hidden: whether the stock class sizes the attention by the hidden size, which the heads fill.
-        head_counts: with ``heads_fill_hidden``, the attributes that hold a number of heads, and its kind.
-        unsupported: configuration keys that may not be set, and why.
-        like: family whose layout the row repeats, in a row that is not part of the table.
-    """
-
-    base_type: str
-    slim_type: str
-    name: str
-    config_class: str
-    model_class: str
-    causal_class: str
-    layers: str = "model.layers"
-    tuple_outputs: bool = False
-    attention_out: str = "self_attn.o_proj"
-    attention_rows: tuple[tuple[str, tuple[str, ...]], ...] = (
-        ("self_attn.q_proj", (HEADS,)),
-        ("self_attn.k_proj", (KV_HEADS,)),
-        ("self_attn.v_proj", (KV_HEADS,)),
-    )
-    mlp_out: str = "mlp.down_proj"
-    mlp_rows: tuple[tuple[str, tuple[str, ...]], ...] = (
-        ("mlp.gate_proj", (COLUMNS,)),
-        ("mlp.up_proj", (COLUMNS,)),
-    )
-    head_norms: tuple[tuple[str, str], ...] = ()
-    head_parameters: tuple[tuple[str, str], ...] = ()
-    latent_attention: bool = False
-    columns_key: str = "intermediate_size"
-    fixed_keys: tuple[tuple[str, Any], ...] = ()
-    experts: str = "mlp.experts"
-    expert_layout: ExpertLayout = PLAIN_LAYOUT
-    expert_columns_key: str = ""
-    num_experts_key: str = "num_experts"
-    router: str = "mlp.gate"
-    router_tensors: tuple[tuple[str, int], ...] = (("weight", 0),)
-    fewest_experts: int = 1
-    shared_expert: str = ""
-    shared_gate: str = ""
-    shared_columns_key: str = ""
-    shared_count_key: str = ""
-    heads_fill_hidden: bool = False
-    head_counts: tuple[tuple[str, str], ...] = ()
-    unsupported: tuple[tuple[str, str], ...] = ()
-    like: str = ""
-
-    @property
-    def slim_config(self) -> type[PreTrainedConfig]:
-        """Configuration class of the pruned model."""
-        from models.registry import slim_classes
-
-        return slim_classes(self).config
-
-    @property
-    def slim_model(self) -> type[PreTrainedModel]:
-        """Causal language model class of the pruned model, shipped inside the checkpoint."""
-        from models.registry import slim_classes
-
-        return slim_classes(self).causal
-
-    def decoder_layers(self, model: PreTrainedModel) -> nn.ModuleList:
-        """Return the decoder layers of ``model``."""
-        return model.get_submodule(self.layers)
-
-    def mixer(self, config: PreTrainedConfig, index: int) -> str:
-        """Return the layer type of layer ``index`` if it has another mixer of tokens than attention heads, else ""."""
-        types = getattr(config, "layer_types", None)
-        return types[index] if types and types[index] in OTHER_MIXERS else ""
-
-    def num_experts(self, config: PreTrainedConfig, index: int) -> int:
-        """Return the number of experts of layer ``index``; 0 for a dense FFN."""
-        if not self.expert_columns_key or index in (getattr(config, "mlp_only_layers", None) or ()):
-            return 0
-        first = getattr(config, "moe_layer_start_index", getattr(config, "first_k_dense_replace", 0))
-        last = getattr(config, "moe_layer_end_index", config.num_hidden_layers - 1)
-        step = getattr(config, "moe_layer_interval", getattr(config, "decoder_sparse_step", 1))
-        sparse = first <= index <= last and (index + 1) % step == 0
-        if hasattr(config, "moe_layers"):
-            sparse = index in config.moe_layers
-        return getattr(config, self.num_experts_key) if sparse else 0
-
-    def num_shared_columns(self, layer_config: PreTrainedConfig) -> int:
-        """Return the width of the shared expert of a layer with experts; 0 if it has none."""
-        if not self.shared_expert:
-            return 0
-        if self.shared_columns_key:
-            return getattr(layer_config, self.shared_columns_key)
-        count = getattr(layer_config, self.shared_count_key) if self.shared_count_key else 1
-        return count * getattr(layer_config, self.expert_columns_key)
-
-    def ffn_width(self, layer_config: PreTrainedConfig, num_experts: int) -> int:
-        """Return the FFN width of a layer, or that of each of ``num_experts`` experts."""
-        width = getattr(layer_config, self.width_key(num_experts)) or 4 * layer_config.hidden_size
-        if getattr(layer_config, "block_auto_adjust_ff_dim", False):
-            # LFM2 derives the width of its gated FFN from that of one without a gate.
-            width, multiple = 2 * width // 3, layer_config.block_multiple_of
-            if layer_config.block_ffn_dim_multiplier is not None:
-                width = -(-int(layer_config.block_ffn_dim_multiplier * width) // multiple) * multiple
-        return width
-
-    def width_key(self, num_experts: int) -> str:
-        """Return the configuration key of the FFN width of a layer with ``num_experts`` experts."""
-        return self.expert_columns_key if num_experts else self.columns_key
+from models.family import (
+    COLUMNS,
+    GATED_HEADS,
+    HEADS,
+    HEADS_PER_GROUP,
+    KV_HEADS,
+    LATENT_KEY_VALUES,
+    LATENT_QUERIES,
+    QKV,
+    ExpertLayout,
+    Family,
+)
 
 
 def row(base_type: str, name: str, **differences: Any) -> Family:

@@ -8,7 +8,8 @@ from typing import Any
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-from models.families import FAMILIES, Family
+from models.families import FAMILIES
+from models.family import Family
 
 # Key of a checkpoint's configuration: the family whose layout its row repeats.
 LIKE_KEY = "slim_family_like"

@@ -21,12 +21,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.hub import HF_MODULES_CACHE
 
-from models.families import FAMILIES, Family
-from models.shipped_code import shipped_code
+from models.families import FAMILIES
+from models.family import Family
+from models.shipped_code import shipped_code, shipped_wrapper_code
+from models.wrappers import WRAPPER_ROWS, Wrapper
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -41,6 +43,15 @@ class SlimClasses:
     config: type[PreTrainedConfig]
     model: type[PreTrainedModel]
     causal: type[PreTrainedModel]
+
+
+@dataclass(frozen=True)
+class SlimWrapperClasses:
+    """Classes of a pruned multimodal model: its configuration, that of its language model, the model."""
+
+    config: type[PreTrainedConfig]
+    text_config: type[PreTrainedConfig]
+    model: type[PreTrainedModel]
 
 
 def slim_classes(family: Family) -> SlimClasses:
@@ -59,10 +70,23 @@ def _register(slim_type: str) -> SlimClasses:
     return classes
 
 
-def _shipped(slim_type: object) -> Family | None:
-    """Family whose pruned models have the type ``slim_type``."""
+@cache
+def slim_wrapper_classes(wrapper: Wrapper) -> SlimWrapperClasses:
+    """Return the classes of the pruned models of ``wrapper``, registered with the auto classes of transformers."""
+    module = importlib.import_module(f"{_PREFIX}{wrapper.slim_type}")
+    names = f"{wrapper.name}Config", f"{wrapper.family.name}TextConfig", f"{wrapper.name}ForConditionalGeneration"
+    classes = SlimWrapperClasses(*(getattr(module, f"Slim{name}") for name in names))
+    AutoConfig.register(wrapper.slim_type, classes.config, exist_ok=True)
+    AutoModelForImageTextToText.register(classes.config, classes.model, exist_ok=True)
+    return classes
+
+
+def _shipped(slim_type: object) -> Family | Wrapper | None:
+    """Row whose pruned models have the type ``slim_type``."""
     family = FAMILIES.get(slim_type) if isinstance(slim_type, str) else None
-    return family if family and family.slim_type == slim_type else None
+    if family and family.slim_type == slim_type:
+        return family
+    return next((wrapper for wrapper in WRAPPER_ROWS if wrapper.slim_type == slim_type), None)
 
 
 class _ShippedCodeFinder(MetaPathFinder):
@@ -75,10 +99,11 @@ class _ShippedCodeFinder(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Write the code of a family and return where it is; ``None`` for any other module."""
-        family = _shipped(fullname.removeprefix(_PREFIX)) if fullname.startswith(_PREFIX) else None
-        if family is None:
+        row = _shipped(fullname.removeprefix(_PREFIX)) if fullname.startswith(_PREFIX) else None
+        if row is None:
             return None
-        return spec_from_file_location(fullname, _code_file(f"modeling_{family.slim_type}.py", shipped_code(family)))
+        code = shipped_wrapper_code(row) if isinstance(row, Wrapper) else shipped_code(row)
+        return spec_from_file_location(fullname, _code_file(f"modeling_{row.slim_type}.py", code))
 
 
 def _code_file(name: str, code: str) -> Path:
@@ -109,9 +134,10 @@ class _LazyConfigs(dict[str, Any]):
         return super().__contains__(model_type) or _shipped(model_type) is not None
 
     def __missing__(self, model_type: str) -> type[PreTrainedConfig]:
-        if _shipped(model_type) is None:
+        row = _shipped(model_type)
+        if row is None:
             raise KeyError(model_type)
-        return _register(model_type).config
+        return slim_wrapper_classes(row).config if isinstance(row, Wrapper) else _register(model_type).config
 
 
 def install() -> None:

@@ -10,7 +10,8 @@ from string import Template
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-from models.families import HEADS, HEADS_PER_GROUP, KV_HEADS, QKV, Family
+from models.family import HEADS, HEADS_PER_GROUP, KV_HEADS, QKV, Family
+from models.wrappers import Wrapper
 
 BASE = Path(__file__).with_name("slim_base.py")
 
@@ -55,6 +56,54 @@ Slim${name}Model.register_for_auto_class("AutoModel")
 Slim${name}ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 ''')
 
+_WRAPPER_CLASSES = Template('''\
+
+
+from transformers import AutoModel, $imported
+
+
+class Slim${text_name}TextConfig(SlimConfigMixin, $text_config_class):
+    """``$text_config_class`` with heads, kv heads and FFN width per layer."""
+
+    model_type = "$text_type"
+
+
+class Slim${text_name}TextModel(SlimModelMixin, $text_model_class):
+    """``$text_model_class`` with per-layer shapes."""
+
+    config: Slim${text_name}TextConfig
+$model_attributes
+
+# The library's class builds its language model by this table.
+AutoModel.register(Slim${text_name}TextConfig, Slim${text_name}TextModel, exist_ok=True)
+
+
+class Slim${name}Config($config_class):
+    """``$config_class`` of a pruned language model."""
+
+    model_type = "$slim_type"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.text_config, dict):
+            self.text_config = Slim${text_name}TextConfig(**self.text_config)
+        super().__post_init__(**kwargs)
+
+
+class Slim${name}ForConditionalGeneration($model_class):
+    """``$model_class`` around :class:`Slim${text_name}TextModel`."""
+
+    config: Slim${name}Config
+
+    def __init__(self, config: Slim${name}Config) -> None:
+        init_dense(super().__init__, config)
+        self.set_submodule("$language_model", Slim${text_name}TextModel(config.text_config))
+        self.post_init()
+
+
+Slim${name}Config.register_for_auto_class("AutoConfig")
+Slim${name}ForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+''')
+
 _EXPERTS_COMMENT = """
 # transformers lets a user choose the experts implementation only if this file contains the text
 # @use_experts_implementation; without it the choice depends on which of the two classes is used first.
@@ -68,7 +117,6 @@ def shipped_code(family: Family) -> str:
         ValueError: if a name of the row is not an identifier, or a class is not one of transformers.
     """
     _check_names(family)
-    _, _, base = BASE.read_text(encoding="utf-8").partition('"""\n\n')
     classes = _CLASSES.substitute(
         name=family.name,
         imported=", ".join(sorted({family.config_class, family.model_class, family.causal_class})),
@@ -83,7 +131,37 @@ def shipped_code(family: Family) -> str:
         model_attributes=_model_attributes(family),
         causal_attributes=_assignments({"model_name": _layers_path(family)[0]}, {"model_name": "model"}),
     )
-    return f"{_DOCSTRING.substitute(name=family.name)}\n{base.rstrip()}\n{classes}"
+    return _module(family.name, classes)
+
+
+def shipped_wrapper_code(wrapper: Wrapper) -> str:
+    """Return the code that a pruned multimodal checkpoint of ``wrapper`` ships.
+
+    Raises:
+        ValueError: if a name of a row is not an identifier.
+    """
+    text = wrapper.family
+    _check_identifiers(wrapper.base_type, [wrapper.name, wrapper.slim_type, wrapper.language_model, text.name])
+    classes = _WRAPPER_CLASSES.substitute(
+        name=wrapper.name,
+        text_name=text.name,
+        imported=", ".join(sorted({wrapper.config_class, wrapper.model_class, text.config_class, text.model_class})),
+        text_config_class=text.config_class,
+        text_model_class=text.model_class,
+        text_type=text.slim_type,
+        model_attributes=_model_attributes(text),
+        config_class=wrapper.config_class,
+        model_class=wrapper.model_class,
+        slim_type=wrapper.slim_type,
+        language_model=wrapper.language_model,
+    )
+    return _module(wrapper.name, classes)
+
+
+def _module(name: str, classes: str) -> str:
+    """The shared base, followed by ``classes``."""
+    _, _, base = BASE.read_text(encoding="utf-8").partition('"""\n\n')
+    return f"{_DOCSTRING.substitute(name=name)}\n{base.rstrip()}\n{classes}"
 
 
 def _model_attributes(family: Family) -> str:
@@ -130,9 +208,7 @@ def _check_names(family: Family) -> None:
     modules += [name for name, _ in (*family.attention_rows, *family.head_norms, *family.head_counts)]
     if not re.fullmatch(r"slim_\w+", family.slim_type, flags=re.ASCII):
         raise ValueError(f"model type {family.slim_type!r} is not of the form slim_NAME")
-    for identifier in _parts([family.name, family.slim_type, *modules]):
-        if not re.fullmatch(r"[A-Za-z_]\w*", identifier, flags=re.ASCII):
-            raise ValueError(f"row {family.base_type!r}: {identifier!r} is not an identifier")
+    _check_identifiers(family.base_type, [family.name, family.slim_type, *modules])
     classes = {
         family.config_class: CONFIG_MAPPING_NAMES,
         family.model_class: MODEL_MAPPING_NAMES,
@@ -143,5 +219,7 @@ def _check_names(family: Family) -> None:
             raise ValueError(f"row {family.base_type!r}: {class_name!r} is not such a class of transformers")
 
 
-def _parts(names: Iterable[str]) -> list[str]:
-    return [part for name in names for part in name.split(".")]
+def _check_identifiers(row: str, names: Iterable[str]) -> None:
+    for identifier in (part for name in names for part in name.split(".")):
+        if not re.fullmatch(r"[A-Za-z_]\w*", identifier, flags=re.ASCII):
+            raise ValueError(f"row {row!r}: {identifier!r} is not an identifier")

@@ -106,10 +106,11 @@ def load_divided_model(model_path: str, dtype: str, trust_remote_code: bool, off
     Raises:
         UserError: if the checkpoint cannot be loaded.
     """
-    model = load_model(model_path, dtype, trust_remote_code, device_map="auto", offload_folder=offload_folder)
+    places = {"device_map": "auto", "offload_folder": offload_folder}
+    model = load_model(model_path, dtype, trust_remote_code, language_model=True, **places)
     # Without a map, the whole model fits on one device.
-    places = Counter(map(str, getattr(model, "hf_device_map", {"": model.device}).values()))
-    logger.info("--parallelize: modules on %s", ", ".join(f"{place}: {count}" for place, count in places.items()))
+    counts = Counter(map(str, getattr(model, "hf_device_map", {"": model.device}).values()))
+    logger.info("--parallelize: modules on %s", ", ".join(f"{place}: {count}" for place, count in counts.items()))
     return model
 
 

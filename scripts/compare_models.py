@@ -23,21 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalKey, load_eval_sets, name_eval_sets
 from ppl_eval.ppl_eval import evaluate
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.atomic_output import check_output_file, write_json_atomic
 from slim_utils.common.bos import BOS_HELP, BOS_POLICIES
 from slim_utils.common.environment import environment
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_checks import check_token_ids
 from slim_utils.common.input_paths import check_inputs_outside, eval_files
-from slim_utils.common.loading import (
-    DTYPES,
-    check_output_file,
-    choose_device,
-    load_config,
-    load_model,
-    load_tokenizer,
-    peak_memory_mib,
-    write_json_atomic,
-)
+from slim_utils.common.loading import DTYPES, choose_device, load_config, load_model, load_tokenizer, peak_memory_mib
 from slim_utils.families import find_family
 from slim_utils.profiling.model_stats import model_stats
 from slim_utils.profiling.tables import Row, side_by_side

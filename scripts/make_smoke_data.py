@@ -16,8 +16,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.atomic_output import atomic_folder
 from slim_utils.common.errors import UserError
-from slim_utils.common.loading import atomic_folder
 
 ROWS = 96
 EVALUATION_CHARS = 20_000

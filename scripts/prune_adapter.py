@@ -19,15 +19,10 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.atomic_output import atomic_folder, check_output, write_json_atomic
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_paths import check_inputs_outside
-from slim_utils.common.loading import (
-    PRUNED_MODEL_FOLDER,
-    atomic_folder,
-    check_output,
-    load_config,
-    write_json_atomic,
-)
+from slim_utils.common.loading import PRUNED_MODEL_FOLDER, load_config
 from slim_utils.export.adapter import check_adapter, pruned_adapter
 from slim_utils.families import FAMILIES, layer_shapes
 from slim_utils.masks import PRUNING_FILE, ModelUnits, read_units

@@ -22,9 +22,10 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.atomic_output import atomic_folder, check_output, write_json_atomic, write_text_atomic
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.input_paths import check_inputs_outside
-from slim_utils.common.loading import RUN_FILE, atomic_folder, check_output, write_json_atomic, write_text_atomic
+from slim_utils.common.output_folder import RUN_FILE
 from slim_utils.report.contents import plots
 from slim_utils.report.page import Picture, page
 from slim_utils.report.plot import Plot

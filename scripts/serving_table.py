@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.atomic_output import write_text_atomic
 from slim_utils.common.errors import UserError
-from slim_utils.common.loading import write_text_atomic
 from slim_utils.profiling.tables import markdown_table
 
 BEGIN, END = "<!-- serving table -->\n", "<!-- end of serving table -->"

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from models.families import (
+from models.families import FAMILIES, ROWS
+from models.family import (
     COLUMNS,
-    FAMILIES,
     GATED_HEADS,
     HEADS,
     KV_HEADS,
     LATENT_KEY_VALUES,
     LATENT_QUERIES,
     QKV,
-    ROWS,
     SHARED_COLUMNS,
     Family,
 )
+from models.wrappers import WRAPPER_ROWS, is_multimodal
 from slim_utils.common.checkpoint_checks import check_unquantised
 from slim_utils.common.errors import UserError
 
@@ -140,6 +140,12 @@ def find_family(config: PreTrainedConfig) -> Family:
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
+        if is_multimodal(config):
+            supported = ", ".join(dict.fromkeys(wrapper.base_type for wrapper in WRAPPER_ROWS))
+            raise UserError(
+                f"model type '{config.model_type}' is multimodal and not supported; supported multimodal types: "
+                f"{supported}; docs/families.md says why others are not"
+            )
         raise UserError(unknown_type_message(config.model_type) + UNKNOWN_TYPE_ADVICE)
     for key, reason in family.unsupported:
         if getattr(config, key, None):

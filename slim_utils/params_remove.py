@@ -207,13 +207,20 @@ def slim_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask]
 
     ``layer_head_num`` and ``layer_inter_size`` list the heads and the FFN width of every layer.
     """
-    per_layer = {index: _layer_sizes(config, family, mask) for index, mask in enumerate(masks)}
-    # The top level keeps the sizes of the dense base, also for a model that was pruned before.
-    slim = family.slim_config(**_shared_fields(config, family, masks), per_layer_config=per_layer)
+    slim = family.slim_config(**per_layer_fields(config, family, masks))
     slim.architectures = [family.slim_model.__name__]
     # save_pretrained adds the other two classes; vLLM loads AutoModel.
     slim.auto_map = {"AutoModel": _auto_model_reference(family)}
     return slim
+
+
+def per_layer_fields(config: PreTrainedConfig, family: Family, masks: list[LayerMask]) -> dict[str, Any]:
+    """Return the fields of the configuration of the pruned model, with per-layer shapes.
+
+    The top level keeps the sizes of the dense base, also for a model that was pruned before.
+    """
+    per_layer = {index: _layer_sizes(config, family, mask) for index, mask in enumerate(masks)}
+    return {**_shared_fields(config, family, masks), "per_layer_config": per_layer}
 
 
 def stock_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask]) -> PreTrainedConfig:

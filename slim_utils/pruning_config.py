@@ -94,6 +94,7 @@ class PruningConfig:
     stream: bool = field(default=False, metadata=_VALUE)
     dtype: str = field(default="auto", metadata=_VALUE)
     family_like: str | None = field(default=None, metadata=_VALUE)
+    text_only: bool = field(default=False, metadata=_VALUE)
     trust_remote_code: bool = field(default=False, metadata=_NONE)
     save_dir: str = field(default="", metadata=_NONE)
     save_pruned_weights: bool = field(default=False, metadata=_NONE)

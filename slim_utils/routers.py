@@ -13,7 +13,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from models.families import Family
+    from models.family import Family
 
 
 def active_experts(config: PreTrainedConfig, num_experts: int) -> int | list[int]:

@@ -59,11 +59,6 @@ class PruneResult:
     solve_dtype: str = ""
     solve_device: str = ""
 
-    @classmethod
-    def without_units(cls) -> "PruneResult":
-        """Return the result of a layer without such units."""
-        return cls([], [], error_uncompensated=0.0, error_compensated=0.0, percdamp=0.0)
-
 
 @dataclass(frozen=True)
 class _Target:

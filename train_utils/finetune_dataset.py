@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from slim_utils.common.atomic_output import atomic_folder
 from slim_utils.common.errors import UserError, row_errors
-from slim_utils.common.loading import atomic_folder
 from slim_utils.text_source import Row, file_rows, hub_rows, instruction_columns, names_file
 from train_utils.conversations import (
     MESSAGES,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from slim_utils.common.loading import write_json_atomic
+from slim_utils.common.atomic_output import write_json_atomic
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments

@@ -8,10 +8,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from slim_utils.common.atomic_output import check_output, write_json_atomic
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_paths import is_inside
-from slim_utils.common.loading import RUN_FILE, check_output, write_json_atomic
-from slim_utils.common.output_folder import clear_leftovers, finish_replacement, output_entries, replace_entries
+from slim_utils.common.output_folder import (
+    RUN_FILE,
+    clear_leftovers,
+    finish_replacement,
+    output_entries,
+    replace_entries,
+)
 
 TRAINER_STATE = "trainer_state.json"
 UNFINISHED_FOLDER = ".unfinished"

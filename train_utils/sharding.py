@@ -28,8 +28,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from ppl_eval.ppl_dataset import EvalSets
 from ppl_eval.streamed_eval import evaluate_layers
 from slim_utils.common.adapters import FUSED_FOLDER, load_adapters, merge_adapters
+from slim_utils.common.atomic_output import scratch_folder
 from slim_utils.common.errors import UserError
-from slim_utils.common.loading import scratch_folder
 from slim_utils.common.output_folder import hidden_path
 from slim_utils.layerwise.offload import CPU, OffloadedModel
 from slim_utils.output.writers import CheckpointShards

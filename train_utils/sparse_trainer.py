@@ -24,8 +24,8 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from slim_utils.common.atomic_output import write_json_atomic
 from slim_utils.common.errors import UserError
-from slim_utils.common.loading import write_json_atomic
 from slim_utils.families import Family
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import Indices, count_weights, num_indices, removed_indices, select_indices, zero_indices

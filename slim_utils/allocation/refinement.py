@@ -189,17 +189,14 @@ def _measure_layers(
             layer = host.onload(index, settings.device)
             if cache.pending(index):
                 layer_probe = probe if cache.in_time(index) else None
-
-                def sensitivity(name: str, weights: list[Tensor]) -> UnitSensitivity:
-                    return _unit_sensitivity(weights, hook.maps[index, name], layer_probe, index, plan_loss)
-
-                shape = shapes[index]
-                heads = UnitSensitivity.without_units()
+                shape, heads = shapes[index], UnitSensitivity.without_units()
                 if shape.num_heads:
                     weights = [linear_map(layer, family.attention_out).weight.data]
-                    heads = sensitivity(family.attention_out, weights)
-                name = family.experts if shape.num_experts else family.mlp_out
-                columns = sensitivity(name, column_parameters(layer, family, shape))
+                    probed = hook.maps[index, family.attention_out]
+                    heads = _unit_sensitivity(weights, probed, layer_probe, index, plan_loss)
+                weights = column_parameters(layer, family, shape)
+                probed = hook.maps[index, family.experts if shape.num_experts else family.mlp_out]
+                columns = _unit_sensitivity(weights, probed, layer_probe, index, plan_loss)
                 cache.add(index, LayerSensitivity(heads, columns), "refined sensitivity")
             probe.advance(index)
             host.offload(index)

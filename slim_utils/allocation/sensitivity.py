@@ -27,8 +27,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from slim_utils.allocation.budget import LayerCurves, LayerUnits, LossCurve
 from slim_utils.allocation.schedules import units_to_remove
+from slim_utils.common.atomic_output import write_json_atomic
 from slim_utils.common.errors import UserError
-from slim_utils.common.loading import write_json_atomic
 from slim_utils.families import LayerShape, layer_shapes
 from slim_utils.layerwise.layer_forward import LayerForward, capture_layer_kwargs, layer_outputs_given
 from slim_utils.layerwise.layer_maps import column_maps, head_maps
@@ -104,8 +104,8 @@ class KLProbe:
         """Yield log-probabilities (positions, vocabulary) by sample; all at once may be larger than the model."""
         model = self._host.model
         for sample, output in zip(self._samples, outputs, strict=True):
-            outputs = iter([output[None].to(model.device)])
-            with layer_outputs_given(self._host.family, self._host.layers, outputs):
+            given = iter([output[None].to(model.device)])
+            with layer_outputs_given(self._host.family, self._host.layers, given):
                 logits = model(
                     input_ids=sample[None].to(model.device), use_cache=False, logits_to_keep=self._positions
                 ).logits

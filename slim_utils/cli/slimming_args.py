@@ -104,6 +104,11 @@ def add_machine_flags(group: argparse._ArgumentGroup) -> None:
         help="for a model type that is not supported: prune it as one with the layout of TYPE, if a check on a random "
         "model passes",
     )
+    group.add_argument(
+        "--text_only",
+        action="store_true",
+        help="of a multimodal model, save the pruned language model alone, without its vision tower",
+    )
     group.add_argument("--trust_remote_code", action="store_true", help="run model code found in the checkpoint")
 
 

@@ -1,19 +1,27 @@
 """Checks of the flags of ``model_slimming.py`` before anything is loaded, and the expansion of ``--preset``."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from models.wrappers import TEXT_OF_KEY
 from slim_utils.allocation.schedules import STRATEGIES
 from slim_utils.allocation.targets import parse_size
+from slim_utils.common.atomic_output import check_output
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_paths import check_inputs_outside, eval_files
-from slim_utils.common.loading import check_output, choose_device, choose_local_device
+from slim_utils.common.loading import choose_device, choose_local_device, is_multimodal_checkpoint
 from slim_utils.layerwise.distributed import launched_processes
 from slim_utils.layerwise.resume import LayerStore
 from slim_utils.pruning_config import BEST_COLUMN_GROUP, BEST_SINK_WINDOWS, SENSITIVITY, TARGET_FLAGS, PruningConfig
 from slim_utils.text_source import CALIBRATION_DATASETS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -268,6 +276,33 @@ def check_save_dir(config: PruningConfig) -> None:
     inputs |= {"--latency_file": [config.latency_file]}
     inputs |= {"--data_file": config.data_file or [], "--eval_datasets": texts}
     check_inputs_outside(folder, "--save_dir", inputs)
+
+
+def check_multimodal(config: PruningConfig, model_config: PreTrainedConfig) -> None:
+    """Check the flags of a multimodal model, and log which parts of it are pruned and saved.
+
+    Args:
+        config: flags.
+        model_config: configuration of the model or, of a multimodal one, of its language model.
+
+    Raises:
+        UserError: naming the flag to change.
+    """
+    if not is_multimodal_checkpoint(config.model_path):
+        if config.text_only:
+            raise UserError("--text_only: the model is a language model already; leave it out")
+        return
+    text_of = getattr(model_config, TEXT_OF_KEY)
+    if config.text_only:
+        logger.info("--text_only: only the language model of the '%s' is used; its vision tower is left out", text_of)
+        return
+    if config.stream:
+        raise UserError(f"--stream: not with the vision tower of a '{text_of}'; leave --stream out, or add --text_only")
+    logger.info(
+        "the language model of the '%s' is pruned, calibrated on text; its vision tower is kept (--text_only leaves it "
+        "out)",
+        text_of,
+    )
 
 
 def with_devices(config: PruningConfig) -> PruningConfig:

@@ -12,9 +12,10 @@ import torch
 
 from slim_utils.allocation.latency_measurement import device_name, measure_latency_table, timed_model
 from slim_utils.allocation.targets import saved_dtype
+from slim_utils.common.atomic_output import write_json_atomic
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_checks import check_length
-from slim_utils.common.loading import PRUNED_MODEL_FOLDER, load_model, write_json_atomic
+from slim_utils.common.loading import PRUNED_MODEL_FOLDER, load_model
 from slim_utils.layerwise.offload import ResidentModel
 from slim_utils.layerwise.resume import LayerStore
 from slim_utils.profiling.latency import measure_latency
@@ -104,7 +105,8 @@ def measured_latency(config: PruningConfig, host: ResidentModel, table: LatencyT
     if config.stream:
         logger.warning("latency of the pruned model not measured with --stream; %s", compare)
         return None
-    pruned = load_model(str(Path(config.save_dir) / PRUNED_MODEL_FOLDER), config.dtype, config.trust_remote_code)
+    folder = str(Path(config.save_dir) / PRUNED_MODEL_FOLDER)
+    pruned = load_model(folder, config.dtype, config.trust_remote_code, language_model=True)
     try:
         models = [host.model.to(device), pruned.to(device)]
         sizes = (request.batch_size, request.prompt_tokens, request.new_tokens)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from slim_utils.allocation.planner import Planner, Sensitivities, no_cache, pruning_settings
-from slim_utils.common.loading import load_model, model_on_meta, scratch_folder
+from slim_utils.common.atomic_output import scratch_folder
+from slim_utils.common.loading import is_multimodal_checkpoint, load_model, model_on_meta
 from slim_utils.families import find_family
 from slim_utils.layerwise.device_defaults import (
     CPU_TOKENS_PER_FORWARD,
@@ -24,6 +25,7 @@ from slim_utils.layerwise.offload import OffloadedModel, ResidentModel
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.resume import LayerStore
 from slim_utils.masks import LayerMask, LayerPlan
+from slim_utils.output.multimodal import MultimodalOutput
 from slim_utils.output.writers import Checkpoints, CheckpointWriter, StreamedOutput, WholeOutput
 from slim_utils.profiling.latency_table import LatencyTable
 from slim_utils.pruning_config import PruningConfig
@@ -74,8 +76,9 @@ class PrunedModel:
 def open_host(config: PruningConfig, model_path: str) -> ResidentModel:
     """Return the model of ``model_path``, resident in memory or, with ``--stream``, offloaded to disk."""
     if config.stream:
-        return OffloadedModel(model_path, config.dtype, config.trust_remote_code, scratch_folder(Path(config.save_dir)))
-    model = load_model(model_path, config.dtype, config.trust_remote_code)
+        scratch = scratch_folder(Path(config.save_dir))
+        return OffloadedModel(model_path, config.dtype, config.trust_remote_code, scratch, language_model=True)
+    model = load_model(model_path, config.dtype, config.trust_remote_code, language_model=True)
     return ResidentModel(model, find_family(model.config))
 
 
@@ -92,6 +95,9 @@ def open_output(
     )
     if isinstance(host, OffloadedModel) and store:
         return StreamedOutput(store.output, host, size_masks, checkpoints)
+    if is_multimodal_checkpoint(config.model_path) and not config.text_only:
+        source = config.model_path, config.dtype, config.trust_remote_code
+        return MultimodalOutput(host.model, host.family, size_masks, checkpoints, *source)
     return WholeOutput(host.model, host.family, checkpoints)
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from models.wrappers import OTHER_PARTS
 from slim_utils.common.errors import UserError, is_disk_full
 from slim_utils.common.gguf_input import is_gguf
 from slim_utils.common.weight_files import unpickling_reason
@@ -206,38 +207,54 @@ def _stores_untied_head(folder: Path) -> bool:
     return first.shape != second.shape or not torch.equal(first, second.to(first.dtype))
 
 
-def check_weights(model_path: str, config: PreTrainedConfig, **options: Any) -> dict[str, str]:
+def check_weights(
+    model_path: str, config: PreTrainedConfig, names: dict[str, str] | None = None, **options: Any
+) -> dict[str, str]:
     """Compare names and shapes of the stored weights with those of the model, before any weight is read.
 
     Args:
         model_path: checkpoint folder or hub name.
-        config: configuration of the checkpoint.
-        options: arguments of ``from_pretrained``.
+        config: configuration of the model.
+        names: ``key_mapping`` for ``from_pretrained``, for the language model of a multimodal checkpoint.
+        options: further arguments of ``from_pretrained``.
 
     Returns:
-        ``key_mapping`` for ``from_pretrained``: strips wrapper prefixes if the weights match without them, else empty.
+        ``key_mapping`` for ``from_pretrained``: ``names``, and the prefixes of wrappers if the weights match without
+        them.
 
     Raises:
         UserError: naming weights that are missing, have another shape, or are not part of the model.
     """
-    difference, extra = _compare(model_path, config, **options)
-    renamings = {}
+    harmless = _HARMLESS if not names else re.compile(f"{_HARMLESS.pattern}|{OTHER_PARTS}")
+    difference, extra = _compare(model_path, config, harmless, key_mapping=names or None, **options)
+    renamings = names or {}
     # Only if weights are missing: for a tensor stored under both names, the choice would be arbitrary.
     if "missing" in difference:
-        stripped, stripped_extra = _compare(model_path, config, **options, key_mapping=_WRAPPER_PREFIXES)
+        without_prefixes = {**_WRAPPER_PREFIXES, **renamings}
+        stripped, stripped_extra = _compare(model_path, config, harmless, key_mapping=without_prefixes, **options)
         if not stripped:
-            difference, extra, renamings = {}, stripped_extra, _WRAPPER_PREFIXES
+            difference, extra, renamings = {}, stripped_extra, without_prefixes
             logger.info("model %s: its weights have the names of a wrapped model; the prefix is stripped", model_path)
     if difference:
         details = "; ".join(f"{kind}: {names}" for kind, names in difference.items())
         raise UserError(f"model {model_path}: the weights do not match config.json; {details}")
+    extra = [name for name in extra if not re.match(OTHER_PARTS, name)]
     if extra:
         logger.info("model %s: ignoring weights outside the language model: %s", model_path, _names(extra))
     return renamings
 
 
-def _compare(model_path: str, config: PreTrainedConfig, **options: Any) -> tuple[dict[str, str], list[str]]:
-    """Names of stored weights that do not match the model, by kind of mismatch, and names of ignored extra weights."""
+def _compare(
+    model_path: str, config: PreTrainedConfig, harmless: re.Pattern[str], **options: Any
+) -> tuple[dict[str, str], list[str]]:
+    """Names of stored weights that do not match the model, by kind of mismatch, and names of ignored extra weights.
+
+    Args:
+        model_path: checkpoint folder or hub name.
+        config: configuration of the model.
+        harmless: pattern of the extra weights that are ignored.
+        options: arguments of ``from_pretrained``.
+    """
     with capture_load_report() as report, _no_progress():
         try:
             # On the meta device, only headers are read, and experts are merged without their values.
@@ -255,7 +272,7 @@ def _compare(model_path: str, config: PreTrainedConfig, **options: Any) -> tuple
             if not incomplete:
                 raise
             return {"incomplete": _names(incomplete)}, []
-    extra = {name for name in info["unexpected_keys"] if _HARMLESS.search(name)}
+    extra = {name for name in info["unexpected_keys"] if harmless.search(name)}
     shapes = {f"{name} ({list(stored)}, not {list(expected)})" for name, stored, expected in info["mismatched_keys"]}
     kinds = {
         "missing": info["missing_keys"],

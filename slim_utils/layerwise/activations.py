@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from slim_utils.common.loading import save_tensors_atomic
+from slim_utils.common.atomic_output import save_tensors_atomic
 
 logger = logging.getLogger(__name__)
 

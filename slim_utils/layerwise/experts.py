@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.families import PLAIN_LAYOUT, ExpertLayout
+from models.family import PLAIN_LAYOUT, ExpertLayout
 from slim_utils.families import Family
 from slim_utils.layerwise.distributed import SINGLE_PROCESS, ProcessGroup
 from slim_utils.layerwise.output_maps import UnitMap

@@ -37,8 +37,8 @@ class LayerForward:
     """A decoder layer and its calibration inputs.
 
     The inputs of the FFN's output map are cached where activations stay on the compute device and its memory suffices;
-    with activations elsewhere, computing them twice is cheaper than the transfer. A layer with another mixer of tokens has
-    no attention to finish; its mixer runs in every part.
+    with activations elsewhere, computing them twice is cheaper than the transfer. A layer with another mixer of tokens
+    has no attention to finish; its mixer runs in every part.
 
     Args:
         layer: on ``settings.device``.

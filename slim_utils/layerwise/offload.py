@@ -85,9 +85,12 @@ class OffloadedModel(ResidentModel):
         dtype: a key of ``DTYPES``.
         trust_remote_code: run model code found in the checkpoint.
         scratch: folder of this process for weights that the library converts when it loads them (fused experts).
+        language_model: of a multimodal model, load its language model alone.
     """
 
-    def __init__(self, model_path: str, dtype: str, trust_remote_code: bool, scratch: Path) -> None:
+    def __init__(
+        self, model_path: str, dtype: str, trust_remote_code: bool, scratch: Path, language_model: bool = False
+    ) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         self._scratch = scratch
@@ -95,7 +98,7 @@ class OffloadedModel(ResidentModel):
             # Warnings about disk offload, which is intended here.
             with _quiet("accelerate.big_modeling", "transformers.distributed.tensor_parallel"):
                 on_disk = {"device_map": {"": "disk"}, "offload_folder": scratch}
-                model = load_model(model_path, dtype, trust_remote_code, **on_disk)
+                model = load_model(model_path, dtype, trust_remote_code, language_model, **on_disk)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise

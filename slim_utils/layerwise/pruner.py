@@ -310,7 +310,8 @@ def _prune_layer(
     keep: Callable[..., LayerMask] = LayerMask.from_groups
     if settings.by_query_head(shape):
         keep = LayerMask.from_heads
-    attention = PruneResult.without_units()
+    # Layers with another mixer of tokens have no heads.
+    attention = PruneResult([], [], error_uncompensated=0.0, error_compensated=0.0, percdamp=0.0)
     if shape.num_heads:
         maps = head_maps(index, forwards, shape, settings, processes)
         (attention,) = prune(maps, plan.heads // settings.heads_per_unit(shape))

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from slim_utils.common.atomic_output import save_tensors_atomic, write_json_atomic
 from slim_utils.common.errors import UserError
-from slim_utils.common.loading import save_tensors_atomic, write_json_atomic
 from slim_utils.common.output_folder import clear_leftovers, hidden_path
 from slim_utils.families import Family
 from slim_utils.layerwise.activations import ActivationStore

@@ -9,7 +9,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
-from slim_utils.common.loading import load_config, model_on_meta, write_text_atomic
+from slim_utils.common.atomic_output import write_text_atomic
+from slim_utils.common.loading import is_multimodal_checkpoint, load_config, model_on_meta
 from slim_utils.families import FAMILIES, SERVED_FAMILIES, LayerShape, layer_shapes
 from slim_utils.gguf_families import is_exportable
 from slim_utils.masks import LayerMask
@@ -52,6 +53,7 @@ def model_card(
     masks: list[LayerMask] | None = None,
     perplexity: Perplexities = None,
     address: str = "DIR",
+    multimodal: bool = False,
 ) -> str:
     """Text of the card of a pruned or recovered model.
 
@@ -62,19 +64,22 @@ def model_card(
         masks: masks of the layers, if ``config`` has the shapes before removal.
         perplexity: perplexities at the end of this run, or ``before`` and ``after`` it; ``None`` if not measured.
         address: name or path of the model in the example commands.
+        multimodal: whether the model is a multimodal one, and the other arguments those of its language model.
     """
     base, steps = provenance["base"], provenance["steps"]
     num_prunings, trained = len(pruning_steps(provenance)), any(step["kind"] == RECOVERY for step in steps)
     base_type = FAMILIES[config.model_type].base_type
-    stock, options = base_type == config.model_type, vllm_options(config)
+    stock, options = base_type == config.model_type, None if multimodal else vllm_options(config)
     total = ("parameters", f"{base['parameters']:,}", f"{parameters:,}")
     changes = ["pruned"] * bool(num_prunings) + ["fine-tuned"] * trained
     title = f"{base['name'].rsplit('/', 1)[-1]}, {' and '.join(changes)}"
     card = ModelCard.from_template(
-        _card_data(provenance, title, perplexity),
+        _card_data(provenance, title, perplexity, "image-text-to-text" if multimodal else "text-generation"),
         template_path=str(TEMPLATE),
         title=title,
         name=base["name"],
+        text_of=base.get("text_of"),
+        multimodal=multimodal,
         num_prunings=num_prunings,
         share=f"{100 * total_share_removed(provenance):.1f}" if num_prunings else "",
         trained=trained,
@@ -87,13 +92,13 @@ def model_card(
         stock=stock,
         fewer_kv_heads=not stock and _has_fewer_kv_heads(config),
         vllm_flags=None if options is None else _vllm_flags(options),
-        exported=is_exportable(config),
+        exported=is_exportable(config) and not multimodal,
         license_text=base["card"].get("license_name") or base["card"].get("license"),
     )
     return f"{card}\n"
 
 
-def _card_data(provenance: dict[str, Any], title: str, perplexity: Perplexities) -> ModelCardData:
+def _card_data(provenance: dict[str, Any], title: str, perplexity: Perplexities, pipeline: str) -> ModelCardData:
     """Metadata of the card for the hub: base, licence, language, data sets and final perplexities."""
     base, steps = provenance["base"], provenance["steps"]
     final = perplexity.get("after", []) if isinstance(perplexity, dict) else perplexity or []
@@ -111,7 +116,7 @@ def _card_data(provenance: dict[str, Any], title: str, perplexity: Perplexities)
     ]
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=pipeline,
         tags=["slimgpt", *(["pruned", "structured-pruning"] if pruning_steps(provenance) else [])],
         base_model=base["name"] if base["on_hub"] else None,
         datasets=sorted({name for step in steps for name in step["datasets"]}) or None,
@@ -130,7 +135,8 @@ def write_card(folder: Path, provenance: dict[str, Any], model_path: str, **opti
         model_path: input model of the run, whose licence files are copied.
         options: further arguments of :func:`model_card`.
     """
-    config = load_config(str(folder), trust_remote_code=False)
+    config = load_config(str(folder), trust_remote_code=False, language_model=True)
+    options["multimodal"] = is_multimodal_checkpoint(str(folder))
     parameters = count_parameters(model_on_meta(config))
     write_provenance(folder, provenance)
     copy_license_files(model_path, folder)

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, hf_hub_download
 
+from models.wrappers import TEXT_OF_KEY
 from slim_utils.common.adapters import adapter_base, base_checkpoint
+from slim_utils.common.atomic_output import write_json_atomic
 from slim_utils.common.errors import UserError
-from slim_utils.common.loading import model_on_meta, write_json_atomic
+from slim_utils.common.loading import model_on_meta
 from slim_utils.common.model_source import input_format
 from slim_utils.common.ngrams import NgramSample
 from slim_utils.families import find_family, layer_shapes
@@ -49,8 +51,9 @@ def read_provenance(model_path: str, config: PreTrainedConfig, trust_remote_code
 
     Returns:
         ``base``: ``name``, ``on_hub``, ``card`` (licence and language), ``parameters``, ``block_weights``, ``layers``
-        (heads, kv heads and FFN width of each), ``experts`` (number in each) and ``shared_columns`` (width of the
-        shared expert of each); ``steps``: see :func:`pruning_step`, :func:`recovery_step` and :func:`input_step`.
+        (heads, kv heads and FFN width of each), ``experts`` (number in each), ``shared_columns`` (width of the shared
+        expert of each) and, for the language model of a multimodal model, ``text_of`` (type of the latter); ``steps``:
+        see :func:`pruning_step`, :func:`recovery_step` and :func:`input_step`.
     """
     note, base = input_format(model_path), adapter_base(model_path)
     if note:
@@ -84,6 +87,8 @@ def _dense_base(model_path: str, config: PreTrainedConfig, trust_remote_code: bo
         "experts": [shape.num_experts for shape in shapes],
         "shared_columns": [shape.num_shared_columns for shape in shapes],
     }
+    if hasattr(config, TEXT_OF_KEY):
+        base["text_of"] = getattr(config, TEXT_OF_KEY)
     return {"format": FORMAT_VERSION, "base": base, "steps": []}
 
 

@@ -15,15 +15,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from slim_utils.common.atomic_output import atomic_folder, save_tensors_atomic, write_json_atomic
 from slim_utils.common.errors import annotate_errors
-from slim_utils.common.loading import (
-    PRUNED_MODEL_FOLDER,
-    RUN_FILE,
-    atomic_folder,
-    save_checkpoint,
-    save_tensors_atomic,
-    write_json_atomic,
-)
+from slim_utils.common.loading import PRUNED_MODEL_FOLDER, save_checkpoint
+from slim_utils.common.output_folder import RUN_FILE
 from slim_utils.families import Family
 from slim_utils.layerwise.offload import CPU, OffloadedModel
 from slim_utils.masks import PRUNING_FILE, LayerMask, ModelUnits, write_pruning, write_units

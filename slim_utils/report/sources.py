@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slim_utils.common.errors import UserError
-from slim_utils.common.loading import RUN_FILE
+from slim_utils.common.output_folder import RUN_FILE
 from slim_utils.masks import PRUNING_FILE, LayerMask, read_pruning
 
 Rows = list[dict[str, Any]]

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 import model_slimming
-from models.families import FAMILIES, HEADS, KV_HEADS
+from models.families import FAMILIES
+from models.family import HEADS, KV_HEADS
 from models.like import add_row_of, row_like
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import load_model

@@ -74,7 +74,7 @@ def arguments_of(command: str, script: str) -> list[str]:
 def test_pruning_commands_as_shown_are_parsed():
     lines = commands("python model_slimming.py")
     lines += [line for line in commands("torchrun") if "model_slimming.py" in line]
-    assert len(lines) == 8
+    assert len(lines) == 9
     for command in lines:
         args = model_slimming.build_parser().parse_args(arguments_of(command, "model_slimming.py"))
         assert args.save_dir == "OUT"

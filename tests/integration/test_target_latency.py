@@ -11,8 +11,8 @@ from transformers import AutoConfig
 import model_slimming
 import test_flops
 from slim_utils.cli import slimming_latency
+from slim_utils.common.atomic_output import write_json_atomic
 from slim_utils.common.errors import UserError
-from slim_utils.common.loading import write_json_atomic
 from slim_utils.layerwise.resume import LayerStore
 from slim_utils.masks import read_pruning
 from slim_utils.profiling.latency_table import read_latency_table

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from slim_utils.common.loading import write_json_atomic
+from slim_utils.common.atomic_output import write_json_atomic
 
 
 def record_served(engine: str, family: str, shape: str, dtype: str) -> None:

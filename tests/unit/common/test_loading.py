@@ -9,16 +9,9 @@ import pytest
 import torch
 
 from slim_utils.common import loading as model_io
+from slim_utils.common.atomic_output import atomic_folder, check_output, write_text_atomic
 from slim_utils.common.errors import UserError, is_disk_full
-from slim_utils.common.loading import (
-    atomic_folder,
-    check_output,
-    choose_device,
-    choose_local_device,
-    load_config,
-    peak_memory_mib,
-    write_text_atomic,
-)
+from slim_utils.common.loading import choose_device, choose_local_device, load_config, peak_memory_mib
 
 
 def test_atomic_folder_that_succeeds_appears_complete(tmp_path):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from slim_utils.common import output_folder
+from slim_utils.common.atomic_output import atomic_entries, atomic_folder, check_output
 from slim_utils.common.errors import UserError
-from slim_utils.common.loading import atomic_entries, atomic_folder, check_output
 from slim_utils.common.output_folder import clear_leftovers, is_fixed, output_lock
 
 REMOVE = shutil.rmtree
@@ -125,7 +125,7 @@ def test_clear_leftovers_after_a_kill_between_moves_gives_one_run(tmp_path, monk
     write(target, "old", "old")
     (target / "both").write_text("old")
     monkeypatch.setattr(output_folder, "is_fixed", lambda path: path == target)
-    monkeypatch.setattr("slim_utils.common.loading.is_fixed", lambda path: path == target)
+    monkeypatch.setattr("slim_utils.common.atomic_output.is_fixed", lambda path: path == target)
     rename, done, killed = Path.rename, [], []
 
     def limited(path, new):

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from slim_utils.common.atomic_output import write_json_atomic
 from slim_utils.common.errors import UserError
-from slim_utils.common.loading import write_json_atomic
 from slim_utils.profiling.latency_table import LatencyTable, PhaseSeconds, isotonic, read_latency_table
 from tests.conftest import make_tiny
 from tests.latency_tables import curve, made_up_table
