@@ -3,6 +3,7 @@
 #
 #   bash scripts/test.sh                      the default tier: no GPU, no slow tests
 #   bash scripts/test.sh -m slow              slow tests: quick start and recipes on SmolLM2-135M, DeepSpeed
+#   bash scripts/test.sh -m library -n 2      transformers' interfaces on a pruned model of every family
 #   bash scripts/test.sh -m gpu               tests that need a CUDA device
 #   bash scripts/test.sh -m lowest            unit tests with the oldest versions that pyproject.toml allows
 #   bash scripts/test.sh tests/unit -k plan   any arguments of pytest

@@ -120,7 +120,8 @@ FURTHER_FAMILIES = {
     "apertus": _GROUPED,
     "arcee": {**_GROUPED, "mlp_bias": True},
     "nemotron": _GROUPED,
-    "stablelm": {**_GROUPED, "use_qkv_bias": True, "use_parallel_residual": True},
+    # Rotary embeddings of an even number of dimensions, which its attention takes for granted.
+    "stablelm": {**_GROUPED, "use_qkv_bias": True, "use_parallel_residual": True, "partial_rotary_factor": 0.5},
     "llama4_text": {
         **_GROUPED,
         **_MIXTURE,
