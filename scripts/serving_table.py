@@ -1,7 +1,7 @@
 """Renders what the serving tests have passed into docs/serving.md.
 
-    SLIMGPT_SERVING_TABLE=benchmarks/results/serving_table.json bash scripts/test_serving.sh
-    python -m scripts.serving_table benchmarks/results/serving_table.json docs/serving.md
+    SLIMGPT_SERVING_TABLE=serving/tested.json bash scripts/test_serving.sh
+    python -m scripts.serving_table serving/tested.json docs/serving.md
 
 The tests write the json file; remove it first to start from nothing.
 """

@@ -36,6 +36,7 @@ __all__ = [
     "KV_HEADS",
     "LATENT_KEY_VALUES",
     "LATENT_QUERIES",
+    "PLUGIN_FAMILIES",
     "QKV",
     "SERVED_FAMILIES",
     "SHARED_COLUMNS",

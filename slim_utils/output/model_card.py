@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from slim_utils.common.atomic_output import write_text_atomic
 from slim_utils.common.loading import is_multimodal_checkpoint, load_config, model_on_meta
-from slim_utils.families import FAMILIES, SERVED_FAMILIES, LayerShape, layer_shapes
+from slim_utils.families import FAMILIES, PLUGIN_FAMILIES, SERVED_FAMILIES, LayerShape, layer_shapes
 from slim_utils.gguf_families import is_exportable
 from slim_utils.masks import LayerMask
 from slim_utils.output.provenance import (
@@ -92,6 +92,7 @@ def model_card(
         stock=stock,
         fewer_kv_heads=not stock and _has_fewer_kv_heads(config),
         vllm_flags=None if options is None else _vllm_flags(options),
+        vllm_plugin=not stock and base_type in PLUGIN_FAMILIES and not multimodal,
         exported=is_exportable(config) and not multimodal,
         license_text=base["card"].get("license_name") or base["card"].get("license"),
     )

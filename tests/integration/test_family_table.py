@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import model_slimming
 from models.families import FAMILIES, ROWS
 from slim_utils.common.errors import UserError
-from slim_utils.families import SERVED_FAMILIES, find_family, layer_shapes
+from slim_utils.families import PLUGIN_FAMILIES, SERVED_FAMILIES, find_family, layer_shapes
 from slim_utils.gguf_families import GGUF_FAMILIES
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import removed_indices, shrink, zero_indices, zero_removed
@@ -147,7 +147,8 @@ def table_lines() -> list[str]:
     for row in ROWS:
         marks = ["yes"] * 5
         marks.append("yes" if row.base_type in GGUF_FAMILIES else "")
-        marks.append("yes" if row.base_type in SERVED_FAMILIES else "")
+        with_plugin = "with the plugin" if row.base_type in PLUGIN_FAMILIES else ""
+        marks.append("yes" if row.base_type in SERVED_FAMILIES else with_plugin)
         lines.append(" | ".join([f"| `{row.base_type}`", *marks, ""]).rstrip().replace("|  ", "| "))
     return lines
 

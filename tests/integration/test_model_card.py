@@ -74,6 +74,7 @@ def test_model_card_of_a_pruning_run_has_its_settings(argv, text_file, tmp_path)
     for command in (
         "trust_remote_code=True",
         "vllm serve DIR --model-impl transformers",
+        "pip install ./serving/vllm_slim\nvllm serve DIR\n",
         "export_gguf.py DIR",
         '"all-linear"',
     ):
@@ -104,7 +105,7 @@ def test_model_card_of_a_stock_checkpoint_needs_no_remote_code(argv, tmp_path):
     (argv[0] / "README.md").unlink()
     main(*argv, "--uniform_shapes", "--skip_evaluate")
     content = (tmp_path / "out" / "pruned_weights" / "README.md").read_text()
-    assert "trust_remote_code" not in content and "vllm serve DIR\n" in content
+    assert "trust_remote_code" not in content and "vllm_slim" not in content and "vllm serve DIR\n" in content
     assert "license" not in ModelCard(content).data.to_dict()
     assert "## Perplexity\n\nNot measured." in content
 

@@ -7,14 +7,22 @@ import json
 import os
 from pathlib import Path
 
+import torch
+
 from slim_utils.common.atomic_output import write_json_atomic
+from slim_utils.common.environment import environment
+
+COMMAND = "SLIMGPT_SERVING_TABLE=serving/tested.json bash scripts/test_serving.sh"
+# Pinned versions of the engines.
+ENGINES = ("requirements-llamacpp.txt", "requirements-quantisation.txt", "requirements-vllm.txt")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def record_served(engine: str, family: str, shape: str, dtype: str) -> None:
     """Add a row to the table: ``engine`` generates what Transformers does.
 
     Args:
-        engine: name and way of serving, such as ``vLLM 0.32.0, plugin``.
+        engine: name and way of serving, such as ``vLLM, plugin``.
         family: model type before pruning.
         shape: shapes of the model, such as ``kv groups``.
         dtype: data type of the weights.
@@ -25,7 +33,7 @@ def record_served(engine: str, family: str, shape: str, dtype: str) -> None:
     path = Path(target).resolve()
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     row = {"engine": engine, "family": family, "shape": shape, "dtype": dtype}
-    kept = [known for known in rows if known != row]
-    command = "SLIMGPT_SERVING_TABLE=benchmarks/results/serving_table.json bash scripts/test_serving.sh"
-    rows = sorted([*kept, row], key=lambda entry: tuple(entry.values()))
-    write_json_atomic(path, {"command": command, "rows": rows})
+    rows = sorted([*(known for known in rows if known != row), row], key=lambda entry: tuple(entry.values()))
+    pins = {name: (ROOT / name).read_text(encoding="utf-8").split() for name in ENGINES}
+    table = {"command": COMMAND, "environment": environment(torch.device("cpu")), "engines": pins, "rows": rows}
+    write_json_atomic(path, table)

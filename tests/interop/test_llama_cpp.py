@@ -20,6 +20,7 @@ from tests.interop.common import (
     run,
     smollm2,
 )
+from tests.interop.served import record_served
 
 PYTHON = ROOT / ".venv-llamacpp" / "bin" / "python"
 # llama.cpp rounds activations to fp16 too.
@@ -57,6 +58,7 @@ def test_llama_cpp_generates_the_greedy_text_of_transformers(shape, tmp_path):
         assert got.startswith(text)
     # Near ties are rare enough for a meaningful comparison.
     assert sum(map(len, expected)) > 60
+    record_served("llama.cpp", "llama", shape, "f16")
 
 
 def test_llama_cpp_generates_the_greedy_text_of_gemma3(tmp_path):

@@ -1,12 +1,15 @@
 """``scripts/serving_table.py``, the rows that tests add, and the page."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from scripts import serving_table
 from slim_utils.common.errors import UserError
 from tests.interop.served import record_served
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_record_served_adds_every_row_once(tmp_path, monkeypatch):
@@ -15,8 +18,9 @@ def test_record_served_adds_every_row_once(tmp_path, monkeypatch):
     monkeypatch.setenv("SLIMGPT_SERVING_TABLE", str(path))
     for engine in ("b", "a", "b"):
         record_served(engine, "llama", "dense", "fp32")
-    rows = json.loads(path.read_text())["rows"]
-    assert [row["engine"] for row in rows] == ["a", "b"]
+    table = json.loads(path.read_text())
+    assert [row["engine"] for row in table["rows"]] == ["a", "b"]
+    assert table["engines"]["requirements-vllm.txt"] and table["environment"]["commit"]
 
 
 def test_table_has_a_line_per_engine_and_family_and_a_column_per_shape():
@@ -31,3 +35,9 @@ def test_table_has_a_line_per_engine_and_family_and_a_column_per_shape():
 def test_page_without_markers_is_refused():
     with pytest.raises(UserError, match="no lines <!-- serving table -->"):
         serving_table.with_table("# Serving\n", [])
+
+
+def test_page_has_the_table_of_the_results():
+    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    rows = json.loads((ROOT / "serving/tested.json").read_text(encoding="utf-8"))["rows"]
+    assert serving_table.with_table(page, rows) == page
