@@ -97,6 +97,7 @@ WRAPPER_ROWS = (
     _qwen("qwen2_vl", "Qwen2VL", "qwen2", **_FILLS_HIDDEN),
     _qwen("qwen2_5_vl", "Qwen2_5_VL", "qwen2", **_FILLS_HIDDEN),
     _qwen("qwen3_vl", "Qwen3VL", "qwen3"),
+    *_of_table("qwen3_5", "Qwen3_5", "qwen3_5_text"),
     *_of_table("llama4", "Llama4", "llama4_text", language_model="language_model.model", head="language_model.lm_head"),
     *_of_table("paligemma", "PaliGemma", "gemma", "gemma2"),
 )

@@ -89,8 +89,7 @@ _LATENT: dict[str, Any] = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 5,
 }
-_HYBRID: dict[str, Any] = {
-    **_GROUPED,
+HYBRID: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"] * 2,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -169,15 +168,16 @@ FURTHER_FAMILIES = {
     "gpt_oss": {**_WINDOWED, **_MIXTURE, "num_local_experts": 4},
     "deepseek_v2": {**_LATENT, "q_lora_rank": None, "n_shared_experts": 1},
     "deepseek_v3": {**_LATENT, "n_group": 2, "topk_group": 1},
-    "qwen3_5_text": {**_HYBRID, "attention_bias": True},
+    "qwen3_5_text": {**_GROUPED, **HYBRID, "attention_bias": True, "partial_rotary_factor": 0.5},
     "qwen3_next": {
-        **_HYBRID,
+        **_GROUPED,
+        **HYBRID,
         **_MIXTURE,
         "num_experts": 4,
         "moe_intermediate_size": 16,
         "shared_expert_intermediate_size": 32,
     },
-    "olmo_hybrid": _HYBRID,
+    "olmo_hybrid": {**_GROUPED, **HYBRID},
     "granitemoehybrid": {
         **_GROUPED,
         **_MAMBA,

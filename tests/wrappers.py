@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from tests.conftest import TINY, WINDOWS
+from tests.conftest import HYBRID, TINY, WINDOWS
 
 IMAGE_TOKEN = 60
 _GROUPED = {**TINY, "num_key_value_heads": 2}
@@ -74,6 +74,20 @@ TINY_WRAPPERS: dict[str, dict[str, Any]] = {
     "qwen3_vl": {
         "text_config": _text("qwen3_vl_text", rope_parameters={**_MROPE, "mrope_interleaved": True}),
         "vision_config": {**_QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        **_QWEN_TOKENS,
+    },
+    "qwen3_5": {
+        "text_config": _text(
+            "qwen3_5_text",
+            **HYBRID,
+            rope_parameters={
+                **_MROPE,
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [1, 0, 0],
+                "mrope_interleaved": True,
+            },
+        ),
+        "vision_config": {**_QWEN_VISION, "num_position_embeddings": 16},
         **_QWEN_TOKENS,
     },
     "llama4": {
