@@ -159,3 +159,30 @@ def test_documented_table_is_that_of_the_rows():
     text = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
     documented = re.findall(r"^\| `\w+` \|(?: yes \| yes ).*$", text, flags=re.MULTILINE)
     assert documented == table_lines(), "\n".join(table_lines())
+
+
+@pytest.mark.parametrize("flag", ["--preset=best", pytest.param("--stream", marks=pytest.mark.slow)])
+def test_hybrid_loses_heads_where_it_has_them(flag, tokenizer, text_file, tmp_path, caplog):
+    make_tiny("qwen3_5_text").save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    run = [tmp_path / "dense", "--data_file", text_file, "--num_samples", 8, "--seqlen", 16, "--device", "cpu"]
+    run += ["--allocation", "search", "--refine", 1, "--target_ratio", 0.3] if "best" in flag else ["--sparsity", 0.5]
+    with caplog.at_level("INFO"):
+        model_slimming.main(
+            flags(
+                *run,
+                flag,
+                "--multiple_of",
+                8,
+                "--skip_evaluate",
+                "--save_pruned_weights",
+                "--save_dir",
+                tmp_path / "out",
+            )
+        )
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "pruned_weights")
+    shapes = layer_shapes(pruned.config)
+    assert [shape.num_heads > 0 for shape in shapes] == [False, True] * 2
+    assert sum(shape.num_heads for shape in shapes) < 12 and sum(shape.num_columns for shape in shapes) < 160
+    lines = [message for message in caplog.messages if " ratio " in message]
+    assert ["heads −" in line for line in lines[-4:]] == [False, True] * 2
