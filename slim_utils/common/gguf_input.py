@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -12,10 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from models.families import FAMILIES, ROWS
+from slim_utils.common.bpe_rules import pre_tokenizer
 from slim_utils.common.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 GGUF_SUFFIX = ".gguf"
 # Frequencies of scaled rotary embeddings, which transformers does not read.
@@ -139,6 +143,32 @@ def check_weights_of_gguf(model_path: str, config: PreTrainedConfig) -> None:
             f"model {model_path}: {stored:,} weights, but transformers reads a {config.model_type} of {expected:,}; "
             f"{_ADVICE}"
         )
+
+
+def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, model_path: str) -> None:
+    """Apply what transformers does not read of the tokenizer in a GGUF file.
+
+    These are control and user-defined tokens, which would be split like other text, and the rule by which a byte-level
+    BPE splits a text into words; a rule that is not known is logged.
+    """
+    from gguf import GGUFReader, TokenType
+    from tokenizers import AddedToken
+
+    fields = GGUFReader(model_path).fields
+    tokens, types = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
+    special = {TokenType.CONTROL: True, TokenType.USER_DEFINED: False}
+    marked = [(token, special[kind]) for token, kind in zip(tokens, types, strict=True) if kind in special]
+    tokenizer.add_tokens([AddedToken(token, special=control, normalized=False) for token, control in marked])
+    if fields["tokenizer.ggml.model"].contents() != "gpt2":
+        return
+    name = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else ""
+    rule = pre_tokenizer(name)
+    if rule is None:
+        logger.warning(
+            "model %s: words are split as in transformers, not by the rule '%s' of the file", model_path, name
+        )
+    else:
+        tokenizer.backend_tokenizer.pre_tokenizer, tokenizer.backend_tokenizer.model.ignore_merges = rule
 
 
 def load_gguf(model_path: str, config: PreTrainedConfig, dtype: Any) -> PreTrainedModel:

@@ -36,7 +36,13 @@ from slim_utils.common.checkpoint_checks import (
     untie_stored_head,
 )
 from slim_utils.common.errors import UserError
-from slim_utils.common.gguf_input import check_architecture, check_weights_of_gguf, gguf_arguments, load_gguf
+from slim_utils.common.gguf_input import (
+    check_architecture,
+    check_weights_of_gguf,
+    complete_tokenizer,
+    gguf_arguments,
+    load_gguf,
+)
 from slim_utils.common.input_checks import check_padding_id
 from slim_utils.common.model_source import check_files, check_input, input_format
 
@@ -171,6 +177,8 @@ def load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedTokeni
     folder, arguments = gguf_arguments(model_path)
     with loading(model_path):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **arguments)
+        if arguments:
+            complete_tokenizer(tokenizer, model_path)
         template = Path(model_path) / PROCESSOR_TEMPLATE_FILE
         if not tokenizer.chat_template and template.is_file():
             tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]

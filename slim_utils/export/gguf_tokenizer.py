@@ -11,33 +11,11 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
 from slim_utils.common.bos import adds_bos
+from slim_utils.common.bpe_rules import PLAIN_NAMES, REGEX_NAMES
 from slim_utils.common.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Regular expressions of the pre-tokenizers, composed of their common parts.
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_UP_TO_LOWER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-_FROM_UPPER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-_DIGIT, _DIGITS = r"\p{N}", r"\p{N}{1,3}"
-_SIGNS, _SIGNS_AND_SLASHES = r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
-_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = "|".join((_CONTRACTIONS, _WORDS, _DIGITS, _SIGNS, _SPACES))
-_QWEN2 = "|".join((_CONTRACTIONS, _WORDS, _DIGIT, _SIGNS, _SPACES))
-_TEKKEN = "|".join((_UP_TO_LOWER, _FROM_UPPER, _DIGIT, _SIGNS_AND_SLASHES, _SPACES))
-_O200K = "|".join(
-    (f"{_UP_TO_LOWER}{_CONTRACTIONS}?", f"{_FROM_UPPER}{_CONTRACTIONS}?", _DIGITS, _SIGNS_AND_SLASHES, _SPACES)
-)
-# llama.cpp's names of the pre-tokenizers, by ``ignore_merges`` (whether a word that is a token is not split).
-_NAMES = {
-    _LLAMA3: {True: "llama-bpe", False: "smaug-bpe"},
-    _QWEN2: {False: "qwen2"},
-    _TEKKEN: {True: "tekken"},
-    _O200K: {False: "gpt-4o"},
-}
-# llama.cpp's names of pre-tokenizers without a regular expression, by their steps before ByteLevel.
-_PLAIN_NAMES = {(): "gpt-2", ("Digits",): "smollm"}
 _SPACE = "▁"
 _BYTE_TOKEN_PREFIX = "<0x"
 
@@ -264,14 +242,14 @@ def _name_of_steps(steps: list[dict[str, Any]], content: dict[str, Any]) -> str 
     if last["use_regex"]:
         if any(not step.get("individual_digits") for step in firsts):
             return None
-        return _fitting({False: _PLAIN_NAMES.get(tuple(step["type"] for step in firsts))}, content)
+        return _fitting({False: PLAIN_NAMES.get(tuple(step["type"] for step in firsts))}, content)
     if len(firsts) != 1 or firsts[0]["type"] != "Split":
         return None
     (split,) = firsts
     # Both mean that each match is a word; the known expressions leave no text between matches.
     if (split["behavior"], split["invert"]) not in (("Isolated", False), ("Removed", True)):
         return None
-    return _fitting(_NAMES.get(split["pattern"].get("Regex"), {}), content)
+    return _fitting(REGEX_NAMES.get(split["pattern"].get("Regex"), {}), content)
 
 
 def _fitting(names: Mapping[bool, str | None], content: dict[str, Any]) -> str | None:

@@ -18,7 +18,7 @@ from slim_utils.common.loading import load_config, load_model, load_tokenizer
 from slim_utils.common.model_source import check_input
 from slim_utils.layerwise.offload import OffloadedModel
 from tests.conftest import make_tiny
-from tests.gguf_files import TEXTS, byte_level, export, save_pruned
+from tests.gguf_files import AWKWARD, BYTE_LEVEL, TEXTS, byte_level, export, save_pruned
 from tests.unit.common.test_checkpoint_checks import script
 
 
@@ -160,9 +160,19 @@ def test_load_model_of_a_gguf_file_equals_the_exported_checkpoint(gguf_file, den
     assert f"model {gguf_file}: GGUF file (F32)" in caplog.text
     with torch.no_grad():
         assert torch.allclose(model(samples).logits, expected(samples).logits, atol=1e-4)
-    tokenizer, original = load_tokenizer(str(gguf_file), False), load_tokenizer(str(dense), False)
-    for text in TEXTS:
-        assert tokenizer.encode(text, add_special_tokens=False) == original.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("rule", BYTE_LEVEL)
+def test_load_tokenizer_of_a_gguf_file_gives_the_tokens_of_the_exported_checkpoint(rule, tmp_path):
+    original = byte_level(rule)
+    # In the file it is another kind of token than those for the begin and the end.
+    original.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    make_tiny("gqa", vocab_size=len(original)).save_pretrained(tmp_path / "dense")
+    original.save_pretrained(tmp_path / "dense")
+    export(tmp_path / "dense", "--outtype", "f32")
+    tokenizer = load_tokenizer(str(tmp_path / "model.gguf"), False)
+    for text in (*TEXTS, *AWKWARD):
+        assert tokenizer.encode(text, add_special_tokens=False) == original.encode(text, add_special_tokens=False), text
 
 
 def test_model_slimming_of_a_quantised_gguf_file_is_dequantised(dense, text_file, tmp_path, samples):
