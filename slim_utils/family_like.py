@@ -13,7 +13,7 @@ from models.like import add_row_like
 from slim_utils.common.errors import UserError
 from slim_utils.families import FAMILIES, find_family, layer_shapes, linear_map, unknown_type_message
 from slim_utils.masks import LayerMask
-from slim_utils.params_remove import removed_indices, shrink, zero_heads, zero_indices
+from slim_utils.params_remove import num_indices, removed_indices, shrink, zero_heads, zero_indices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -104,7 +104,7 @@ def _some_mask(index: int, shape: LayerShape) -> LayerMask:
     if size > 1 and index % 2 == 0:
         removed = {group * size + (group + index) % size for group in range(groups)}
         return LayerMask.from_heads(shape, [h for h in range(shape.num_heads) if h not in removed], columns)
-    kept_groups = [group for group in range(groups) if group != index] if groups > 1 else [0]
+    kept_groups = [group for group in range(groups) if group != index] if groups > 1 else list(range(groups))
     return LayerMask.from_groups(shape, kept_groups, columns)
 
 
@@ -112,6 +112,7 @@ def _zero_columns(layer: nn.Module, family: Family, mask: LayerMask) -> None:
     """Zero the columns of the output maps that ``mask`` removes, and nothing else, except for norms over all heads."""
     zero_heads(layer, family, mask)
     for name, (dim, indices) in removed_indices(family, mask).items():
-        if dim == 1:
+        # A layer with another mixer of tokens has no output map of heads.
+        if dim == 1 and num_indices(indices):
             weight: Tensor = linear_map(layer, name.removesuffix(".weight")).weight
             zero_indices(weight, dim, indices)

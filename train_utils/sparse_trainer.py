@@ -74,18 +74,20 @@ def masked_slices(model: PreTrainedModel | PeftModel, family: Family, masks: lis
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     for layer, mask in zip(family.decoder_layers(base), masks, strict=True):
+        modules = dict(layer.named_modules())
         for name, (dim, indices) in removed_indices(family, mask).items():
             if not num_indices(indices):
                 continue
             module_name, _, parameter_name = name.rpartition(".")
-            module = layer.get_submodule(module_name)
+            # Not every layer of a family has all of its maps.
+            module: Any = modules.get(module_name)
             if isinstance(module, LoraLayer):
                 if parameter_name == "weight":
                     for adapter in module.active_adapters:
                         factor = (module.lora_A if dim == 1 else module.lora_B)[adapter]
                         yield MaskedSlice(factor.weight, dim, indices)
                 module = module.get_base_layer()
-            parameter = getattr(module, parameter_name)
+            parameter = getattr(module, parameter_name, None)
             if parameter is not None:
                 yield MaskedSlice(parameter, dim, indices)
 

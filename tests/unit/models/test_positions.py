@@ -75,7 +75,7 @@ def test_pruned_model_with_scaled_rope_equals_masked(kind, key, tokens, tmp_path
     [
         ("gemma3_text", {"rope_parameters": GEMMA3}),
         ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4} | SCALINGS["longrope"]} | LENGTH),
-        ("llama4_text", {**CHUNKED, "no_rope_layers": [1, 0, 1, 0]}),
+        ("llama4_text", {**CHUNKED, "moe_layers": [], "no_rope_layers": [1, 0, 1, 0]}),
         # Heads that do not fill the hidden size.
         *((name, {"head_dim": 8}) for name in ("gqa", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")),
     ],

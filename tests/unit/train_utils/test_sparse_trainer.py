@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.masks import LayerMask
-from slim_utils.params_remove import shrink, zero_removed
+from slim_utils.params_remove import count_weights, removed_indices, shrink, zero_removed
 from tests.conftest import make_tiny
 from train_utils.finetune_dataset import IGNORED_LABEL
 from train_utils.sparse_trainer import MaskCallback, focal_loss, masked_slices
@@ -28,7 +28,7 @@ def masks_of(config) -> list[LayerMask]:
     return [
         LayerMask.from_groups(
             shape,
-            [group for group in range(shape.num_kv_heads) if group != index % shape.num_kv_heads],
+            [group for group in range(shape.num_kv_heads) if group != index % max(shape.num_kv_heads, 1)],
             [column for column in range(shape.num_columns) if column % shape.ffn_width % (index + 2)],
         )
         for index, shape in enumerate(layer_shapes(config))
@@ -145,3 +145,20 @@ def test_focal_loss_matches_the_formula_of_the_paper(gamma):
     if gamma == 0:
         library = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         assert focal_loss(outputs, labels, gamma=0) == pytest.approx(float(library), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "deepseek_v3", "gpt_oss"])
+def test_masked_slices_of_layers_without_some_maps_are_those_of_the_others(name):
+    model = make_tiny(name)
+    family = find_family(model.config)
+    masks = masks_of(model.config)
+    zero_removed(model, family, masks)
+    mask = MaskCallback(list(masked_slices(model, family, masks)))
+    weights = sum(
+        count_weights(parameters[name], dim, indices)
+        for layer, layer_mask in zip(family.decoder_layers(model), masks, strict=True)
+        for parameters in [dict(layer.named_parameters())]
+        for name, (dim, indices) in removed_indices(family, layer_mask).items()
+        if name in parameters
+    )
+    assert mask.size() == weights > 0 and not mask.nonzeros()
