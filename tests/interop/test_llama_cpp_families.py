@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from tests.conftest import WINDOWS, make_tiny
 from tests.gguf_files import export, save_pruned, values
 from tests.interop.common import engine
+from tests.interop.served import record_served
 from tests.interop.test_llama_cpp import PYTHON, pytestmark  # noqa: F401 - marks this file too
 from tests.interop.test_llama_cpp_tiny import LINEAR, printable
 
@@ -162,6 +163,10 @@ def test_llama_cpp_log_probabilities_equal_those_of_transformers(results, name):
     assert isinstance(got, list), got
     for context, reference in zip(got, expected, strict=True):
         assert (torch.tensor(context) - reference).abs().max() < TOLERANCE
+    if name in MODELS:
+        record_served("llama.cpp", MODELS[name][1].replace("gqa", "llama"), "stock", "f32")
+    else:
+        record_served("llama.cpp", name.partition(" ")[0], "query heads", "f32")
 
 
 @pytest.mark.parametrize("outtype", ["q6_k", "q5_k_m", "q4_k_m"])
