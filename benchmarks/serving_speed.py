@@ -2,7 +2,7 @@
 
     bash scripts/test_serving.sh --collect-only -q
     python -m benchmarks.serving_speed SmolLM2-135M-Instruct --calib_file wiki.calibration.txt \
-        --eval_file wiki.evaluation.txt --work_dir serving --out benchmarks/results/serving_speed.json
+        --eval_file wiki.evaluation.txt --work_dir served --out benchmarks/results/serving_speed.json
 
 The first command creates the environments of the engines. The second
 
