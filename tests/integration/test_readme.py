@@ -333,8 +333,14 @@ def test_recovery_table_is_that_of_the_file(name):
 
 def test_serving_table_is_that_of_the_file():
     rows = json.loads((RESULTS / "serving_speed.json").read_text())["rows"]
-    for start, name in ((0, "Transformers"), (3, "vLLM"), (6, "llama.cpp, f16")):
-        dense, *pruned = rows[start : start + 3]
+    names = {
+        "transformers": "Transformers",
+        "vllm": "vLLM",
+        "vllm, plugin": "vLLM, plugin",
+        "llama.cpp": "llama.cpp, f16",
+    }
+    for engine in dict.fromkeys(row["engine"] for row in rows):
+        name, (dense, *pruned) = names[engine], [row for row in rows if row["engine"] == engine]
         cells = [f"{dense['tokens_per_second']:.1f}"]
         cells += [f"{row['tokens_per_second']:.1f} ({row['ratio']:.2f}×)" for row in pruned]
         assert f"| {name} | {' | '.join(cells)} |" in TABLES
