@@ -177,7 +177,7 @@ class _ForwardSeconds:
 
 
 class _TimedForwards:
-    """Times of the layers of a model, taken by hooks.
+    """Times of the layers of a model, taken by hooks; another mixer of tokens counts to the rest of its layer.
 
     Args:
         model: on its device.
@@ -198,9 +198,13 @@ class _TimedForwards:
             self._marks.append(self._clock.mark())
 
         modules: list[nn.Module] = []
+        handles = []
         for layer in self._layers:
-            modules += [layer, layer.get_submodule(self._attention)]
-        handles = [module.register_forward_pre_hook(mark) for module in modules]
+            attention = dict(layer.named_modules()).get(self._attention)
+            modules += [layer] if attention is None else [layer, attention]
+            # Without attention, which then takes no time, its two marks are at the beginning of the layer.
+            handles += [layer.register_forward_pre_hook(mark) for _ in range(2 if attention is None else 0)]
+        handles += [module.register_forward_pre_hook(mark) for module in modules]
         handles += [module.register_forward_hook(mark) for module in modules]
         try:
             yield

@@ -96,3 +96,12 @@ def test_models_of_the_points_leave_no_hooks_and_times_are_positive():
         for name in ("prefill", "decode"):
             times = [getattr(phases, name) for phases in part.seconds]
             assert times[0] > 0 and times == sorted(times)
+
+
+def test_layers_without_attention_have_all_of_their_time_in_the_rest():
+    config = make_tiny("qwen3_5_text").config
+    table = measure_latency_table(config, torch.float32, torch.device("cpu"), TimedRequest(1, 4, 1), repeats=1)
+    mixer, attention = sorted(table.kinds, key=lambda kind: kind.layers)
+    assert (mixer.layers, attention.layers) == ([0, 2], [1, 3])
+    assert mixer.heads.kept == [0] and len(attention.heads.kept) > 1
+    assert mixer.heads.seconds[0].prefill < 0.1 * mixer.columns.seconds[-1].prefill
