@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from string import Template
+from typing import Any
 
+import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
@@ -124,10 +126,7 @@ def shipped_code(family: Family) -> str:
         model_class=family.model_class,
         causal_class=family.causal_class,
         slim_type=family.slim_type,
-        # With gates on inputs, the stock class has no other implementations.
-        experts_comment=_EXPERTS_COMMENT
-        if family.expert_columns_key and not family.expert_layout.gate_on_inputs
-        else "",
+        experts_comment=_EXPERTS_COMMENT if _chooses_experts(family) else "",
         model_attributes=_model_attributes(family),
         causal_attributes=_assignments({"model_name": _layers_path(family)[0]}, {"model_name": "model"}),
     )
@@ -200,6 +199,12 @@ def _layers_path(family: Family) -> tuple[str, str]:
     """Names of the model in the causal language model, and of the list of decoder layers in the model."""
     model, _, layers = family.layers.partition(".")
     return model, layers
+
+
+def _chooses_experts(family: Family) -> bool:
+    """Whether the stock class has several implementations of experts, even if the row has no experts."""
+    causal_class: Any = getattr(transformers, family.causal_class)
+    return causal_class._can_set_experts_implementation()
 
 
 def _check_names(family: Family) -> None:

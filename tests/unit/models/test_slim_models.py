@@ -26,6 +26,11 @@ def shapes_of(model: PreTrainedModel) -> list[LayerShape]:
     return layer_shapes(model.config)
 
 
+@pytest.mark.parametrize(("model_type", "chosen"), [("granitemoehybrid", True), ("llama4_text", False)])
+def test_shipped_code_lets_experts_be_chosen_as_the_stock_class_does(model_type, chosen):
+    assert ("@use_experts_implementation" in shipped_code(FAMILIES[model_type])) == chosen
+
+
 @pytest.mark.parametrize("variant", ["gqa", *TINY_FAMILIES])
 def test_slim_model_of_a_config_with_gradient_checkpointing_checkpoints_its_layers(variant, tmp_path):
     dense = make_tiny(variant, gradient_checkpointing=True)
