@@ -215,7 +215,8 @@ def _rope_obstacle(architecture: Architecture, config: PreTrainedConfig, name: s
 def _other_yarn(rope: dict[str, Any]) -> str:
     """The first setting of yarn with another value than that which llama.cpp has, or derives from the factor."""
     values = {"attention_factor": 0.1 * math.log(rope["factor"]) + 1, "beta_fast": 32, "beta_slow": 1, "truncate": 1}
-    others = [key for key, value in values.items() if not math.isclose(rope.get(key, value) or value, value)]
+    stored = {key: value if rope.get(key) is None else rope[key] for key, value in values.items()}
+    others = [key for key, value in values.items() if not math.isclose(stored[key], value)]
     if rope.get("mscale") and rope.get("mscale_all_dim"):
         others.append("mscale_all_dim")
     return others[0] if others else ""

@@ -7,6 +7,7 @@ from slim_utils.gguf_families import find_architecture, is_exportable, window_pe
 from tests.conftest import WINDOWS, make_tiny
 from tests.gguf_files import save_pruned
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
 PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
 
 
@@ -22,6 +23,7 @@ PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "p
         ("qwen3_moe", {}, "layers of experts and dense ones"),
         ("qwen3_moe", {"mlp_only_layers": [], "norm_topk_prob": False}, "a model without norm_topk_prob"),
         ("phi3", {"head_dim": 8, **PARTIAL}, "partial rotary embeddings"),
+        ("gqa", {"rope_parameters": {**YARN, "truncate": False}}, "'yarn' with this truncate"),
     ],
 )
 def test_find_architecture_of_what_the_architecture_lacks_is_refused(model_type, overrides, message):
@@ -53,5 +55,4 @@ def test_window_period_is_that_of_full_attention(pattern, period):
 def test_find_architecture_of_a_llama_with_yarn_is_llama():
     # The defaults, as some checkpoints write them.
     defaults = {"attention_factor": 1.0693147180559945, "beta_fast": 32.0, "beta_slow": 1, "mscale": 1.0}
-    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32, **defaults}
-    assert find_architecture(make_tiny("gqa", rope_parameters=rope).config).name == "LLAMA"
+    assert find_architecture(make_tiny("gqa", rope_parameters={**YARN, **defaults}).config).name == "LLAMA"
