@@ -69,18 +69,26 @@ def add_family_like(config: PreTrainedConfig, like: str) -> None:
 
 
 def _random_model(config: PreTrainedConfig) -> PreTrainedModel:
-    small = copy.deepcopy(config)
+    small, indices = copy.deepcopy(config), _tried_layers(config)
     for key, value in config.to_dict().items():
         # Lists with an entry per layer.
         if isinstance(value, list) and len(value) == config.num_hidden_layers:
-            setattr(small, key, value[:NUM_LAYERS])
-    small.num_hidden_layers = min(NUM_LAYERS, config.num_hidden_layers)
+            setattr(small, key, [value[index] for index in indices])
+    small.num_hidden_layers = len(indices)
     small.vocab_size, small.pad_token_id = min(VOCAB_SIZE, config.vocab_size), None
     model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
     for parameter in model.parameters():
         # Large enough for every unit to matter, norms and biases too.
         nn.init.normal_(parameter, std=0.3 if parameter.dim() < 2 else parameter.shape[-1] ** -0.5)
     return model
+
+
+def _tried_layers(config: PreTrainedConfig) -> list[int]:
+    """The first layers; in a hybrid, the last of them is one with heads."""
+    layers = range(config.num_hidden_layers)
+    *first, last = layers[:NUM_LAYERS]
+    with_heads = (index for index in layers[last:] if not FAMILIES[config.model_type].mixer(config, index))
+    return [*first, next(with_heads, last)]
 
 
 def _logit_differences(model: PreTrainedModel) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from slim_utils.common.errors import UserError
 from slim_utils.common.loading import load_model
 from slim_utils.families import layer_shapes
 from slim_utils.family_like import add_family_like
-from tests.conftest import TINY
+from tests.conftest import HYBRID, TINY
 from tests.integration.test_families import LOADER
 from tests.processes import run_python
 
@@ -85,6 +85,19 @@ def test_family_like_with_rows_in_another_order_is_refused():
     FAMILIES["reversed"] = replace(FAMILIES.pop("phi3"), attention_rows=rows)
     with pytest.raises(UserError, match="the logits of the pruned and of the masked model differ by"):
         add_family_like(tiny_config("phi3"), "reversed")
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_family_like_of_a_hybrid_tries_a_layer_with_heads(fits):
+    """Each head has a query and a gate; the first layers are linear attention."""
+    row = FAMILIES.pop("qwen3_5_text")
+    FAMILIES["mine"] = row if fits else replace(row, attention_rows=FAMILIES["llama"].attention_rows)
+    config = tiny_config("qwen3_5_text", **HYBRID | {"layer_types": ["linear_attention"] * 3 + ["full_attention"]})
+    if fits:
+        add_family_like(config, "mine")
+        return
+    with pytest.raises(UserError, match=r"does not have this layout: .* size mismatch for model\.layers\.1\.self_attn"):
+        add_family_like(config, "mine")
 
 
 def test_family_like_check_leaves_the_random_state_alone():
