@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from models.wrappers import TEXT_OF_KEY
 from slim_utils.allocation.schedules import STRATEGIES
 from slim_utils.allocation.targets import parse_size
+from slim_utils.common.adapters import adapter_base, base_checkpoint
 from slim_utils.common.atomic_output import check_output
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_paths import check_inputs_outside, eval_files
@@ -272,7 +273,8 @@ def check_save_dir(config: PruningConfig) -> None:
     # A run interrupted before its evaluation has its output already.
     check_output(folder, config.overwrite or (config.resume and interrupted))
     texts = [] if config.skip_evaluate else eval_files(config.eval_datasets)
-    inputs: dict[str, Iterable[str | Path | None]] = {"MODEL": [config.model_path], "--profile": [config.profile]}
+    inputs: dict[str, Iterable[str | Path | None]] = {"--profile": [config.profile]}
+    inputs["MODEL"] = [config.model_path, base_checkpoint(config.model_path)]
     inputs |= {"--latency_file": [config.latency_file]}
     inputs |= {"--data_file": config.data_file or [], "--eval_datasets": texts}
     check_inputs_outside(folder, "--save_dir", inputs)
@@ -296,6 +298,11 @@ def check_multimodal(config: PruningConfig, model_config: PreTrainedConfig) -> N
     if config.text_only:
         logger.info("--text_only: only the language model of the '%s' is used; its vision tower is left out", text_of)
         return
+    if adapter_base(config.model_path) is not None:
+        raise UserError(
+            f"model {config.model_path}: an adapter of a multimodal '{text_of}'; merge it into its base first "
+            "(merge_and_unload of peft), and give the merged model"
+        )
     if config.stream:
         raise UserError(f"--stream: not with the vision tower of a '{text_of}'; leave --stream out, or add --text_only")
     logger.info(

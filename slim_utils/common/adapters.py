@@ -41,7 +41,11 @@ def adapter_base(model_path: str) -> str | None:
     folder = Path(model_path)
     if (folder / FUSED_FOLDER).is_dir():
         raise UserError(f"model {model_path}: a folder of adapters; use {folder / FUSED_FOLDER}, where they are fused")
-    if weight_paths(folder):
+    try:
+        stored = weight_paths(folder)
+    except ValueError as error:
+        raise UserError(f"model {model_path}: {error}") from None
+    if stored:
         raise UserError(f"model {model_path}: has weights of a model and {ADAPTER_CONFIG_NAME}; move one of them away")
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

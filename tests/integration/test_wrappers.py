@@ -178,6 +178,15 @@ def test_model_slimming_of_a_wrapper_keeps_its_vision_tower(name, run, samples, 
         assert (alone(samples).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+def test_model_slimming_of_an_adapter_of_a_wrapper_is_refused(run, tokenizer, tmp_path):
+    save_wrapper("gemma3", tmp_path / "wrapper", tokenizer)
+    (tmp_path / "adapter").mkdir()
+    fields = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "wrapper")}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match="adapter: an adapter of a multimodal 'gemma3'; merge it into its base first"):
+        model_slimming.main(flags(tmp_path / "adapter", *run, "--sparsity", 0.5, "--save_dir", tmp_path / "out"))
+
+
 def test_model_slimming_of_a_wrapper_with_uniform_shapes_is_a_stock_model(run, tokenizer, tmp_path):
     save_wrapper("gemma3", tmp_path / "wrapper", tokenizer)
     run = [tmp_path / "wrapper", *run, "--save_pruned_weights", "--uniform_shapes"]

@@ -95,6 +95,13 @@ def test_model_slimming_of_an_adapter_records_it(checkpoint, text_file, tmp_path
     ).read_text(encoding="utf-8")
 
 
+def test_model_slimming_of_an_adapter_whose_base_lies_in_the_output_is_refused(checkpoint, text_file, tmp_path):
+    prune(checkpoint, text_file, tmp_path / "out")
+    adapter = saved_adapter(tmp_path / "adapter", tmp_path / "out" / "pruned_weights")
+    with pytest.raises(UserError, match=r"MODEL .*pruned_weights: inside --save_dir .*; choose another --save_dir"):
+        prune(adapter, text_file, tmp_path / "out", "--overwrite")
+
+
 def test_load_config_of_an_unusable_adapter_is_one_line(checkpoint, tmp_path):
     adapter = saved_adapter(tmp_path / "adapter", checkpoint)
     cases = {
@@ -126,6 +133,9 @@ def test_load_model_of_a_damaged_adapter_is_one_line(checkpoint, tmp_path):
     with pytest.raises(UserError, match=rf"model {adapter}: cannot be loaded") as error:
         load_model(str(adapter), "auto", False)
     assert "\n" not in str(error.value)
+    (adapter / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(UserError, match=rf"model {adapter}: model.safetensors.index.json: damaged"):
+        load_config(str(adapter), False)
     shutil.copyfile(checkpoint / "model.safetensors", adapter / "model.safetensors")
     with pytest.raises(UserError, match=r"has weights of a model and adapter_config\.json"):
         load_config(str(adapter), False)
