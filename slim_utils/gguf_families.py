@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slim_utils.common.errors import UserError
+from slim_utils.common.gguf_input import DEEP_GEMMAS
 from slim_utils.families import FAMILIES, LayerShape, layer_shapes
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ GEMMA2 = Architecture(
     required=(_ATTENTION_CAP[0], _FINAL_CAP[0]),
     unset=(_BIDIRECTIONAL,),
     query_map="self_attn.q_proj",
-    deep=46,
+    deep=DEEP_GEMMAS["gemma2"],
 )
 GEMMA3 = Architecture(
     "GEMMA3",
@@ -111,7 +112,7 @@ GEMMA3 = Architecture(
     scales=(_FINAL_CAP,),
     unset=(_ATTENTION_CAP[0], _BIDIRECTIONAL),
     query_map="self_attn.q_norm",
-    deep=62,
+    deep=DEEP_GEMMAS["gemma3"],
 )
 PHI3 = Architecture("PHI3", fills_hidden=True, fused=True, rope_types=(*PLAIN_ROPE, "longrope"), partial_rotary=True)
 GRANITE = Architecture(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cache
-from math import prod
+from math import isclose, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,9 @@ GGUF_SUFFIX = ".gguf"
 # Frequencies of scaled rotary embeddings, which transformers does not read.
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _ADVICE = "use the checkpoint that the file was made from"
+# Numbers of layers with which llama.cpp scales the attention of a Gemma by the hidden size per head, not by the head.
+DEEP_GEMMAS = {"gemma2": 46, "gemma3": 62}
+_SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 # Types of matrices that hold values, not blocks.
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
@@ -39,6 +42,8 @@ class GgufHeader:
         num_weights: number of weights, without rotary frequencies.
         parts: number of files that the model is split into.
         rope_scaling: what scales the rotary embeddings, if anything does.
+        rope_theta: base of the rotary embeddings, if the file names one.
+        softcaps: soft caps of the logits, by their key in the configuration.
     """
 
     architecture: str
@@ -46,6 +51,8 @@ class GgufHeader:
     num_weights: int
     parts: int
     rope_scaling: str
+    rope_theta: float | None
+    softcaps: dict[str, float]
 
     @property
     def description(self) -> str:
@@ -102,7 +109,16 @@ def _read_header(path: str, size: int, mtime: int) -> GgufHeader:
     scaling = fields.get(f"{architecture}.rope.scaling.type", "none")
     tensors = [tensor.name for tensor in reader.tensors if tensor.name in _ROPE_TENSORS]
     rope_scaling = tensors[0] if tensors else "" if scaling == "none" else f"rope.scaling.type {scaling}"
-    return GgufHeader(architecture, kind, sum(sizes.values()), int(fields.get("split.count") or 1), rope_scaling)
+    softcaps = {key: fields[f"{architecture}.{key}"] for key in _SOFTCAPS if f"{architecture}.{key}" in fields}
+    return GgufHeader(
+        architecture,
+        kind,
+        sum(sizes.values()),
+        int(fields.get("split.count") or 1),
+        rope_scaling,
+        fields.get(f"{architecture}.rope.freq_base"),
+        softcaps,
+    )
 
 
 def check_architecture(model_path: str) -> None:
@@ -120,6 +136,27 @@ def check_architecture(model_path: str) -> None:
         raise UserError(
             f"model {model_path}: transformers does not read the scaling of its rotary embeddings "
             f"({header.rope_scaling}); {_ADVICE}"
+        )
+
+
+def complete_config(config: PreTrainedConfig, model_path: str) -> None:
+    """Set what transformers does not read of Gemma's attention: its scale, which llama.cpp derives, and soft caps.
+
+    Raises:
+        UserError: if transformers reads another base of the rotary embeddings.
+    """
+    header = read_header(model_path)
+    if header.architecture in DEEP_GEMMAS:
+        deep = config.num_hidden_layers == DEEP_GEMMAS[header.architecture]
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if deep else config.head_dim
+        for key, value in header.softcaps.items():
+            setattr(config, key, value)
+    rope = getattr(config, "rope_parameters", None) or {}
+    theta = rope.get("full_attention", rope).get("rope_theta")
+    if header.rope_theta and theta and not isclose(theta, header.rope_theta, rel_tol=1e-5):
+        raise UserError(
+            f"model {model_path}: its rotary embeddings have the base {header.rope_theta:g}, but transformers reads "
+            f"{theta:g}; {_ADVICE}"
         )
 
 

@@ -39,6 +39,7 @@ from slim_utils.common.errors import UserError
 from slim_utils.common.gguf_input import (
     check_architecture,
     check_weights_of_gguf,
+    complete_config,
     complete_tokenizer,
     gguf_arguments,
     load_gguf,
@@ -144,6 +145,7 @@ def load_config(model_path: str, trust_remote_code: bool, language_model: bool =
         check_padding_id(config, model_path)
         if arguments:
             config.name_or_path = model_path
+            complete_config(config, model_path)
             check_weights_of_gguf(model_path, config)
         return config
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import model_slimming
 from slim_utils.common.errors import UserError
+from slim_utils.common.gguf_input import complete_config
 from slim_utils.common.loading import load_config, load_model, load_tokenizer
 from slim_utils.common.model_source import check_input
 from slim_utils.layerwise.offload import OffloadedModel
@@ -170,6 +171,25 @@ def test_load_model_of_a_gguf_file_equals_the_exported_checkpoint(gguf_file, den
     assert f"model {gguf_file}: GGUF file (F32)" in caplog.text
     with torch.no_grad():
         assert torch.allclose(model(samples).logits, expected(samples).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [8, 256])
+def test_load_model_of_a_gguf_file_of_gemma_has_its_scale_and_soft_caps(scale, gguf_tokenizer, samples, tmp_path):
+    settings = {"query_pre_attn_scalar": scale, "final_logit_softcapping": 10.0, "head_dim": 8}
+    expected = make_tiny("gemma2", vocab_size=len(gguf_tokenizer), **settings)
+    expected.save_pretrained(tmp_path / "dense")
+    gguf_tokenizer.save_pretrained(tmp_path / "dense")
+    export(tmp_path / "dense", "--outtype", "f32")
+    model = load_model(str(tmp_path / "model.gguf"), "auto", False)
+    with torch.no_grad():
+        assert torch.allclose(model(samples).logits, expected(samples).logits, atol=1e-4)
+
+
+def test_complete_config_with_another_base_of_the_rotary_embeddings_is_refused(gguf_file):
+    config = load_config(str(gguf_file), False)
+    config.rope_parameters["rope_theta"] = 5e5
+    with pytest.raises(UserError, match="have the base 10000, but transformers reads 500000; use the checkpoint"):
+        complete_config(config, str(gguf_file))
 
 
 @pytest.mark.parametrize("rule", BYTE_LEVEL)
