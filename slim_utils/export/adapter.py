@@ -75,10 +75,13 @@ def pruned_adapter(tensors: Mapping[str, Tensor], units: ModelUnits) -> dict[str
         units: units of the dense model that the pruned model has.
 
     Raises:
-        UserError: if a tensor has another shape than the dense model's.
+        UserError: if a tensor has another shape than the dense model's, or those of layers have names of another model.
     """
     family = FAMILIES[units.model_type]
     pattern = _part_pattern(family)
+    of_layers = [name for name in tensors if re.search(r"\.\d+\.", name)]
+    if of_layers and not any(_part(pattern, name) for name in of_layers):
+        raise UserError(f"ADAPTER: {of_layers[0]} is not in {family.layers}; give an adapter of {units.model}")
 
     @cache
     def indices(layer: int) -> tuple[dict[str, tuple[int, Indices]], dict[str, tuple[int, Indices]]]:

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from scripts import prune_adapter
@@ -164,6 +165,15 @@ def test_prune_adapter_of_wrong_inputs_is_refused(folders, tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     adapted(make_tiny("gqa", intermediate_size=48), ["down_proj"]).save_pretrained(tmp_path / "other")
     refused("has 48 in dimension 1, the dense model 40; give an adapter of dense", tmp_path / "other", pruned, carried)
+    weights = load_file(tmp_path / "other" / "adapter_model.safetensors")
+    renamed = {name.replace("model.layers", "model.language_model.layers"): value for name, value in weights.items()}
+    save_file(renamed, tmp_path / "other" / "adapter_model.safetensors")
+    refused(
+        "language_model.layers.0.* is not in model.layers; give an adapter of dense",
+        tmp_path / "other",
+        pruned,
+        carried,
+    )
     masked = tmp_path / "masked"
     make_tiny("gqa").save_pretrained(masked)
     (masked / PRUNING_FILE).write_bytes((pruned / PRUNING_FILE).read_bytes())
