@@ -17,9 +17,9 @@ from tests.interop.served import record_served
 PYTHON = ROOT / ".venv-quantisation" / "bin" / "python"
 # Bounds of the perplexity as multiples of that of fp32; int4 is rounded to nearest in groups of 32 columns.
 WORSE = {
-    "torchao int8": 1.03,
+    "torchao int8": 1.1,
     "torchao int4": 1.6,
-    "bitsandbytes int8": 1.03,
+    "bitsandbytes int8": 1.1,
     "bitsandbytes nf4": 1.6,
     "llm-compressor GPTQ": 1.4,
 }
