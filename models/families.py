@@ -42,6 +42,23 @@ _GATED_QUERIES = (
     ("self_attn.k_proj", (KV_HEADS,)),
     ("self_attn.v_proj", (KV_HEADS,)),
 )
+_ROUTED_EXPERTS = {
+    "expert_columns_key": "moe_intermediate_size",
+    "num_experts_key": "n_routed_experts",
+    "shared_expert": "mlp.shared_experts",
+    "shared_count_key": "n_shared_experts",
+}
+# Experts are chosen by corrected scores, of the best groups by their two best experts.
+_CORRECTED_SCORES = {
+    "router_tensors": (("weight", 0), ("e_score_correction_bias", 0)),
+    "fewest_experts": 2,
+}
+_GATED_SHARED_EXPERT = {
+    "expert_columns_key": "moe_intermediate_size",
+    "shared_expert": "mlp.shared_expert",
+    "shared_gate": "mlp.shared_expert_gate",
+    "shared_columns_key": "shared_expert_intermediate_size",
+}
 _PER_HEAD_NORMS = (("self_attn.q_norm.weight", HEADS), ("self_attn.k_norm.weight", KV_HEADS))
 
 ROWS = (
@@ -178,10 +195,7 @@ ROWS = (
     row(
         "qwen2_moe",
         "Qwen2Moe",
-        expert_columns_key="moe_intermediate_size",
-        shared_expert="mlp.shared_expert",
-        shared_gate="mlp.shared_expert_gate",
-        shared_columns_key="shared_expert_intermediate_size",
+        **_GATED_SHARED_EXPERT,
     ),
     row(
         "granitemoe",
@@ -218,12 +232,8 @@ ROWS = (
     row(
         "glm4_moe",
         "Glm4Moe",
-        expert_columns_key="moe_intermediate_size",
-        num_experts_key="n_routed_experts",
-        router_tensors=(("weight", 0), ("e_score_correction_bias", 0)),
-        fewest_experts=2,
-        shared_expert="mlp.shared_experts",
-        shared_count_key="n_shared_experts",
+        **_ROUTED_EXPERTS,
+        **_CORRECTED_SCORES,
     ),
     row(
         "gpt_oss",
@@ -240,22 +250,15 @@ ROWS = (
         "DeepseekV2",
         attention_rows=_LATENT_ROWS,
         latent_attention=True,
-        expert_columns_key="moe_intermediate_size",
-        num_experts_key="n_routed_experts",
-        shared_expert="mlp.shared_experts",
-        shared_count_key="n_shared_experts",
+        **_ROUTED_EXPERTS,
     ),
     row(
         "deepseek_v3",
         "DeepseekV3",
         attention_rows=_LATENT_ROWS,
         latent_attention=True,
-        expert_columns_key="moe_intermediate_size",
-        num_experts_key="n_routed_experts",
-        router_tensors=(("weight", 0), ("e_score_correction_bias", 0)),
-        fewest_experts=2,
-        shared_expert="mlp.shared_experts",
-        shared_count_key="n_shared_experts",
+        **_ROUTED_EXPERTS,
+        **_CORRECTED_SCORES,
     ),
     row(
         "qwen3_5_text",
@@ -269,10 +272,7 @@ ROWS = (
         "qwen3_next",
         "Qwen3Next",
         attention_rows=_GATED_QUERIES,
-        expert_columns_key="moe_intermediate_size",
-        shared_expert="mlp.shared_expert",
-        shared_gate="mlp.shared_expert_gate",
-        shared_columns_key="shared_expert_intermediate_size",
+        **_GATED_SHARED_EXPERT,
     ),
     row("olmo_hybrid", "OlmoHybrid", head_norms=_QK_NORMS_OVER_HEADS),
     row(

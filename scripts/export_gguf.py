@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.adapters import FUSED_FOLDER
 from slim_utils.common.atomic_output import atomic_file, check_output_file, write_text_atomic
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_paths import check_inputs_outside
@@ -26,7 +27,7 @@ GGUF_MAGIC, MODELFILE_MAGIC = b"GGUF", b"FROM "
 logger = logging.getLogger("export_gguf")
 
 # Checkpoints inside the output folder of a run: the pruned model, and the base with fused adapters.
-INNER_FOLDERS = (PRUNED_MODEL_FOLDER, "lora_fused_model")
+INNER_FOLDERS = (PRUNED_MODEL_FOLDER, FUSED_FOLDER)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -29,7 +30,7 @@ from slim_utils.masks import PRUNING_FILE, ModelUnits, read_units
 
 logger = logging.getLogger("prune_adapter")
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS_FILE = "adapter_model.safetensors"
 MODEL_CONFIG_FILE = "config.json"
 
 
@@ -38,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         prog="prune_adapter.py", description="Carry a LoRA adapter of the dense model over to the pruned model."
     )
-    parser.add_argument("adapter", type=Path, help=f"folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    parser.add_argument("adapter", type=Path, help=f"folder with {ADAPTER_CONFIG_NAME} and {WEIGHTS_FILE}")
     parser.add_argument("pruned", type=Path, help=f"folder of the pruned model, or its {PRUNING_FILE}")
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
@@ -52,9 +53,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         UserError: if it cannot be read.
     """
     try:
-        return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        return json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"ADAPTER {folder}: no readable {CONFIG_FILE} ({type(error).__name__})") from None
+        raise UserError(f"ADAPTER {folder}: no readable {ADAPTER_CONFIG_NAME} ({type(error).__name__})") from None
 
 
 def read_pruned_units(path: Path) -> tuple[Path, ModelUnits]:
@@ -78,7 +79,7 @@ def read_pruned_units(path: Path) -> tuple[Path, ModelUnits]:
 
 def main(args: argparse.Namespace) -> None:
     """Check the inputs and write the folder atomically."""
-    check_output(args.out, args.overwrite, "OUT", markers=(CONFIG_FILE,))
+    check_output(args.out, args.overwrite, "OUT", markers=(ADAPTER_CONFIG_NAME,))
     check_inputs_outside(args.out, "OUT", {"ADAPTER": [args.adapter], "PRUNED": [args.pruned]})
     config = read_adapter_config(args.adapter)
     check_adapter(config)
@@ -92,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
         config["base_model_name_or_path"] = str(file.parent)
     with atomic_folder(args.out) as folder:
         save_file(pruned, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        write_json_atomic(folder / CONFIG_FILE, config)
+        write_json_atomic(folder / ADAPTER_CONFIG_NAME, config)
     sizes = (sum(tensor.numel() for tensor in part.values()) for part in (tensors, pruned))
     logger.info("saved %s: %d weights of the adapter, %d before", args.out, *reversed(list(sizes)))
 

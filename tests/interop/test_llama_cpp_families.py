@@ -10,7 +10,7 @@ from gguf import MODEL_ARCH, get_tensor_name_map
 from gguf.quants import dequantize
 from transformers import PreTrainedModel
 
-from tests.conftest import WINDOWS, make_tiny
+from tests.conftest import TINY_VARIANTS, WINDOWS, make_tiny
 from tests.gguf_files import export, save_pruned, values
 from tests.interop.common import engine
 from tests.interop.served import record_served
@@ -33,14 +33,7 @@ EVERY_FOURTH = {"no_rope_layers": [1, 1, 1, 0]}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 CAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+LLAMA3 = TINY_VARIANTS["llama3_rope"]["rope_parameters"]
 LOCAL = {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 300.0}}
 
 
