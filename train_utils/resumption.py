@@ -14,6 +14,7 @@ from slim_utils.layerwise.resume import fingerprint, setting_changes
 from slim_utils.masks import LayerMask
 from train_utils.finetune_args import FinetuneArguments
 from train_utils.finetune_dataset import FinetuneData
+from train_utils.sharding_checks import zero_stage
 from train_utils.sparse_trainer import SETTINGS_FILE
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def run_settings(
     return settings | {
         "--train_full_prompt": training.train_full_prompt,
         "--optim": str(getattr(training.optim, "value", training.optim)),
-        "--deepspeed": training.deepspeed is not None,
+        # Whose checkpoints differ in format.
+        "--deepspeed": (stage := zero_stage(training)) and f"ZeRO stage {stage}",
         "--fsdp": True if training.fsdp else None,
         "--use_focal_loss": args.model.use_focal_loss and args.model.focal_loss_gamma,
         "model": _weights_fingerprint(model),

@@ -14,9 +14,14 @@ if TYPE_CHECKING:
 ZERO2_ADVICE = "use ZeRO-2 (--deepspeed configs/deepspeed.json)"
 
 
+def zero_stage(training: TrainingArguments) -> int | None:
+    """Stage of DeepSpeed's ZeRO; ``None`` without DeepSpeed."""
+    return training.deepspeed_plugin.zero_stage if training.deepspeed_plugin is not None else None
+
+
 def uses_zero3(training: TrainingArguments) -> bool:
     """Whether DeepSpeed shards the weights (ZeRO stage 3)."""
-    return training.deepspeed_plugin is not None and training.deepspeed_plugin.zero_stage == 3
+    return zero_stage(training) == 3
 
 
 def uses_fsdp(training: TrainingArguments) -> bool:

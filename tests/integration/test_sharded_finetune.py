@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tests.integration.finetuning import run
 from tests.integration.wide_llama import save_wide_llama
 from tests.processes import run_ranks
+from train_utils.sparse_trainer import SETTINGS_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDING = {
@@ -92,6 +93,8 @@ def test_model_finetune_on_sharded_weights_resumed_equals_uninterrupted(slim, ar
     process = run_ranks(2, *command)
     assert process.returncode == 0, process.stderr
     expected = weights(model_folder(tmp_path / "out"))
+    settings = json.loads((tmp_path / "out" / "checkpoint-2" / SETTINGS_FILE).read_text())
+    assert settings["--deepspeed"] == ("ZeRO stage 3" if sharding == "zero3" else None)
     for later in ("checkpoint-4", "checkpoint-5"):
         shutil.rmtree(tmp_path / "out" / later, ignore_errors=True)
     process = run_ranks(2, *command, "--resume_from_checkpoint", "true")

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from slim_utils.common.errors import UserError
-from train_utils.sharding_checks import check_sharding
+from train_utils.sharding_checks import check_sharding, zero_stage
 
 ZERO3 = SimpleNamespace(zero_stage=3)
 
@@ -64,3 +64,8 @@ def test_check_sharding_under_accelerate_launch_names_the_flag(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="start with torchrun and --fsdp true"):
         check_sharding(flags(training__deepspeed_plugin=None))
+
+
+@pytest.mark.parametrize(("plugin", "stage"), [(None, None), (SimpleNamespace(zero_stage=2), 2), (ZERO3, 3)])
+def test_zero_stage_is_that_of_deepspeed(plugin, stage):
+    assert zero_stage(flags(training__deepspeed_plugin=plugin).training) == stage
