@@ -16,6 +16,8 @@ MODEL_TYPES: dict[str, tuple[str, str]] = {
     "SlimPhi3ForCausalLM": ("slim_phi3", "Phi3Config"),
     "SlimGraniteForCausalLM": ("slim_granite", "GraniteConfig"),
     "SlimSmolLM3ForCausalLM": ("slim_smollm3", "SmolLM3Config"),
+    "SlimOlmo2ForCausalLM": ("slim_olmo2", "Olmo2Config"),
+    "SlimOlmo3ForCausalLM": ("slim_olmo3", "Olmo3Config"),
     "SlimMixtralForCausalLM": ("slim_mixtral", "MixtralConfig"),
     "SlimQwen3MoeForCausalLM": ("slim_qwen3_moe", "Qwen3MoeConfig"),
 }
