@@ -37,18 +37,20 @@ def gguf_tokenizer() -> PreTrainedTokenizerFast:
     return byte_level("llama-bpe")
 
 
-def exported(folder: Path, tokenizer: PreTrainedTokenizerFast, variant: str, **overrides: Any) -> PreTrainedModel:
-    """A tiny model, which ``folder`` gets as ``model.gguf`` in fp32."""
+def exported(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, variant: str, outtype: str = "f32", **overrides: Any
+) -> PreTrainedModel:
+    """A tiny model, which ``folder`` gets as ``model.gguf``."""
     # With room for the token that the library adds to the tokenizer of a Qwen.
     model = make_tiny(variant, vocab_size=len(tokenizer) + 2, **overrides)
     model.save_pretrained(folder / "dense")
     tokenizer.save_pretrained(folder / "dense")
-    export(folder / "dense", "--outtype", "f32")
+    export(folder / "dense", "--outtype", outtype)
     return model
 
 
-def rewritten(folder: Path, **changes: Any) -> Path:
-    """A copy of ``model.gguf`` with other keys under ``attention``; ``None`` leaves one out."""
+def rewritten(folder: Path, renamed: dict[str, str] | None = None, **changes: Any) -> Path:
+    """A copy of ``model.gguf`` with other keys under ``attention`` (``None``: without the key) and names of tensors."""
     reader = GGUFReader(folder / "model.gguf")
     architecture = reader.fields["general.architecture"].contents()
     writer = GGUFWriter(folder / "rewritten.gguf", architecture)
@@ -63,7 +65,7 @@ def rewritten(folder: Path, **changes: Any) -> Path:
         elif value is not None:
             writer.add_uint32(key, value)
     for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, numpy.array(tensor.data))
+        writer.add_tensor((renamed or {}).get(tensor.name, tensor.name), numpy.array(tensor.data))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -146,3 +148,23 @@ def test_load_config_of_a_gguf_file_of_phi3_older_than_the_key_of_its_window_is_
         load_config(str(tmp_path / "model.gguf"), False)
     assert load_config(str(rewritten(tmp_path, sliding_window=0)), False).sliding_window is None
     assert load_config(str(rewritten(tmp_path, sliding_window=2047)), False).sliding_window == 2047
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe"])
+def test_load_model_of_a_quantised_gguf_file_dequantises_experts(variant, gguf_tokenizer, tmp_path):
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "head_dim": 8, "intermediate_size": 64}
+    moe = {"moe_intermediate_size": 32, "mlp_only_layers": []} if variant == "qwen3_moe" else {}
+    expected = exported(tmp_path, gguf_tokenizer, variant, "q8_0", **sizes, **moe).state_dict()
+    weights = load_model(str(tmp_path / "model.gguf"), "auto", False).state_dict()
+    assert weights.keys() == expected.keys()
+    for name, weight in expected.items():
+        # Half a step of 127 on each side of 0.
+        assert (weights[name] - weight).abs().max() <= weight.abs().max() / 250, name
+
+
+def test_load_model_of_a_gguf_file_of_mixtral_with_other_tensors_is_refused(gguf_tokenizer, tmp_path):
+    exported(tmp_path, gguf_tokenizer, "mixtral")
+    # As in the first files of it, whose experts are single maps.
+    file = rewritten(tmp_path, {"blk.2.ffn_up_exps.weight": "blk.2.ffn_up.0.weight"})
+    with pytest.raises(UserError, match=r"lacks blk\.2\.ffn_up_exps\.weight; use the checkpoint"):
+        load_model(str(file), "auto", False)
