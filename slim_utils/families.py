@@ -54,7 +54,7 @@ SERVED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Those of the vLLM plugin.
 PLUGIN_FAMILIES = (
     *SERVED_FAMILIES,
-    *("gemma2", "gemma3_text", "phi3", "granite", "smollm3", "mixtral", "qwen3_moe"),
+    *("gemma2", "gemma3_text", "phi3", "granite", "olmo2", "olmo3", "smollm3", "mixtral", "qwen3_moe"),
 )
 
 

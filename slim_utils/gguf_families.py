@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slim_utils.common.errors import UserError
-from slim_utils.common.gguf_input import DEEP_GEMMAS
+from slim_utils.common.gguf_config import DEEP_GEMMAS
 from slim_utils.families import FAMILIES, LayerShape, layer_shapes
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from models.wrappers import OTHER_PARTS
 from slim_utils.common.errors import UserError, is_disk_full
-from slim_utils.common.gguf_input import is_gguf
+from slim_utils.common.gguf_header import is_gguf
 from slim_utils.common.weight_files import unpickling_reason
 
 if TYPE_CHECKING:

@@ -36,10 +36,10 @@ from slim_utils.common.checkpoint_checks import (
     untie_stored_head,
 )
 from slim_utils.common.errors import UserError
+from slim_utils.common.gguf_config import complete_config
 from slim_utils.common.gguf_input import (
     check_architecture,
     check_weights_of_gguf,
-    complete_config,
     complete_tokenizer,
     gguf_arguments,
     load_gguf,
@@ -134,6 +134,9 @@ def load_config(model_path: str, trust_remote_code: bool, language_model: bool =
         else:
             add_row_of(PreTrainedConfig.get_config_dict(folder)[0])
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **arguments)
+        if arguments:
+            config = complete_config(config, model_path)
+            config.name_or_path = model_path
         check_unquantised(config, model_path)
         if config.model_type in WRAPPER_TYPES:
             config = _language_model_config(config, model_path, language_model)
@@ -144,8 +147,6 @@ def load_config(model_path: str, trust_remote_code: bool, language_model: bool =
         untie_stored_head(config, model_path)
         check_padding_id(config, model_path)
         if arguments:
-            config.name_or_path = model_path
-            complete_config(config, model_path)
             check_weights_of_gguf(model_path, config)
         return config
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from slim_utils.common.adapters import adapter_base, base_checkpoint
 from slim_utils.common.checkpoint_checks import loading
 from slim_utils.common.errors import UserError
-from slim_utils.common.gguf_input import is_gguf, read_header
+from slim_utils.common.gguf_header import is_gguf, read_header
 from slim_utils.common.weight_files import check_weight_files
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from slim_utils.common.errors import UserError
+from slim_utils.common.gguf_experts import FUSED_PARTS
 from slim_utils.export.gguf_kquants import FALLBACKS, K_BLOCK_SIZE, Quantiser, engine_quantiser, matrix_type
 from slim_utils.export.gguf_metadata import rope_tensors, write_metadata
 from slim_utils.export.gguf_tokenizer import Vocabulary, write_vocabulary
@@ -51,8 +52,6 @@ OUTTYPES = {
 }
 # Block size of the quantised types.
 BLOCK_SIZE = 32
-# The parts of fused maps.
-FUSED_PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 # Maps whose rows are rotated, and what a layer has of them.
 ROTATED = (("q_proj", "num_heads"), ("k_proj", "num_kv_heads"))
 

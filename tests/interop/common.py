@@ -56,7 +56,8 @@ def engine(*args: Any, **options: Any) -> dict[str, Any]:
     """JSON that a script prints in the environment of an engine; arguments of :func:`run_engine`."""
     process = run_engine(*args, **options)
     assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
+    # Workers may print when they end.
+    return json.loads(next(line for line in reversed(process.stdout.splitlines()) if line.startswith("{")))
 
 
 def smollm2(shape: str, out: Path, *flags: str) -> Path:

@@ -3,8 +3,11 @@
 Tests add their row when they have passed, if ``SLIMGPT_SERVING_TABLE`` names a json file.
 """
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,9 +34,21 @@ def record_served(engine: str, family: str, shape: str, dtype: str) -> None:
     if not target:
         return
     path = Path(target).resolve()
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     row = {"engine": engine, "family": family, "shape": shape, "dtype": dtype}
-    rows = sorted([*(known for known in rows if known != row), row], key=lambda entry: tuple(entry.values()))
     pins = {name: (ROOT / name).read_text(encoding="utf-8").split() for name in ENGINES}
-    table = {"command": COMMAND, "environment": environment(torch.device("cpu")), "engines": pins, "rows": rows}
-    write_json_atomic(path, table)
+    table = {"command": COMMAND, "environment": environment(torch.device("cpu")), "engines": pins}
+    with _locked(path.parent):
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+        rows = sorted([*(known for known in rows if known != row), row], key=lambda entry: tuple(entry.values()))
+        write_json_atomic(path, table | {"rows": rows})
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes, which may add rows too, waiting."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

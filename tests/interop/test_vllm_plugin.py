@@ -70,6 +70,14 @@ def test_plugin_with_prefix_cache_chunked_prefill_and_adapter_generates_the_same
         record_served(ENGINE, model_type, "with LoRA adapter", "fp32")
 
 
+def test_plugin_norms_over_the_heads_of_two_devices(tmp_path, plugin, monkeypatch):
+    # Else every process wants a NUMA node.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    model = pruned_model("olmo2", "query heads")
+    model.save_pretrained(tmp_path)
+    compare(tmp_path, TOKEN_PROMPTS, type(model).__name__, {"tensor_parallel_size": 2}, plugin=plugin)
+
+
 @pytest.mark.parametrize("shape", ["query heads", "kv groups"])
 def test_plugin_generates_the_greedy_tokens_of_smollm2(shape, tmp_path, plugin):
     folder = smollm2(shape, tmp_path / "out")

@@ -16,6 +16,14 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8},
     "gemma2": {"sliding_window": 8, "layer_types": WINDOWS, "query_pre_attn_scalar": 32},
     "gemma3_text": {"sliding_window": 8, "layer_types": WINDOWS, "query_pre_attn_scalar": 32},
+    "olmo3": {
+        "sliding_window": 8,
+        "layer_types": WINDOWS,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    },
     "granite": {"attention_multiplier": 0.1, "residual_multiplier": 0.7, "logits_scaling": 2.0},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {

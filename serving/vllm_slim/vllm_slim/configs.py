@@ -1,6 +1,7 @@
 """Configuration classes of the served families; needs ``transformers`` alone."""
 
 import logging
+from functools import cache
 
 import transformers
 from transformers import AutoConfig, PreTrainedConfig
@@ -16,6 +17,8 @@ MODEL_TYPES: dict[str, tuple[str, str]] = {
     "SlimPhi3ForCausalLM": ("slim_phi3", "Phi3Config"),
     "SlimGraniteForCausalLM": ("slim_granite", "GraniteConfig"),
     "SlimSmolLM3ForCausalLM": ("slim_smollm3", "SmolLM3Config"),
+    "SlimOlmo2ForCausalLM": ("slim_olmo2", "Olmo2Config"),
+    "SlimOlmo3ForCausalLM": ("slim_olmo3", "Olmo3Config"),
     "SlimMixtralForCausalLM": ("slim_mixtral", "MixtralConfig"),
     "SlimQwen3MoeForCausalLM": ("slim_qwen3_moe", "Qwen3MoeConfig"),
 }
@@ -31,12 +34,21 @@ class SlimConfigMixin:
     serialize_explicit_per_layer_config = True
 
 
+@cache
 def config_class(architecture: str) -> type[PreTrainedConfig]:
-    """New configuration class of ``architecture``."""
+    """Configuration class of ``architecture``."""
     model_type, base = MODEL_TYPES[architecture]
     name = architecture.removesuffix("ForCausalLM") + "Config"
     members = {"model_type": model_type, "__module__": __name__}
     return type(name, (SlimConfigMixin, getattr(transformers, base)), members)
+
+
+def __getattr__(name: str) -> type[PreTrainedConfig]:
+    """A class by its name: worker processes unpickle configurations before vLLM calls the plugin in them."""
+    architecture = name.removesuffix("Config") + "ForCausalLM"
+    if architecture not in MODEL_TYPES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return config_class(architecture)
 
 
 def register_configs() -> None:
@@ -49,10 +61,7 @@ def register_configs() -> None:
         logger.addFilter(_GlobalReads())
     for architecture, (model_type, _) in MODEL_TYPES.items():
         if model_type not in transformers.CONFIG_MAPPING:
-            cls = config_class(architecture)
-            # Worker processes unpickle the class by its name here.
-            globals()[cls.__name__] = cls
-            AutoConfig.register(model_type, cls)
+            AutoConfig.register(model_type, config_class(architecture))
 
 
 class _GlobalReads(logging.Filter):

@@ -13,6 +13,7 @@ from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_slim.layers import SmolLM3Attention, per_layer, substituted
+from vllm_slim.olmo import OlmoDecoderLayer
 
 
 class SlimLlamaForCausalLM(LlamaForCausalLM):
@@ -49,6 +50,18 @@ class SlimSmolLM3ForCausalLM(LlamaForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         layer = partial(per_layer(LlamaDecoderLayer, vllm_config), attn_layer_type=SmolLM3Attention)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer)
+
+
+class SlimOlmo2ForCausalLM(LlamaForCausalLM):
+    """OLMo 2 with per-layer shapes: vLLM's LLaMA, with layers of its own."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        layer = per_layer(OlmoDecoderLayer, vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer)
+
+
+class SlimOlmo3ForCausalLM(SlimOlmo2ForCausalLM):
+    """OLMo 3 with per-layer shapes."""
 
 
 class SlimPhi3ForCausalLM(Phi3ForCausalLM):

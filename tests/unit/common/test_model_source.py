@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import model_slimming
 from slim_utils.common.errors import UserError
-from slim_utils.common.gguf_input import complete_config
+from slim_utils.common.gguf_config import complete_config
 from slim_utils.common.loading import load_config, load_model, load_tokenizer
 from slim_utils.common.model_source import check_input
 from slim_utils.layerwise.offload import OffloadedModel

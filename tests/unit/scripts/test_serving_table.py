@@ -1,6 +1,7 @@
 """``scripts/serving_table.py``, the rows that tests add, and the page."""
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,19 @@ def test_record_served_adds_every_row_once(tmp_path, monkeypatch):
     table = json.loads(path.read_text())
     assert [row["engine"] for row in table["rows"]] == ["a", "b"]
     assert table["engines"]["requirements-vllm.txt"] and table["environment"]["commit"]
+
+
+def test_record_served_of_several_processes_keeps_all_rows(tmp_path, monkeypatch):
+    path = tmp_path / "table.json"
+    monkeypatch.setenv("SLIMGPT_SERVING_TABLE", str(path))
+    # Forked, so that all of them write at once.
+    forked = multiprocessing.get_context("fork")
+    workers = [forked.Process(target=record_served, args=("a", f"f{i}", "dense", "fp32")) for i in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [row["family"] for row in json.loads(path.read_text())["rows"]] == [f"f{i}" for i in range(8)]
 
 
 def test_table_has_a_line_per_engine_and_family_and_a_column_per_shape():

@@ -27,7 +27,14 @@ register_configs()
 config = AutoConfig.from_pretrained(sys.argv[1])
 assert "models" not in sys.modules and "transformers_modules" not in sys.modules
 assert type(config).__module__ == "vllm_slim.configs"
-config = pickle.loads(pickle.dumps(config))
+pickle.dump(config, open(sys.argv[2], "wb"))
+print([(s.heads, s.kv_heads, s.columns) for s in layer_sizes(config)])
+"""
+# Gets it from another process, before the plugin is called.
+UNPICKLE = """
+import pickle, sys
+from vllm_slim.sizes import layer_sizes
+config = pickle.load(open(sys.argv[1], "rb"))
 print([(s.heads, s.kv_heads, s.columns) for s in layer_sizes(config)])
 """
 
@@ -66,12 +73,12 @@ def test_layer_sizes_of_an_empty_layer_are_refused():
 def test_config_loads_by_the_plugin_alone(tmp_path):
     model = pruned("gqa")
     model.save_pretrained(tmp_path)
-    argv = [sys.executable, "-c", LOAD, tmp_path]
-    process = subprocess.run(argv, cwd=PLUGIN, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr
-    assert "Reading global config" not in process.stderr
     shapes = [(shape.num_heads, shape.num_kv_heads, shape.ffn_width) for shape in layer_shapes(model.config)]
-    assert process.stdout.strip() == str(shapes)
+    for argv in ([LOAD, tmp_path, tmp_path / "pickled"], [UNPICKLE, tmp_path / "pickled"]):
+        process = subprocess.run([sys.executable, "-c", *argv], cwd=PLUGIN, capture_output=True, text=True, check=False)
+        assert process.returncode == 0, process.stderr
+        assert "Reading global config" not in process.stderr
+        assert process.stdout.strip() == str(shapes)
 
 
 def test_architectures_of_the_plugin_are_those_of_checkpoints():
