@@ -7,11 +7,13 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from models.families import FAMILIES, ROWS
 from models.family import (
     COLUMNS,
     GATED_HEADS,
+    GROUPED_QKV,
     HEADS,
     KV_HEADS,
     LATENT_KEY_VALUES,
@@ -32,6 +34,7 @@ __all__ = [
     "COLUMNS",
     "FAMILIES",
     "GATED_HEADS",
+    "GROUPED_QKV",
     "HEADS",
     "KV_HEADS",
     "LATENT_KEY_VALUES",
@@ -42,6 +45,7 @@ __all__ = [
     "SHARED_COLUMNS",
     "Family",
     "LayerShape",
+    "as_linear",
     "find_family",
     "layer_shapes",
     "linear_map",
@@ -59,12 +63,25 @@ PLUGIN_FAMILIES = (
 
 
 def linear_map(layer: nn.Module, name: str) -> nn.Linear:
-    """Return the linear map ``name`` of a layer.
+    """Return the linear map ``name`` of a layer, with weights (out, in), see :func:`as_linear`.
 
     Raises:
-        TypeError: if the module is not an ``nn.Linear``.
+        TypeError: if the module is neither an ``nn.Linear`` nor a ``Conv1D``.
     """
-    module = layer.get_submodule(name)
+    return as_linear(layer.get_submodule(name), name)
+
+
+def as_linear(module: nn.Module, name: str) -> nn.Linear:
+    """Return ``module``, or for a ``Conv1D``, which stores (in, out), an ``nn.Linear`` that shares its memory.
+
+    Raises:
+        TypeError: if the module, called ``name``, is neither.
+    """
+    if isinstance(module, Conv1D):
+        linear = nn.Linear(module.nx, module.nf, device="meta")
+        linear.weight = nn.Parameter(module.weight.data.T, requires_grad=False)
+        linear.bias = nn.Parameter(module.bias.data, requires_grad=False)
+        return linear
     if not isinstance(module, nn.Linear):
         raise TypeError(f"{name} is a {type(module).__name__}")
     return module
@@ -163,7 +180,7 @@ def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
         experts = family.num_experts(config, index)
         shape = LayerShape(
             num_heads=layer.num_attention_heads,
-            num_kv_heads=getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads,
+            num_kv_heads=family.num_kv_heads(layer),
             head_dim=getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads,
             num_columns=family.ffn_width(layer, experts) * (experts or 1),
             num_experts=experts,

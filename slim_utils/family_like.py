@@ -119,8 +119,9 @@ def _some_mask(index: int, shape: LayerShape) -> LayerMask:
 def _zero_columns(layer: nn.Module, family: Family, mask: LayerMask) -> None:
     """Zero the columns of the output maps that ``mask`` removes, and nothing else, except for norms over all heads."""
     zero_heads(layer, family, mask)
+    outputs = [f"{name}.weight" for name in (family.attention_out, family.mlp_out)]
     for name, (dim, indices) in removed_indices(family, mask).items():
         # A layer with another mixer of tokens has no output map of heads.
-        if dim == 1 and num_indices(indices):
+        if name in outputs and num_indices(indices):
             weight: Tensor = linear_map(layer, name.removesuffix(".weight")).weight
-            zero_indices(weight, dim, indices)
+            zero_indices(weight, family.stored_dim(dim), indices)

@@ -51,6 +51,10 @@ TINY = {
     "eos_token_id": 2,
 }
 WINDOWS = ["sliding_attention", "full_attention"] * 2
+# Keys that the configurations of some classes lack, or compute.
+UNSET = object()
+_OLDER = dict.fromkeys(("num_key_value_heads", "head_dim", "intermediate_size"), UNSET)
+_NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 # Configurations of the other families, by model type; each with what sets it apart.
 TINY_FAMILIES = {
     "smollm3": {"no_rope_layers": [1, 1, 0, 1]},
@@ -72,6 +76,7 @@ TINY_FAMILIES = {
         "mlp_only_layers": [1],
         "norm_topk_prob": True,
     },
+    "gpt2": {**_OLDER, **_NO_DROPOUT, "n_inner": 40, "scale_attn_by_inverse_layer_idx": True},
 }
 # Families whose layers are made of the same parts, tested together in tests/integration/test_family_table.py.
 _GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
@@ -205,7 +210,8 @@ def make_tiny(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -
     families = {**TINY_FAMILIES, **FURTHER_FAMILIES}
     family = name if name in families else "llama"
     differences = families.get(name) or TINY_VARIANTS.get(name, {})
-    config = AutoConfig.for_model(family, **{**TINY, **differences, **overrides})
+    fields = {**TINY, **differences, **overrides}
+    config = AutoConfig.for_model(family, **{key: fields[key] for key in fields if differences.get(key) is not UNSET})
     torch.manual_seed(0)
     # The library's faster ways with experts have no fp64.
     model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
