@@ -34,4 +34,21 @@ GPT_ROWS = (
         head_counts=(("attn.num_heads", HEADS), ("attn.split_size", HEAD_ENTRIES)),
         unsupported=(("add_cross_attention", "its cross-attention is not pruned"),),
     ),
+    row(
+        "gptj",
+        "GPTJ",
+        layers="transformer.h",
+        tuple_outputs=True,
+        attention_out="attn.out_proj",
+        attention_rows=(
+            ("attn.q_proj", (HEADS,)),
+            ("attn.k_proj", (HEADS,)),
+            ("attn.v_proj", (HEADS,)),
+        ),
+        mlp_out="mlp.fc_out",
+        mlp_rows=(("mlp.fc_in", (COLUMNS,)),),
+        columns_key="n_inner",
+        heads_fill_hidden=True,
+        head_counts=(("attn.num_attention_heads", HEADS),),
+    ),
 )
