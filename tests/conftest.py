@@ -76,6 +76,7 @@ TINY_FAMILIES = {
         "mlp_only_layers": [1],
         "norm_topk_prob": True,
     },
+    "bloom": _OLDER,
     "gpt2": {**_OLDER, **_NO_DROPOUT, "n_inner": 40, "scale_attn_by_inverse_layer_idx": True},
 }
 # Families whose layers are made of the same parts, tested together in tests/integration/test_family_table.py.
