@@ -140,6 +140,7 @@ FURTHER_FAMILIES = {
     "phi": {**_GROUPED, "qk_layernorm": True},
     "persimmon": {"qk_layernorm": True},
     "gpt_neox": {"attention_bias": True},
+    "mpt": _OLDER,
     "gptj": {**_OLDER, **_NO_DROPOUT, "n_inner": 40, "rotary_dim": 2},
     "olmoe": {**_GROUPED, **_MIXTURE, "num_experts": 4, "norm_topk_prob": True},
     "qwen2_moe": {
