@@ -2,8 +2,10 @@
 
 from models.family import (
     COLUMNS,
+    GROUPED_QKV,
     HEAD_ENTRIES,
     HEADS,
+    KV_HEADS,
     QKV,
     row,
 )
@@ -83,5 +85,20 @@ GPT_ROWS = (
         head_biases=("position_bias",),
         heads_fill_hidden=True,
         head_counts=(("attn.n_heads", HEADS),),
+    ),
+    row(
+        "falcon",
+        "Falcon",
+        layers="transformer.h",
+        tuple_outputs=True,
+        attention_out="self_attention.dense",
+        attention_rows=(("self_attention.query_key_value", (GROUPED_QKV,)),),
+        mlp_out="mlp.dense_4h_to_h",
+        mlp_rows=(("mlp.dense_h_to_4h", (COLUMNS,)),),
+        kv_heads_key="num_kv_heads",
+        columns_key="ffn_hidden_size",
+        head_biases=("alibi", "attention_mask"),
+        heads_fill_hidden=True,
+        head_counts=(("self_attention.num_heads", HEADS), ("self_attention.num_kv_heads", KV_HEADS)),
     ),
 )
