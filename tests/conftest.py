@@ -142,6 +142,8 @@ FURTHER_FAMILIES = {
     "gpt_neox": {"attention_bias": True},
     "mpt": _OLDER,
     "falcon": {**_OLDER, "ffn_hidden_size": 40, "num_kv_heads": 2, "new_decoder_architecture": True},
+    # Its number of kv heads follows from the key that it stores the heads under.
+    "gpt_bigcode": {**_OLDER, **_NO_DROPOUT, "n_inner": 40, "n_head": 6},
     "gptj": {**_OLDER, **_NO_DROPOUT, "n_inner": 40, "rotary_dim": 2},
     "olmoe": {**_GROUPED, **_MIXTURE, "num_experts": 4, "norm_topk_prob": True},
     "qwen2_moe": {
