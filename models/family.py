@@ -10,8 +10,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 # Kinds of rows of a linear map; QKV: query, key and value of every head side by side; GROUPED_QKV: the queries of every
-# kv group, its key and its value.
-HEADS, KV_HEADS, COLUMNS, QKV, GROUPED_QKV = "heads", "kv_heads", "columns", "qkv", "grouped_qkv"
+# kv group, its key and its value; BLOCKED_QVK: the queries of every block of heads, their values and their keys.
+HEADS, KV_HEADS, COLUMNS, QKV, GROUPED_QKV, BLOCKED_QVK = (
+    *("heads", "kv_heads", "columns"),
+    *("qkv", "grouped_qkv", "blocked_qvk"),
+)
 # Query and gate of every head side by side.
 GATED_HEADS = "gated_heads"
 # Columns of the FFN of every token beside the experts.
@@ -63,6 +66,7 @@ class Family:
         mlp_rows: linear maps that feed ``mlp_out``, and the kinds of their output rows as stacked.
         head_norms: RMS norms over all heads at once, and the kind of their weights.
         head_parameters: further parameters with one row or entry per head, by name, and the kind of head.
+        head_blocks: blocks that the stock class cuts the heads into, whatever their number.
         latent_attention: whether keys and values are computed from latents, which are cached in their place.
         kv_heads_key: configuration key of the number of kv heads; as many as query heads without it.
         columns_key: configuration key of the FFN width; 4 times the hidden size where it is ``None``.
@@ -112,6 +116,7 @@ class Family:
     )
     head_norms: tuple[tuple[str, str], ...] = ()
     head_parameters: tuple[tuple[str, str], ...] = ()
+    head_blocks: int = 1
     latent_attention: bool = False
     kv_heads_key: str = "num_key_value_heads"
     columns_key: str = "intermediate_size"

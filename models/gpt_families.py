@@ -1,6 +1,7 @@
 """Rows of the table: families of the time of GPT-2 and GPT-3, whose modules have names of their own."""
 
 from models.family import (
+    BLOCKED_QVK,
     COLUMNS,
     GROUPED_QKV,
     HEAD_ENTRIES,
@@ -67,6 +68,20 @@ GPT_ROWS = (
         ),
         mlp_out="mlp.fc_out",
         mlp_rows=(("mlp.fc_in", (COLUMNS,)),),
+        columns_key="n_inner",
+        heads_fill_hidden=True,
+        head_counts=(("attn.num_attention_heads", HEADS),),
+    ),
+    row(
+        "codegen",
+        "CodeGen",
+        layers="transformer.h",
+        tuple_outputs=True,
+        attention_out="attn.out_proj",
+        attention_rows=(("attn.qkv_proj", (BLOCKED_QVK,)),),
+        mlp_out="mlp.fc_out",
+        mlp_rows=(("mlp.fc_in", (COLUMNS,)),),
+        head_blocks=4,
         columns_key="n_inner",
         heads_fill_hidden=True,
         head_counts=(("attn.num_attention_heads", HEADS),),

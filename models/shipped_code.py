@@ -12,7 +12,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-from models.family import GROUPED_QKV, HEAD_ENTRIES, HEADS, HEADS_PER_GROUP, KV_HEADS, QKV, Family
+from models.family import BLOCKED_QVK, GROUPED_QKV, HEAD_ENTRIES, HEADS, HEADS_PER_GROUP, KV_HEADS, QKV, Family
 from models.wrappers import Wrapper
 
 BASE = Path(__file__).with_name("slim_base.py")
@@ -191,7 +191,8 @@ def _model_attributes(family: Family) -> str:
 
 def _size_keys(family: Family, kinds: tuple[str, ...]) -> tuple[str, ...]:
     """Configuration keys of the numbers of heads that a map has rows of."""
-    parts = {QKV: (HEADS, HEADS, HEADS), GROUPED_QKV: (HEADS, KV_HEADS, KV_HEADS)}
+    heads = (HEADS, HEADS, HEADS)
+    parts = {QKV: heads, BLOCKED_QVK: heads, GROUPED_QKV: (HEADS, KV_HEADS, KV_HEADS)}
     return tuple(_size_key(family, part) for kind in kinds for part in parts.get(kind, (kind,)))
 
 

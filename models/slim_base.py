@@ -136,15 +136,7 @@ class SlimModelMixin(LibraryInitialisation):
                 if hasattr(config, name):
                     setattr(layer_config, name, getattr(config, name))
         layer = layer_class(layer_config, index)
-        for name, kinds in self.head_maps:
-            width = sum(getattr(sizes, kind) for kind in kinds) * config.head_dim
-            layer.set_submodule(name, resized(layer.get_submodule(name), width, name == self.head_maps[-1][0]))
-        for name, kind in self.head_counts:
-            owner, _, attribute = name.rpartition(".")
-            setattr(layer.get_submodule(owner), attribute, head_count(sizes, kind))
-        for name in self.column_maps:
-            width = getattr(sizes, self.columns_key)
-            layer.set_submodule(name, resized(layer.get_submodule(name), width, name == self.column_maps[-1]))
+        self._resize(layer, sizes, config)
         if self.head_biases and hasattr(sizes, "kept_heads"):
             attention = layer.get_submodule(self.head_maps[-1][0].rpartition(".")[0])
             select = BiasesOfKeptHeads(self.head_biases, sizes.kept_heads, config.num_attention_heads)
@@ -161,6 +153,17 @@ class SlimModelMixin(LibraryInitialisation):
             if isinstance(getattr(module, "config", None), PreTrainedConfig):
                 module.config = view  # type: ignore[assignment]
         return layer
+
+    def _resize(self, layer: nn.Module, sizes: PreTrainedConfig, config: PreTrainedConfig) -> None:
+        """Give the maps and numbers of heads that the library does not take from a configuration their ``sizes``."""
+        widths = {name: sum(getattr(sizes, kind) for kind in kinds) * config.head_dim for name, kinds in self.head_maps}
+        widths |= {name: getattr(sizes, self.columns_key) for name in self.column_maps}
+        outputs = [*(name for name, _ in self.head_maps[-1:]), *self.column_maps[-1:]]
+        for name, width in widths.items():
+            layer.set_submodule(name, resized(layer.get_submodule(name), width, name in outputs))
+        for name, kind in self.head_counts:
+            owner, _, attribute = name.rpartition(".")
+            setattr(layer.get_submodule(owner), attribute, head_count(sizes, kind))
 
 
 class BiasesOfKeptHeads:

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from models.families import FAMILIES, ROWS
 from models.family import (
+    BLOCKED_QVK,
     COLUMNS,
     GATED_HEADS,
     GROUPED_QKV,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 # With the table, which is imported from here.
 __all__ = [
+    "BLOCKED_QVK",
     "COLUMNS",
     "FAMILIES",
     "GATED_HEADS",
@@ -101,6 +103,7 @@ class LayerShape:
         query_dim: size of the queries and keys of a head in latent attention; 0 where it is ``head_dim``.
         rotated_dim: how much of them has positions, the keys' shared by all heads; 0 without latent attention.
         latent_dim: cached latents of a token, with its shared keys; 0 without latent attention.
+        head_blocks: blocks of heads, each of which has to lose as many as the others; 1 without.
     """
 
     num_heads: int
@@ -112,11 +115,17 @@ class LayerShape:
     query_dim: int = 0
     rotated_dim: int = 0
     latent_dim: int = 0
+    head_blocks: int = 1
 
     @property
     def heads_per_group(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads if self.num_heads else 1
+
+    @property
+    def head_groups(self) -> int:
+        """Groups of heads that lose the same number each, where single heads are removed: blocks, or kv groups."""
+        return self.head_blocks if self.head_blocks > 1 else self.num_kv_heads
 
     @property
     def cached_values(self) -> int:
@@ -186,6 +195,8 @@ def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
             num_experts=experts,
             num_shared_columns=family.num_shared_columns(layer) if experts else 0,
         )
+        if family.head_blocks > 1:
+            shape = replace(shape, head_blocks=family.head_blocks)
         if family.latent_attention:
             shape = replace(
                 shape,

@@ -108,8 +108,8 @@ def _logit_differences(model: PreTrainedModel) -> tuple[float, float]:
 def _some_mask(index: int, shape: LayerShape) -> LayerMask:
     """A mask without every third column, without heads of every kv group or, in odd layers, without a whole one."""
     columns = [column for column in range(shape.num_columns) if column % 3 != index]
-    size, groups = shape.heads_per_group, shape.num_kv_heads
-    if size > 1 and index % 2 == 0:
+    size, groups = shape.num_heads // max(shape.head_groups, 1), shape.head_groups
+    if size > 1 and (index % 2 == 0 or shape.head_blocks > 1):
         removed = {group * size + (group + index) % size for group in range(groups)}
         return LayerMask.from_heads(shape, [h for h in range(shape.num_heads) if h not in removed], columns)
     kept_groups = [group for group in range(groups) if group != index] if groups > 1 else list(range(groups))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from slim_utils.common.loading import model_on_meta
 from slim_utils.families import (
+    BLOCKED_QVK,
     COLUMNS,
     GATED_HEADS,
     GROUPED_QKV,
@@ -148,6 +149,7 @@ def _rows_by_kind(shape: LayerShape, units: dict[str, list[int]]) -> dict[str, t
         KV_HEADS: (units[KV_HEADS], shape.num_kv_heads, shape.head_dim),
         QKV: (units[HEADS], shape.num_heads, 3 * shape.head_dim),
         GROUPED_QKV: (_grouped_qkv(shape, units), shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim),
+        BLOCKED_QVK: (_blocked_qvk(shape, units[HEADS]), 3 * shape.num_heads, shape.head_dim),
         GATED_HEADS: (units[HEADS], shape.num_heads, 2 * shape.head_dim),
         LATENT_QUERIES: (units[HEADS], shape.num_heads, shape.query_dim),
         LATENT_KEY_VALUES: (units[HEADS], shape.num_heads, shape.query_dim - shape.rotated_dim + shape.head_dim),
@@ -163,6 +165,12 @@ def _grouped_qkv(shape: LayerShape, units: dict[str, list[int]]) -> list[int]:
     queries = [head // size * (size + 2) + head % size for head in units[HEADS]]
     keys_values = [group * (size + 2) + size + i for group in units[KV_HEADS] for i in range(2)]
     return sorted(queries + keys_values)
+
+
+def _blocked_qvk(shape: LayerShape, heads: list[int]) -> list[int]:
+    """Return the positions of heads in a map that has, block by block, the queries, the values and the keys."""
+    size = shape.num_heads // shape.head_blocks
+    return sorted(head // size * 3 * size + part * size + head % size for head in heads for part in range(3))
 
 
 @torch.no_grad()

@@ -140,6 +140,7 @@ FURTHER_FAMILIES = {
     "phi": {**_GROUPED, "qk_layernorm": True},
     "persimmon": {"qk_layernorm": True},
     "gpt_neox": {"attention_bias": True},
+    "codegen": {**_OLDER, **_NO_DROPOUT, "n_inner": 40, "rotary_dim": 2, "num_attention_heads": 8, "hidden_size": 32},
     "mpt": _OLDER,
     "falcon": {**_OLDER, "ffn_hidden_size": 40, "num_kv_heads": 2, "new_decoder_architecture": True},
     # Its number of kv heads follows from the key that it stores the heads under.

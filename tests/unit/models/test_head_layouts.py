@@ -7,7 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from slim_utils.allocation.budget import layer_units
+from slim_utils.allocation.planner import plans_of
+from slim_utils.allocation.targets import bytes_of
 from slim_utils.families import LayerShape, find_family, layer_shapes
+from slim_utils.layerwise.pruner import prune_layers
+from slim_utils.layerwise.settings import GQA_UNITS, PruningSettings
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import shrink, zero_removed
 from tests.conftest import make_tiny
@@ -24,6 +29,7 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("falcon", {**MULTI_HEAD, "alibi": True, "bias": True, "parallel_attn": False}),
     ("gpt_bigcode", {}),
     ("gpt_bigcode", {"multi_query": False}),
+    ("codegen", {}),
     ("bloom", {}),
     ("bloom", {"apply_residual_connection_post_layernorm": True}),
     ("mpt", {}),
@@ -32,9 +38,10 @@ IDS = [" ".join([name, *overrides]) for name, overrides in LAYOUTS]
 
 
 def mask_of(index: int, shape: LayerShape) -> LayerMask:
-    """A mask of its own for every layer: without some heads of every kv group, or without a kv group."""
-    columns, size, groups = list(range(index + 1, shape.num_columns)), shape.heads_per_group, shape.num_kv_heads
-    if groups > 1 and (size == 1 or index % 2):
+    """A mask of its own for every layer: without some heads of every group, or without a kv group."""
+    columns, groups = list(range(index + 1, shape.num_columns)), shape.head_groups
+    size = shape.num_heads // groups
+    if groups > 1 and shape.head_blocks == 1 and (size == 1 or index % 2):
         return LayerMask.from_groups(shape, [group for group in range(groups) if group != index % groups], columns)
     removed = {group * size + (group + index) % size for group in range(groups)} if size > 1 else set()
     return LayerMask.from_heads(shape, [head for head in range(shape.num_heads) if head not in removed], columns)
@@ -90,3 +97,28 @@ def test_heads_of_a_model_with_biases_per_head_are_those_of_the_dense_model(tmp_
     assert not hasattr(make_tiny("falcon").config.per_layer_config[0], "kept_heads")
     falcon = prune(make_tiny("falcon"), tmp_path / "falcon")
     assert not hasattr(falcon.config.per_layer_config[0], "kept_heads")
+
+
+def test_from_heads_with_blocks_that_lose_different_numbers_of_heads_is_refused():
+    shape = layer_shapes(make_tiny("codegen").config)[0]
+    assert (shape.num_heads, shape.head_blocks, shape.head_groups) == (8, 4, 4)
+    assert LayerMask.from_heads(shape, [0, 3, 5, 6], [0]).kept_kv_heads == [0, 3, 5, 6]
+    for heads in ([0, 1, 3, 5], [0, 1, 2, 3, 4, 5, 6]):
+        with pytest.raises(ValueError, match="4 blocks with different numbers of heads"):
+            LayerMask.from_heads(shape, heads, [0])
+
+
+@pytest.mark.parametrize("gqa_unit", GQA_UNITS)
+def test_plans_of_a_model_with_blocks_take_a_head_of_every_block(gqa_unit, samples):
+    model = make_tiny("codegen")
+    settings = PruningSettings(torch.device("cpu"), torch.device("cpu"), gqa_unit=gqa_unit)
+    plans = plans_of(model, [0.1, 0.4, 0.6, 0.9], settings)
+    assert [plan.heads for plan in plans] == [0, 4, 4, 4]
+    masks, _ = prune_layers(model, find_family(model.config), samples, plans, settings)
+    assert [mask.plan for mask in masks] == plans
+    units = layer_units(
+        find_family(model.config).decoder_layers(model), find_family(model.config), layer_shapes(model.config), settings
+    )[0]
+    # Keys and values of four heads.
+    cached = bytes_of(units, layer_shapes(model.config)[0], 10, settings, 4).head_cost - 4 * units.head_cost
+    assert cached == 4 * 10 * 2 * 4 * 4
