@@ -62,12 +62,12 @@ def stock_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask
             raise UserError("--uniform_shapes: the pruned layers differ in shape; use --sparsity on all layers")
     fields = _shared_fields(config, family, masks) | sizes
     heads, hidden = sizes["num_attention_heads"], config.hidden_size
-    if family.fixed_width and sizes[family.columns_key] != 4 * hidden:
-        raise UserError(
-            f"--uniform_shapes: a stock {family.base_type} has an FFN of {4 * hidden} columns; remove --uniform_shapes"
-        )
+    fits = not family.heads_fill_hidden or heads * fields["head_dim"] == hidden
+    if fits and family.fixed_width and sizes[family.columns_key] != 4 * hidden:
+        message = f"--uniform_shapes: a stock {family.base_type} has {4 * hidden} FFN columns"
+        raise UserError(f"{message}; remove --uniform_shapes")
     try:
-        if family.heads_fill_hidden and heads * fields["head_dim"] != hidden:
+        if not fits:
             raise ValueError("the heads do not fill the hidden size")
         return AutoConfig.for_model(family.base_type, **fields)
     except (ValueError, StrictDataclassError) as error:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from slim_utils.allocation.budget import layer_units
 from slim_utils.allocation.planner import plans_of
 from slim_utils.allocation.targets import bytes_of
+from slim_utils.common.errors import UserError
 from slim_utils.families import LayerShape, find_family, layer_shapes
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import GQA_UNITS, PruningSettings
@@ -122,3 +123,10 @@ def test_plans_of_a_model_with_blocks_take_a_head_of_every_block(gqa_unit, sampl
     # Keys and values of four heads.
     cached = bytes_of(units, layer_shapes(model.config)[0], 10, settings, 4).head_cost - 4 * units.head_cost
     assert cached == 4 * 10 * 2 * 4 * 4
+
+
+def test_uniform_shapes_of_a_family_with_a_fixed_width_are_refused_once_columns_are_removed():
+    model = make_tiny("mpt")
+    masks = [LayerMask.from_groups(shape, list(range(6)), list(range(80))) for shape in layer_shapes(model.config)]
+    with pytest.raises(UserError, match="--uniform_shapes: a stock mpt has 96 FFN columns"):
+        shrink(model, find_family(model.config), masks, uniform_shapes=True)
