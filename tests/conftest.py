@@ -141,7 +141,7 @@ FURTHER_FAMILIES = {
     "persimmon": {"qk_layernorm": True},
     "gpt_neox": {"attention_bias": True},
     "codegen": {**_OLDER, **_NO_DROPOUT, "n_inner": 40, "rotary_dim": 2, "num_attention_heads": 8, "hidden_size": 32},
-    "mpt": _OLDER,
+    "mpt": {**_OLDER, "use_cache": True},
     "falcon": {**_OLDER, "ffn_hidden_size": 40, "num_kv_heads": 2, "new_decoder_architecture": True},
     # Its number of kv heads follows from the key that it stores the heads under.
     "gpt_bigcode": {**_OLDER, **_NO_DROPOUT, "n_inner": 40, "n_head": 6},
