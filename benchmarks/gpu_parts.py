@@ -55,7 +55,7 @@ from slim_utils.layerwise.offload import OffloadedModel
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerMask
-from slim_utils.params_remove import slim_config
+from slim_utils.pruned_config import slim_config
 
 logger = logging.getLogger("gpu_parts")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from models.family import (
     COLUMNS,
     GATED_HEADS,
@@ -15,18 +13,9 @@ from models.family import (
     QKV,
     ExpertLayout,
     Family,
+    row,
 )
-
-
-def row(base_type: str, name: str, **differences: Any) -> Family:
-    """Return the row of model type ``base_type``, whose classes are called ``name``; other fields are LLaMA's."""
-    classes = {
-        "config_class": f"{name}Config",
-        "model_class": f"{name}Model",
-        "causal_class": f"{name}ForCausalLM",
-    }
-    return Family(**{"base_type": base_type, "slim_type": f"slim_{base_type}", "name": name, **classes, **differences})
-
+from models.gpt_families import GPT_ROWS
 
 _QK_NORMS_OVER_HEADS = (("self_attn.q_norm", HEADS), ("self_attn.k_norm", KV_HEADS))
 _FUSED_GATE_UP = (("mlp.gate_up_proj", (COLUMNS, COLUMNS)),)
@@ -172,16 +161,7 @@ ROWS = (
         heads_fill_hidden=True,
         head_counts=(("self_attn.num_heads", HEADS),),
     ),
-    row(
-        "gpt_neox",
-        "GPTNeoX",
-        layers="gpt_neox.layers",
-        attention_out="attention.dense",
-        attention_rows=(("attention.query_key_value", (QKV,)),),
-        mlp_out="mlp.dense_4h_to_h",
-        mlp_rows=(("mlp.dense_h_to_4h", (COLUMNS,)),),
-        heads_fill_hidden=True,
-    ),
+    *GPT_ROWS,
     row("mixtral", "Mixtral", expert_columns_key="intermediate_size"),
     row("qwen3_moe", "Qwen3Moe", expert_columns_key="moe_intermediate_size"),
     row(

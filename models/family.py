@@ -9,16 +9,20 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Kinds of rows of a linear map; QKV: query, key and value of every head side by side.
-HEADS, KV_HEADS, COLUMNS, QKV = "heads", "kv_heads", "columns", "qkv"
+# Kinds of rows of a linear map; QKV: query, key and value of every head side by side; GROUPED_QKV: the queries of every
+# kv group, its key and its value; BLOCKED_QVK: the queries of every block of heads, their values and their keys.
+HEADS, KV_HEADS, COLUMNS, QKV, GROUPED_QKV, BLOCKED_QVK = (
+    *("heads", "kv_heads", "columns"),
+    *("qkv", "grouped_qkv", "blocked_qvk"),
+)
 # Query and gate of every head side by side.
 GATED_HEADS = "gated_heads"
 # Columns of the FFN of every token beside the experts.
 SHARED_COLUMNS = "shared_columns"
 # Heads of latent attention, in the map of queries, and in that of keys and values from the latents.
 LATENT_QUERIES, LATENT_KEY_VALUES = "latent_queries", "latent_key_values"
-# Query heads per kv head.
-HEADS_PER_GROUP = "heads_per_group"
+# Query heads per kv head; entries of all query heads side by side.
+HEADS_PER_GROUP, HEAD_ENTRIES = "heads_per_group", "head_entries"
 # Layer types, as in ``layer_types``, with another mixer of tokens in place of attention heads.
 OTHER_MIXERS = ("linear_attention", "conv")
 
@@ -55,14 +59,21 @@ class Family:
         causal_class: its causal language model.
         layers: name of the list of decoder layers in the causal language model.
         tuple_outputs: whether a decoder layer returns its output as a tuple.
+        transposed: whether its linear maps store their weights as (in, out), as ``Conv1D``.
         attention_out: linear map whose input columns are the query heads side by side.
         attention_rows: linear maps that feed ``attention_out``, and the kinds of their output rows as stacked.
         mlp_out: linear map whose input columns are the FFN's intermediate columns.
         mlp_rows: linear maps that feed ``mlp_out``, and the kinds of their output rows as stacked.
         head_norms: RMS norms over all heads at once, and the kind of their weights.
         head_parameters: further parameters with one row or entry per head, by name, and the kind of head.
+        head_blocks: blocks that the stock class cuts the heads into, whatever their number.
         latent_attention: whether keys and values are computed from latents, which are cached in their place.
+        kv_heads_key: configuration key of the number of kv heads; as many as query heads without it.
         columns_key: configuration key of the FFN width; 4 times the hidden size where it is ``None``.
+        fixed_width: whether the FFN of the stock class is 4 times as wide as the hidden size, without such a key.
+        residual_inside: modules whose second argument is the residual, which they add to their output.
+        head_biases: keyword arguments of the attention with a part for every head of the dense model, such as ALiBi;
+            a pruned model selects the parts of the heads that it keeps.
         fixed_keys: configuration keys that a pruned model sets, and their values.
         experts: module with the 3-D parameters ``gate_up_proj`` and ``down_proj`` of a mixture of experts, if any.
         expert_layout: layout of these parameters.
@@ -78,7 +89,7 @@ class Family:
             is as wide as ``shared_count_key`` experts, or as one.
         shared_count_key: configuration key of the number of experts that the shared expert is as wide as.
         heads_fill_hidden: whether the stock class sizes the attention by the hidden size, which the heads fill.
-        head_counts: with ``heads_fill_hidden``, the attributes that hold a number of heads, and its kind.
+        head_counts: with ``heads_fill_hidden``, the attributes that hold a number of heads or entries, and its kind.
         unsupported: configuration keys that may not be set, and why.
         like: family whose layout the row repeats, in a row that is not part of the table.
     """
@@ -91,6 +102,7 @@ class Family:
     causal_class: str
     layers: str = "model.layers"
     tuple_outputs: bool = False
+    transposed: bool = False
     attention_out: str = "self_attn.o_proj"
     attention_rows: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("self_attn.q_proj", (HEADS,)),
@@ -104,8 +116,13 @@ class Family:
     )
     head_norms: tuple[tuple[str, str], ...] = ()
     head_parameters: tuple[tuple[str, str], ...] = ()
+    head_blocks: int = 1
     latent_attention: bool = False
+    kv_heads_key: str = "num_key_value_heads"
     columns_key: str = "intermediate_size"
+    fixed_width: bool = False
+    residual_inside: tuple[str, ...] = ()
+    head_biases: tuple[str, ...] = ()
     fixed_keys: tuple[tuple[str, Any], ...] = ()
     experts: str = "mlp.experts"
     expert_layout: ExpertLayout = PLAIN_LAYOUT
@@ -137,14 +154,31 @@ class Family:
 
         return slim_classes(self).causal
 
+    def stored_dim(self, dim: int) -> int:
+        """Return the dimension of a stored weight that holds the rows (0) or the columns (1) of its linear map.
+
+        It is its own inverse.
+        """
+        return 1 - dim if self.transposed else dim
+
     def decoder_layers(self, model: PreTrainedModel) -> nn.ModuleList:
         """Return the decoder layers of ``model``."""
         return model.get_submodule(self.layers)
+
+    def has_head_biases(self, config: PreTrainedConfig) -> bool:
+        """Return whether heads have biases of their own, which depend on their index."""
+        return bool(self.head_biases) and getattr(config, "alibi", True)
 
     def mixer(self, config: PreTrainedConfig, index: int) -> str:
         """Return the layer type of layer ``index`` if it has another mixer of tokens than attention heads, else ""."""
         types = getattr(config, "layer_types", None)
         return types[index] if types and types[index] in OTHER_MIXERS else ""
+
+    def num_kv_heads(self, layer_config: PreTrainedConfig) -> int:
+        """Return the number of kv heads of a layer; one in multi-query attention, whatever the key says."""
+        if getattr(layer_config, "multi_query", False) and not getattr(layer_config, "new_decoder_architecture", False):
+            return 1
+        return getattr(layer_config, self.kv_heads_key, None) or layer_config.num_attention_heads
 
     def num_experts(self, config: PreTrainedConfig, index: int) -> int:
         """Return the number of experts of layer ``index``; 0 for a dense FFN."""
@@ -169,7 +203,7 @@ class Family:
 
     def ffn_width(self, layer_config: PreTrainedConfig, num_experts: int) -> int:
         """Return the FFN width of a layer, or that of each of ``num_experts`` experts."""
-        width = getattr(layer_config, self.width_key(num_experts)) or 4 * layer_config.hidden_size
+        width = getattr(layer_config, self.width_key(num_experts), None) or 4 * layer_config.hidden_size
         if getattr(layer_config, "block_auto_adjust_ff_dim", False):
             # LFM2 derives the width of its gated FFN from that of one without a gate.
             width, multiple = 2 * width // 3, layer_config.block_multiple_of
@@ -180,3 +214,13 @@ class Family:
     def width_key(self, num_experts: int) -> str:
         """Return the configuration key of the FFN width of a layer with ``num_experts`` experts."""
         return self.expert_columns_key if num_experts else self.columns_key
+
+
+def row(base_type: str, name: str, **differences: Any) -> Family:
+    """Return the row of model type ``base_type``, whose classes are called ``name``; other fields are LLaMA's."""
+    classes = {
+        "config_class": f"{name}Config",
+        "model_class": f"{name}Model",
+        "causal_class": f"{name}ForCausalLM",
+    }
+    return Family(**{"base_type": base_type, "slim_type": f"slim_{base_type}", "name": name, **classes, **differences})

@@ -12,13 +12,17 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-from models.family import HEADS, HEADS_PER_GROUP, KV_HEADS, QKV, Family
+from models.family import BLOCKED_QVK, GROUPED_QKV, HEAD_ENTRIES, HEADS, HEADS_PER_GROUP, KV_HEADS, QKV, Family
 from models.wrappers import Wrapper
 
 BASE = Path(__file__).with_name("slim_base.py")
 
 # Configuration keys of the kinds of rows and counts.
-_SIZE_KEYS = {HEADS: "num_attention_heads", KV_HEADS: "num_key_value_heads", HEADS_PER_GROUP: "num_key_value_groups"}
+_SIZE_KEYS = {
+    HEADS: "num_attention_heads",
+    HEADS_PER_GROUP: "num_key_value_groups",
+    HEAD_ENTRIES: "num_head_entries",
+}
 
 _DOCSTRING = Template('''\
 """$name with per-layer heads and FFN widths, as pruned by SlimGPT.
@@ -38,7 +42,7 @@ class Slim${name}Config(SlimConfigMixin, $config_class):
     """``$config_class`` with heads, kv heads and FFN width per layer."""
 
     model_type = "$slim_type"
-
+$config_attributes
 
 class Slim${name}Model(SlimModelMixin, $model_class):
     """``$model_class`` with per-layer shapes."""
@@ -127,6 +131,7 @@ def shipped_code(family: Family) -> str:
         causal_class=family.causal_class,
         slim_type=family.slim_type,
         experts_comment=_EXPERTS_COMMENT if _chooses_experts(family) else "",
+        config_attributes=_config_attributes(family),
         model_attributes=_model_attributes(family),
         causal_attributes=_assignments({"model_name": _layers_path(family)[0]}, {"model_name": "model"}),
     )
@@ -163,20 +168,37 @@ def _module(name: str, classes: str) -> str:
     return f"{_DOCSTRING.substitute(name=name)}\n{base.rstrip()}\n{classes}"
 
 
+def _config_attributes(family: Family) -> str:
+    """Attributes of the configuration class, as lines of code: the size of a head where the library computes it."""
+    config_class: Any = getattr(transformers, family.config_class)
+    return "    head_dim: int | None = None\n" if isinstance(getattr(config_class, "head_dim", None), property) else ""
+
+
 def _model_attributes(family: Family) -> str:
     """Attributes of the model class that differ from those of ``SlimModelMixin``, as lines of code."""
     values: dict[str, object] = {"layers_name": _layers_path(family)[1]}
-    values["head_norms"] = tuple((name, _SIZE_KEYS[kind]) for name, kind in family.head_norms)
+    values["head_norms"] = tuple((name, _size_key(family, kind)) for name, kind in family.head_norms)
     if family.heads_fill_hidden:
-        rows = tuple((name, _size_keys(kinds)) for name, kinds in family.attention_rows)
+        rows = tuple((name, _size_keys(family, kinds)) for name, kinds in family.attention_rows)
         values["head_maps"] = (*rows, (family.attention_out, (_SIZE_KEYS["heads"],)))
-        values["head_counts"] = tuple((name, _SIZE_KEYS[kind]) for name, kind in family.head_counts)
+        values["head_counts"] = tuple((name, _size_key(family, kind)) for name, kind in family.head_counts)
+    if family.fixed_width:
+        values["column_maps"] = (*(name for name, _ in family.mlp_rows), family.mlp_out)
+        values["columns_key"] = family.columns_key
+    values["head_biases"] = family.head_biases
     return _assignments(values, {"layers_name": "layers"})
 
 
-def _size_keys(kinds: tuple[str, ...]) -> tuple[str, ...]:
-    """Configuration keys of the numbers of heads that a map has rows of; query, key and value of a head count once."""
-    return tuple(_SIZE_KEYS[part] for kind in kinds for part in ((HEADS,) * 3 if kind == QKV else (kind,)))
+def _size_keys(family: Family, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """Configuration keys of the numbers of heads that a map has rows of."""
+    heads = (HEADS, HEADS, HEADS)
+    parts = {QKV: heads, BLOCKED_QVK: heads, GROUPED_QKV: (HEADS, KV_HEADS, KV_HEADS)}
+    return tuple(_size_key(family, part) for kind in kinds for part in parts.get(kind, (kind,)))
+
+
+def _size_key(family: Family, kind: str) -> str:
+    """Configuration key of the number of heads of a kind."""
+    return family.kv_heads_key if kind == KV_HEADS else _SIZE_KEYS[kind]
 
 
 def _assignments(values: dict[str, object], defaults: dict[str, str]) -> str:
@@ -209,8 +231,16 @@ def _chooses_experts(family: Family) -> bool:
 
 def _check_names(family: Family) -> None:
     """Check every name of the row that becomes code."""
-    modules = [family.layers, family.attention_out]
-    modules += [name for name, _ in (*family.attention_rows, *family.head_norms, *family.head_counts)]
+    modules = [
+        family.layers,
+        family.attention_out,
+        family.mlp_out,
+        family.columns_key,
+        family.kv_heads_key,
+        *family.head_biases,
+    ]
+    named = (*family.attention_rows, *family.mlp_rows, *family.head_norms, *family.head_counts)
+    modules += [name for name, _ in named]
     if not re.fullmatch(r"slim_\w+", family.slim_type, flags=re.ASCII):
         raise ValueError(f"model type {family.slim_type!r} is not of the form slim_NAME")
     _check_identifiers(family.base_type, [family.name, family.slim_type, *modules])

@@ -17,8 +17,9 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 15):
         f"{transformers.__version__}: pip install --upgrade transformers"
     )
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 # transformers reads the top-level values when it validates or saves a config, and warns about its own reads.
 logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(
@@ -34,6 +35,9 @@ PER_LAYER_SIZES = (
     "shared_expert_intermediate_size",
     "shared_intermediate_size",
     "ffn_dim",
+    "n_inner",
+    "num_kv_heads",
+    "ffn_hidden_size",
 )
 
 
@@ -99,13 +103,21 @@ class SlimModelMixin(LibraryInitialisation):
             model is shrunk.
         head_maps: linear maps that the library sizes by the hidden size, as ``head_norms`` then, each with the
             configuration keys of the heads that its rows belong to; the last map has them as columns instead.
-        head_counts: attributes that hold a number of heads in a layer with ``head_maps``, see :func:`head_count`.
+        head_counts: attributes that hold a number of heads or of their entries in a layer with ``head_maps``, see
+            :func:`head_count`.
+        column_maps: linear maps of an FFN whose width the library fixes; the last one has the columns.
+        columns_key: configuration key of their width.
+        head_biases: keyword arguments of the attention with a part per head of the dense model, see
+            :class:`BiasesOfKeptHeads`.
     """
 
     layers_name = "layers"
     head_norms: tuple[tuple[str, str], ...] = ()
     head_maps: tuple[tuple[str, tuple[str, ...]], ...] = ()
     head_counts: tuple[tuple[str, str], ...] = ()
+    column_maps: tuple[str, ...] = ()
+    columns_key = ""
+    head_biases: tuple[str, ...] = ()
     post_init: Callable[[], None]
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -120,16 +132,15 @@ class SlimModelMixin(LibraryInitialisation):
         sizes = config.per_layer_config[index]
         layer_config = config.per_layer_config[index]
         if self.head_maps:
-            layer_config.num_attention_heads = config.num_attention_heads
-            if hasattr(config, "num_key_value_heads"):
-                layer_config.num_key_value_heads = config.num_key_value_heads
+            for name in ("num_attention_heads", "num_key_value_heads", "num_kv_heads"):
+                if hasattr(config, name):
+                    setattr(layer_config, name, getattr(config, name))
         layer = layer_class(layer_config, index)
-        for name, kinds in self.head_maps:
-            width = sum(getattr(sizes, kind) for kind in kinds) * config.head_dim
-            layer.set_submodule(name, resized(layer.get_submodule(name), width, name == self.head_maps[-1][0]))
-        for name, kind in self.head_counts:
-            owner, _, attribute = name.rpartition(".")
-            setattr(layer.get_submodule(owner), attribute, head_count(sizes, kind))
+        self._resize(layer, sizes, config)
+        if self.head_biases and hasattr(sizes, "kept_heads"):
+            attention = layer.get_submodule(self.head_maps[-1][0].rpartition(".")[0])
+            select = BiasesOfKeptHeads(self.head_biases, sizes.kept_heads, config.num_attention_heads)
+            attention.register_forward_pre_hook(select, with_kwargs=True)
         modules = dict(layer.named_modules())
         # Layers with another mixer of tokens have none.
         for name, kind in (pair for pair in self.head_norms if pair[0] in modules):
@@ -143,6 +154,43 @@ class SlimModelMixin(LibraryInitialisation):
                 module.config = view  # type: ignore[assignment]
         return layer
 
+    def _resize(self, layer: nn.Module, sizes: PreTrainedConfig, config: PreTrainedConfig) -> None:
+        """Give the maps and numbers of heads that the library does not take from a configuration their ``sizes``."""
+        widths = {name: sum(getattr(sizes, kind) for kind in kinds) * config.head_dim for name, kinds in self.head_maps}
+        widths |= {name: getattr(sizes, self.columns_key) for name in self.column_maps}
+        outputs = [*(name for name, _ in self.head_maps[-1:]), *self.column_maps[-1:]]
+        for name, width in widths.items():
+            layer.set_submodule(name, resized(layer.get_submodule(name), width, name in outputs))
+        for name, kind in self.head_counts:
+            owner, _, attribute = name.rpartition(".")
+            setattr(layer.get_submodule(owner), attribute, head_count(sizes, kind))
+
+
+class BiasesOfKeptHeads:
+    """Forward pre-hook of an attention: selects the biases of its heads among those of all heads of the dense model.
+
+    Args:
+        names: keyword arguments of the attention.
+        heads: indices of its heads in the dense model.
+        num_heads: heads of the dense model.
+    """
+
+    def __init__(self, names: tuple[str, ...], heads: list[int], num_heads: int) -> None:
+        self.names, self.heads, self.num_heads = names, heads, num_heads
+
+    def __call__(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Return the arguments of the attention with the biases of its heads alone."""
+        return args, kwargs | {name: self._selected(kwargs[name]) for name in self.names if name in kwargs}
+
+    def _selected(self, biases: Tensor | None) -> Tensor | None:
+        if biases is None:
+            return None
+        if biases.dim() == 4:
+            # A mask that is the same for all heads stays.
+            return biases[:, self.heads] if biases.shape[1] == self.num_heads else biases
+        # Samples and heads share the first dimension.
+        return biases.unflatten(0, (-1, self.num_heads))[:, self.heads].flatten(0, 1)
+
 
 def register_missing_buffers(layer: nn.Module, dense: nn.Module) -> None:
     """Register the buffers that the library's model, not its layer class, has registered on the layer ``dense``."""
@@ -154,16 +202,22 @@ def register_missing_buffers(layer: nn.Module, dense: nn.Module) -> None:
 
 
 def head_count(sizes: Any, name: str) -> int:
-    """Return the number of heads ``name`` of a layer: a configuration key, or the query heads of a kv head."""
+    """Return the number ``name`` of a layer: a configuration key, query heads of a kv head, or entries of all heads."""
     if name == "num_key_value_groups":
         return sizes.num_attention_heads // sizes.num_key_value_heads
+    if name == "num_head_entries":
+        return sizes.num_attention_heads * sizes.head_dim
     return getattr(sizes, name)
 
 
-def resized(linear: Any, width: int, columns: bool) -> nn.Linear:
+def resized(linear: Any, width: int, columns: bool) -> nn.Module:
     """Return a linear map like ``linear`` with ``width`` rows, or columns."""
+    if isinstance(linear, Conv1D):
+        rows_out, columns_in = (linear.nf, width) if columns else (width, linear.nx)
+        return Conv1D(rows_out, columns_in).to(linear.weight.dtype)
     columns_in, rows_out = (width, linear.out_features) if columns else (linear.in_features, width)
-    return nn.Linear(columns_in, rows_out, bias=linear.bias is not None, dtype=linear.weight.dtype)
+    # A family may have a linear map of its own.
+    return type(linear)(columns_in, rows_out, bias=linear.bias is not None, dtype=linear.weight.dtype)
 
 
 class SlimForCausalLMMixin(LibraryInitialisation):

@@ -7,11 +7,14 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from models.families import FAMILIES, ROWS
 from models.family import (
+    BLOCKED_QVK,
     COLUMNS,
     GATED_HEADS,
+    GROUPED_QKV,
     HEADS,
     KV_HEADS,
     LATENT_KEY_VALUES,
@@ -29,9 +32,11 @@ if TYPE_CHECKING:
 
 # With the table, which is imported from here.
 __all__ = [
+    "BLOCKED_QVK",
     "COLUMNS",
     "FAMILIES",
     "GATED_HEADS",
+    "GROUPED_QKV",
     "HEADS",
     "KV_HEADS",
     "LATENT_KEY_VALUES",
@@ -42,6 +47,7 @@ __all__ = [
     "SHARED_COLUMNS",
     "Family",
     "LayerShape",
+    "as_linear",
     "find_family",
     "layer_shapes",
     "linear_map",
@@ -59,12 +65,25 @@ PLUGIN_FAMILIES = (
 
 
 def linear_map(layer: nn.Module, name: str) -> nn.Linear:
-    """Return the linear map ``name`` of a layer.
+    """Return the linear map ``name`` of a layer, with weights (out, in), see :func:`as_linear`.
 
     Raises:
-        TypeError: if the module is not an ``nn.Linear``.
+        TypeError: if the module is neither an ``nn.Linear`` nor a ``Conv1D``.
     """
-    module = layer.get_submodule(name)
+    return as_linear(layer.get_submodule(name), name)
+
+
+def as_linear(module: nn.Module, name: str) -> nn.Linear:
+    """Return ``module``, or for a ``Conv1D``, which stores (in, out), an ``nn.Linear`` that shares its memory.
+
+    Raises:
+        TypeError: if the module, called ``name``, is neither.
+    """
+    if isinstance(module, Conv1D):
+        linear = nn.Linear(module.nx, module.nf, device="meta")
+        linear.weight = nn.Parameter(module.weight.data.T, requires_grad=False)
+        linear.bias = nn.Parameter(module.bias.data, requires_grad=False)
+        return linear
     if not isinstance(module, nn.Linear):
         raise TypeError(f"{name} is a {type(module).__name__}")
     return module
@@ -84,6 +103,7 @@ class LayerShape:
         query_dim: size of the queries and keys of a head in latent attention; 0 where it is ``head_dim``.
         rotated_dim: how much of them has positions, the keys' shared by all heads; 0 without latent attention.
         latent_dim: cached latents of a token, with its shared keys; 0 without latent attention.
+        head_blocks: blocks of heads, each of which has to lose as many as the others; 1 without.
     """
 
     num_heads: int
@@ -95,11 +115,17 @@ class LayerShape:
     query_dim: int = 0
     rotated_dim: int = 0
     latent_dim: int = 0
+    head_blocks: int = 1
 
     @property
     def heads_per_group(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads if self.num_heads else 1
+
+    @property
+    def head_groups(self) -> int:
+        """Groups of heads that lose the same number each, where single heads are removed: blocks, or kv groups."""
+        return self.head_blocks if self.head_blocks > 1 else self.num_kv_heads
 
     @property
     def cached_values(self) -> int:
@@ -163,12 +189,14 @@ def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
         experts = family.num_experts(config, index)
         shape = LayerShape(
             num_heads=layer.num_attention_heads,
-            num_kv_heads=getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads,
+            num_kv_heads=family.num_kv_heads(layer),
             head_dim=getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads,
             num_columns=family.ffn_width(layer, experts) * (experts or 1),
             num_experts=experts,
             num_shared_columns=family.num_shared_columns(layer) if experts else 0,
         )
+        if family.head_blocks > 1:
+            shape = replace(shape, head_blocks=family.head_blocks)
         if family.latent_attention:
             shape = replace(
                 shape,

@@ -108,8 +108,8 @@ def _logit_differences(model: PreTrainedModel) -> tuple[float, float]:
 def _some_mask(index: int, shape: LayerShape) -> LayerMask:
     """A mask without every third column, without heads of every kv group or, in odd layers, without a whole one."""
     columns = [column for column in range(shape.num_columns) if column % 3 != index]
-    size, groups = shape.heads_per_group, shape.num_kv_heads
-    if size > 1 and index % 2 == 0:
+    size, groups = shape.num_heads // max(shape.head_groups, 1), shape.head_groups
+    if size > 1 and (index % 2 == 0 or shape.head_blocks > 1):
         removed = {group * size + (group + index) % size for group in range(groups)}
         return LayerMask.from_heads(shape, [h for h in range(shape.num_heads) if h not in removed], columns)
     kept_groups = [group for group in range(groups) if group != index] if groups > 1 else list(range(groups))
@@ -119,8 +119,9 @@ def _some_mask(index: int, shape: LayerShape) -> LayerMask:
 def _zero_columns(layer: nn.Module, family: Family, mask: LayerMask) -> None:
     """Zero the columns of the output maps that ``mask`` removes, and nothing else, except for norms over all heads."""
     zero_heads(layer, family, mask)
+    outputs = [f"{name}.weight" for name in (family.attention_out, family.mlp_out)]
     for name, (dim, indices) in removed_indices(family, mask).items():
         # A layer with another mixer of tokens has no output map of heads.
-        if dim == 1 and num_indices(indices):
+        if name in outputs and num_indices(indices):
             weight: Tensor = linear_map(layer, name.removesuffix(".weight")).weight
-            zero_indices(weight, dim, indices)
+            zero_indices(weight, family.stored_dim(dim), indices)

@@ -93,12 +93,15 @@ class LayerMask:
         Without ``kept_shared`` as :meth:`from_groups`.
 
         Raises:
-            ValueError: if the kv heads keep different numbers of query heads.
+            ValueError: if the kv heads keep different numbers of query heads, or the blocks of heads do.
         """
         kept_groups = [head // shape.heads_per_group for head in kept_heads]
         groups = sorted(set(kept_groups))
         if len({kept_groups.count(group) for group in groups}) > 1:
             raise ValueError("kv heads with different numbers of query heads")
+        blocks = [head * shape.head_blocks // shape.num_heads for head in kept_heads] if shape.head_blocks > 1 else []
+        if len({blocks.count(block) for block in range(shape.head_blocks)}) > 1:
+            raise ValueError(f"{shape.head_blocks} blocks with different numbers of heads")
         mask = cls(shape, kept_heads, groups, kept_columns)
         return replace(mask, kept_shared=mask._first_shared() if kept_shared is None else kept_shared)
 

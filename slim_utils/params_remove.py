@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig
 
-from slim_utils.common.errors import UserError
 from slim_utils.common.loading import model_on_meta
 from slim_utils.families import (
+    BLOCKED_QVK,
     COLUMNS,
     GATED_HEADS,
+    GROUPED_QKV,
     HEADS,
     KV_HEADS,
     LATENT_KEY_VALUES,
@@ -26,16 +25,14 @@ from slim_utils.families import (
     layer_shapes,
 )
 from slim_utils.masks import LayerMask, columns_by_ffn
-from slim_utils.routers import Router, active_experts
+from slim_utils.pruned_config import slim_config, stock_config
+from slim_utils.routers import Router
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 # Indices of slices of a parameter; of 3-D experts, a tensor per expert.
 Indices = Tensor | list[Tensor]
-
-# Keys of the dense configuration that do not apply to the pruned model.
-_DENSE_ONLY_KEYS = ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version")
 
 
 def expand(units: list[int], size: int) -> Tensor:
@@ -46,7 +43,8 @@ def expand(units: list[int], size: int) -> Tensor:
 def kept_indices(family: Family, mask: LayerMask) -> dict[str, tuple[int, Indices]]:
     """Return the dimension and kept indices of every prunable parameter of a layer, by name.
 
-    Linear maps lose rows (dimension 0), together with the entries of their biases, or columns (1). The 3-D parameters
+    Linear maps lose rows (dimension 0, or 1 where weights are stored transposed), together with the entries of their
+    biases, or columns (1, or 0). The 3-D parameters
     of experts lose rows (1) or columns (2) of each expert, or the other way round, and their biases the entries; these
     indices are one tensor per expert, empty for an expert that is removed as a whole. Tensors with an entry per expert,
     those of the router and biases of outputs, lose the entries of such an expert.
@@ -65,7 +63,8 @@ def _indices(
 ) -> dict[str, tuple[int, Indices]]:
     """Return the dimension and the indices of ``units`` of every prunable parameter of a layer of ``shape``."""
     kept = _rows_by_kind(shape, units)
-    parameters: dict[str, tuple[int, Indices]] = {f"{family.attention_out}.weight": (1, kept[HEADS][0])}
+    rows_dim, columns_dim = family.stored_dim(0), family.stored_dim(1)
+    parameters: dict[str, tuple[int, Indices]] = {f"{family.attention_out}.weight": (columns_dim, kept[HEADS][0])}
     rows = family.attention_rows
     if shape.num_experts:
         columns = [torch.tensor(row, dtype=torch.long) for row in columns_by_ffn(shape, units[COLUMNS])]
@@ -78,10 +77,10 @@ def _indices(
         parameters |= {name: (dim, entries) for name, dim in router_tensors(family)}
         if shape.num_shared_columns:
             shared = family.shared_expert
-            parameters[f"{shared}.down_proj.weight"] = (1, kept[SHARED_COLUMNS][0])
+            parameters[f"{shared}.down_proj.weight"] = (columns_dim, kept[SHARED_COLUMNS][0])
             rows += tuple((f"{shared}.{name}", (SHARED_COLUMNS,)) for name in ("gate_proj", "up_proj"))
     else:
-        parameters[f"{family.mlp_out}.weight"] = (1, kept[COLUMNS][0])
+        parameters[f"{family.mlp_out}.weight"] = (columns_dim, kept[COLUMNS][0])
         rows += family.mlp_rows
 
     def stacked(kinds: tuple[str, ...]) -> Tensor:
@@ -93,7 +92,8 @@ def _indices(
         return torch.cat(parts)
 
     for name, kinds in rows:
-        parameters |= dict.fromkeys((f"{name}.weight", f"{name}.bias"), (0, stacked(kinds)))
+        indices = stacked(kinds)
+        parameters |= {f"{name}.weight": (rows_dim, indices), f"{name}.bias": (0, indices)}
     for name, kind in family.head_parameters:
         parameters[name] = (0, expand(units[kind], 1))
     return parameters
@@ -148,6 +148,8 @@ def _rows_by_kind(shape: LayerShape, units: dict[str, list[int]]) -> dict[str, t
         HEADS: (units[HEADS], shape.num_heads, shape.head_dim),
         KV_HEADS: (units[KV_HEADS], shape.num_kv_heads, shape.head_dim),
         QKV: (units[HEADS], shape.num_heads, 3 * shape.head_dim),
+        GROUPED_QKV: (_grouped_qkv(shape, units), shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim),
+        BLOCKED_QVK: (_blocked_qvk(shape, units[HEADS]), 3 * shape.num_heads, shape.head_dim),
         GATED_HEADS: (units[HEADS], shape.num_heads, 2 * shape.head_dim),
         LATENT_QUERIES: (units[HEADS], shape.num_heads, shape.query_dim),
         LATENT_KEY_VALUES: (units[HEADS], shape.num_heads, shape.query_dim - shape.rotated_dim + shape.head_dim),
@@ -155,6 +157,20 @@ def _rows_by_kind(shape: LayerShape, units: dict[str, list[int]]) -> dict[str, t
         SHARED_COLUMNS: (units.get(SHARED_COLUMNS, []), shape.num_shared_columns, 1),
     }
     return {kind: (expand(rows, size), total * size) for kind, (rows, total, size) in kinds.items()}
+
+
+def _grouped_qkv(shape: LayerShape, units: dict[str, list[int]]) -> list[int]:
+    """Return the positions of heads and kv heads in a map that has, group by group, the queries, a key and a value."""
+    size = shape.heads_per_group
+    queries = [head // size * (size + 2) + head % size for head in units[HEADS]]
+    keys_values = [group * (size + 2) + size + i for group in units[KV_HEADS] for i in range(2)]
+    return sorted(queries + keys_values)
+
+
+def _blocked_qvk(shape: LayerShape, heads: list[int]) -> list[int]:
+    """Return the positions of heads in a map that has, block by block, the queries, the values and the keys."""
+    size = shape.num_heads // shape.head_blocks
+    return sorted(head // size * 3 * size + part * size + head % size for head in heads for part in range(3))
 
 
 @torch.no_grad()
@@ -200,92 +216,6 @@ def zero_heads(layer: nn.Module, family: Family, mask: LayerMask) -> None:
     for name, kind in family.head_norms:
         indices, total = kept[kind]
         layer.get_parameter(f"{name}.weight").mul_(math.sqrt(len(indices) / total))
-
-
-def slim_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask]) -> PreTrainedConfig:
-    """Return the configuration of the pruned model, with per-layer shapes.
-
-    ``layer_head_num`` and ``layer_inter_size`` list the heads and the FFN width of every layer.
-    """
-    slim = family.slim_config(**per_layer_fields(config, family, masks))
-    slim.architectures = [family.slim_model.__name__]
-    # save_pretrained adds the other two classes; vLLM loads AutoModel.
-    slim.auto_map = {"AutoModel": _auto_model_reference(family)}
-    return slim
-
-
-def per_layer_fields(config: PreTrainedConfig, family: Family, masks: list[LayerMask]) -> dict[str, Any]:
-    """Return the fields of the configuration of the pruned model, with per-layer shapes.
-
-    The top level keeps the sizes of the dense base, also for a model that was pruned before.
-    """
-    per_layer = {index: _layer_sizes(config, family, mask) for index, mask in enumerate(masks)}
-    return {**_shared_fields(config, family, masks), "per_layer_config": per_layer}
-
-
-def stock_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask]) -> PreTrainedConfig:
-    """Return the configuration of the pruned model in the stock class of transformers, for uniform layers.
-
-    A LLaMA whose number of heads does not divide its hidden size becomes a Mistral, which has the same weights.
-
-    Raises:
-        UserError: if the layer shapes differ, or the stock class does not allow them.
-    """
-    sizes: dict[str, int] = {}
-    for mask in masks:
-        layer_sizes = _layer_sizes(config, family, mask)
-        # Dense and MoE layers have separate keys for their widths.
-        if any(sizes.setdefault(key, size) != size for key, size in layer_sizes.items()):
-            raise UserError("--uniform_shapes: the pruned layers differ in shape; use --sparsity on all layers")
-    fields = _shared_fields(config, family, masks) | sizes
-    heads, hidden = sizes["num_attention_heads"], config.hidden_size
-    try:
-        if family.heads_fill_hidden and heads * fields["head_dim"] != hidden:
-            raise ValueError("the heads do not fill the hidden size")
-        return AutoConfig.for_model(family.base_type, **fields)
-    except (ValueError, StrictDataclassError) as error:
-        has_biases = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
-        if family.base_type == "llama" and not has_biases:
-            return AutoConfig.for_model("mistral", **fields, sliding_window=None)
-        raise UserError(
-            f"--uniform_shapes: a stock {family.base_type} cannot have {heads} heads with a hidden size of {hidden}; "
-            "change --sparsity or remove --uniform_shapes"
-        ) from error
-
-
-def _shared_fields(config: PreTrainedConfig, family: Family, masks: list[LayerMask]) -> dict[str, Any]:
-    fields = {key: value for key, value in config.to_dict().items() if key not in _DENSE_ONLY_KEYS}
-    if not family.latent_attention:
-        fields["head_dim"] = masks[0].shape.head_dim
-    fields["layer_head_num"] = [len(mask.kept_heads) for mask in masks]
-    fields["layer_inter_size"] = [mask.kept_width for mask in masks]
-    num_experts = {len(mask.kept_experts) for mask in masks if mask.shape.num_experts}
-    fields |= dict(family.fixed_keys)
-    if len(num_experts) > 1:
-        raise ValueError(f"layers with {' and '.join(map(str, sorted(num_experts)))} experts")
-    for kept in num_experts:
-        sizes = {family.num_experts_key: kept, "num_experts_per_tok": active_experts(config, kept)}
-        # A configuration stores some keys under other names.
-        fields |= {config.attribute_map.get(key, key): size for key, size in sizes.items()}
-    return fields
-
-
-def _layer_sizes(config: PreTrainedConfig, family: Family, mask: LayerMask) -> dict[str, int]:
-    width = family.width_key(mask.shape.num_experts)
-    sizes = {width: mask.kept_width}
-    if mask.shape.num_experts and family.shared_columns_key:
-        sizes[family.shared_columns_key] = len(mask.kept_shared)
-    # Layers with another mixer of tokens have the sizes of the top level, which they do not use.
-    if mask.shape.num_heads:
-        sizes["num_attention_heads"] = len(mask.kept_heads)
-        if hasattr(config, "num_key_value_heads"):
-            sizes["num_key_value_heads"] = len(mask.kept_kv_heads)
-    return sizes
-
-
-def _auto_model_reference(family: Family) -> str:
-    module = family.slim_model.__module__.rsplit(".", 1)[-1]
-    return f"{module}.{family.slim_model.__name__.removesuffix('ForCausalLM')}Model"
 
 
 @torch.no_grad()
@@ -354,11 +284,11 @@ def shrink(
 
 
 def _share_buffers(pruned: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Share the modules of ``model`` with buffers alone (rotary embeddings), which its state dict does not carry."""
-    names = [
-        name
-        for name, module in pruned.named_modules()
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False))
-    ]
-    for name in names:
-        pruned.set_submodule(name, model.get_submodule(name))
+    """Share what the state dict of ``model`` does not carry: modules of buffers alone (rotary embeddings), buffers."""
+    for name, module in list(pruned.named_modules()):
+        own = {key: buffer for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        if own and next(module.parameters(), None) is None:
+            pruned.set_submodule(name, model.get_submodule(name))
+            continue
+        for key in own:
+            setattr(module, key, model.get_submodule(name).get_buffer(key))

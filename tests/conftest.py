@@ -51,6 +51,10 @@ TINY = {
     "eos_token_id": 2,
 }
 WINDOWS = ["sliding_attention", "full_attention"] * 2
+# Keys that the configurations of some classes lack, or compute.
+UNSET = object()
+_OLDER = dict.fromkeys(("num_key_value_heads", "head_dim", "intermediate_size"), UNSET)
+_NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 # Configurations of the other families, by model type; each with what sets it apart.
 TINY_FAMILIES = {
     "smollm3": {"no_rope_layers": [1, 1, 0, 1]},
@@ -72,6 +76,8 @@ TINY_FAMILIES = {
         "mlp_only_layers": [1],
         "norm_topk_prob": True,
     },
+    "bloom": _OLDER,
+    "gpt2": {**_OLDER, **_NO_DROPOUT, "n_inner": 40, "scale_attn_by_inverse_layer_idx": True},
 }
 # Families whose layers are made of the same parts, tested together in tests/integration/test_family_table.py.
 _GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
@@ -134,6 +140,12 @@ FURTHER_FAMILIES = {
     "phi": {**_GROUPED, "qk_layernorm": True},
     "persimmon": {"qk_layernorm": True},
     "gpt_neox": {"attention_bias": True},
+    "codegen": {**_OLDER, **_NO_DROPOUT, "n_inner": 40, "rotary_dim": 2, "num_attention_heads": 8, "hidden_size": 32},
+    "mpt": {**_OLDER, "use_cache": True},
+    "falcon": {**_OLDER, "ffn_hidden_size": 40, "num_kv_heads": 2, "new_decoder_architecture": True},
+    # Its number of kv heads follows from the key that it stores the heads under.
+    "gpt_bigcode": {**_OLDER, **_NO_DROPOUT, "n_inner": 40, "n_head": 6},
+    "gptj": {**_OLDER, **_NO_DROPOUT, "n_inner": 40, "rotary_dim": 2},
     "olmoe": {**_GROUPED, **_MIXTURE, "num_experts": 4, "norm_topk_prob": True},
     "qwen2_moe": {
         **_GROUPED,
@@ -205,7 +217,8 @@ def make_tiny(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -
     families = {**TINY_FAMILIES, **FURTHER_FAMILIES}
     family = name if name in families else "llama"
     differences = families.get(name) or TINY_VARIANTS.get(name, {})
-    config = AutoConfig.for_model(family, **{**TINY, **differences, **overrides})
+    fields = {**TINY, **differences, **overrides}
+    config = AutoConfig.for_model(family, **{key: fields[key] for key in fields if differences.get(key) is not UNSET})
     torch.manual_seed(0)
     # The library's faster ways with experts have no fp64.
     model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")

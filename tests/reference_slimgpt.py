@@ -2,6 +2,9 @@
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from slim_utils.families import find_family, layer_shapes
 
 
 def hessian_of(inputs: Tensor) -> Tensor:
@@ -86,18 +89,14 @@ def prune_experts(model: nn.Module, samples: Tensor, experts: nn.Module, sparsit
 def prune_model(
     model: nn.Module, samples: Tensor, ratios: list[float], percdamp: float, query_heads: bool = False
 ) -> list[tuple[list, list]]:
-    """Prune a LLaMA-like model in place, each Hessian from a forward of the whole model; the removed units a layer."""
+    """Prune a model in place, each Hessian from a forward of the whole model; the removed units a layer."""
     removed = []
-    config = model.config
-    if config.model_type == "opt":
-        layers, names, group = model.model.decoder.layers, ("self_attn.out_proj", "fc2"), config.head_dim
-    else:
-        layers, names = model.model.layers, ("self_attn.o_proj", "mlp.down_proj")
-        group = config.head_dim * config.num_attention_heads // config.num_key_value_heads
-    units_of = (((config.head_dim, config.num_key_value_heads) if query_heads else (group, 1)), (1, 1))
-    for layer, ratio in zip(layers, ratios, strict=True):
+    family, shape = find_family(model.config), layer_shapes(model.config)[0]
+    group = shape.head_dim * shape.heads_per_group
+    units_of = (((shape.head_dim, shape.num_kv_heads) if query_heads else (group, 1)), (1, 1))
+    for layer, ratio in zip(family.decoder_layers(model), ratios, strict=True):
         units = []
-        for name, (unit, groups) in zip(names, units_of, strict=True):
+        for name, (unit, groups) in zip((family.attention_out, family.mlp_out), units_of, strict=True):
             if name == "mlp.down_proj" and hasattr(layer.mlp, "experts"):
                 units.append(prune_experts(model, samples, layer.mlp.experts, ratio, percdamp))
                 continue
@@ -107,10 +106,10 @@ def prune_model(
             with torch.no_grad():
                 model(samples)
             handle.remove()
-            pruned, gone = struct_prune(
-                linear.weight.data, hessian_of(torch.cat(seen)), ratio, unit, percdamp, True, groups
-            )
-            linear.weight.data = pruned
+            transposed = isinstance(linear, Conv1D)
+            weight = linear.weight.data.T if transposed else linear.weight.data
+            pruned, gone = struct_prune(weight, hessian_of(torch.cat(seen)), ratio, unit, percdamp, True, groups)
+            linear.weight.data = pruned.T if transposed else pruned
             units.append(gone)
         removed.append(tuple(units))
     return removed

@@ -84,8 +84,9 @@ def masked_slices(model: PreTrainedModel | PeftModel, family: Family, masks: lis
             if isinstance(module, LoraLayer):
                 if parameter_name == "weight":
                     for adapter in module.active_adapters:
-                        factor = (module.lora_A if dim == 1 else module.lora_B)[adapter]
-                        yield MaskedSlice(factor.weight, dim, indices)
+                        factor_dim = family.stored_dim(dim)
+                        factor = (module.lora_A if factor_dim == 1 else module.lora_B)[adapter]
+                        yield MaskedSlice(factor.weight, factor_dim, indices)
                 module = module.get_base_layer()
             parameter = getattr(module, parameter_name, None)
             if parameter is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slim_utils.common.loading import load_model
-from slim_utils.families import Family, LayerShape, find_family, layer_shapes, linear_map
+from slim_utils.families import Family, LayerShape, as_linear, find_family, layer_shapes
 from train_utils.finetune_args import FinetuneArguments, TrainingArguments
 from train_utils.lora import add_lora
 from train_utils.text_defaults import BLOCK_WEIGHTS, LORA, SCALES
@@ -65,12 +65,12 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def scaled_maps(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear, int]]:
-    """Name, linear map and columns per unit of every output map of heads and FFN columns; experts have none."""
+def scaled_maps(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, int]]:
+    """Name of its scale, linear map and columns per unit of every output map of heads and of FFN columns."""
     family, shapes = find_family(model.config), layer_shapes(model.config)
     for index, (layer, shape) in enumerate(zip(family.decoder_layers(model), shapes, strict=True)):
         for name, unit_size in output_maps(family, shape):
-            yield f"{family.layers}.{index}.{name}.{SCALE}", linear_map(layer, name), unit_size
+            yield f"{family.layers}.{index}.{name}.{SCALE}", layer.get_submodule(name), unit_size
 
 
 def output_maps(family: Family, shape: LayerShape) -> list[tuple[str, int]]:
@@ -87,10 +87,11 @@ def add_scales(model: PreTrainedModel) -> dict[str, nn.Parameter]:
         return (inputs[0] * scale.repeat_interleave(inputs[0].shape[-1] // len(scale)).to(inputs[0].dtype), *inputs[1:])
 
     scales = {}
-    for name, linear, unit_size in scaled_maps(model):
-        scale = nn.Parameter(torch.ones(linear.weight.shape[1] // unit_size, device=linear.weight.device))
-        linear.register_parameter(SCALE, scale)
-        linear.register_forward_pre_hook(multiply)
+    for name, module, unit_size in scaled_maps(model):
+        weight = as_linear(module, name).weight
+        scale = nn.Parameter(torch.ones(weight.shape[1] // unit_size, device=weight.device))
+        module.register_parameter(SCALE, scale)
+        module.register_forward_pre_hook(multiply)
         scales[name] = scale
     return scales
 
@@ -114,8 +115,8 @@ def fuse_scales(model_path: str, trained: PreTrainedModel, trust_remote_code: bo
     """
     model = load_model(model_path, "auto", trust_remote_code)
     scales = dict(trained.named_parameters())
-    for name, linear, unit_size in scaled_maps(model):
-        weight = linear.weight
+    for name, module, unit_size in scaled_maps(model):
+        weight = as_linear(module, name).weight
         factors = scales[name].detach().float().cpu().repeat_interleave(unit_size)
         weight.copy_((weight.float() * factors).to(weight.dtype))
     return model.eval()

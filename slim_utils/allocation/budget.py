@@ -31,7 +31,7 @@ class LayerUnits:
         head_cost: what one unit of heads counts in the budget: its block weights, multiply-accumulates, bytes or time.
         column_cost: the same for one column.
         heads_per_unit: query heads of one unit.
-        head_groups: kv groups that one unit takes heads from.
+        head_groups: groups that one unit takes heads from.
         num_experts: experts of the layer; 0 for a dense FFN.
         whole_experts: whether ``columns`` are the experts of the layer.
     """
@@ -78,7 +78,7 @@ def layer_units(
         head_cost, column_cost = (
             weights_of(layer, family, settings.size_mask(shape, plan))[0] for plan in (one_head, one_column)
         )
-        groups = shape.num_kv_heads if settings.by_query_head(shape) else 1
+        groups = shape.head_groups if settings.by_query_head(shape) else 1
         units.append(LayerUnits(heads, shape.ffn_width, head_cost, column_cost, per_unit, groups, shape.num_experts))
     return units
 

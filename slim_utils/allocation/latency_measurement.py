@@ -30,7 +30,6 @@ from slim_utils.common.random_model import random_model
 from slim_utils.families import Family, LayerShape, find_family, layer_shapes
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerMask, LayerPlan
-from slim_utils.params_remove import slim_config
 from slim_utils.profiling.latency import WARM_UPS, greedy_step, random_prompt
 from slim_utils.profiling.latency_table import (
     LatencyCurve,
@@ -40,6 +39,7 @@ from slim_utils.profiling.latency_table import (
     TimedModel,
     TimedRequest,
 )
+from slim_utils.pruned_config import slim_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -34,9 +34,9 @@ from slim_utils.layerwise.offload import ResidentModel
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerMask, LayerPlan
 from slim_utils.obs import SelectionOptions
-from slim_utils.params_remove import stock_config
 from slim_utils.profiling.latency_table import LatencyTable
 from slim_utils.profiling.model_stats import removed_share
+from slim_utils.pruned_config import stock_config
 from slim_utils.pruning_config import SENSITIVITY, PruningConfig
 from slim_utils.routers import active_experts
 

@@ -186,8 +186,11 @@ def bytes_of(units: LayerUnits, shape: LayerShape, cached: int, settings: Prunin
         itemsize: bytes of a weight.
     """
     # Query heads alone leave keys and values as they are, as all heads do with latents.
-    shared = settings.by_query_head(shape) or shape.latent_dim or not units.head_cost
-    cache = 0 if shared else shape.cached_values // shape.num_kv_heads * cached
+    query_heads = settings.by_query_head(shape) and shape.heads_per_group > 1
+    cache = 0
+    if not (query_heads or shape.latent_dim) and units.head_cost:
+        kv_heads = units.heads_per_unit // shape.heads_per_group
+        cache = shape.cached_values // shape.num_kv_heads * kv_heads * cached
     return replace(units, head_cost=(units.head_cost + cache) * itemsize, column_cost=units.column_cost * itemsize)
 
 

@@ -32,9 +32,13 @@ logger = logging.getLogger(__name__)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Prefixes of torch.compile, which may also wrap submodules, and of DistributedDataParallel.
 _WRAPPER_PREFIXES = {r"^(?:_orig_mod\.|module\.)+": "", r"\._orig_mod\.": "."}
-# Unused tensors that may accompany a model: multi-token prediction, a value head, buffers that the library recomputes.
-# Other tensors that the library ignores are not reported.
-_HARMLESS = re.compile(r"(^|\.)(mtp|v_head)\.|\.(inv_freq|masked_bias|position_ids)$")
+# Unused tensors that may accompany a model: multi-token prediction, a value head, buffers that the library recomputes
+# (frequencies, positions, causal masks). Other tensors that the library ignores are not reported.
+_HARMLESS = re.compile(
+    r"(^|\.)(mtp|v_head)\.|\.(inv_freq|masked_bias|position_ids)$|\.h\.\d+\.attn\.(bias|causal_mask)$"
+)
+# Last parts of the names of embeddings and head.
+_TIED = ("lm_head.weight", "embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 _MAX_NAMES = 4
 
 
@@ -190,14 +194,14 @@ def _stores_untied_head(folder: Path) -> bool:
             files = {SAFE_WEIGHTS_NAME}
         elif (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
             files = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
-            files = {file for name, file in files.items() if name.endswith(("lm_head.weight", "embed_tokens.weight"))}
+            files = {file for name, file in files.items() if name.endswith(_TIED)}
         else:
             return False
         matrices = {}
         for file in files:
             with safe_open(folder / file, "pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a dictionary
-                    if name.endswith(("lm_head.weight", "embed_tokens.weight")):
+                    if name.endswith(_TIED):
                         matrices[name] = tensors.get_tensor(name)
     except (OSError, ValueError, KeyError, SafetensorError):
         return False

@@ -95,9 +95,11 @@ def pruned_adapter(tensors: Mapping[str, Tensor], units: ModelUnits) -> dict[str
         if part is None:
             return tensor
         kept, dense = (by_name.get(part.parameter) for by_name in indices(part.layer))
-        if kept is None or dense is None or part.dim not in (None, kept[0]):
+        if kept is None or dense is None:
             return tensor
-        dim, total = kept[0], len(dense[1])
+        dim, total = kept[0] if part.dim is None else family.stored_dim(kept[0]), len(dense[1])
+        if part.dim not in (None, dim):
+            return tensor
         # Only 3-D parameters, which are refused, have indices per expert.
         assert isinstance(kept[1], Tensor)
         if tensor.shape[dim] != total:

@@ -151,7 +151,9 @@ class ProcessGroup:
             if isinstance(outcome[0], UserError):
                 raise outcome[0]
             for tensor in changed:
-                distributed.broadcast(tensor, src=0)
+                # Weights that are stored transposed; collectives need contiguous tensors.
+                transposed = tensor.dim() == 2 and not tensor.is_contiguous()
+                distributed.broadcast(tensor.T if transposed else tensor, src=0)
         return outcome[0]
 
 

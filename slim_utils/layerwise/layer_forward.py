@@ -74,7 +74,7 @@ class LayerForward:
     def attention_inputs(self) -> Iterator[Tensor]:
         """Inputs (samples, seqlen, heads · head_dim) of the attention's output map, batch by batch."""
         self._attention = []
-        heads_to_hidden = linear_map(self.layer, self.family.attention_out)
+        heads_to_hidden = self.layer.get_submodule(self.family.attention_out)
         for batch in self._batches():
             (inputs,) = self._arguments(heads_to_hidden, batch)
             self._attention.append(inputs.to(self.settings.cache_dev))
@@ -93,8 +93,8 @@ class LayerForward:
 
     def column_inputs(self) -> Iterator[Tensor]:
         """Inputs (samples, seqlen, columns) of the FFN's output map, after :meth:`finish_attention`."""
-        columns_to_hidden = linear_map(self.layer, self.family.mlp_out)
-        keep = self._columns_kept(columns_to_hidden)
+        columns_to_hidden = self.layer.get_submodule(self.family.mlp_out)
+        keep = self._columns_kept(linear_map(self.layer, self.family.mlp_out))
         for (inputs,) in self._arguments_after_attention(columns_to_hidden):
             if keep:
                 self._columns.append(inputs)
@@ -151,15 +151,23 @@ class LayerForward:
         if not self._attention:
             return nullcontext()
         output = self._attention[position].to(self.settings.device)
-        block = self.layer.get_submodule(self.family.attention_out.rpartition(".")[0])
+        name = self.family.attention_out.rpartition(".")[0]
         # An attention module returns its weights, or None, as a second value.
-        return _forward_replaced(block, lambda *args, **kwargs: (output, None))
+        return _forward_replaced(
+            self.layer.get_submodule(name), lambda *args, **kwargs: (self._with_residual(name, output, args), None)
+        )
 
     def _columns_given(self, position: int) -> Any:
         columns_to_hidden, block = linear_map(self.layer, self.family.mlp_out), self._mlp_block()
         assert block is not None
-        inputs = self._columns[position]
-        return _forward_replaced(block, lambda *args, **kwargs: columns_to_hidden(inputs))
+        inputs, name = self._columns[position], self.family.mlp_out.rpartition(".")[0]
+        return _forward_replaced(
+            block, lambda *args, **kwargs: self._with_residual(name, columns_to_hidden(inputs), args)
+        )
+
+    def _with_residual(self, block: str, output: Tensor, arguments: tuple[Tensor, ...]) -> Tensor:
+        """The output of a block, which may add the residual, its second argument, to that of its output map."""
+        return output + arguments[1] if block in self.family.residual_inside else output
 
     def _columns_kept(self, columns_to_hidden: nn.Linear) -> bool:
         """Whether the inputs of the FFN's output map take at most half of the memory that its solve leaves free."""

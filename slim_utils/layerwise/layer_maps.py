@@ -41,7 +41,7 @@ def head_maps(
         [UnitMap(pruner)],
         [linear.weight.data],
         unit_size=shape.head_dim * (1 if by_query_head else shape.heads_per_group),
-        num_groups=shape.num_kv_heads if by_query_head else 1,
+        num_groups=shape.head_groups if by_query_head else 1,
     )
 
 

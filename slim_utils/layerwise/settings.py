@@ -81,16 +81,16 @@ class PruningSettings:
         return None if self.cache_dev == host else replace(self, cache_dev=host)
 
     def by_query_head(self, shape: LayerShape) -> bool:
-        """Whether the unit of a layer of ``shape`` is a query head of a group."""
-        return self.gqa_unit == "query_head" and shape.heads_per_group > 1
+        """Whether the unit of a layer of ``shape`` is a head of a group, be it a kv group or a block."""
+        return shape.head_blocks > 1 or (self.gqa_unit == "query_head" and shape.heads_per_group > 1)
 
     def head_units(self, shape: LayerShape) -> int:
-        """Units of heads of a layer of ``shape``: query heads of a kv group, or kv groups."""
-        return shape.heads_per_group if self.by_query_head(shape) else shape.num_kv_heads
+        """Units of heads of a layer of ``shape``: heads of a group, or kv groups."""
+        return shape.num_heads // shape.head_groups if self.by_query_head(shape) else shape.num_kv_heads
 
     def heads_per_unit(self, shape: LayerShape) -> int:
-        """Query heads of a unit: one of every kv group, or all of one."""
-        return shape.num_kv_heads if self.by_query_head(shape) else shape.heads_per_group
+        """Query heads of a unit: one of every group, or all of a kv group."""
+        return shape.head_groups if self.by_query_head(shape) else shape.heads_per_group
 
     def size_mask(self, shape: LayerShape, plan: LayerPlan) -> LayerMask:
         """Size-only mask of a layer pruned by ``plan``; the choice of kept units is arbitrary."""
@@ -99,7 +99,7 @@ class PruningSettings:
         columns = [ffn * shape.ffn_width + i for ffn in ffns for i in range(width)]
         kept = self.head_units(shape) - plan.heads // self.heads_per_unit(shape)
         if self.by_query_head(shape):
-            size = shape.heads_per_group
-            heads = [group * size + i for group in range(shape.num_kv_heads) for i in range(kept)]
+            size = shape.num_heads // shape.head_groups
+            heads = [group * size + i for group in range(shape.head_groups) for i in range(kept)]
             return LayerMask.from_heads(shape, heads, columns)
         return LayerMask.from_groups(shape, list(range(kept)), columns)

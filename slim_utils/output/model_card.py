@@ -260,7 +260,7 @@ def _perplexity_table(measured: Perplexities) -> str:
 
 def _has_fewer_kv_heads(config: PreTrainedConfig) -> bool:
     """Whether a layer has fewer key/value heads than the top level of the configuration."""
-    dense_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dense_kv_heads = FAMILIES[config.model_type].num_kv_heads(config)
     return any(shape.num_kv_heads != dense_kv_heads for shape in layer_shapes(config))
 
 

@@ -17,7 +17,8 @@ from models.wrappers import find_wrapper
 from slim_utils.common.checkpoint_checks import building
 from slim_utils.common.loading import PRUNED_MODEL_FOLDER, load_multimodal_model, save_checkpoint
 from slim_utils.output.writers import Checkpoints, CheckpointWriter
-from slim_utils.params_remove import per_layer_fields, shrink, stock_config, zero_removed
+from slim_utils.params_remove import shrink, zero_removed
+from slim_utils.pruned_config import per_layer_fields, stock_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -169,7 +169,7 @@ class StreamedOutput(CheckpointWriter):
 
     def __init__(self, folder: Path, host: OffloadedModel, planned: list[LayerMask], checkpoints: Checkpoints) -> None:
         super().__init__(host.model, host.family)
-        self.host, self.folder = host, folder
+        self.host, self.folder, self.checkpoints = host, folder, checkpoints
         self.masked = CheckpointShards(folder, host.model, host.family) if checkpoints.masked else None
         self.pruned: CheckpointShards | None = None
         if not checkpoints.pruned:
@@ -186,6 +186,9 @@ class StreamedOutput(CheckpointWriter):
             if not self._has_layer(index):
                 self.host.onload(index, CPU)
                 self.host.offload(index, mask)
+        if self.pruned:
+            # The planned masks have the sizes alone; a configuration may list the heads that are kept.
+            self.pruned.model = pruned_on_meta(self.model, self.family, masks, self.checkpoints.stock)
         non_layer_tensors = self.host.read_non_layer_tensors()
         for shards in self._checkpoints():
             shards.write_non_layer_tensors(non_layer_tensors)

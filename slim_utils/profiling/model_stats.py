@@ -108,9 +108,12 @@ def _count_forward(model: PreTrainedModel, seq_len: int) -> FlopCounterMode:
     """Torch's FLOP counter after a forward on (1, ``seq_len``) tokens; attention counts all ``seq_len``² pairs."""
     with torch.device("meta"):
         tokens = torch.zeros(1, seq_len, dtype=torch.long)
-        # A 4-D mask is used as is; building one would read values, which meta tensors do not have.
+        # A 4-D mask is used as is; building one would read values, which meta tensors do not have. ALiBi is computed
+        # from a 2-D one.
         positions = torch.arange(seq_len)[None]
         mask = torch.zeros(1, 1, seq_len, seq_len, dtype=model.dtype)
+        if find_family(model.config).has_head_biases(model.config):
+            mask = torch.ones(1, seq_len, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
             model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False)
     return counter

@@ -82,13 +82,14 @@ def test_removed_rows_feed_removed_columns_alone(name, by_query_head, samples):
     family, masks = find_family(model.config), []
     for index, shape in enumerate(layer_shapes(model.config)):
         columns = [column for column in range(shape.num_columns) if column % 4 != index]
-        size = shape.heads_per_group
-        if by_query_head and size > 1:
-            removed = [group * size + (group + index) % size for group in range(shape.num_kv_heads)]
+        size = shape.num_heads // max(shape.head_groups, 1)
+        if shape.head_blocks > 1 or (by_query_head and size > 1):
+            removed = [group * size + (group + index) % size for group in range(shape.head_groups)]
             heads = [head for head in range(shape.num_heads) if head not in removed]
             masks.append(LayerMask.from_heads(shape, heads, columns))
         else:
-            groups = [group for group in range(shape.num_kv_heads) if group != index % max(shape.num_kv_heads, 1)]
+            count = shape.num_kv_heads
+            groups = [group for group in range(count) if count == 1 or group != index % count]
             masks.append(LayerMask.from_groups(shape, groups, columns))
     maps = [f"{name}.weight" for name in (family.attention_out, family.mlp_out, f"{family.shared_expert}.down_proj")]
     outputs = [*maps, f"{family.experts}.down_proj"]

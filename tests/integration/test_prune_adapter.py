@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from scripts import prune_adapter
 from slim_utils.common.errors import UserError
@@ -20,9 +21,9 @@ from tests.unit.test_masks import uneven_masks
 from train_utils.lora import _family_targets
 from train_utils.sparse_trainer import masked_slices
 
-# Grouped heads, fused maps, norms over all heads, biases and LayerNorm.
+# Grouped heads, fused maps, norms over all heads, biases and LayerNorm, weights stored transposed.
 VARIANTS = [("gqa", "query_head"), ("gqa", "kv_group"), ("phi3", "query_head"), ("olmo2", "query_head")]
-VARIANTS += [("opt", "kv_group")]
+VARIANTS += [("opt", "kv_group"), ("gpt2", "kv_group")]
 
 
 def main(*arguments: object) -> None:
@@ -32,7 +33,7 @@ def main(*arguments: object) -> None:
 def targets_of(model, out: bool) -> list[str]:
     """Names of the maps of a family's decoder layers; without ``out``, those that feed attention and FFN outputs."""
     family = find_family(model.config)
-    names = [name for name, _ in model.named_modules() if isinstance(model.get_submodule(name), torch.nn.Linear)]
+    names = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
     targets = _family_targets(family, names)
     outputs = {family.attention_out.rpartition(".")[2], family.mlp_out.rpartition(".")[2]}
     return targets if out else [name for name in targets if name not in outputs]

@@ -25,10 +25,16 @@ BATCH, LENGTH = 3, 12
 
 
 def kept_heads(shape: LayerShape, index: int) -> list[int]:
-    """Heads that layer ``index`` keeps: all, all kv groups but one, all but one head of every group, or one group."""
+    """Heads that layer ``index`` keeps: all, all kv groups but one, all but one head of every group, or one group.
+
+    Where blocks of heads lose as many each, one of every block goes.
+    """
+    if shape.head_blocks > 1:
+        size = shape.num_heads // shape.head_blocks
+        return [block * size + head for block in range(shape.head_blocks) for head in range(int(index > 0), size)]
     size = shape.heads_per_group
     groups = range(shape.num_kv_heads)
-    kept = {0: groups, 1: groups[1:], 2: groups if size > 1 else groups[2:], 3: groups[-1:]}[index]
+    kept = {0: groups, 1: groups[1:] or groups, 2: groups if size > 1 else groups[2:], 3: groups[-1:]}[index]
     return [group * size + head for group in kept for head in range(int(index == 2 and size > 1), size)]
 
 

@@ -5,8 +5,9 @@ import torch
 
 from tests.library.subjects import Subject, difference, logits, tokens
 
-# One of each kind of row: windows, norms over all heads, fused maps, maps that are resized, experts. Seconds each.
-KINDS = ["llama", "gemma3_text", "olmo2", "phi3", "opt", "stablelm", "gpt_neox", "mixtral"]
+# One of each kind of row: windows, norms over all heads, fused maps, maps that are resized, weights stored transposed,
+# biases per head, experts. Seconds each.
+KINDS = ["llama", "gemma3_text", "olmo2", "phi3", "opt", "stablelm", "gpt_neox", "gpt2", "bloom", "mixtral"]
 
 
 @pytest.mark.library

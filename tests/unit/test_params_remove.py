@@ -14,7 +14,7 @@ from tests.conftest import ALL_TINY, TINY_VARIANTS, make_tiny, set_attention
 from tests.processes import run_python
 
 # Families whose q/k norms or routers compute in fp32 for any dtype; sums with and without zeros differ by rounding.
-FP32_INSIDE = ("olmo2", "mixtral", "qwen3_moe")
+FP32_INSIDE = ("olmo2", "mixtral", "qwen3_moe", "bloom")
 
 
 def some_masks(model) -> list[LayerMask]:
@@ -173,7 +173,7 @@ def test_shrink_uniform_shapes_makes_a_stock_model(variant, dtype, samples, tmp_
         masks.append(LayerMask.from_groups(shape, groups, [c for c in range(shape.num_columns) if c % 4 != index]))
     heads = len(masks[0].kept_heads)
     divides = 24 % heads == 0
-    if (not divides and (variant in ("gemma2", "gemma3_text") or variant == "biases")) or variant == "opt":
+    if (not divides and (variant in ("gemma2", "gemma3_text") or variant == "biases")) or family.heads_fill_hidden:
         with pytest.raises(UserError, match=f"--uniform_shapes: .* cannot have {heads} heads with a hidden size of 24"):
             shrink(model, family, masks, uniform_shapes=True)
         return
@@ -214,20 +214,20 @@ def test_sizes_agree_with_closed_formulas(variant):
     model = make_tiny(variant)
     family, masks = find_family(model.config), some_masks(model)
     pruned = shrink(model, family, masks)
-    config, seq_len = model.config, 10
+    config, seq_len, head_dim = model.config, 10, layer_shapes(model.config)[0].head_dim
     block_total = block_kept = attention = used = 0
     for mask in masks:
         shape = mask.shape
         # A token is routed to two of four experts.
         active = 0.5 if shape.num_experts else 1
         router = 4 * config.hidden_size if shape.num_experts else 0
-        per_head = per_kv = 2 * config.hidden_size * config.head_dim
-        per_column = (2 if variant == "opt" else 3) * config.hidden_size
+        per_head = per_kv = 2 * config.hidden_size * head_dim
+        per_column = (1 + sum(len(kinds) for _, kinds in family.mlp_rows)) * config.hidden_size
         block_total += shape.num_heads * per_head + shape.num_kv_heads * per_kv + shape.num_columns * per_column
         heads = len(mask.kept_heads) * per_head + len(mask.kept_kv_heads) * per_kv
         block_kept += heads + len(mask.kept_columns) * per_column
         used += heads + len(mask.kept_columns) * per_column * active + router
-        attention += 2 * len(mask.kept_heads) * config.head_dim * seq_len**2
+        attention += 2 * len(mask.kept_heads) * head_dim * seq_len**2
     assert removed_share(family.decoder_layers(model), family, masks) == pytest.approx(1 - block_kept / block_total)
     logits = config.hidden_size * config.vocab_size
     stats = model_stats(pruned.config, seq_len)
@@ -235,15 +235,17 @@ def test_sizes_agree_with_closed_formulas(variant):
     state = sum(parameter.numel() for parameter in {id(p): p for p in pruned.parameters()}.values())
     assert stats.parameters == state
     assert stats.weight_bytes == 4 * state
-    assert stats.kv_cache_bytes == 4 * 2 * config.head_dim * sum(len(mask.kept_kv_heads) for mask in masks)
+    assert stats.kv_cache_bytes == 4 * 2 * head_dim * sum(len(mask.kept_kv_heads) for mask in masks)
     for layer, mask, module in zip(stats.layers, masks, family.decoder_layers(pruned), strict=True):
         heads, kv_heads, columns = len(mask.kept_heads), len(mask.kept_kv_heads), len(mask.kept_columns)
         active, router = (0.5, 4 * config.hidden_size) if mask.shape.num_experts else (1, 0)
         matrices = heads * per_head + kv_heads * per_kv + columns * per_column + router
         macs = (matrices - columns * per_column * (1 - active)) * seq_len
-        assert layer.macs == macs + 2 * heads * config.head_dim * seq_len**2
+        assert layer.macs == macs + 2 * heads * head_dim * seq_len**2
         assert (layer.shape.num_heads, layer.shape.num_kv_heads, layer.shape.num_columns) == (heads, kv_heads, columns)
-        biases = sum(p.numel() for name, p in module.named_parameters() if name.endswith("bias") and "norm" not in name)
-        norms = sum(p.numel() for name, p in module.named_parameters() if "norm" in name)
-        assert norms % config.head_dim == 0 and norms >= 2 * config.hidden_size
+        named = {name: p.numel() for name, p in module.named_parameters()}
+        of_norms = {name for name in named if "norm" in name or name.startswith("ln_")}
+        biases = sum(named[name] for name in named if name.endswith("bias") and name not in of_norms)
+        norms = sum(named[name] for name in of_norms)
+        assert norms % head_dim == 0 and norms >= 2 * config.hidden_size
         assert layer.parameters == matrices + norms + biases

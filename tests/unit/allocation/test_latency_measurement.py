@@ -10,9 +10,9 @@ from slim_utils.allocation.latency_measurement import curve_points, layer_kinds,
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerPlan
-from slim_utils.params_remove import slim_config
 from slim_utils.profiling.latency_table import TimedRequest
 from slim_utils.profiling.model_stats import model_stats
+from slim_utils.pruned_config import slim_config
 from tests.conftest import make_tiny
 
 CPU = torch.device("cpu")

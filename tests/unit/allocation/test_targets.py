@@ -13,7 +13,7 @@ from slim_utils.common.errors import UserError
 from slim_utils.common.loading import model_on_meta
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layerwise.settings import PruningSettings
-from slim_utils.params_remove import slim_config
+from slim_utils.pruned_config import slim_config
 from slim_utils.pruning_config import PruningConfig
 from tests.conftest import ALL_TINY, make_tiny
 from tests.unit.allocation.slimming import main

@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import load_model
@@ -29,7 +30,8 @@ def adapted_maps(model: nn.Module) -> set[str]:
 def block_maps(model: nn.Module) -> set[str]:
     """Names, without prefix, of the linear modules of the decoder layers; in MoE models, of the attention."""
     layers = find_family(model.config).decoder_layers(model)
-    maps = {name.rpartition(".")[2] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
+    named = layers.named_modules()
+    maps = {name.rpartition(".")[2] for name, module in named if isinstance(module, (nn.Linear, Conv1D))}
     return maps - {"gate_proj", "up_proj", "down_proj"} if "experts" in str(layers) else maps
 
 
