@@ -39,6 +39,7 @@ from ppl_eval.zero_shot import (
     task_specs,
 )
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.adapters import merged_models
 from slim_utils.common.atomic_output import check_output_file, write_json_atomic
 from slim_utils.common.bos import BOS_CHOICES, BOS_POLICIES, set_bos
 from slim_utils.common.environment import command_line, environment
@@ -71,9 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
     parser.add_argument("--tasks", default=",".join(README_TASKS), help="task names or patterns (default: %(default)s)")
     parser.add_argument("--data_dir", type=Path, help="read task data from DIR/TASK/{train,validation,test}.*")
-    parser.add_argument(
-        "--num_fewshot", type=int, default=0, help="few-shot examples per prompt (default: %(default)s)"
-    )
+    parser.add_argument("--num_fewshot", type=int, default=0, help="examples in a prompt (default: %(default)s)")
     parser.add_argument("--bos", choices=BOS_POLICIES, default="auto", help="start prompts with a BOS: " + BOS_CHOICES)
     parser.add_argument("--batch_size", default="1", help="requests per forward, or auto (default: %(default)s)")
     parser.add_argument("--max_batch_size", type=int, default=64, help="upper bound of auto (default: %(default)s)")
@@ -115,7 +114,8 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
     if args.output_path:
         check_output_file(args.output_path, args.overwrite, "--output_path")
         files = args.data_dir.rglob("*") if args.data_dir else ()
-        check_inputs_outside(args.output_path, "--output_path", {"--model": [args.model], "--data_dir": files})
+        models = merged_models(args.model)
+        check_inputs_outside(args.output_path, "--output_path", {"--model": models, "--data_dir": files})
     if args.parallelize and args.device != "auto":
         raise UserError(f"--parallelize uses all GPUs; leave --device {args.device} out, or set CUDA_VISIBLE_DEVICES")
     if args.parallelize and launched_processes() > 1:

@@ -11,6 +11,7 @@ from models.family import (
     LATENT_KEY_VALUES,
     LATENT_QUERIES,
     QKV,
+    SHARED_COLUMNS,
     ExpertLayout,
     Family,
     row,
@@ -47,6 +48,12 @@ _GATED_SHARED_EXPERT = {
     "shared_expert": "mlp.shared_expert",
     "shared_gate": "mlp.shared_expert_gate",
     "shared_columns_key": "shared_expert_intermediate_size",
+}
+_GRANITE_EXPERTS = {
+    "experts": "block_sparse_moe.experts",
+    "expert_columns_key": "intermediate_size",
+    "num_experts_key": "num_local_experts",
+    "router": "block_sparse_moe.router",
 }
 _PER_HEAD_NORMS = (("self_attn.q_norm.weight", HEADS), ("self_attn.k_norm.weight", KV_HEADS))
 
@@ -180,10 +187,7 @@ ROWS = (
     row(
         "granitemoe",
         "GraniteMoe",
-        experts="block_sparse_moe.experts",
-        expert_columns_key="intermediate_size",
-        num_experts_key="num_local_experts",
-        router="block_sparse_moe.router",
+        **_GRANITE_EXPERTS,
     ),
     row(
         "phimoe",
@@ -261,7 +265,11 @@ ROWS = (
         mlp_out="shared_mlp.output_linear",
         mlp_rows=(("shared_mlp.input_linear", (COLUMNS, COLUMNS)),),
         columns_key="shared_intermediate_size",
-        unsupported=(("num_local_experts", "its experts are not supported"),),
+        **_GRANITE_EXPERTS,
+        shared_expert="shared_mlp",
+        shared_out="output_linear",
+        shared_rows=(("input_linear", (SHARED_COLUMNS, SHARED_COLUMNS)),),
+        shared_columns_key="shared_intermediate_size",
     ),
     row("falcon_h1", "FalconH1", tuple_outputs=True, mlp_out="feed_forward.down_proj", mlp_rows=_FEED_FORWARD),
     row(

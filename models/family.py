@@ -82,8 +82,9 @@ class Family:
         router: module that chooses the experts of a token.
         router_tensors: its parameters and buffers with an entry per expert, and the dimension of these entries.
         fewest_experts: experts that the router needs at least.
-        shared_expert: FFN of every token beside the experts, with a gate, if any; its maps are ``gate_proj``,
-            ``up_proj`` and ``down_proj``.
+        shared_expert: FFN of every token beside the experts, with a gate, if any.
+        shared_out: its linear map whose input columns are its intermediate columns.
+        shared_rows: its linear maps that feed ``shared_out``, and the kinds of their output rows as stacked.
         shared_gate: linear map whose sigmoid weights the output of the shared expert, if any.
         shared_columns_key: configuration key of the width of the shared expert; where it is empty, the shared expert
             is as wide as ``shared_count_key`` experts, or as one.
@@ -132,6 +133,11 @@ class Family:
     router_tensors: tuple[tuple[str, int], ...] = (("weight", 0),)
     fewest_experts: int = 1
     shared_expert: str = ""
+    shared_out: str = "down_proj"
+    shared_rows: tuple[tuple[str, tuple[str, ...]], ...] = (
+        ("gate_proj", (SHARED_COLUMNS,)),
+        ("up_proj", (SHARED_COLUMNS,)),
+    )
     shared_gate: str = ""
     shared_columns_key: str = ""
     shared_count_key: str = ""
@@ -160,6 +166,11 @@ class Family:
         It is its own inverse.
         """
         return 1 - dim if self.transposed else dim
+
+    @property
+    def shared_map(self) -> str:
+        """Linear map whose input columns are those of the shared expert; empty without one."""
+        return f"{self.shared_expert}.{self.shared_out}" if self.shared_expert else ""
 
     def decoder_layers(self, model: PreTrainedModel) -> nn.ModuleList:
         """Return the decoder layers of ``model``."""

@@ -17,6 +17,8 @@ from models.wrappers import Wrapper
 
 BASE = Path(__file__).with_name("slim_base.py")
 
+# Longest line of code.
+LINE_LENGTH = 120
 # Configuration keys of the kinds of rows and counts.
 _SIZE_KEYS = {
     HEADS: "num_attention_heads",
@@ -35,7 +37,7 @@ class, built from its own entry.
 _CLASSES = Template('''\
 
 
-from transformers import $imported
+$imports
 $experts_comment
 
 class Slim${name}Config(SlimConfigMixin, $config_class):
@@ -65,8 +67,8 @@ Slim${name}ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 _WRAPPER_CLASSES = Template('''\
 
 
-from transformers import AutoModel, $imported
-
+$imports
+$experts_comment
 
 class Slim${text_name}TextConfig(SlimConfigMixin, $text_config_class):
     """``$text_config_class`` with heads, kv heads and FFN width per layer."""
@@ -125,12 +127,12 @@ def shipped_code(family: Family) -> str:
     _check_names(family)
     classes = _CLASSES.substitute(
         name=family.name,
-        imported=", ".join(sorted({family.config_class, family.model_class, family.causal_class})),
+        imports=_imports({family.config_class, family.model_class, family.causal_class}),
         config_class=family.config_class,
         model_class=family.model_class,
         causal_class=family.causal_class,
         slim_type=family.slim_type,
-        experts_comment=_EXPERTS_COMMENT if _chooses_experts(family) else "",
+        experts_comment=_EXPERTS_COMMENT if _chooses_experts(family.causal_class) else "",
         config_attributes=_config_attributes(family),
         model_attributes=_model_attributes(family),
         causal_attributes=_assignments({"model_name": _layers_path(family)[0]}, {"model_name": "model"}),
@@ -149,7 +151,7 @@ def shipped_wrapper_code(wrapper: Wrapper) -> str:
     classes = _WRAPPER_CLASSES.substitute(
         name=wrapper.name,
         text_name=text.name,
-        imported=", ".join(sorted({wrapper.config_class, wrapper.model_class, text.config_class, text.model_class})),
+        imports=_imports({"AutoModel", wrapper.config_class, wrapper.model_class, text.config_class, text.model_class}),
         text_config_class=text.config_class,
         text_model_class=text.model_class,
         text_type=text.slim_type,
@@ -158,6 +160,7 @@ def shipped_wrapper_code(wrapper: Wrapper) -> str:
         model_class=wrapper.model_class,
         slim_type=wrapper.slim_type,
         language_model=wrapper.language_model,
+        experts_comment=_EXPERTS_COMMENT if _chooses_experts(wrapper.model_class) else "",
     )
     return _module(wrapper.name, classes)
 
@@ -172,6 +175,14 @@ def _config_attributes(family: Family) -> str:
     """Attributes of the configuration class, as lines of code: the size of a head where the library computes it."""
     config_class: Any = getattr(transformers, family.config_class)
     return "    head_dim: int | None = None\n" if isinstance(getattr(config_class, "head_dim", None), property) else ""
+
+
+def _imports(names: set[str]) -> str:
+    """Line of code that imports ``names`` of transformers, or one per name where it would be too long."""
+    line = f"from transformers import {', '.join(sorted(names))}"
+    if len(line) <= LINE_LENGTH:
+        return line
+    return "from transformers import (\n" + "".join(f"    {name},\n" for name in sorted(names)) + ")"
 
 
 def _model_attributes(family: Family) -> str:
@@ -223,10 +234,10 @@ def _layers_path(family: Family) -> tuple[str, str]:
     return model, layers
 
 
-def _chooses_experts(family: Family) -> bool:
+def _chooses_experts(class_name: str) -> bool:
     """Whether the stock class has several implementations of experts, even if the row has no experts."""
-    causal_class: Any = getattr(transformers, family.causal_class)
-    return causal_class._can_set_experts_implementation()
+    stock_class: Any = getattr(transformers, class_name)
+    return stock_class._can_set_experts_implementation()
 
 
 def _check_names(family: Family) -> None:

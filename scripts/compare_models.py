@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalKey, load_eval_sets, name_eval_sets
 from ppl_eval.ppl_eval import evaluate
 from slim_utils.cli.app import ArgumentParser, run_cli
+from slim_utils.common.adapters import merged_models
 from slim_utils.common.atomic_output import check_output_file, write_json_atomic
 from slim_utils.common.bos import BOS_HELP, BOS_POLICIES
 from slim_utils.common.environment import environment
@@ -68,7 +69,7 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
     name_eval_sets(args.eval_datasets)
     if args.out:
         check_output_file(args.out, True, "--out")
-        inputs = {name.upper(): [path] for name, path in model_paths(args).items()}
+        inputs = {name.upper(): merged_models(path) for name, path in model_paths(args).items()}
         inputs |= {"--eval_datasets": eval_files(args.eval_datasets)}
         check_inputs_outside(args.out, "--out", inputs)
     choose_device(args.device)

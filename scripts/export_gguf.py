@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from slim_utils.cli.app import ArgumentParser, run_cli
-from slim_utils.common.adapters import FUSED_FOLDER
+from slim_utils.common.adapters import FUSED_FOLDER, merged_models
 from slim_utils.common.atomic_output import atomic_file, check_output_file, write_text_atomic
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_paths import check_inputs_outside
@@ -63,7 +63,7 @@ def check_replaceable(out: Path, magic: bytes, kind: str) -> None:
 def main(args: argparse.Namespace) -> None:
     """Check the flags, load the model, and write the files atomically."""
     check_output_file(args.out, args.overwrite, "OUT")
-    check_inputs_outside(args.out, "OUT", {"MODEL": [args.model]})
+    check_inputs_outside(args.out, "OUT", {"MODEL": merged_models(args.model)})
     check_replaceable(args.out, GGUF_MAGIC, "GGUF file")
     check_output_file(modelfile_path(args.out), args.overwrite, "OUT")
     check_replaceable(modelfile_path(args.out), MODELFILE_MAGIC, "Modelfile")

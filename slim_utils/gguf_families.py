@@ -201,7 +201,9 @@ def _rope_obstacle(architecture: Architecture, config: PreTrainedConfig, name: s
     if rope_type not in architecture.rope_types:
         supported = ", ".join(architecture.rope_types)
         return f"rotary embeddings '{rope_type}' is not supported by {name}; supported: {supported}"
-    if rope_type == "yarn" and (key := _other_yarn(rope)):
+    # The library reads whether the range is truncated from the top level.
+    truncated = bool(config.rope_parameters.get("truncate", True))
+    if rope_type == "yarn" and (key := _other_yarn(rope, truncated)):
         return f"rotary embeddings 'yarn' with this {key} is not supported by {name}, which has the default"
     if local["rope_type"] != "default" or (local["rope_theta"] != rope["rope_theta"] and not architecture.local_rope):
         return f"these rotary embeddings of sliding windows, '{local['rope_type']}', is not supported by {name}"
@@ -213,11 +215,13 @@ def _rope_obstacle(architecture: Architecture, config: PreTrainedConfig, name: s
     return ""
 
 
-def _other_yarn(rope: dict[str, Any]) -> str:
+def _other_yarn(rope: dict[str, Any], truncated: bool) -> str:
     """The first setting of yarn with another value than that which llama.cpp has, or derives from the factor."""
-    values = {"attention_factor": 0.1 * math.log(rope["factor"]) + 1, "beta_fast": 32, "beta_slow": 1, "truncate": 1}
+    values = {"attention_factor": 0.1 * math.log(rope["factor"]) + 1, "beta_fast": 32, "beta_slow": 1}
     stored = {key: value if rope.get(key) is None else rope[key] for key, value in values.items()}
     others = [key for key, value in values.items() if not math.isclose(stored[key], value)]
+    if not truncated:
+        others.append("truncate")
     if rope.get("mscale") and rope.get("mscale_all_dim"):
         others.append("mscale_all_dim")
     return others[0] if others else ""

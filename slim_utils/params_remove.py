@@ -76,9 +76,8 @@ def _indices(
         parameters[f"{family.experts}.gate_up_proj_bias"] = (1, gate_up)
         parameters |= {name: (dim, entries) for name, dim in router_tensors(family)}
         if shape.num_shared_columns:
-            shared = family.shared_expert
-            parameters[f"{shared}.down_proj.weight"] = (columns_dim, kept[SHARED_COLUMNS][0])
-            rows += tuple((f"{shared}.{name}", (SHARED_COLUMNS,)) for name in ("gate_proj", "up_proj"))
+            parameters[f"{family.shared_map}.weight"] = (columns_dim, kept[SHARED_COLUMNS][0])
+            rows += tuple((f"{family.shared_expert}.{name}", kinds) for name, kinds in family.shared_rows)
     else:
         parameters[f"{family.mlp_out}.weight"] = (columns_dim, kept[COLUMNS][0])
         rows += family.mlp_rows

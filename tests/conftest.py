@@ -103,6 +103,13 @@ HYBRID: dict[str, Any] = {
     "linear_value_head_dim": 4,
 }
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 12, "mamba_d_state": 8, "mamba_chunk_size": 8}
+_GRANITE_HYBRID: dict[str, Any] = {
+    **_GROUPED,
+    **_MAMBA,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "shared_intermediate_size": 40,
+    "residual_multiplier": 0.7,
+}
 FURTHER_FAMILIES = {
     "gemma": _GROUPED,
     "ministral": _WINDOWED,
@@ -190,14 +197,7 @@ FURTHER_FAMILIES = {
         "shared_expert_intermediate_size": 32,
     },
     "olmo_hybrid": {**_GROUPED, **HYBRID},
-    "granitemoehybrid": {
-        **_GROUPED,
-        **_MAMBA,
-        "layer_types": ["linear_attention", "full_attention"] * 2,
-        "num_local_experts": 0,
-        "shared_intermediate_size": 40,
-        "residual_multiplier": 0.7,
-    },
+    "granitemoehybrid": {**_GRANITE_HYBRID, **_MIXTURE, "num_local_experts": 4, "intermediate_size": 16},
     "falcon_h1": {**_GROUPED, **_MAMBA, "mamba_d_ssm": 48, "attention_out_multiplier": 0.8},
     "lfm2": {
         **_GROUPED,
@@ -205,6 +205,10 @@ FURTHER_FAMILIES = {
         "intermediate_size": 48,
         "block_multiple_of": 8,
     },
+}
+# Other configurations of these families, each by a name that starts with its model type.
+FURTHER_VARIANTS: dict[str, Any] = {
+    "granitemoehybrid without experts": {**_GRANITE_HYBRID, "num_local_experts": 0},
 }
 ALL_TINY = [*TINY_VARIANTS, *TINY_FAMILIES]
 
@@ -214,8 +218,8 @@ def make_tiny(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -
 
     Some end in grouped-query attention, biases, tied embeddings or sliding windows.
     """
-    families = {**TINY_FAMILIES, **FURTHER_FAMILIES}
-    family = name if name in families else "llama"
+    families = {**TINY_FAMILIES, **FURTHER_FAMILIES, **FURTHER_VARIANTS}
+    family = name.partition(" ")[0] if name in families else "llama"
     differences = families.get(name) or TINY_VARIANTS.get(name, {})
     fields = {**TINY, **differences, **overrides}
     config = AutoConfig.for_model(family, **{key: fields[key] for key in fields if differences.get(key) is not UNSET})

@@ -34,6 +34,16 @@ _QWEN_VISION = {
 }
 _QWEN_TOKENS = {"image_token_id": IMAGE_TOKEN, "video_token_id": 61, "vision_start_token_id": 62}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 0]}
+_QWEN3_5_ROPE = {**_MROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 0, 0], "mrope_interleaved": True}
+_EXPERTS = {"num_experts_per_tok": 2}
+_LLAMA4 = {"intermediate_size_mlp": 40, "no_rope_layers": [1, 1, 0, 1]}
+_LLAMA4_VISION = {
+    **_VISION,
+    "intermediate_size": 64,
+    "vision_output_dim": 16,
+    "projector_input_dim": 16,
+    "projector_output_dim": 16,
+}
 _SCALED = {"query_pre_attn_scalar": 4, "sliding_window": 8, "layer_types": WINDOWS}
 
 
@@ -77,28 +87,20 @@ TINY_WRAPPERS: dict[str, dict[str, Any]] = {
         **_QWEN_TOKENS,
     },
     "qwen3_5": {
-        "text_config": _text(
-            "qwen3_5_text",
-            **HYBRID,
-            rope_parameters={
-                **_MROPE,
-                "partial_rotary_factor": 0.5,
-                "mrope_section": [1, 0, 0],
-                "mrope_interleaved": True,
-            },
-        ),
+        "text_config": _text("qwen3_5_text", **HYBRID, rope_parameters=_QWEN3_5_ROPE),
         "vision_config": {**_QWEN_VISION, "num_position_embeddings": 16},
         **_QWEN_TOKENS,
     },
     "llama4": {
-        "text_config": _text("llama4_text", moe_layers=[], intermediate_size_mlp=40, no_rope_layers=[1, 1, 0, 1]),
-        "vision_config": {
-            **_VISION,
-            "intermediate_size": 64,
-            "vision_output_dim": 16,
-            "projector_input_dim": 16,
-            "projector_output_dim": 16,
-        },
+        "text_config": _text(
+            "llama4_text", **_EXPERTS, **_LLAMA4, num_local_experts=4, moe_layers=[1, 3], intermediate_size=16
+        ),
+        "vision_config": _LLAMA4_VISION,
+        "image_token_index": IMAGE_TOKEN,
+    },
+    "llama4 without experts": {
+        "text_config": _text("llama4_text", **_LLAMA4, moe_layers=[]),
+        "vision_config": _LLAMA4_VISION,
         "image_token_index": IMAGE_TOKEN,
     },
     "paligemma": {
@@ -122,7 +124,7 @@ def make_wrapper(name: str) -> PreTrainedModel:
     """A random multimodal model with a language model of 4 layers, and weights for every unit to matter."""
     config = AutoConfig.for_model(name.partition(" ")[0], **TINY_WRAPPERS[name])
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config)
+    model = AutoModelForImageTextToText.from_config(config, experts_implementation="eager")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()

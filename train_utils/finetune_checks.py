@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ppl_eval.ppl_dataset import name_eval_sets, split_eval_specs
-from slim_utils.common.adapters import base_checkpoint
+from slim_utils.common.adapters import merged_models
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_paths import check_inputs_outside, eval_files
 from slim_utils.common.output_folder import output_lock
@@ -125,7 +125,7 @@ def check_output_dir(args: FinetuneArguments) -> None:
     deepspeed = training.deepspeed if isinstance(training.deepspeed, str) else None
     models = {"--model_name_or_path": args.model.model_name_or_path, "--distill_from": args.model.distill_from}
     inputs: dict[str, Sequence[str | None]] = {
-        **{flag: [path, base_checkpoint(path)] for flag, path in models.items() if path},
+        **{flag: merged_models(path) for flag, path in models.items() if path},
         "--data_path": [args.data.data_path],
         "--train_text": [parse_text_source(spec).name for spec in args.data.train_text or ()],
         "--mask_config_dir": [args.sparse.mask_config_dir],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from models.wrappers import TEXT_OF_KEY
 from slim_utils.allocation.schedules import STRATEGIES
 from slim_utils.allocation.targets import parse_size
-from slim_utils.common.adapters import adapter_base, base_checkpoint
+from slim_utils.common.adapters import adapter_base, merged_models
 from slim_utils.common.atomic_output import check_output
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_paths import check_inputs_outside, eval_files
@@ -274,7 +274,7 @@ def check_save_dir(config: PruningConfig) -> None:
     check_output(folder, config.overwrite or (config.resume and interrupted))
     texts = [] if config.skip_evaluate else eval_files(config.eval_datasets)
     inputs: dict[str, Iterable[str | Path | None]] = {"--profile": [config.profile]}
-    inputs["MODEL"] = [config.model_path, base_checkpoint(config.model_path)]
+    inputs["MODEL"] = merged_models(config.model_path)
     inputs |= {"--latency_file": [config.latency_file]}
     inputs |= {"--data_file": config.data_file or [], "--eval_datasets": texts}
     check_inputs_outside(folder, "--save_dir", inputs)

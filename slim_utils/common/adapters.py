@@ -64,6 +64,15 @@ def base_checkpoint(model_path: str) -> str:
     """``model_path`` or, for an adapter, the model that it is merged into; adapters of adapters are followed.
 
     Raises:
+        UserError: see :func:`merged_models`.
+    """
+    return merged_models(model_path)[-1]
+
+
+def merged_models(model_path: str) -> list[str]:
+    """``model_path`` and, for an adapter, its base; adapters of adapters are followed up to a checkpoint.
+
+    Raises:
         UserError: see :func:`adapter_base`; also if adapters are bases of each other.
     """
     visited = [model_path]
@@ -71,7 +80,7 @@ def base_checkpoint(model_path: str) -> str:
         if base in visited:
             raise UserError(f"model {model_path}: adapters that are bases of each other; set {BASE_KEY}")
         visited.append(base)
-    return visited[-1]
+    return visited
 
 
 def _adapter_config(model_path: str) -> Path | None:

@@ -7,6 +7,8 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
 )
+from transformers.utils.hub import cached_file
 
 import models  # noqa: F401 - registers the classes of pruned checkpoints
 from models.families import FAMILIES
@@ -45,7 +48,7 @@ from slim_utils.common.gguf_input import (
     load_gguf,
 )
 from slim_utils.common.input_checks import check_padding_id
-from slim_utils.common.model_source import check_files, check_input, input_format
+from slim_utils.common.model_source import check_files, check_undivided, input_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -123,10 +126,8 @@ def load_config(model_path: str, trust_remote_code: bool, language_model: bool =
     """
     base = base_checkpoint(model_path)
     if base != model_path:
-        try:
+        with _naming_adapter(model_path):
             return load_config(base, trust_remote_code, language_model)
-        except UserError as error:
-            raise UserError(f"model {model_path}: {error}; its adapter_config.json sets {BASE_KEY}") from error
     folder, arguments = gguf_arguments(model_path)
     with loading(model_path):
         if arguments:
@@ -149,6 +150,15 @@ def load_config(model_path: str, trust_remote_code: bool, language_model: bool =
         if arguments:
             check_weights_of_gguf(model_path, config)
         return config
+
+
+@contextmanager
+def _naming_adapter(model_path: str) -> Iterator[None]:
+    """Context in which errors of the base of an adapter name the adapter ``model_path`` too."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"model {model_path}: {error}; its adapter_config.json sets {BASE_KEY}") from error
 
 
 def _language_model_config(config: PreTrainedConfig, model_path: str, requested: bool) -> PreTrainedConfig:
@@ -175,7 +185,7 @@ def load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedTokeni
     The chat template may be that of the checkpoint's processor.
     """
     base = adapter_base(model_path)
-    if base is not None and not any((Path(model_path) / name).is_file() for name in TOKENIZER_FILES):
+    if base is not None and not any(stored_file(model_path, name) for name in TOKENIZER_FILES):
         return load_tokenizer(base, trust_remote_code)
     folder, arguments = gguf_arguments(model_path)
     with loading(model_path):
@@ -186,6 +196,13 @@ def load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedTokeni
         if not tokenizer.chat_template and template.is_file():
             tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
         return tokenizer
+
+
+def stored_file(model_path: str, name: str) -> Path | None:
+    """Path of the file ``name`` of a checkpoint, a folder or hub name; ``None`` without one, or without connection."""
+    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = cached_file(model_path, name, **optional)
+    return Path(found) if found else None
 
 
 def load_model(
@@ -205,12 +222,13 @@ def load_model(
     """
     note = input_format(model_path)
     if note:
-        check_input(model_path, divided="device_map" in options)
+        if "device_map" in options:
+            check_undivided(model_path, note)
         logger.info("model %s: %s", model_path, note)
     base = adapter_base(model_path)
     if base is not None:
-        load_config(model_path, trust_remote_code, language_model)
-        model = load_model(base, dtype, trust_remote_code, language_model, **options)
+        with _naming_adapter(model_path):
+            model = load_model(base, dtype, trust_remote_code, language_model, **options)
         with loading(model_path):
             model = fuse_adapters(model, model_path)
         # What is trained on the model belongs to it, not to the base.

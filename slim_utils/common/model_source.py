@@ -48,10 +48,23 @@ def check_input(model_path: str, divided: bool) -> None:
     Raises:
         UserError: see :func:`check_files`; also for a divided adapter or GGUF file.
     """
-    note = input_format(model_path)
-    if note and divided:
+    if divided:
+        check_undivided(model_path, input_format(model_path))
+    check_files(model_path)
+
+
+def check_undivided(model_path: str, note: str) -> None:
+    """Check that a model that is divided is a checkpoint.
+
+    Args:
+        model_path: the model.
+        note: its :func:`input_format`.
+
+    Raises:
+        UserError: for an adapter or GGUF file.
+    """
+    if note:
         raise UserError(
             f"model {model_path}: a {note.split(',')[0]} is loaded as a whole; leave out --stream, --parallelize, "
             "ZeRO-3 and FSDP, or save the model as a checkpoint first"
         )
-    check_files(model_path)

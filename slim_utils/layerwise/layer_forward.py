@@ -113,7 +113,7 @@ class LayerForward:
 
     def shared_inputs(self) -> Iterator[Tensor]:
         """Inputs (tokens, columns) of the shared expert's output map, scaled by its gate, as :meth:`column_inputs`."""
-        columns_to_hidden = linear_map(self.layer, f"{self.family.shared_expert}.down_proj")
+        columns_to_hidden = linear_map(self.layer, self.family.shared_map)
         gate = self.layer.get_submodule(self.family.shared_gate) if self.family.shared_gate else None
         shared = self.layer.get_submodule(self.family.shared_expert)
         for (hidden,) in self._arguments_after_attention(shared):

@@ -66,7 +66,7 @@ def column_maps(
 
 
 def _shared_map(layer: nn.Module, family: Family) -> nn.Linear:
-    return linear_map(layer, f"{family.shared_expert}.down_proj")
+    return linear_map(layer, family.shared_map)
 
 
 def _accumulated(linear: nn.Linear, name: str, inputs: Iterable[Tensor], processes: ProcessGroup) -> SlimGPT:

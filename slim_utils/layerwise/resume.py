@@ -189,7 +189,7 @@ def changed_parameters(layer: nn.Module, family: Family) -> dict[str, nn.Paramet
     """Parameters of a layer that pruning changes, by name."""
     if family.head_norms:
         return dict(layer.named_parameters())
-    maps = (family.attention_out, family.mlp_out, f"{family.shared_expert}.down_proj")
+    maps = (family.attention_out, family.mlp_out, family.shared_map)
     names = (*(f"{name}.weight" for name in maps), f"{family.experts}.down_proj")
     return {name: parameter for name, parameter in layer.named_parameters() if name in names}
 

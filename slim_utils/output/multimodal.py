@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
-from transformers.utils.hub import cached_file
 
 from models.registry import slim_wrapper_classes
 from models.wrappers import find_wrapper
 from slim_utils.common.checkpoint_checks import building
-from slim_utils.common.loading import PRUNED_MODEL_FOLDER, load_multimodal_model, save_checkpoint
+from slim_utils.common.loading import PRUNED_MODEL_FOLDER, load_multimodal_model, save_checkpoint, stored_file
 from slim_utils.output.writers import Checkpoints, CheckpointWriter
 from slim_utils.params_remove import shrink, zero_removed
 from slim_utils.pruned_config import per_layer_fields, stock_config
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from slim_utils.masks import LayerMask
 
 # Files of a processor beside those of its tokenizer.
-_IF_THERE = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
@@ -104,7 +102,7 @@ class MultimodalOutput(CheckpointWriter):
         stock = multimodal.config.model_type == self.wrapper.base_type
         save_checkpoint(multimodal, tokenizer, folder, state_dict={**others, **state}, save_original_format=stock)
         for name in PROCESSOR_FILES:
-            file = cached_file(self.model_path, name, **_IF_THERE)
+            file = stored_file(self.model_path, name)
             if file is not None:
                 shutil.copyfile(file, folder / name)
 

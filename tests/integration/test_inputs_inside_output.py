@@ -1,5 +1,6 @@
 """No script replaces what it reads; what ``model_finetune.py`` may replace is in ``test_finetune_output.py``."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -59,6 +60,36 @@ def test_evaluate_to_a_file_it_reads_is_refused(checkpoint, output):
     argv = ["--model", checkpoint, "--data_dir", output, "--output_path", output / "text.txt", "--overwrite"]
     with pytest.raises(UserError, match=r"--data_dir .*: inside --output_path"):
         model_evaluate.process_args(parsed(model_evaluate, *argv))
+
+
+@pytest.fixture
+def adapter_of_file(tmp_path) -> tuple[Path, Path]:
+    """An adapter, and the GGUF file that it names as its base."""
+    base, adapter = tmp_path / "base.gguf", tmp_path / "adapter"
+    base.write_bytes(b"GGUF")
+    adapter.mkdir()
+    fields = {"peft_type": "LORA", "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(fields))
+    return adapter, base
+
+
+def test_export_gguf_to_the_base_of_an_adapter_is_refused(adapter_of_file):
+    adapter, base = adapter_of_file
+    with pytest.raises(UserError, match=r"MODEL .*base\.gguf: inside OUT .*base\.gguf, which the run replaces"):
+        export_gguf.main(parsed(export_gguf, adapter, base, "--overwrite"))
+    assert base.read_bytes() == b"GGUF"
+
+
+def test_evaluate_to_the_base_of_an_adapter_is_refused(adapter_of_file):
+    adapter, base = adapter_of_file
+    with pytest.raises(UserError, match=r"--model .*base\.gguf: inside --output_path"):
+        model_evaluate.process_args(parsed(model_evaluate, "--model", adapter, "--output_path", base, "--overwrite"))
+
+
+def test_compare_models_to_the_base_of_an_adapter_is_refused(adapter_of_file, checkpoint):
+    adapter, base = adapter_of_file
+    with pytest.raises(UserError, match=r"base\.gguf: inside --out"):
+        compare_models.main(parsed(compare_models, adapter, checkpoint, "--out", base))
 
 
 def test_export_gguf_with_overwrite_only_replaces_gguf_files(output):

@@ -24,6 +24,8 @@ PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "p
         ("qwen3_moe", {"mlp_only_layers": [], "norm_topk_prob": False}, "a model without norm_topk_prob"),
         ("phi3", {"head_dim": 8, **PARTIAL}, "partial rotary embeddings"),
         ("gqa", {"rope_parameters": {**YARN, "truncate": False}}, "'yarn' with this truncate"),
+        # The library truncates where the key is missing alone.
+        ("gqa", {"rope_parameters": {**YARN, "truncate": None}}, "'yarn' with this truncate"),
     ],
 )
 def test_find_architecture_of_what_the_architecture_lacks_is_refused(model_type, overrides, message):

@@ -10,15 +10,16 @@ import torch
 from gguf import GGUFReader, GGUFWriter
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import model_slimming
+from slim_utils.common import model_source
 from slim_utils.common.errors import UserError
 from slim_utils.common.gguf_config import complete_config
 from slim_utils.common.loading import load_config, load_model, load_tokenizer
 from slim_utils.common.model_source import check_input
 from slim_utils.layerwise.offload import OffloadedModel
-from tests.conftest import make_tiny
+from tests.conftest import WORDS, make_tiny, word_tokenizer
 from tests.gguf_files import AWKWARD, BYTE_LEVEL, TEXTS, byte_level, export, save_pruned
 from tests.unit.common.test_checkpoint_checks import script
 
@@ -59,6 +60,45 @@ def test_load_model_of_an_adapter_merges_it(options, checkpoint, tmp_path, sampl
     assert model.config.name_or_path == model.name_or_path == str(adapter)
     # The tokenizer is that of the base.
     assert load_tokenizer(str(adapter), False).get_vocab() == load_tokenizer(str(checkpoint), False).get_vocab()
+
+
+@pytest.mark.parametrize("on_hub", [False, True])
+@pytest.mark.parametrize("stored", [False, True])
+def test_load_tokenizer_of_an_adapter_is_its_own_or_that_of_the_base(on_hub, stored, checkpoint, tmp_path, monkeypatch):
+    name = f"some/adapter-{stored}"
+    cached = tmp_path / f"models--{name.replace('/', '--')}"
+    adapter = saved_adapter(cached / "snapshots" / ("0" * 40), checkpoint)
+    if stored:
+        word_tokenizer({**WORDS, "more": len(WORDS)}).save_pretrained(adapter)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    loaded, model = [], name if on_hub else str(adapter)
+    load = AutoTokenizer.from_pretrained
+    # Only the choice is tested on the hub, whose missing files a hand-made cache does not know.
+    monkeypatch.setattr(
+        AutoTokenizer,
+        "from_pretrained",
+        lambda path, **_: loaded.append(path) or load(adapter if stored else checkpoint),
+    )
+    tokenizer = load_tokenizer(model, False)
+    assert loaded == [model if stored else str(checkpoint)]
+    assert ("more" in tokenizer.get_vocab()) == stored
+
+
+def test_load_model_of_an_adapter_reads_its_base_once(checkpoint, tmp_path, monkeypatch):
+    adapter, read = saved_adapter(tmp_path / "adapter", checkpoint), []
+    monkeypatch.setattr(model_source, "check_weight_files", lambda folder: read.append(folder) or ("float32",))
+    load_model(str(adapter), "auto", False)
+    assert read == [checkpoint]
+
+
+def test_load_model_of_an_adapter_of_a_damaged_base_names_both(checkpoint, tmp_path):
+    base = Path(shutil.copytree(checkpoint, tmp_path / "base"))
+    adapter = saved_adapter(tmp_path / "adapter", base)
+    (base / "model.safetensors").write_bytes(b"0")
+    with pytest.raises(UserError, match=rf"model {adapter}: model {base}: .* damaged or incomplete.*; its adapter_con"):
+        load_model(str(adapter), "auto", False)
 
 
 @pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])

@@ -70,13 +70,13 @@ def test_the_experts_outputs_are_linear_in_these_inputs_but_for_biases(name, sam
     assert torch.allclose(total, output, rtol=1e-6, atol=1e-6 * output.abs().max().item())
 
 
-@pytest.mark.parametrize("name", ["qwen2_moe", "llama4_text"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "llama4_text", "granitemoehybrid"])
 def test_prune_layers_shared_expert_loses_columns_by_its_gated_inputs(name, samples):
     model, dense = make_tiny(name, torch.float64), make_tiny(name, torch.float64)
     family, layer, seen = find_family(model.config), dense.model.layers[3], {}
     plans = [LayerPlan()] * 3 + [LayerPlan(columns=8)]
     masks, reports = prune_layers(model, family, samples, plans, PruningSettings(CPU, CPU))
-    down_proj = layer.get_submodule(f"{family.shared_expert}.down_proj")
+    down_proj = layer.get_submodule(family.shared_map)
     down_proj.register_forward_pre_hook(lambda module, args: seen.update(inputs=args[0]))
     if family.shared_gate:
         gate = layer.get_submodule(family.shared_gate)
@@ -85,13 +85,15 @@ def test_prune_layers_shared_expert_loses_columns_by_its_gated_inputs(name, samp
         dense(samples)
     inputs = seen["inputs"] * seen["gate"].sigmoid() if family.shared_gate else seen["inputs"]
     hessian = reference_slimgpt.hessian_of(inputs[None])
-    expected, removed = reference_slimgpt.struct_prune(down_proj.weight.data, hessian, 0.5, percdamp=0.01)
-    # As a share, the columns of the experts: half of 16.
-    assert len(removed) == {"qwen2_moe": 16, "llama4_text": 8}[name]
+    share = {"qwen2_moe": 0.5, "llama4_text": 0.5, "granitemoehybrid": 0.4}[name]
+    expected, removed = reference_slimgpt.struct_prune(down_proj.weight.data, hessian, share, percdamp=0.01)
+    # Two columns with one of each expert: 16 of 32 and of 40; one in LLaMA 4.
+    assert len(removed) == {"qwen2_moe": 16, "llama4_text": 8, "granitemoehybrid": 16}[name]
     assert masks[3].removed_units()[SHARED_COLUMNS] == removed
-    weight = model.model.layers[3].get_submodule(f"{family.shared_expert}.down_proj").weight
+    weight = model.model.layers[3].get_submodule(family.shared_map).weight
     assert torch.allclose(weight, expected, rtol=1e-4, atol=1e-4)
-    line = f"shared expert −{len(removed)}/{2 * len(removed)} error {reports[0].shared.error_uncompensated:.2e}"
+    total = down_proj.in_features
+    line = f"shared expert −{len(removed)}/{total} error {reports[0].shared.error_uncompensated:.2e}"
     assert line in reports[0].log_line(4)
 
 

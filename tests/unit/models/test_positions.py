@@ -82,3 +82,20 @@ def test_pruned_model_with_scaled_rope_equals_masked(kind, key, tokens, tmp_path
 )
 def test_pruned_model_with_windows_and_head_sizes_equals_masked(name, overrides, tokens, tmp_path):
     check(make_tiny(name, **overrides), tokens, tmp_path)
+
+
+@pytest.mark.parametrize("truncate", [True, False, None])
+def test_yarn_with_truncate_is_kept_as_it_is_stored(truncate, tokens, tmp_path):
+    """Without a value, the library does not truncate; without the key, it does."""
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, **SCALINGS["yarn"]}
+    plain, model = (
+        make_tiny("gqa", head_dim=16, rope_parameters=rope) for rope in (yarn, yarn | {"truncate": truncate})
+    )
+    with torch.no_grad():
+        assert torch.equal(plain(tokens).logits, model(tokens).logits) == bool(truncate)
+    model.save_pretrained(tmp_path / "dense")
+    loaded = load_model(str(tmp_path / "dense"), "auto", False)
+    assert "truncate" in loaded.config.rope_parameters and loaded.config.rope_parameters["truncate"] is truncate
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    check(loaded, tokens, tmp_path)

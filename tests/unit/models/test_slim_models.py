@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import models.registry
 from models.families import FAMILIES, ROWS
-from models.shipped_code import BASE, shipped_code
+from models.shipped_code import BASE, shipped_code, shipped_wrapper_code
+from models.wrappers import WRAPPER_ROWS
 from slim_utils.families import LayerShape, find_family, layer_shapes
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import shrink
@@ -60,6 +61,8 @@ def test_shipped_code_is_what_the_suite_uses(name):
 def test_shipped_code_of_every_row_is_formatted(tmp_path):
     for row in ROWS:
         (tmp_path / f"modeling_{row.slim_type}.py").write_text(shipped_code(row), encoding="utf-8")
+    for wrapper in WRAPPER_ROWS:
+        (tmp_path / f"modeling_{wrapper.slim_type}.py").write_text(shipped_wrapper_code(wrapper), encoding="utf-8")
     ruff = [sys.executable, "-m", "ruff"]
     # Imports follow the check of the version; some classes of transformers have an underscore in their names.
     for command in (["format", "--diff"], ["check", "--ignore", "E402,I001,N801"]):
