@@ -39,6 +39,7 @@ def test_distill_from_the_dense_model_lowers_the_divergence(slim, argv, tmp_path
     assert distilled == {path.relative_to(out): load_file(path).keys() for path in out.rglob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_distill_from_without_training_keeps_the_evaluation_losses(slim, argv, tmp_path, checkpoint):
     entries = []
     for teacher in ([], ["--distill_from", checkpoint]):

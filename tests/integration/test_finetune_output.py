@@ -71,7 +71,7 @@ def test_finetune_with_an_input_inside_its_output_is_refused(
     assert contents(earlier) == before
 
 
-@pytest.mark.parametrize("lora", ["true", "false"])
+@pytest.mark.parametrize("lora", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_finetune_overwrite_keeps_the_earlier_result_until_the_new_one_is_complete(slim, argv, tmp_path, stop_at, lora):
     arguments, out = argv(slim / "pruned_weights", "--use_lora", lora, *CHECKPOINTS), tmp_path / "out"
     main(arguments)

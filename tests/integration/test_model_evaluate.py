@@ -59,6 +59,7 @@ def result(tmp_path_factory, checkpoint, data_dir) -> tuple[dict, str, subproces
     return json.loads(path.read_text()), process.stdout, process
 
 
+@pytest.mark.slow
 def test_model_evaluate_results_equal_those_of_the_lm_eval_command(result, checkpoint, data_dir, tmp_path):
     for task, definition in DEFINITIONS.items():
         source = {path.stem: str(path) for path in (data_dir / task).iterdir()}
@@ -113,6 +114,7 @@ def test_averages_of_tasks_with_and_without_acc_norm():
     assert "50.00*" in table and "60.00*" in table and "90.00*" in table and "40.00*" not in table
 
 
+@pytest.mark.slow
 def test_model_evaluate_of_masked_and_pruned_models_gives_equal_results(tmp_path, checkpoint, text_file, data_dir):
     slim = tmp_path / "slim"
     argv = [checkpoint, "--data_file", text_file, "--num_samples", 16, "--seqlen", 32, "--sparsity", 0.5]

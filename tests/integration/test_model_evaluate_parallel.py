@@ -59,7 +59,8 @@ def messages(process: subprocess.CompletedProcess) -> list[str]:
     return [line.partition(" ")[2] for line in process.stderr.splitlines()]
 
 
-@pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", [False, True])
 def test_model_evaluate_in_several_processes_gives_the_figures_of_one(launched, argv, tmp_path):
     runs, records = {}, {}
     for processes in (1, 2):
@@ -104,6 +105,7 @@ def test_prepare_shards_with_few_shot_examples_keeps_the_prompts_of_one_process(
     assert shards[0] | shards[1] == expected
 
 
+@pytest.mark.slow
 def test_model_evaluate_in_several_processes_with_wrong_input_prints_one_error(argv, tmp_path):
     argv[argv.index("--limit") + 1] = 1
     process = run(2, *argv)

@@ -139,7 +139,10 @@ def test_mask_training_with_masks_in_the_originals_format_keeps_them(slim, argv,
         main(argv(slim, "--is_mask_training", "true", "--mask_config_dir", file, "--overwrite", "true"))
 
 
-@pytest.mark.parametrize(("mask", "distilled"), [("true", False), ("false", False), ("false", True)])
+@pytest.mark.parametrize(
+    ("mask", "distilled"),
+    [("true", False), pytest.param("false", False, marks=pytest.mark.slow), ("false", True)],
+)
 def test_model_finetune_resumed_continues_the_same_loss_curve(slim, argv, tmp_path, checkpoint, mask, distilled):
     flags = ["--use_lora", "true", "--save_strategy", "steps", "--save_steps", 2, "--logging_steps", 1]
     flags += ["--is_mask_training", mask, *(["--distill_from", checkpoint] if distilled else [])]

@@ -298,7 +298,12 @@ def test_model_slimming_on_a_full_disk_leaves_no_output(small_run, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+    ("signum", "code"),
+    [
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow),
+    ],
 )
 def test_model_slimming_when_killed_leaves_no_output(tmp_path, tokenizer, text_file, signum, code):
     """The model is deep, so that the run can be killed while it prunes."""

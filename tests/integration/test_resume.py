@@ -89,7 +89,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-@pytest.mark.parametrize("more", [[], ["--stream", "--sink_windows", "20"]])
+@pytest.mark.parametrize("more", [pytest.param([], marks=pytest.mark.slow), ["--stream", "--sink_windows", "20"]])
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_model_slimming_killed_at_any_time_resumes_to_the_same_bytes(argv, more, kills, tmp_path):
     process = run_python("-c", KILLER, kills, tmp_path / "out", *argv, *more)

@@ -93,6 +93,7 @@ def test_model_slimming_streamed_gives_the_same_bits_with_flags(flags, checkpoin
     assert_same_output(tmp_path / "streamed", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_model_slimming_streamed_resumes_after_each_layer_and_write(checkpoint, argv, tmp_path, monkeypatch):
     flags = [*argv, "--sparsity", 0.4, "--stream"]
     main(checkpoint, *argv, "--sparsity", 0.4, "--save_dir", tmp_path / "whole")

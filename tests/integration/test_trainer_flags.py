@@ -25,7 +25,7 @@ TORCH_OPTIMIZERS = {"adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "ada
 @pytest.mark.parametrize(
     ("more", "name", "file"),
     [
-        ([], "validation", "model.safetensors"),
+        pytest.param([], "validation", "model.safetensors", marks=pytest.mark.slow),
         (["--metric_for_best_model", "wikitext2_loss", "--use_lora", "true"], "wikitext2", "adapter_model.safetensors"),
     ],
 )

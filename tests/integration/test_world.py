@@ -63,7 +63,7 @@ def argv(text_file) -> list:
     return ["--data_file", text_file, "--device", "cpu", "--skip_evaluate", *flags]
 
 
-@pytest.mark.parametrize("name", ["gqa", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", ["gqa", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "mixtral"))])
 def test_model_slimming_on_several_processes_gives_the_weights_of_one(name, argv, tokenizer, tmp_path):
     make_tiny(name).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

@@ -25,7 +25,7 @@ MACS = PruningConfig(target_macs="0.9x")
 
 # Also shared experts, experts that all run on every token, and latent attention.
 @pytest.mark.parametrize("variant", [*ALL_TINY, "qwen2_moe", "llama4_text", "deepseek_v3"])
-@pytest.mark.parametrize("unit", ["query_head", "kv_group"])
+@pytest.mark.parametrize("unit", ["query_head", pytest.param("kv_group", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("config", [MACS, MEMORY], ids=["macs", "memory"])
 def test_cost_of_units_is_what_the_pruned_model_saves(variant, unit, config):
     model = make_tiny(variant)
