@@ -10,6 +10,7 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from slim_utils.common.errors import UserError
+from slim_utils.common.gguf_input import READ_TYPES
 from slim_utils.common.loading import load_config, load_model
 from tests.conftest import make_tiny
 from tests.gguf_files import byte_level, export
@@ -71,6 +72,10 @@ def rewritten(folder: Path, renamed: dict[str, str] | None = None, **changes: An
     writer.write_tensors_to_file()
     writer.close()
     return folder / "rewritten.gguf"
+
+
+def test_every_type_that_is_read_is_tested():
+    assert {"llama" if variant == "gqa" else variant for variant in READ_FAMILIES} == set(READ_TYPES)
 
 
 @torch.no_grad()

@@ -299,7 +299,7 @@ def test_load_config_of_an_unusable_gguf_file_is_one_line(gguf_file, gguf_tokeni
         r"damaged, incomplete \(0 bytes\)": tmp_path / "empty.gguf",
         "one of 3 parts; join them by llama-gguf-split": written("part.gguf", "llama", 3),
         "GGUF model with architecture novel is not supported": written("novel.gguf", "novel"),
-        "a GGUF file of model type 'mamba' is not supported; supported: llama, ": written("mamba.gguf", "mamba"),
+        r"a GGUF file of model type 'mamba' is not supported \(supported: llama, ": written("mamba.gguf", "mamba"),
         r"scaling of its rotary embeddings \(rope_freqs.weight\); use the checkpoint": tmp_path / "scaled/model.gguf",
         r"scaling of its rotary embeddings \(rope.scaling.type linear\)": tmp_path / "linear/model.gguf",
         "does not read per-layer shapes from GGUF": tmp_path / "layers/model.gguf",
