@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from models.family import ExpertLayout
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import model_on_meta
 from slim_utils.families import (
@@ -70,11 +71,11 @@ def _indices(
     if shape.num_experts:
         columns = [torch.tensor(row, dtype=torch.long) for row in columns_by_ffn(shape, units[COLUMNS])]
         layout, entries = family.expert_layout, torch.tensor(experts, dtype=torch.long)
-        gate_up = [_gate_up_rows(row, shape.ffn_width, layout.interleaved) for row in columns]
+        gate_up = [_gate_up_rows(row, shape.ffn_width, layout) for row in columns]
         parameters[f"{family.experts}.down_proj"] = (1 if layout.transposed else 2, columns)
         parameters[f"{family.experts}.down_proj_bias"] = (0, entries)
-        parameters[f"{family.experts}.gate_up_proj"] = (2 if layout.transposed else 1, gate_up)
-        parameters[f"{family.experts}.gate_up_proj_bias"] = (1, gate_up)
+        parameters[f"{family.experts}.{layout.columns_in}"] = (2 if layout.transposed else 1, gate_up)
+        parameters[f"{family.experts}.{layout.columns_in}_bias"] = (1, gate_up)
         parameters |= {name: (dim, entries) for name, dim in router_tensors(family)}
         if shape.num_shared_columns:
             parameters[f"{family.shared_map}.weight"] = (1, kept[SHARED_COLUMNS][0])
@@ -98,9 +99,11 @@ def _indices(
     return parameters
 
 
-def _gate_up_rows(columns: Tensor, width: int, interleaved: bool) -> Tensor:
-    """Return the indices of the gates and the ups of ``columns`` of an expert of ``width`` columns."""
-    return expand(columns.tolist(), 2) if interleaved else torch.cat([columns, columns + width])
+def _gate_up_rows(columns: Tensor, width: int, layout: ExpertLayout) -> Tensor:
+    """Return the indices of the gates, if any, and the ups of ``columns`` of an expert of ``width`` columns."""
+    if not layout.gated:
+        return columns
+    return expand(columns.tolist(), 2) if layout.interleaved else torch.cat([columns, columns + width])
 
 
 def router_tensors(family: Family) -> list[tuple[str, int]]:
@@ -237,7 +240,7 @@ def stock_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask
         if any(sizes.setdefault(key, size) != size for key, size in layer_sizes.items()):
             raise UserError("--uniform_shapes: the pruned layers differ in shape; use --sparsity on all layers")
     fields = _shared_fields(config, family, masks) | sizes
-    heads, hidden = sizes["num_attention_heads"], config.hidden_size
+    heads, hidden = fields["num_attention_heads"], config.hidden_size
     try:
         if family.heads_fill_hidden and heads * fields["head_dim"] != hidden:
             raise ValueError("the heads do not fill the hidden size")
@@ -270,11 +273,10 @@ def _shared_fields(config: PreTrainedConfig, family: Family, masks: list[LayerMa
 
 
 def _layer_sizes(config: PreTrainedConfig, family: Family, mask: LayerMask) -> dict[str, int]:
-    width = family.width_key(mask.shape.num_experts)
-    sizes = {width: mask.kept_width}
+    # Layers have the sizes of the top level where they do not use them.
+    sizes = {family.width_key(mask.shape.num_experts): mask.kept_width} if mask.shape.num_columns else {}
     if mask.shape.num_experts and family.shared_columns_key:
         sizes[family.shared_columns_key] = len(mask.kept_shared)
-    # Layers with another mixer of tokens have the sizes of the top level, which they do not use.
     if mask.shape.num_heads:
         sizes["num_attention_heads"] = len(mask.kept_heads)
         if hasattr(config, "num_key_value_heads"):
