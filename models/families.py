@@ -244,6 +244,7 @@ ROWS = (
         **_ROUTED_EXPERTS,
         **_CORRECTED_SCORES,
     ),
+    row("minicpm3", "MiniCPM3", attention_rows=_LATENT_ROWS, latent_attention=True),
     row(
         "qwen3_5_text",
         "Qwen3_5",
@@ -271,6 +272,39 @@ ROWS = (
         shared_rows=(("input_linear", (SHARED_COLUMNS, SHARED_COLUMNS)),),
         shared_columns_key="shared_intermediate_size",
     ),
+    row(
+        "jamba",
+        "Jamba",
+        mlp_out="feed_forward.down_proj",
+        mlp_rows=_FEED_FORWARD,
+        experts="feed_forward.experts",
+        expert_columns_key="intermediate_size",
+        router="feed_forward.router",
+        fewest_experts=2,
+    ),
+    row(
+        "nemotron_h",
+        "NemotronH",
+        single_blocks=True,
+        attention_out="mixer.o_proj",
+        attention_rows=(
+            ("mixer.q_proj", (HEADS,)),
+            ("mixer.k_proj", (KV_HEADS,)),
+            ("mixer.v_proj", (KV_HEADS,)),
+        ),
+        mlp_out="mixer.down_proj",
+        mlp_rows=(("mixer.up_proj", (COLUMNS,)),),
+        experts="mixer.experts",
+        expert_layout=ExpertLayout(gated=False),
+        expert_columns_key="moe_intermediate_size",
+        num_experts_key="n_routed_experts",
+        router="mixer.gate",
+        **_CORRECTED_SCORES,
+        shared_expert="mixer.shared_experts",
+        shared_rows=(("up_proj", (SHARED_COLUMNS,)),),
+        shared_columns_key="moe_shared_expert_intermediate_size",
+        unsupported=(("moe_latent_size", "its experts work on latents"),),
+    ),
     row("falcon_h1", "FalconH1", tuple_outputs=True, mlp_out="feed_forward.down_proj", mlp_rows=_FEED_FORWARD),
     row(
         "lfm2",
@@ -281,6 +315,10 @@ ROWS = (
         fixed_keys=(("block_auto_adjust_ff_dim", False),),
     ),
 )
+
+# Model types that no row of this layout can prune, and why.
+_GEMMA_LAYERS = "its layers share keys and values, and have inputs of their own, by token, beside the hidden states"
+REFUSED_TYPES = {"gemma3n_text": _GEMMA_LAYERS, "gemma4_text": _GEMMA_LAYERS, "gemma4_unified_text": _GEMMA_LAYERS}
 
 # The row of every model type, before and after pruning.
 FAMILIES: dict[str, Family] = {name: family for family in ROWS for name in (family.base_type, family.slim_type)}

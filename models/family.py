@@ -23,8 +23,8 @@ SHARED_COLUMNS = "shared_columns"
 LATENT_QUERIES, LATENT_KEY_VALUES = "latent_queries", "latent_key_values"
 # Query heads per kv head; entries of all query heads side by side.
 HEADS_PER_GROUP, HEAD_ENTRIES = "heads_per_group", "head_entries"
-# Layer types, as in ``layer_types``, with another mixer of tokens in place of attention heads.
-OTHER_MIXERS = ("linear_attention", "conv")
+# Layer types, as in ``layer_types``: with another mixer of tokens in place of attention heads, and with an FFN alone.
+OTHER_MIXERS, FFNS_ALONE = ("linear_attention", "conv"), ("mlp", "moe")
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,22 @@ class ExpertLayout:
     """Layout of the 3-D parameters ``gate_up_proj`` and ``down_proj`` of experts.
 
     Attributes:
+        gated: whether an FFN has a gate; without one, ``up_proj`` takes the place of ``gate_up_proj``.
         transposed: (experts, in, out) instead of (experts, out, in).
         interleaved: gate and up of a column are side by side, instead of all gates before all ups; the module applies
             its own gate to them.
         gate_on_inputs: the router's weights multiply the inputs of an expert, not its outputs.
     """
 
+    gated: bool = True
     transposed: bool = False
     interleaved: bool = False
     gate_on_inputs: bool = False
+
+    @property
+    def columns_in(self) -> str:
+        """Name of the parameter that feeds the columns."""
+        return "gate_up_proj" if self.gated else "up_proj"
 
 
 PLAIN_LAYOUT = ExpertLayout()
@@ -58,6 +65,7 @@ class Family:
         model_class: its model without a head.
         causal_class: its causal language model.
         layers: name of the list of decoder layers in the causal language model.
+        single_blocks: whether a decoder layer is a mixer of tokens or an FFN, by ``layer_types``, and not both.
         tuple_outputs: whether a decoder layer returns its output as a tuple.
         transposed: whether its linear maps store their weights as (in, out), as ``Conv1D``.
         attention_out: linear map whose input columns are the query heads side by side.
@@ -102,6 +110,7 @@ class Family:
     model_class: str
     causal_class: str
     layers: str = "model.layers"
+    single_blocks: bool = False
     tuple_outputs: bool = False
     transposed: bool = False
     attention_out: str = "self_attn.o_proj"
@@ -180,10 +189,14 @@ class Family:
         """Return whether heads have biases of their own, which depend on their index."""
         return bool(self.head_biases) and getattr(config, "alibi", True)
 
-    def mixer(self, config: PreTrainedConfig, index: int) -> str:
-        """Return the layer type of layer ``index`` if it has another mixer of tokens than attention heads, else ""."""
+    def has_attention(self, config: PreTrainedConfig, index: int) -> bool:
+        """Return whether layer ``index`` has attention heads, not another mixer of tokens, or an FFN alone."""
         types = getattr(config, "layer_types", None)
-        return types[index] if types and types[index] in OTHER_MIXERS else ""
+        return not types or types[index] not in (*OTHER_MIXERS, *FFNS_ALONE)
+
+    def has_ffn(self, config: PreTrainedConfig, index: int) -> bool:
+        """Return whether layer ``index`` has an FFN, or experts."""
+        return not self.single_blocks or config.layer_types[index] in FFNS_ALONE
 
     def num_kv_heads(self, layer_config: PreTrainedConfig) -> int:
         """Return the number of kv heads of a layer; one in multi-query attention, whatever the key says."""
@@ -195,6 +208,11 @@ class Family:
         """Return the number of experts of layer ``index``; 0 for a dense FFN."""
         if not self.expert_columns_key or index in (getattr(config, "mlp_only_layers", None) or ()):
             return 0
+        if self.single_blocks:
+            return getattr(config, self.num_experts_key) if config.layer_types[index] == "moe" else 0
+        if hasattr(config, "layers_num_experts"):
+            # A single one stands for a dense FFN.
+            return config.layers_num_experts[index] if config.layers_num_experts[index] > 1 else 0
         first = getattr(config, "moe_layer_start_index", getattr(config, "first_k_dense_replace", 0))
         last = getattr(config, "moe_layer_end_index", config.num_hidden_layers - 1)
         step = getattr(config, "moe_layer_interval", getattr(config, "decoder_sparse_step", 1))

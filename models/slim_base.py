@@ -34,6 +34,7 @@ PER_LAYER_SIZES = (
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
     "shared_intermediate_size",
+    "moe_shared_expert_intermediate_size",
     "ffn_dim",
     "n_inner",
     "num_kv_heads",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from models.families import FAMILIES, ROWS
+from models.families import FAMILIES, REFUSED_TYPES, ROWS
 from models.family import (
     BLOCKED_QVK,
     COLUMNS,
@@ -94,10 +94,10 @@ class LayerShape:
     """Sizes of one decoder layer.
 
     Attributes:
-        num_heads: query heads; 0 where another mixer takes the place of attention.
+        num_heads: query heads; 0 where another mixer takes the place of attention, and in a layer with an FFN alone.
         num_kv_heads: key/value heads.
         head_dim: size of a head, in latent attention that of its values.
-        num_columns: intermediate columns of the FFN, or of all experts side by side.
+        num_columns: intermediate columns of the FFN, or of all experts side by side; 0 in a layer without an FFN.
         num_experts: number of experts; 0 for a dense FFN.
         num_shared_columns: intermediate columns of the shared expert beside the experts; 0 without one.
         query_dim: size of the queries and keys of a head in latent attention; 0 where it is ``head_dim``.
@@ -150,11 +150,13 @@ class LayerShape:
     @property
     def shared_per_column(self) -> int:
         """Columns that the shared expert loses with a column of every expert; 0 where it is narrower than an expert."""
-        return self.num_shared_columns // self.ffn_width
+        return self.num_shared_columns // (self.ffn_width or 1)
 
 
 def unknown_type_message(model_type: str) -> str:
-    """Return that ``model_type`` is not supported, with the nearest types that are."""
+    """Return that ``model_type`` is not supported, with the reason, if there is one, or the nearest types that are."""
+    if model_type in REFUSED_TYPES:
+        return f"model type '{model_type}' is not supported: {REFUSED_TYPES[model_type]}"
     nearest = get_close_matches(model_type, [row.base_type for row in ROWS], n=3, cutoff=0)
     return f"model type '{model_type}' is not supported; nearest supported types: {', '.join(nearest)}"
 
@@ -173,7 +175,8 @@ def find_family(config: PreTrainedConfig) -> Family:
                 f"model type '{config.model_type}' is multimodal and not supported; supported multimodal types: "
                 f"{supported}; docs/families.md says why others are not"
             )
-        raise UserError(unknown_type_message(config.model_type) + UNKNOWN_TYPE_ADVICE)
+        advice = "" if config.model_type in REFUSED_TYPES else UNKNOWN_TYPE_ADVICE
+        raise UserError(unknown_type_message(config.model_type) + advice)
     for key, reason in family.unsupported:
         if getattr(config, key, None):
             raise UserError(f"model type '{config.model_type}' with {key} is not supported: {reason}")
@@ -206,7 +209,9 @@ def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
                 rotated_dim=layer.qk_rope_head_dim,
                 latent_dim=layer.kv_lora_rank + layer.qk_rope_head_dim,
             )
-        if family.mixer(config, index):
+        if not family.has_attention(config, index):
             shape = replace(shape, num_heads=0, num_kv_heads=0)
+        if not family.has_ffn(config, index):
+            shape = replace(shape, num_columns=0)
         shapes.append(shape)
     return shapes

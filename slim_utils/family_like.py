@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from models.families import REFUSED_TYPES
 from models.like import add_row_like
 from slim_utils.common.errors import UserError
 from slim_utils.families import FAMILIES, find_family, layer_shapes, linear_map, unknown_type_message
@@ -44,8 +45,9 @@ def add_family_like(config: PreTrainedConfig, like: str) -> None:
     family = FAMILIES.get(config.model_type)
     if family and not family.like:
         raise UserError(f"--family_like {like}: model type '{config.model_type}' is supported by itself; leave it out")
-    if like not in FAMILIES:
-        raise UserError(f"--family_like {like}: {unknown_type_message(like)}")
+    if like not in FAMILIES or config.model_type in REFUSED_TYPES:
+        refused = config.model_type if like in FAMILIES else like
+        raise UserError(f"--family_like {like}: {unknown_type_message(refused)}")
     if FAMILIES[like].expert_columns_key:
         raise UserError(f"--family_like {like}: mixtures of experts need a row of their own in models/families.py")
     try:
@@ -87,7 +89,7 @@ def _tried_layers(config: PreTrainedConfig) -> list[int]:
     """The first layers; in a hybrid, the last of them is one with heads."""
     layers = range(config.num_hidden_layers)
     *first, last = layers[:NUM_LAYERS]
-    with_heads = (index for index in layers[last:] if not FAMILIES[config.model_type].mixer(config, index))
+    with_heads = (index for index in layers[last:] if FAMILIES[config.model_type].has_attention(config, index))
     return [*first, next(with_heads, last)]
 
 

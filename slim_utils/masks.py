@@ -178,9 +178,12 @@ class LayerMask:
         )
 
     def removed_share(self) -> tuple[float, float]:
-        """Return the removed fraction of the query heads and of the FFN columns."""
-        heads = 1 - len(self.kept_heads) / self.shape.num_heads if self.shape.num_heads else 0.0
-        return heads, 1 - len(self.kept_columns) / self.shape.num_columns
+        """Return the removed fraction of the query heads and of the FFN columns; 0 where there are none."""
+        heads, columns = self.shape.num_heads, self.shape.num_columns
+        return (
+            1 - len(self.kept_heads) / heads if heads else 0.0,
+            1 - len(self.kept_columns) / columns if columns else 0.0,
+        )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from models.family import ExpertLayout
 from slim_utils.common.loading import model_on_meta
 from slim_utils.families import (
     BLOCKED_QVK,
@@ -69,11 +70,11 @@ def _indices(
     if shape.num_experts:
         columns = [torch.tensor(row, dtype=torch.long) for row in columns_by_ffn(shape, units[COLUMNS])]
         layout, entries = family.expert_layout, torch.tensor(experts, dtype=torch.long)
-        gate_up = [_gate_up_rows(row, shape.ffn_width, layout.interleaved) for row in columns]
+        gate_up = [_gate_up_rows(row, shape.ffn_width, layout) for row in columns]
         parameters[f"{family.experts}.down_proj"] = (1 if layout.transposed else 2, columns)
         parameters[f"{family.experts}.down_proj_bias"] = (0, entries)
-        parameters[f"{family.experts}.gate_up_proj"] = (2 if layout.transposed else 1, gate_up)
-        parameters[f"{family.experts}.gate_up_proj_bias"] = (1, gate_up)
+        parameters[f"{family.experts}.{layout.columns_in}"] = (2 if layout.transposed else 1, gate_up)
+        parameters[f"{family.experts}.{layout.columns_in}_bias"] = (1, gate_up)
         parameters |= {name: (dim, entries) for name, dim in router_tensors(family)}
         if shape.num_shared_columns:
             parameters[f"{family.shared_map}.weight"] = (columns_dim, kept[SHARED_COLUMNS][0])
@@ -98,9 +99,11 @@ def _indices(
     return parameters
 
 
-def _gate_up_rows(columns: Tensor, width: int, interleaved: bool) -> Tensor:
-    """Return the indices of the gates and the ups of ``columns`` of an expert of ``width`` columns."""
-    return expand(columns.tolist(), 2) if interleaved else torch.cat([columns, columns + width])
+def _gate_up_rows(columns: Tensor, width: int, layout: ExpertLayout) -> Tensor:
+    """Return the indices of the gates, if any, and the ups of ``columns`` of an expert of ``width`` columns."""
+    if not layout.gated:
+        return columns
+    return expand(columns.tolist(), 2) if layout.interleaved else torch.cat([columns, columns + width])
 
 
 def router_tensors(family: Family) -> list[tuple[str, int]]:

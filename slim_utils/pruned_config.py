@@ -61,7 +61,7 @@ def stock_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask
         if any(sizes.setdefault(key, size) != size for key, size in layer_sizes.items()):
             raise UserError("--uniform_shapes: the pruned layers differ in shape; use --sparsity on all layers")
     fields = _shared_fields(config, family, masks) | sizes
-    heads, hidden = sizes["num_attention_heads"], config.hidden_size
+    heads, hidden = fields["num_attention_heads"], config.hidden_size
     fits = not family.heads_fill_hidden or heads * fields["head_dim"] == hidden
     if fits and family.fixed_width and sizes[family.columns_key] != 4 * hidden:
         message = f"--uniform_shapes: a stock {family.base_type} has {4 * hidden} FFN columns"
@@ -98,11 +98,10 @@ def _shared_fields(config: PreTrainedConfig, family: Family, masks: list[LayerMa
 
 
 def _layer_sizes(config: PreTrainedConfig, family: Family, mask: LayerMask) -> dict[str, int]:
-    width = family.width_key(mask.shape.num_experts)
-    sizes = {width: mask.kept_width}
+    # Layers have the sizes of the top level where they do not use them.
+    sizes = {family.width_key(mask.shape.num_experts): mask.kept_width} if mask.shape.num_columns else {}
     if mask.shape.num_experts and family.shared_columns_key:
         sizes[family.shared_columns_key] = len(mask.kept_shared)
-    # Layers with another mixer of tokens have the sizes of the top level, which they do not use.
     if mask.shape.num_heads:
         sizes["num_attention_heads"] = len(mask.kept_heads)
         if hasattr(config, family.kv_heads_key):

@@ -110,6 +110,15 @@ _GRANITE_HYBRID: dict[str, Any] = {
     "shared_intermediate_size": 40,
     "residual_multiplier": 0.7,
 }
+_JAMBA_HYBRID: dict[str, Any] = {**_GROUPED, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8}
+_NEMOTRON_HYBRID: dict[str, Any] = {
+    **_GROUPED,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 12,
+    "ssm_state_size": 8,
+    "n_groups": 2,
+    "chunk_size": 8,
+}
 FURTHER_FAMILIES = {
     "gemma": _GROUPED,
     "ministral": _WINDOWED,
@@ -187,6 +196,7 @@ FURTHER_FAMILIES = {
     "gpt_oss": {**_WINDOWED, **_MIXTURE, "num_local_experts": 4},
     "deepseek_v2": {**_LATENT, "q_lora_rank": None, "n_shared_experts": 1},
     "deepseek_v3": {**_LATENT, "n_group": 2, "topk_group": 1},
+    "minicpm3": {key: value for key, value in _LATENT.items() if key.endswith(("_rank", "_dim"))},
     "qwen3_5_text": {**_GROUPED, **HYBRID, "attention_bias": True, "partial_rotary_factor": 0.5},
     "qwen3_next": {
         **_GROUPED,
@@ -198,6 +208,16 @@ FURTHER_FAMILIES = {
     },
     "olmo_hybrid": {**_GROUPED, **HYBRID},
     "granitemoehybrid": {**_GRANITE_HYBRID, **_MIXTURE, "num_local_experts": 4, "intermediate_size": 16},
+    "jamba": {**_JAMBA_HYBRID, **_MIXTURE, "num_experts": 4, "expert_layer_period": 4, "expert_layer_offset": 3},
+    "nemotron_h": {
+        **_NEMOTRON_HYBRID,
+        **_MIXTURE,
+        "layers_block_type": ["linear_attention", "full_attention", "mlp", "moe"],
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 32,
+        "routed_scaling_factor": 1.5,
+    },
     "falcon_h1": {**_GROUPED, **_MAMBA, "mamba_d_ssm": 48, "attention_out_multiplier": 0.8},
     "lfm2": {
         **_GROUPED,
@@ -209,6 +229,11 @@ FURTHER_FAMILIES = {
 # Other configurations of these families, each by a name that starts with its model type.
 FURTHER_VARIANTS: dict[str, Any] = {
     "granitemoehybrid without experts": {**_GRANITE_HYBRID, "num_local_experts": 0},
+    "jamba without experts": {**_JAMBA_HYBRID, "num_experts": 1},
+    "nemotron_h without experts": {
+        **_NEMOTRON_HYBRID,
+        "layers_block_type": ["full_attention", "mlp", "linear_attention", "mlp"],
+    },
 }
 ALL_TINY = [*TINY_VARIANTS, *TINY_FAMILIES]
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from slim_utils.common.adapters import fuse_adapters, ignore_tied_embeddings_warning
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import load_model, model_on_meta
-from slim_utils.families import FAMILIES, Family
+from slim_utils.families import FAMILIES, Family, layer_shapes
 from train_utils.finetune_args import ModelArguments
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def check_lora_targets(args: ModelArguments, config: PreTrainedConfig) -> None:
 def lora_targets(model: PreTrainedModel, text: str | None) -> list[str] | str:
     """Value of peft's ``target_modules`` for ``--peft_target_modules text``.
 
-    In MoE models, only the attention is adapted: experts and routers are not linear modules.
+    In MoE models, blocks with experts are not adapted: experts and routers are not linear modules.
 
     Args:
         model: the model to adapt.
@@ -59,10 +59,11 @@ def lora_targets(model: PreTrainedModel, text: str | None) -> list[str] | str:
         UserError: naming the targets that match no linear module.
     """
     family = FAMILIES.get(model.config.model_type)
-    mixture = family if family and family.expert_columns_key else None
-    ffn = f".{mixture.experts.partition('.')[0]}." if mixture else None
+    mixture = family if family and any(shape.num_experts for shape in layer_shapes(model.config)) else None
     adaptable = [
-        name for name, module in model.named_modules() if isinstance(module, _ADAPTABLE) and not (ffn and ffn in name)
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _ADAPTABLE) and not (mixture and _beside_experts(name, mixture))
     ]
     if text is None:
         return _family_targets(family, adaptable) if family else ALL_LINEAR
@@ -84,11 +85,22 @@ def lora_targets(model: PreTrainedModel, text: str | None) -> list[str] | str:
     return names
 
 
+def _beside_experts(name: str, family: Family) -> bool:
+    """Whether the module ``name`` is in a block that has experts; in a layer of a single block, whether beside them."""
+    block = family.experts.partition(".")[0]
+    own = family.single_blocks and any(name.endswith(f".{target}") for target in _row_maps(family))
+    return f".{block}." in name and not own
+
+
 def _family_targets(family: Family, adaptable: list[str]) -> list[str]:
     """Names of the linear modules of the family's decoder layers that are in ``adaptable``."""
-    rows = [name for name, _ in (*family.attention_rows, *family.mlp_rows)]
-    names = [name.rpartition(".")[2] for name in (*rows, family.attention_out, family.mlp_out)]
+    names = [name.rpartition(".")[2] for name in _row_maps(family)]
     return [name for name in names if _matches(name, adaptable)]
+
+
+def _row_maps(family: Family) -> list[str]:
+    """Names in a layer of the linear maps of attention and FFN."""
+    return [*(name for name, _ in (*family.attention_rows, *family.mlp_rows)), family.attention_out, family.mlp_out]
 
 
 def _matches(name: str, modules: list[str]) -> bool:

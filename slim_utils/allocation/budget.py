@@ -72,14 +72,15 @@ def layer_units(
             # A single unit stays: heads and dense FFNs are not pruned.
             units.append(LayerUnits(1, shape.num_ffns, 0, cost, num_experts=shape.num_experts, whole_experts=True))
             continue
-        # Of layers without heads, a single unit stays.
+        # Of layers without heads, or without an FFN, a single unit stays.
         heads, per_unit = settings.head_units(shape) or 1, settings.heads_per_unit(shape)
-        one_head, one_column = LayerPlan(per_unit if heads > 1 else 0, 0), LayerPlan(0, 1)
+        columns = shape.ffn_width or 1
+        one_head, one_column = LayerPlan(per_unit if heads > 1 else 0, 0), LayerPlan(0, 1 if columns > 1 else 0)
         head_cost, column_cost = (
             weights_of(layer, family, settings.size_mask(shape, plan))[0] for plan in (one_head, one_column)
         )
         groups = shape.head_groups if settings.by_query_head(shape) else 1
-        units.append(LayerUnits(heads, shape.ffn_width, head_cost, column_cost, per_unit, groups, shape.num_experts))
+        units.append(LayerUnits(heads, columns, head_cost, column_cost, per_unit, groups, shape.num_experts))
     return units
 
 

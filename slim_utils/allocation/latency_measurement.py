@@ -187,7 +187,11 @@ class _TimedForwards:
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
         self._model, self._clock = model, _Clock(model.device)
         self._layers = family.decoder_layers(model)
-        self._attention = family.attention_out.rpartition(".")[0]
+        block = family.attention_out.rpartition(".")[0]
+        self._attention = [
+            layer.get_submodule(block) if shape.num_heads else None
+            for layer, shape in zip(self._layers, layer_shapes(model.config), strict=True)
+        ]
         self._marks: list = []
 
     @contextmanager
@@ -199,8 +203,7 @@ class _TimedForwards:
 
         modules: list[nn.Module] = []
         handles = []
-        for layer in self._layers:
-            attention = dict(layer.named_modules()).get(self._attention)
+        for layer, attention in zip(self._layers, self._attention, strict=True):
             modules += [layer] if attention is None else [layer, attention]
             # Without attention, which then takes no time, its two marks are at the beginning of the layer.
             handles += [layer.register_forward_pre_hook(mark) for _ in range(2 if attention is None else 0)]

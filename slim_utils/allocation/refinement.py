@@ -189,14 +189,16 @@ def _measure_layers(
             layer = host.onload(index, settings.device)
             if cache.pending(index):
                 layer_probe = probe if cache.in_time(index) else None
-                shape, heads = shapes[index], UnitSensitivity.without_units()
+                shape = shapes[index]
+                heads = columns = UnitSensitivity.without_units()
                 if shape.num_heads:
                     weights = [linear_map(layer, family.attention_out).weight.data]
                     probed = hook.maps[index, family.attention_out]
                     heads = _unit_sensitivity(weights, probed, layer_probe, index, plan_loss)
-                weights = column_parameters(layer, family, shape)
-                probed = hook.maps[index, family.experts if shape.num_experts else family.mlp_out]
-                columns = _unit_sensitivity(weights, probed, layer_probe, index, plan_loss)
+                if shape.num_columns:
+                    weights = column_parameters(layer, family, shape)
+                    probed = hook.maps[index, family.experts if shape.num_experts else family.mlp_out]
+                    columns = _unit_sensitivity(weights, probed, layer_probe, index, plan_loss)
                 cache.add(index, LayerSensitivity(heads, columns), "refined sensitivity")
             probe.advance(index)
             host.offload(index)

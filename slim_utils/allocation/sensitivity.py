@@ -128,7 +128,7 @@ class UnitSensitivity:
 
     @classmethod
     def without_units(cls) -> "UnitSensitivity":
-        """Return the sensitivity to the heads of a layer that has none."""
+        """Return the sensitivity to the heads, or the columns, of a layer that has none."""
         return cls([0.0], count=1)
 
     @property
@@ -279,12 +279,13 @@ def _layer_sensitivity(
     settings: PruningSettings,
 ) -> LayerSensitivity:
     """Return the sensitivity of layer ``index``; without the probes of heads and columns, the errors alone."""
-    heads = UnitSensitivity.without_units()
+    heads = columns = UnitSensitivity.without_units()
     if shape.num_heads:
         heads = _unit_sensitivity(head_maps(index, [forward], shape, settings), probes[0], index, settings)
         # The attention is dense again.
         forward.finish_attention()
-    columns = _unit_sensitivity(column_maps(index, [forward], shape), probes[1], index, settings)
+    if shape.num_columns:
+        columns = _unit_sensitivity(column_maps(index, [forward], shape), probes[1], index, settings)
     return LayerSensitivity(heads, columns)
 
 

@@ -26,8 +26,8 @@ class Experts:
     """The 3-D parameters of the experts of a layer, whatever their layout.
 
     Attributes:
-        module: with ``gate_up_proj``, ``down_proj`` and, where gates are not interleaved, ``act_fn``; it may have
-            ``gate_up_proj_bias`` and ``down_proj_bias``.
+        module: with ``gate_up_proj``, or ``up_proj`` without gates, ``down_proj`` and, where gates are not interleaved,
+            ``act_fn``; it may have ``gate_up_proj_bias`` and ``down_proj_bias``.
         layout: of its parameters.
     """
 
@@ -46,16 +46,19 @@ class Experts:
         return weight.transpose(1, 2) if self.layout.transposed else weight
 
     def activations(self, index: int, hidden: Tensor) -> Tensor:
-        """Outputs (tokens, columns) of the gated activation of expert ``index`` on its inputs (tokens, hidden)."""
-        weight = self.module.get_parameter("gate_up_proj")[index]
+        """Outputs (tokens, columns) of the activation of expert ``index``, gated or not, on inputs (tokens, hidden)."""
+        weight = self.module.get_parameter(self.layout.columns_in)[index]
         gate_up = functional.linear(hidden, weight.T if self.layout.transposed else weight)
         if hasattr(self.module, "gate_up_proj_bias"):
             gate_up = gate_up + self.module.get_parameter("gate_up_proj_bias")[index]
         if self.layout.interleaved:
             apply_gate: Any = self.module._apply_gate
             return apply_gate(gate_up)
+        activation = self.module.get_submodule("act_fn")
+        if not self.layout.gated:
+            return activation(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        return self.module.get_submodule("act_fn")(gate) * up
+        return activation(gate) * up
 
 
 @dataclass(frozen=True)

@@ -84,12 +84,15 @@ class LayerReport:
                 f"{_error_change(self.mlp)}, refitted {len(self.experts.refitted)}/{len(mask.kept_experts)}"
             )
         else:
-            ratios = (plan.columns / shape.ffn_width,)
-            columns = f"columns −{shape.num_columns - len(mask.kept_columns)}/{shape.num_columns}"
-            units = f"{columns} {_error_change(self.mlp)}"
+            parts = []
             if shape.num_heads:
-                ratios = plan.heads / shape.num_heads, *ratios
-                units = f"heads −{plan.heads}/{shape.num_heads} {_error_change(self.attention)}, {units}"
+                parts.append(f"heads −{plan.heads}/{shape.num_heads} {_error_change(self.attention)}")
+            if shape.num_columns:
+                removed = shape.num_columns - len(mask.kept_columns)
+                parts.append(f"columns −{removed}/{shape.num_columns} {_error_change(self.mlp)}")
+            units = ", ".join(parts)
+            pairs = ((plan.heads, shape.num_heads), (plan.columns, shape.ffn_width))
+            ratios = tuple(count / total for count, total in pairs if total)
         if shape.num_shared_columns:
             removed = shape.num_shared_columns - len(mask.kept_shared)
             units += f", shared expert −{removed}/{shape.num_shared_columns}"

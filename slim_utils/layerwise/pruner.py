@@ -310,8 +310,9 @@ def _prune_layer(
     keep: Callable[..., LayerMask] = LayerMask.from_groups
     if settings.by_query_head(shape):
         keep = LayerMask.from_heads
-    # Layers with another mixer of tokens have no heads.
-    attention = PruneResult([], [], error_uncompensated=0.0, error_compensated=0.0, percdamp=0.0)
+    # Of a layer without heads, or without an FFN.
+    nothing = PruneResult([], [], error_uncompensated=0.0, error_compensated=0.0, percdamp=0.0)
+    attention, mlp = nothing, nothing
     if shape.num_heads:
         maps = head_maps(index, forwards, shape, settings, processes)
         (attention,) = prune(maps, plan.heads // settings.heads_per_unit(shape))
@@ -324,7 +325,7 @@ def _prune_layer(
         samples = ((call, forward.hidden.shape[1]) for forward in forwards for call in forward.expert_calls())
         name = f"layer {index} {family.experts}"
         mlp, refit = prune_whole_experts(experts, router, name, samples, plan.experts, settings, processes)
-    else:
+    elif shape.num_columns:
         results = prune(column_maps(index, forwards, shape, processes), plan.columns)
         mlp = result_of_experts(results[: shape.num_experts]) if shape.num_experts else results[0]
         shared = results[-1] if shape.shared_per_column else None

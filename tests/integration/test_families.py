@@ -59,3 +59,11 @@ def test_find_family_of_an_unsupported_type_names_the_nearest_ones():
     model.config.model_type = "gemma3"
     with pytest.raises(UserError, match="'gemma3' is not supported; nearest supported types: gemma, gemma2, gemma3_te"):
         find_family(model.config)
+
+
+@pytest.mark.parametrize("name", ["gemma3n_text", "gemma4_text", "gemma4_unified_text"])
+def test_find_family_of_a_refused_type_says_why(name):
+    config = make_tiny("gqa").config
+    config.model_type = name
+    with pytest.raises(UserError, match=f"'{name}' is not supported: its layers share keys and values, and [^;]*$"):
+        find_family(config)

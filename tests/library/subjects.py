@@ -40,7 +40,7 @@ def kept_heads(shape: LayerShape, index: int) -> list[int]:
 
 def kept_columns(shape: LayerShape, index: int) -> list[int]:
     """FFN columns that layer ``index`` keeps: the last ones of every expert, a multiple of 8."""
-    width = max(8, shape.ffn_width * (5 - index) // 5 // 8 * 8)
+    width = min(shape.ffn_width, max(8, shape.ffn_width * (5 - index) // 5 // 8 * 8))
     return [
         expert * shape.ffn_width + column
         for expert in range(shape.num_ffns)
