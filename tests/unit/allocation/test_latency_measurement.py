@@ -105,3 +105,15 @@ def test_layers_without_attention_have_all_of_their_time_in_the_rest():
     assert (mixer.layers, attention.layers) == ([0, 2], [1, 3])
     assert mixer.heads.kept == [0] and len(attention.heads.kept) > 1
     assert mixer.heads.seconds[0].prefill < 0.1 * mixer.columns.seconds[-1].prefill
+
+
+def test_layers_of_a_single_block_have_its_time_in_the_heads_or_in_the_rest():
+    config = make_tiny("nemotron_h").config
+    table = measure_latency_table(config, torch.float32, torch.device("cpu"), TimedRequest(1, 4, 1), repeats=1)
+    mixer, attention, ffn, experts = sorted(table.kinds, key=lambda kind: kind.layers)
+    assert mixer.heads.kept == mixer.columns.kept == [0]
+    assert len(attention.heads.kept) > 1 and attention.columns.kept == [0]
+    assert ffn.heads.kept == [0] and ffn.columns.kept[-1] == 40 and experts.columns.kept == [8, 16]
+    assert attention.heads.seconds[-1].prefill > attention.columns.seconds[0].prefill
+    for kind in (mixer, ffn, experts):
+        assert kind.heads.seconds[0].prefill < 0.1 * kind.columns.seconds[-1].prefill

@@ -1,6 +1,7 @@
 """Targets of LoRA adapters, and fused models against base plus adapters."""
 
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -41,6 +42,23 @@ def test_add_lora_by_default_adapts_every_linear_module_of_the_blocks(name):
     expected = block_maps(model)
     assert adapted_maps(add_lora(model, ModelArguments())) == expected
     assert adapted_maps(add_lora(make_tiny(name), ModelArguments(peft_target_modules="all-linear"))) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("granitemoehybrid", {"self_attn": 8, "shared_mlp": 8}),
+        ("jamba", {"self_attn": 8}),
+        ("jamba without experts", {"self_attn": 8, "feed_forward": 12}),
+        # In layers of a single block, which may be a shared expert's too.
+        ("nemotron_h", {"mixer": 4 + 2, "mixer.shared_experts": 2}),
+        ("nemotron_h without experts", {"mixer": 4 + 2 * 2}),
+    ],
+)
+def test_add_lora_of_a_hybrid_adapts_attention_and_ffns_without_experts(name, expected):
+    layers = find_family(make_tiny(name).config).decoder_layers(add_lora(make_tiny(name), ModelArguments()).model)
+    adapted = [name for name, module in layers.named_modules() if isinstance(module, LoraLayer)]
+    assert Counter(".".join(name.split(".")[1:-1]) for name in adapted) == expected
 
 
 @pytest.mark.parametrize(
