@@ -421,8 +421,10 @@ def test_table_of_sink_windows_is_that_of_the_file():
 def test_table_of_recovery_is_that_of_the_file():
     from benchmarks.bench_recovery import table
 
-    rows = json.loads((RESULTS / "bench_recovery.json").read_text())["rows"]
-    assert table(rows) in TABLES
+    rows, bf16 = (
+        json.loads((RESULTS / file).read_text())["rows"] for file in ("bench_recovery.json", "bench_recovery_bf16.json")
+    )
+    assert table(rows) in TABLES and table(bf16) in TABLES
     shown = [row for row in rows if (row["method"], row["share"]) == ("best", 0.2) and row["tokens"] in (0, 100_000)]
     best = {row["recovery"]: row for row in shown if not row.get("learning_rate")}
     before, after = (best[name]["perplexity"]["wikitext2"] for name in ("none", "KL, block weights"))

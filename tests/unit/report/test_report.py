@@ -52,6 +52,7 @@ KINDS = {
     "text_starts": SINKS,
     "bench_distillation": DISTILLATION_STEP,
     "bench_recovery": RECOVERY_CURVE,
+    "bench_recovery_bf16": RECOVERY_CURVE,
     "bench_search_cost": QUALITY,
     "constants": CONSTANTS,
     "constants_seed_1": CONSTANTS,
