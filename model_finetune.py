@@ -33,7 +33,7 @@ from slim_utils.common.atomic_output import atomic_entries, write_json_atomic
 from slim_utils.common.bos import calibration_bos
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import annotate_errors
-from slim_utils.common.input_checks import check_length, check_token_ids
+from slim_utils.common.input_checks import check_length, check_token_ids, num_positions
 from slim_utils.common.loading import load_config, load_tokenizer, peak_memory_mib
 from slim_utils.common.model_source import check_input
 from slim_utils.common.ngrams import NgramSample
@@ -185,9 +185,7 @@ def run(args: FinetuneArguments) -> None:
         check_teacher(args, config, tokenizer)
     provenance = read_provenance(path, config, trusted)
     units = read_model_units(path, config, provenance)
-    data, training_windows, windows = load_data(
-        args, tokenizer, config.max_position_embeddings, calibration_ngrams(provenance)
-    )
+    data, training_windows, windows = load_data(args, tokenizer, num_positions(config), calibration_ngrams(provenance))
     splits = [split["input_ids"] for split in (data.train, data.validation) if split is not None]
     check_token_ids(config, tokenizer, *splits, *training_windows.values(), *windows.values())
     eval_sets = evaluation_sets(args, data, training_windows)

@@ -55,7 +55,7 @@ from slim_utils.cli.slimming_stages import (
 )
 from slim_utils.common.atomic_output import warn_if_short_of_space
 from slim_utils.common.errors import UserError
-from slim_utils.common.input_checks import check_length, check_token_ids
+from slim_utils.common.input_checks import check_length, check_token_ids, num_positions
 from slim_utils.common.loading import PRUNED_MODEL_FOLDER, load_config, load_tokenizer, peak_memory_mib
 from slim_utils.common.model_source import check_input
 from slim_utils.common.output_folder import output_lock
@@ -185,8 +185,7 @@ def prepare_inputs(config: PruningConfig) -> RunInputs:
     data = load_calibration(texts, tokenizer, config.num_samples, config.seqlen, config.seed, config.bos)
     config = replace(config, sink_windows=num_sink_windows(config, data.bos))
     specs = [] if config.skip_evaluate else config.eval_datasets
-    positions = model_config.max_position_embeddings
-    eval_sets = load_eval_sets(specs, tokenizer, config.eval_seqlens, positions, config.bos)
+    eval_sets = load_eval_sets(specs, tokenizer, config.eval_seqlens, num_positions(model_config), config.bos)
     check_token_ids(model_config, tokenizer, data.samples, *eval_sets.values())
     return RunInputs(config, plan, tokenizer, data, eval_sets, provenance, units, table)
 

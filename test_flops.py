@@ -29,6 +29,7 @@ from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.atomic_output import check_output_file, write_json_atomic
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import UserError
+from slim_utils.common.input_checks import num_positions
 from slim_utils.common.loading import DTYPES, choose_device, load_config, load_model
 from slim_utils.layerwise.settings import GQA_UNITS
 from slim_utils.profiling.latency import Latency, measure_latency
@@ -148,7 +149,7 @@ def check_positions(args: argparse.Namespace, configs: list[PreTrainedConfig]) -
         UserError: if not.
     """
     max_tokens = max(args.lengths) + args.new_tokens
-    positions = min(config.max_position_embeddings for config in configs)
+    positions = min(map(num_positions, configs))
     if max_tokens > positions:
         raise UserError(f"--lengths and --new_tokens: {max_tokens} tokens, but the models have {positions} positions")
 

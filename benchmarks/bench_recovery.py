@@ -35,6 +35,7 @@ from ppl_eval.ppl_dataset import load_eval_sets
 from ppl_eval.ppl_eval import evaluate
 from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.errors import UserError
+from slim_utils.common.input_checks import num_positions
 from slim_utils.common.loading import load_model, load_tokenizer
 from slim_utils.profiling.tables import markdown_table
 from slim_utils.text_source import file_documents, file_rows, join_documents, row_text
@@ -157,7 +158,7 @@ def measure(args: argparse.Namespace, specs: list[str], *values: Any) -> Row:
     model = prune(args, key.method, key.share)
     if key.recovery == NONE:
         tokenizer, loaded = load_tokenizer(args.model, False), load_model(str(model), "auto", False)
-        windows = load_eval_sets(specs, tokenizer, [EVAL_SEQLEN], loaded.config.max_position_embeddings)
+        windows = load_eval_sets(specs, tokenizer, [EVAL_SEQLEN], num_positions(loaded.config))
         entries = evaluate(loaded, windows)
     else:
         folder = train(args, specs, model, key)

@@ -31,6 +31,7 @@ from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.atomic_output import write_json_atomic
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import UserError
+from slim_utils.common.input_checks import num_positions
 from slim_utils.common.loading import choose_device, load_model, load_tokenizer
 from slim_utils.layerwise.settings import PruningSettings
 
@@ -173,7 +174,7 @@ def measure_share(args: argparse.Namespace, texts: dict[str, Path], share: float
 def measure_dense(args: argparse.Namespace, texts: dict[str, Path]) -> dict[str, Any]:
     """The row *dense*."""
     tokenizer, model = load_tokenizer(args.model, False), load_model(args.model, "auto", False)
-    windows = load_eval_sets(eval_specs(texts), tokenizer, list(EVAL_SEQLENS), model.config.max_position_embeddings)
+    windows = load_eval_sets(eval_specs(texts), tokenizer, list(EVAL_SEQLENS), num_positions(model.config))
     return with_zero_shot(args, args.model, "dense", {"model": "dense", "perplexity": evaluate(model, windows)})
 
 

@@ -232,7 +232,9 @@ class Family:
 
     def ffn_width(self, layer_config: PreTrainedConfig, num_experts: int) -> int:
         """Return the FFN width of a layer, or that of each of ``num_experts`` experts."""
-        width = getattr(layer_config, self.width_key(num_experts), None) or 4 * layer_config.hidden_size
+        key = self.width_key(num_experts)
+        stored = getattr(layer_config, key, None) if self.fixed_width else getattr(layer_config, key)
+        width = stored or 4 * layer_config.hidden_size
         if getattr(layer_config, "block_auto_adjust_ff_dim", False):
             # LFM2 derives the width of its gated FFN from that of one without a gate.
             width, multiple = 2 * width // 3, layer_config.block_multiple_of

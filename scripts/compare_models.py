@@ -28,7 +28,7 @@ from slim_utils.common.atomic_output import check_output_file, write_json_atomic
 from slim_utils.common.bos import BOS_HELP, BOS_POLICIES
 from slim_utils.common.environment import environment
 from slim_utils.common.errors import UserError
-from slim_utils.common.input_checks import check_token_ids
+from slim_utils.common.input_checks import check_token_ids, num_positions
 from slim_utils.common.input_paths import check_inputs_outside, eval_files
 from slim_utils.common.loading import DTYPES, choose_device, load_config, load_model, load_tokenizer, peak_memory_mib
 from slim_utils.families import find_family
@@ -77,7 +77,7 @@ def process_args(args: argparse.Namespace) -> argparse.Namespace:
     for path in model_paths(args).values():
         config = load_config(path, args.trust_remote_code)
         find_family(config)
-        positions[path] = config.max_position_embeddings
+        positions[path] = num_positions(config)
     path = min(positions, key=positions.__getitem__)
     args.eval_seqlens = args.eval_seqlens or [seqlen for seqlen in DEFAULT_EVAL_SEQLENS if seqlen <= positions[path]]
     if not args.eval_seqlens or max(args.eval_seqlens) > positions[path]:
@@ -96,7 +96,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = choose_device(args.device)
     config = load_config(args.pruned, args.trust_remote_code)
     tokenizer = load_tokenizer(args.pruned, args.trust_remote_code)
-    sets = load_eval_sets(args.eval_datasets, tokenizer, args.eval_seqlens, config.max_position_embeddings, args.bos)
+    sets = load_eval_sets(args.eval_datasets, tokenizer, args.eval_seqlens, num_positions(config), args.bos)
     check_token_ids(config, tokenizer, *sets.values(), torch.tensor(tokenizer(args.prompt).input_ids))
     model = load_model(args.pruned, args.dtype, args.trust_remote_code).to(device)
     start = time.perf_counter()

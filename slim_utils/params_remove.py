@@ -238,7 +238,9 @@ def shrink_layer(layer: nn.Module, family: Family, mask: LayerMask) -> dict[str,
 def pruned_on_meta(
     model: PreTrainedModel, family: Family, masks: list[LayerMask], uniform_shapes: bool = False
 ) -> PreTrainedModel:
-    """Return the pruned model without weights, on the meta device; only the sizes of ``masks`` matter.
+    """Return the pruned model without weights, on the meta device.
+
+    Of ``masks`` the sizes matter and, where heads have biases of their own, which heads they keep.
 
     Raises:
         UserError: if ``uniform_shapes`` is set and a stock class does not allow the shapes.

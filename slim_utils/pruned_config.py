@@ -57,9 +57,11 @@ def stock_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask
     sizes: dict[str, int] = {}
     for mask in masks:
         layer_sizes = _layer_sizes(config, family, mask)
-        # Dense and MoE layers have separate keys for their widths.
         if any(sizes.setdefault(key, size) != size for key, size in layer_sizes.items()):
-            raise UserError("--uniform_shapes: the pruned layers differ in shape; use --sparsity on all layers")
+            # Dense FFNs and experts, which lose columns in other multiples, may share the key of their width.
+            shared = family.expert_columns_key == family.columns_key
+            advice = "use --sparsity on all layers" + (", with --multiple_of 8" if shared else "")
+            raise UserError(f"--uniform_shapes: the pruned layers differ in shape; {advice}")
     fields = _shared_fields(config, family, masks) | sizes
     heads, hidden = fields["num_attention_heads"], config.hidden_size
     fits = not family.heads_fill_hidden or heads * fields["head_dim"] == hidden

@@ -54,6 +54,7 @@ WINDOWS = ["sliding_attention", "full_attention"] * 2
 # Keys that the configurations of some classes lack, or compute.
 UNSET = object()
 _OLDER = dict.fromkeys(("num_key_value_heads", "head_dim", "intermediate_size"), UNSET)
+_NO_POSITIONS = {"max_position_embeddings": UNSET}
 _NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 # Configurations of the other families, by model type; each with what sets it apart.
 TINY_FAMILIES = {
@@ -76,7 +77,7 @@ TINY_FAMILIES = {
         "mlp_only_layers": [1],
         "norm_topk_prob": True,
     },
-    "bloom": _OLDER,
+    "bloom": {**_OLDER, **_NO_POSITIONS},
     "gpt2": {**_OLDER, **_NO_DROPOUT, "n_inner": 40, "scale_attn_by_inverse_layer_idx": True},
 }
 # Families whose layers are made of the same parts, tested together in tests/integration/test_family_table.py.
@@ -157,7 +158,7 @@ FURTHER_FAMILIES = {
     "persimmon": {"qk_layernorm": True},
     "gpt_neox": {"attention_bias": True},
     "codegen": {**_OLDER, **_NO_DROPOUT, "n_inner": 40, "rotary_dim": 2, "num_attention_heads": 8, "hidden_size": 32},
-    "mpt": {**_OLDER, "use_cache": True},
+    "mpt": {**_OLDER, **_NO_POSITIONS, "use_cache": True},
     "falcon": {**_OLDER, "ffn_hidden_size": 40, "num_kv_heads": 2, "new_decoder_architecture": True},
     # Its number of kv heads follows from the key that it stores the heads under.
     "gpt_bigcode": {**_OLDER, **_NO_DROPOUT, "n_inner": 40, "n_head": 6},

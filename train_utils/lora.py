@@ -48,7 +48,8 @@ def check_lora_targets(args: ModelArguments, config: PreTrainedConfig) -> None:
 def lora_targets(model: PreTrainedModel, text: str | None) -> list[str] | str:
     """Value of peft's ``target_modules`` for ``--peft_target_modules text``.
 
-    In MoE models, blocks with experts are not adapted: experts and routers are not linear modules.
+    In MoE models, blocks with experts are not adapted, except where every layer is a single block: experts and routers
+    are not linear modules.
 
     Args:
         model: the model to adapt.
@@ -86,10 +87,8 @@ def lora_targets(model: PreTrainedModel, text: str | None) -> list[str] | str:
 
 
 def _beside_experts(name: str, family: Family) -> bool:
-    """Whether the module ``name`` is in a block that has experts; in a layer of a single block, whether beside them."""
-    block = family.experts.partition(".")[0]
-    own = family.single_blocks and any(name.endswith(f".{target}") for target in _row_maps(family))
-    return f".{block}." in name and not own
+    """Whether the module ``name`` is in a block that has experts; never where every layer is a single block."""
+    return not family.single_blocks and f".{family.experts.partition('.')[0]}." in name
 
 
 def _family_targets(family: Family, adaptable: list[str]) -> list[str]:

@@ -53,7 +53,7 @@ def run_settings(
         "--train_full_prompt": training.train_full_prompt,
         "--optim": str(getattr(training.optim, "value", training.optim)),
         # Whose checkpoints differ in format.
-        "--deepspeed": (stage := zero_stage(training)) and f"ZeRO stage {stage}",
+        "--deepspeed": False if (stage := zero_stage(training)) is None else f"ZeRO stage {stage}",
         "--fsdp": True if training.fsdp else None,
         "--use_focal_loss": args.model.use_focal_loss and args.model.focal_loss_gamma,
         "model": _weights_fingerprint(model),

@@ -75,8 +75,9 @@ def scaled_maps(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, int]]:
 
 def output_maps(family: Family, shape: LayerShape) -> list[tuple[str, int]]:
     """Names of a layer's output maps, and their columns per unit."""
-    columns = [] if shape.num_experts else [(family.mlp_out, 1)]
-    return [(family.attention_out, shape.head_dim), *columns]
+    heads = [(family.attention_out, shape.head_dim)] if shape.num_heads else []
+    columns = [(family.mlp_out, 1)] if shape.num_columns and not shape.num_experts else []
+    return [*heads, *columns]
 
 
 def add_scales(model: PreTrainedModel) -> dict[str, nn.Parameter]:

@@ -48,8 +48,8 @@ def check_architecture(model_path: str) -> None:
         raise refusal(model_path, reason)
 
 
-def check_weights_of_gguf(model_path: str, config: PreTrainedConfig) -> None:
-    """Check that the type is one of ``READ_TYPES``, and that the file has as many weights as a model of ``config``.
+def check_type_of_gguf(config: PreTrainedConfig, model_path: str) -> None:
+    """Check that the model type is one of ``READ_TYPES``.
 
     Raises:
         UserError: otherwise.
@@ -58,6 +58,14 @@ def check_weights_of_gguf(model_path: str, config: PreTrainedConfig) -> None:
         supported = ", ".join(READ_TYPES)
         reason = f"a GGUF file of model type '{config.model_type}' is not supported (supported: {supported})"
         raise refusal(model_path, reason)
+
+
+def check_weights_of_gguf(model_path: str, config: PreTrainedConfig) -> None:
+    """Check that the file has as many weights as a model of ``config``.
+
+    Raises:
+        UserError: otherwise.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     expected, stored = sum(parameter.numel() for parameter in model.parameters()), read_header(model_path).num_weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_NAMES = 4
+# Configuration keys of the number of positions; ALiBi needs none.
+_POSITIONS_KEYS = ("max_position_embeddings", "max_seq_len")
+
+
+def num_positions(config: PreTrainedConfig) -> int:
+    """Number of positions of the model, in tokens; ``sys.maxsize`` for one without a limit."""
+    text = config.get_text_config()
+    return next((count for key in _POSITIONS_KEYS if (count := getattr(text, key, None))), sys.maxsize)
 
 
 def check_length(length: int, config: PreTrainedConfig, flag: str) -> None:
@@ -24,8 +33,8 @@ def check_length(length: int, config: PreTrainedConfig, flag: str) -> None:
     Raises:
         UserError: if the model has fewer positions.
     """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and length > positions:
+    positions = num_positions(config)
+    if length > positions:
         raise UserError(f"{flag} {length}: the model has {positions} positions")
 
 

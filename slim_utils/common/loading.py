@@ -27,7 +27,7 @@ import models  # noqa: F401 - registers the classes of pruned checkpoints
 from models.families import FAMILIES
 from models.like import LIKE_KEY, add_row_of
 from models.wrappers import LANGUAGE_MODEL_NAMES, WRAPPER_TYPES, language_model_config
-from slim_utils.common.adapters import BASE_KEY, adapter_base, base_checkpoint, fuse_adapters
+from slim_utils.common.adapters import BASE_KEY, base_checkpoint, fuse_adapters, merged_models
 from slim_utils.common.checkpoint_checks import (
     building,
     capture_load_report,
@@ -42,6 +42,7 @@ from slim_utils.common.errors import UserError
 from slim_utils.common.gguf_config import complete_config
 from slim_utils.common.gguf_input import (
     check_architecture,
+    check_type_of_gguf,
     check_weights_of_gguf,
     complete_tokenizer,
     gguf_arguments,
@@ -136,6 +137,7 @@ def load_config(model_path: str, trust_remote_code: bool, language_model: bool =
             add_row_of(PreTrainedConfig.get_config_dict(folder)[0])
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **arguments)
         if arguments:
+            check_type_of_gguf(config, model_path)
             config = complete_config(config, model_path)
             config.name_or_path = model_path
         check_unquantised(config, model_path)
@@ -184,9 +186,9 @@ def load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedTokeni
 
     The chat template may be that of the checkpoint's processor.
     """
-    base = adapter_base(model_path)
-    if base is not None and not any(stored_file(model_path, name) for name in TOKENIZER_FILES):
-        return load_tokenizer(base, trust_remote_code)
+    _, *bases = merged_models(model_path)
+    if bases and not any(stored_file(model_path, name) for name in TOKENIZER_FILES):
+        return load_tokenizer(bases[0], trust_remote_code)
     folder, arguments = gguf_arguments(model_path)
     with loading(model_path):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **arguments)
@@ -225,10 +227,10 @@ def load_model(
         if "device_map" in options:
             check_undivided(model_path, note)
         logger.info("model %s: %s", model_path, note)
-    base = adapter_base(model_path)
-    if base is not None:
+    _, *bases = merged_models(model_path)
+    if bases:
         with _naming_adapter(model_path):
-            model = load_model(base, dtype, trust_remote_code, language_model, **options)
+            model = load_model(bases[0], dtype, trust_remote_code, language_model, **options)
         with loading(model_path):
             model = fuse_adapters(model, model_path)
         # What is trained on the model belongs to it, not to the base.

@@ -259,9 +259,9 @@ def _perplexity_table(measured: Perplexities) -> str:
 
 
 def _has_fewer_kv_heads(config: PreTrainedConfig) -> bool:
-    """Whether a layer has fewer key/value heads than the top level of the configuration."""
+    """Whether a layer with attention has fewer key/value heads than the top level of the configuration."""
     dense_kv_heads = FAMILIES[config.model_type].num_kv_heads(config)
-    return any(shape.num_kv_heads != dense_kv_heads for shape in layer_shapes(config))
+    return any(shape.num_kv_heads not in (0, dense_kv_heads) for shape in layer_shapes(config))
 
 
 def _vllm_flags(options: dict[str, Any]) -> str:

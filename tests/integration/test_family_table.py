@@ -207,6 +207,8 @@ def test_hybrid_loses_heads_where_it_has_them(name, flag, samples, tokenizer, te
     sizes = ("num_columns",) if "best" in flag and name != "qwen3_5_text" else ("num_heads", "num_columns")
     for size in sizes:
         assert sum(getattr(shape, size) for shape in shapes) < sum(getattr(shape, size) for shape in before), size
+    card = (tmp_path / "out" / "pruned_weights" / "README.md").read_text()
+    assert "fewer key/value heads" not in card
     assert difference(masked, pruned, samples) < 1e-4
     assert [layer.shape for layer in model_stats(pruned.config).layers] == shapes
     lines = [message for message in caplog.messages if " ratio " in message]

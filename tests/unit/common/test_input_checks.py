@@ -4,17 +4,24 @@ import copy
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import BloomConfig, GPT2Config, LlamaConfig, MptConfig
 
 import model_slimming
 from model_finetune import main as finetune
 from scripts import compare_models
 from slim_utils.common.errors import UserError
-from slim_utils.common.input_checks import check_length, check_token_ids, guard_token_ids, set_padding_token
+from slim_utils.common.input_checks import (
+    check_length,
+    check_token_ids,
+    guard_token_ids,
+    num_positions,
+    set_padding_token,
+)
 from slim_utils.common.loading import load_config
 from tests.conftest import VOCAB, make_tiny, random_text
 from train_utils.finetune_args import parse_args
@@ -67,6 +74,19 @@ def test_check_token_ids_beyond_the_embedding_names_the_token(tokenizer):
 def test_check_token_ids_of_unused_tokens_names_them_in_the_log(tokenizer, caplog):
     check_token_ids(LlamaConfig(vocab_size=VOCAB - 2), tokenizer, [[3]])
     assert "2 tokens of the tokenizer ('w62', 'w63') have no embedding" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        (LlamaConfig(max_position_embeddings=64), 64),
+        (GPT2Config(n_positions=32), 32),
+        (MptConfig(max_seq_len=16), 16),
+        (BloomConfig(), sys.maxsize),
+    ],
+)
+def test_num_positions_is_that_of_the_configuration(config, positions):
+    assert num_positions(config) == positions
 
 
 def test_check_length_beyond_the_positions_names_the_flag():

@@ -163,8 +163,9 @@ def test_load_config_of_an_unusable_adapter_is_one_line(checkpoint, tmp_path):
         assert "\n" not in str(error.value) and str(wrong) in str(error.value)
     first = rewritten(adapter, base_model_name_or_path=str(tmp_path / "loop"))
     rewritten(Path(shutil.copytree(adapter, tmp_path / "loop")), base_model_name_or_path=str(first))
-    with pytest.raises(UserError, match="adapters that are bases of each other"):
-        load_config(str(first), False)
+    for load in (load_config, load_tokenizer, lambda path, trusted: load_model(path, "auto", trusted)):
+        with pytest.raises(UserError, match="adapters that are bases of each other"):
+            load(str(first), False)
 
 
 def test_load_model_of_a_damaged_adapter_is_one_line(checkpoint, tmp_path):

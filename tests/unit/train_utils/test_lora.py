@@ -18,7 +18,7 @@ from slim_utils.masks import LayerMask
 from slim_utils.params_remove import shrink
 from tests.conftest import ALL_TINY, TINY_FAMILIES, make_tiny
 from train_utils.finetune_args import ModelArguments
-from train_utils.lora import add_lora, check_lora_targets, fuse_lora
+from train_utils.lora import add_lora, check_lora_targets, fuse_lora, lora_targets
 
 ORIGINAL_TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,down_proj,up_proj"
 
@@ -59,6 +59,11 @@ def test_add_lora_of_a_hybrid_adapts_attention_and_ffns_without_experts(name, ex
     layers = find_family(make_tiny(name).config).decoder_layers(add_lora(make_tiny(name), ModelArguments()).model)
     adapted = [name for name, module in layers.named_modules() if isinstance(module, LoraLayer)]
     assert Counter(".".join(name.split(".")[1:-1]) for name in adapted) == expected
+
+
+def test_lora_targets_of_single_blocks_with_experts_may_be_any_linear_map():
+    model = make_tiny("nemotron_h")
+    assert lora_targets(model, "in_proj,up_proj") == ["in_proj", "up_proj"]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ def logits(model, samples) -> torch.Tensor:
         return model(samples).logits
 
 
-@pytest.mark.parametrize("variant", ALL_TINY)
+# Also layers without attention, and without an FFN.
+@pytest.mark.parametrize("variant", [*ALL_TINY, "qwen3_5_text", "nemotron_h"])
 def test_add_scales_has_one_per_head_and_column(variant, samples):
     model = make_tiny(variant)
     dense, names = logits(model, samples), dict(model.named_parameters()).keys()
