@@ -184,11 +184,7 @@ ROWS = (
         "Qwen2Moe",
         **_GATED_SHARED_EXPERT,
     ),
-    row(
-        "granitemoe",
-        "GraniteMoe",
-        **_GRANITE_EXPERTS,
-    ),
+    row("granitemoe", "GraniteMoe", **_GRANITE_EXPERTS),
     row(
         "phimoe",
         "Phimoe",

@@ -177,6 +177,16 @@ class Family:
         return 1 - dim if self.transposed else dim
 
     @property
+    def attention_block(self) -> str:
+        """Module of a layer that contains the attention's output map."""
+        return self.attention_out.rpartition(".")[0]
+
+    @property
+    def mlp_block(self) -> str:
+        """Module of a layer that contains the FFN's output map; empty where the layer contains it directly."""
+        return self.mlp_out.rpartition(".")[0]
+
+    @property
     def shared_map(self) -> str:
         """Linear map whose input columns are those of the shared expert; empty without one."""
         return f"{self.shared_expert}.{self.shared_out}" if self.shared_expert else ""

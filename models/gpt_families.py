@@ -1,5 +1,7 @@
 """Rows of the table: families of the time of GPT-2 and GPT-3, whose modules have names of their own."""
 
+from typing import Any
+
 from models.family import (
     BLOCKED_QVK,
     COLUMNS,
@@ -11,6 +13,26 @@ from models.family import (
     QKV,
     row,
 )
+
+_GPT2_LAYERS: dict[str, Any] = {
+    "layers": "transformer.h",
+    "attention_out": "attn.c_proj",
+    "mlp_out": "mlp.c_proj",
+    "mlp_rows": (("mlp.c_fc", (COLUMNS,)),),
+    "columns_key": "n_inner",
+    "heads_fill_hidden": True,
+    "unsupported": (("add_cross_attention", "its cross-attention is not pruned"),),
+}
+_GPTJ_LAYERS: dict[str, Any] = {
+    "layers": "transformer.h",
+    "tuple_outputs": True,
+    "attention_out": "attn.out_proj",
+    "mlp_out": "mlp.fc_out",
+    "mlp_rows": (("mlp.fc_in", (COLUMNS,)),),
+    "columns_key": "n_inner",
+    "heads_fill_hidden": True,
+    "head_counts": (("attn.num_attention_heads", HEADS),),
+}
 
 GPT_ROWS = (
     row(
@@ -27,64 +49,38 @@ GPT_ROWS = (
         "gpt2",
         "GPT2",
         causal_class="GPT2LMHeadModel",
-        layers="transformer.h",
+        **_GPT2_LAYERS,
         transposed=True,
-        attention_out="attn.c_proj",
         attention_rows=(("attn.c_attn", (HEADS, HEADS, HEADS)),),
-        mlp_out="mlp.c_proj",
-        mlp_rows=(("mlp.c_fc", (COLUMNS,)),),
-        columns_key="n_inner",
-        heads_fill_hidden=True,
         head_counts=(("attn.num_heads", HEADS), ("attn.split_size", HEAD_ENTRIES)),
-        unsupported=(("add_cross_attention", "its cross-attention is not pruned"),),
     ),
     row(
         "gpt_bigcode",
         "GPTBigCode",
-        layers="transformer.h",
-        attention_out="attn.c_proj",
+        **_GPT2_LAYERS,
         attention_rows=(("attn.c_attn", (GROUPED_QKV,)),),
-        mlp_out="mlp.c_proj",
-        mlp_rows=(("mlp.c_fc", (COLUMNS,)),),
-        columns_key="n_inner",
-        heads_fill_hidden=True,
         head_counts=(
             ("attn.num_heads", HEADS),
             ("attn.num_key_value_groups", HEADS_PER_GROUP),
             ("attn.embed_dim", HEAD_ENTRIES),
         ),
-        unsupported=(("add_cross_attention", "its cross-attention is not pruned"),),
     ),
     row(
         "gptj",
         "GPTJ",
-        layers="transformer.h",
-        tuple_outputs=True,
-        attention_out="attn.out_proj",
+        **_GPTJ_LAYERS,
         attention_rows=(
             ("attn.q_proj", (HEADS,)),
             ("attn.k_proj", (HEADS,)),
             ("attn.v_proj", (HEADS,)),
         ),
-        mlp_out="mlp.fc_out",
-        mlp_rows=(("mlp.fc_in", (COLUMNS,)),),
-        columns_key="n_inner",
-        heads_fill_hidden=True,
-        head_counts=(("attn.num_attention_heads", HEADS),),
     ),
     row(
         "codegen",
         "CodeGen",
-        layers="transformer.h",
-        tuple_outputs=True,
-        attention_out="attn.out_proj",
+        **_GPTJ_LAYERS,
         attention_rows=(("attn.qkv_proj", (BLOCKED_QVK,)),),
-        mlp_out="mlp.fc_out",
-        mlp_rows=(("mlp.fc_in", (COLUMNS,)),),
         head_blocks=4,
-        columns_key="n_inner",
-        heads_fill_hidden=True,
-        head_counts=(("attn.num_attention_heads", HEADS),),
     ),
     row(
         "bloom",

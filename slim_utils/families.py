@@ -197,9 +197,8 @@ def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
             num_columns=family.ffn_width(layer, experts) * (experts or 1),
             num_experts=experts,
             num_shared_columns=family.num_shared_columns(layer) if experts else 0,
+            head_blocks=family.head_blocks,
         )
-        if family.head_blocks > 1:
-            shape = replace(shape, head_blocks=family.head_blocks)
         if family.latent_attention:
             shape = replace(
                 shape,

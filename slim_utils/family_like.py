@@ -45,9 +45,10 @@ def add_family_like(config: PreTrainedConfig, like: str) -> None:
     family = FAMILIES.get(config.model_type)
     if family and not family.like:
         raise UserError(f"--family_like {like}: model type '{config.model_type}' is supported by itself; leave it out")
-    if like not in FAMILIES or config.model_type in REFUSED_TYPES:
-        refused = config.model_type if like in FAMILIES else like
-        raise UserError(f"--family_like {like}: {unknown_type_message(refused)}")
+    if like not in FAMILIES:
+        raise UserError(f"--family_like {like}: {unknown_type_message(like)}")
+    if config.model_type in REFUSED_TYPES:
+        raise UserError(f"--family_like {like}: {unknown_type_message(config.model_type)}")
     if FAMILIES[like].expert_columns_key:
         raise UserError(f"--family_like {like}: mixtures of experts need a row of their own in models/families.py")
     try:

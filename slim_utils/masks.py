@@ -99,7 +99,7 @@ class LayerMask:
         groups = sorted(set(kept_groups))
         if len({kept_groups.count(group) for group in groups}) > 1:
             raise ValueError("kv heads with different numbers of query heads")
-        blocks = [head * shape.head_blocks // shape.num_heads for head in kept_heads] if shape.head_blocks > 1 else []
+        blocks = [head * shape.head_blocks // shape.num_heads for head in kept_heads]
         if len({blocks.count(block) for block in range(shape.head_blocks)}) > 1:
             raise ValueError(f"{shape.head_blocks} blocks with different numbers of heads")
         mask = cls(shape, kept_heads, groups, kept_columns)

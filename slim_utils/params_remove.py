@@ -45,10 +45,10 @@ def kept_indices(family: Family, mask: LayerMask) -> dict[str, tuple[int, Indice
     """Return the dimension and kept indices of every prunable parameter of a layer, by name.
 
     Linear maps lose rows (dimension 0, or 1 where weights are stored transposed), together with the entries of their
-    biases, or columns (1, or 0). The 3-D parameters
-    of experts lose rows (1) or columns (2) of each expert, or the other way round, and their biases the entries; these
-    indices are one tensor per expert, empty for an expert that is removed as a whole. Tensors with an entry per expert,
-    those of the router and biases of outputs, lose the entries of such an expert.
+    biases, or columns (1, or 0). The 3-D parameters of experts lose rows (1) or columns (2) of each expert, or the
+    other way round, and their biases the entries; these indices are one tensor per expert, empty for an expert that is
+    removed as a whole. Tensors with an entry per expert, those of the router and biases of outputs, lose the entries of
+    such an expert.
     """
     return _indices(family, mask.shape, mask.kept_units(), mask.kept_experts)
 

@@ -93,13 +93,9 @@ def _beside_experts(name: str, family: Family) -> bool:
 
 def _family_targets(family: Family, adaptable: list[str]) -> list[str]:
     """Names of the linear modules of the family's decoder layers that are in ``adaptable``."""
-    names = [name.rpartition(".")[2] for name in _row_maps(family)]
+    rows = [name for name, _ in (*family.attention_rows, *family.mlp_rows)]
+    names = [name.rpartition(".")[2] for name in (*rows, family.attention_out, family.mlp_out)]
     return [name for name in names if _matches(name, adaptable)]
-
-
-def _row_maps(family: Family) -> list[str]:
-    """Names in a layer of the linear maps of attention and FFN."""
-    return [*(name for name, _ in (*family.attention_rows, *family.mlp_rows)), family.attention_out, family.mlp_out]
 
 
 def _matches(name: str, modules: list[str]) -> bool:

@@ -187,9 +187,8 @@ class _TimedForwards:
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
         self._model, self._clock = model, _Clock(model.device)
         self._layers = family.decoder_layers(model)
-        block = family.attention_out.rpartition(".")[0]
         self._attention = [
-            layer.get_submodule(block) if shape.num_heads else None
+            layer.get_submodule(family.attention_block) if shape.num_heads else None
             for layer, shape in zip(self._layers, layer_shapes(model.config), strict=True)
         ]
         self._marks: list = []

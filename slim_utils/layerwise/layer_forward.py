@@ -113,7 +113,7 @@ class LayerForward:
 
     def shared_inputs(self) -> Iterator[Tensor]:
         """Inputs (tokens, columns) of the shared expert's output map, scaled by its gate, as :meth:`column_inputs`."""
-        columns_to_hidden = linear_map(self.layer, self.family.shared_map)
+        columns_to_hidden = self.layer.get_submodule(self.family.shared_map)
         gate = self.layer.get_submodule(self.family.shared_gate) if self.family.shared_gate else None
         shared = self.layer.get_submodule(self.family.shared_expert)
         for (hidden,) in self._arguments_after_attention(shared):
@@ -151,18 +151,18 @@ class LayerForward:
         if not self._attention:
             return nullcontext()
         output = self._attention[position].to(self.settings.device)
-        name = self.family.attention_out.rpartition(".")[0]
+        name = self.family.attention_block
         # An attention module returns its weights, or None, as a second value.
         return _forward_replaced(
             self.layer.get_submodule(name), lambda *args, **kwargs: (self._with_residual(name, output, args), None)
         )
 
     def _columns_given(self, position: int) -> Any:
-        columns_to_hidden, block = linear_map(self.layer, self.family.mlp_out), self._mlp_block()
-        assert block is not None
-        inputs, name = self._columns[position], self.family.mlp_out.rpartition(".")[0]
+        columns_to_hidden, name = linear_map(self.layer, self.family.mlp_out), self.family.mlp_block
+        inputs = self._columns[position]
         return _forward_replaced(
-            block, lambda *args, **kwargs: self._with_residual(name, columns_to_hidden(inputs), args)
+            self.layer.get_submodule(name),
+            lambda *args, **kwargs: self._with_residual(name, columns_to_hidden(inputs), args),
         )
 
     def _with_residual(self, block: str, output: Tensor, arguments: tuple[Tensor, ...]) -> Tensor:
@@ -172,18 +172,13 @@ class LayerForward:
     def _columns_kept(self, columns_to_hidden: nn.Linear) -> bool:
         """Whether the inputs of the FFN's output map take at most half of the memory that its solve leaves free."""
         settings = self.settings
-        if settings.device != settings.cache_dev or self._mlp_block() is None:
+        if settings.device != settings.cache_dev or not self.family.mlp_block:
             return False
         needed = self.hidden[..., 0].numel() * columns_to_hidden.in_features * self.hidden.element_size()
         columns, rows = columns_to_hidden.in_features, columns_to_hidden.out_features
         # The Hessian is there already.
         solve = solve_bytes(columns, rows, columns // 2, settings.solve_dtype) - 4 * columns**2
         return needed <= (free_memory(settings.device) - solve) / 2
-
-    def _mlp_block(self) -> nn.Module | None:
-        """The module that contains the FFN's output map; ``None`` where the layer contains it directly."""
-        name = self.family.mlp_out.rpartition(".")[0]
-        return self.layer.get_submodule(name) if name else None
 
     def _micro_batches(self) -> list[tuple[int, int]]:
         remaining = self.hidden[self.advanced :]

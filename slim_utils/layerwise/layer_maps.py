@@ -21,7 +21,7 @@ def column_parameters(layer: nn.Module, family: Family, shape: LayerShape) -> li
     if not shape.num_experts:
         return [linear_map(layer, family.mlp_out).weight.data]
     experts = layer.get_submodule(family.experts).get_parameter("down_proj").data
-    return [experts, *([_shared_map(layer, family).weight.data] if shape.shared_per_column else [])]
+    return [experts, *([linear_map(layer, family.shared_map).weight.data] if shape.shared_per_column else [])]
 
 
 def head_maps(
@@ -60,13 +60,9 @@ def column_maps(
     if shape.shared_per_column:
         inputs = chain.from_iterable(forward.shared_inputs() for forward in forwards)
         name = f"layer {index} {family.shared_expert}"
-        shared = _accumulated(_shared_map(layer, family), name, inputs, processes)
+        shared = _accumulated(linear_map(layer, family.shared_map), name, inputs, processes)
         maps.append(UnitMap(shared, per_unit=shape.shared_per_column))
     return OutputMaps(family.experts, maps, parameters)
-
-
-def _shared_map(layer: nn.Module, family: Family) -> nn.Linear:
-    return linear_map(layer, family.shared_map)
 
 
 def _accumulated(linear: nn.Linear, name: str, inputs: Iterable[Tensor], processes: ProcessGroup) -> SlimGPT:

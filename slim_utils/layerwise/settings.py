@@ -99,7 +99,7 @@ class PruningSettings:
         columns = [ffn * shape.ffn_width + i for ffn in ffns for i in range(width)]
         kept = self.head_units(shape) - plan.heads // self.heads_per_unit(shape)
         if self.by_query_head(shape):
-            size = shape.num_heads // shape.head_groups
+            size = self.head_units(shape)
             heads = [group * size + i for group in range(shape.head_groups) for i in range(kept)]
             return LayerMask.from_heads(shape, heads, columns)
         return LayerMask.from_groups(shape, list(range(kept)), columns)

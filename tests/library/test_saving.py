@@ -109,7 +109,7 @@ def test_deepcopy_of_a_model_is_independent(subject: Subject, tmp_path: Path) ->
     assert_same(model, other)
     other.set_attn_implementation("eager")
     other.config.use_cache = not model.config.use_cache
-    attention = FAMILIES[subject.name].attention_out.rpartition(".")[0]
+    attention = FAMILIES[subject.name].attention_block
     for changed, ours in ((other, "eager"), (model, model.config._attn_implementation)):
         for layer in FAMILIES[subject.name].decoder_layers(changed):
             # An attention that has no other implementation keeps no configuration.
