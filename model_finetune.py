@@ -71,7 +71,11 @@ def load_samples(
         "the texts of --extra_val_set": NgramSample.of_windows(windows.values()),
     }
     text_settings = TextSettings(
-        data.max_length, data.max_train_tokens, data.val_dataset_size, calibration_bos(tokenizer, data.bos)
+        data.max_length,
+        data.max_train_tokens,
+        data.val_dataset_size,
+        calibration_bos(tokenizer, data.bos),
+        data.skip_train_tokens,
     )
     sources = [parse_text_source(spec) for spec in data.train_text]
     return load_text_data(sources, tokenizer, text_settings, excluded, cache)

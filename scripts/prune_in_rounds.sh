@@ -10,7 +10,7 @@ DATA=${DATA:-}                         # calibration: wikitext2, c4, alpaca, gpt
 TEXT=${TEXT:-}                         # as in recover.sh (default: c4)
 EVAL=${EVAL:-}                         # wikitext2 (default), ptb, a file, or NAME=FILE
 RATIO=${RATIO:-0.5} ROUNDS=${ROUNDS:-2}
-TOKENS=${TOKENS:-1e6}                  # tokens of each recovery
+TOKENS=${TOKENS:-1e6}                  # tokens of each recovery; every round goes on in the text
 TRAIN=${TRAIN:-block_weights}          # block_weights, scales, all
 OUT=${OUT:-out/rounds}                 # written: OUT/pruned_1, OUT/recovered_1, …; the last OUT/recovered_N is the result
 NUM_SAMPLES=${NUM_SAMPLES:-128} SEQLEN=${SEQLEN:-2048} NPROC=${NPROC:-1}
@@ -23,7 +23,7 @@ pushd "$root" > /dev/null
 make_venv requirements.txt
 smoke=()
 if smoke_mode "$@"; then
-    NUM_SAMPLES=8 SEQLEN=64 smoke=(--smoke)
+    NUM_SAMPLES=8 SEQLEN=64 TOKENS=384 smoke=(--smoke)
     if [ -z "$MODEL" ] || [ -z "$DATA" ] || [ -z "$TEXT" ] || [ -z "$EVAL" ]; then
         smoke_inputs
         MODEL=${MODEL:-$smoke_model} EVAL=${EVAL:-wiki=$smoke_data/evaluation.txt}
@@ -39,11 +39,12 @@ share=$("$root/.venv/bin/python" -c "print(f'{1 - (1 - $RATIO) ** (1 / $ROUNDS):
 mkdir -p "$OUT"
 current=$MODEL
 for round in $(seq "$ROUNDS"); do
+    skipped=$("$root/.venv/bin/python" -c "print(($round - 1) * int(float('$TOKENS')))")
     (cd "$root" && .venv/bin/python model_slimming.py "$current" "${data[@]}" --num_samples "$NUM_SAMPLES" \
         --seqlen "$SEQLEN" --seed "$round" --target_ratio "$share" --allocation log_increase --skip_evaluate \
         --save_pruned_weights --save_dir "$OUT/pruned_$round" --resume $FLAGS 2>&1 | tee -i "$OUT/pruned_$round.log")
     # Assignments before a command see the ones to their left.
     DENSE=$MODEL MODEL="$OUT/pruned_$round/pruned_weights" TEXT=$TEXT TOKENS=$TOKENS TRAIN=$TRAIN EVAL=$EVAL \
-        NPROC=$NPROC FLAGS="" OUT="$OUT/recovered_$round" bash "$root/scripts/recover.sh" "${smoke[@]}"
+        NPROC=$NPROC FLAGS="--skip_train_tokens $skipped" OUT="$OUT/recovered_$round" bash "$root/scripts/recover.sh" "${smoke[@]}"
     current=$OUT/recovered_$round
 done

@@ -107,6 +107,9 @@ class DataArguments:
         },
     )
     max_train_tokens: float = field(default=1e6, metadata={"help": "tokens of --train_text to train on"})
+    skip_train_tokens: float = field(
+        default=0, metadata={"help": "tokens of --train_text to leave out, those that earlier rounds trained on"}
+    )
     max_length: int = field(
         default=512, metadata={"help": "tokens per sample, or per window of text; longer samples are truncated"}
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,6 +105,8 @@ def check_data_args(data: DataArguments) -> None:
             raise UserError("--train_text and --data_path exclude each other; leave one out")
         if not data.max_train_tokens >= data.max_length:
             raise UserError(f"--max_train_tokens {data.max_train_tokens:g}: at least --max_length {data.max_length}")
+        if not 0 <= data.skip_train_tokens < math.inf:
+            raise UserError(f"--skip_train_tokens {data.skip_train_tokens:g}: not a number of tokens; 0 skips none")
         for spec in data.train_text:
             parse_text_source(spec)
     if any(seqlen < 2 for seqlen in data.eval_seqlens or ()):

@@ -61,12 +61,24 @@ class TextSettings:
         max_tokens: tokens of all training windows.
         val_windows: held-out windows.
         bos: id of the first token of every window; ``None`` for none.
+        skipped_tokens: tokens of the training windows that earlier runs trained on, before those of this run.
     """
 
     length: int
     max_tokens: float
     val_windows: int
     bos: int | None
+    skipped_tokens: float = 0
+
+    @property
+    def train_windows(self) -> int:
+        """Windows to train on."""
+        return max(1, int(self.max_tokens // self.length))
+
+    @property
+    def total_windows(self) -> int:
+        """Windows to read: held-out ones, those of earlier runs, and those to train on."""
+        return self.val_windows + int(self.skipped_tokens // self.length) + self.train_windows
 
 
 @dataclass
@@ -153,7 +165,7 @@ def _file_state(source: TextSource) -> list[int]:
 
 
 def _split(folder: Path, settings: TextSettings, key: str) -> FinetuneData:
-    """The windows in ``folder``: the first ones are held out."""
+    """The windows in ``folder``: the first ones are held out, the last ones are trained on."""
     import datasets
 
     counts = [SourceWindows(**entry) for entry in json.loads((folder / COUNTS_FILE).read_text(encoding="utf-8"))]
@@ -167,7 +179,9 @@ def _split(folder: Path, settings: TextSettings, key: str) -> FinetuneData:
             f"{settings.val_windows} of them held out; give more text, or lower --max_length or --val_dataset_size"
         )
     validation = windows.select(range(settings.val_windows)) if settings.val_windows else None
-    train = windows.select(range(settings.val_windows, len(windows)))
+    # If the text is used up, windows of earlier runs fill the rest.
+    first = max(settings.val_windows, len(windows) - settings.train_windows)
+    train = windows.select(range(first, len(windows)))
     return FinetuneData(train, validation, names, skipped, key)
 
 
@@ -188,7 +202,7 @@ def _write_windows(
     """Write the windows of all texts, alternating by weight, and their numbers to ``folder``."""
     import pyarrow
 
-    total = settings.val_windows + max(1, int(settings.max_tokens // settings.length))
+    total = settings.total_windows
     counts = [
         SourceWindows(source.name, count, 0, {}) for source, count in zip(sources, _shares(sources, total), strict=True)
     ]
@@ -196,7 +210,7 @@ def _write_windows(
     kinds = {"input_ids": pyarrow.int32(), "attention_mask": pyarrow.int8(), "labels": pyarrow.int32()}
     schema = pyarrow.schema([(name, pyarrow.list_(kind)) for name, kind in kinds.items()])
     progress = tqdm(
-        _alternating(streams, counts), total=total, desc="tokenise", unit="window", disable=None, leave=False
+        _alternating(streams, counts, sources), total=total, desc="tokenise", unit="window", disable=None, leave=False
     )
     path = str(folder / WINDOWS_FILE)
     with closing(progress), pyarrow.OSFile(path, "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
@@ -246,11 +260,13 @@ def _accepted(
             entry.skipped[overlap] = entry.skipped.get(overlap, 0) + 1
 
 
-def _alternating(streams: Sequence[Iterator[np.ndarray]], counts: Sequence[SourceWindows]) -> Iterator[np.ndarray]:
-    """The windows of all texts in proportion, so that the first ones are a sample of the mixture."""
+def _alternating(
+    streams: Sequence[Iterator[np.ndarray]], counts: Sequence[SourceWindows], sources: Sequence[TextSource]
+) -> Iterator[np.ndarray]:
+    """The windows of all texts by weight: the first ones are a sample of the mixture, the same ones for every total."""
     alive = dict(enumerate(streams))
     while alive:
-        index = min(alive, key=lambda index: (counts[index].windows + 1) / max(counts[index].wanted, 1))
+        index = min(alive, key=lambda index: (counts[index].windows + 1) / sources[index].weight)
         window = next(alive[index], None)
         if window is None:
             del alive[index]

@@ -66,6 +66,7 @@ def test_recipe_prune_in_rounds_on_a_tiny_model_has_the_dense_model_as_teacher(c
     for number in (1, 2):
         record = json.loads((tmp_path / "out" / f"recovered_{number}" / "run.json").read_text())
         assert record["arguments"]["distill_from"] == str(checkpoint)
+        assert record["arguments"].get("skip_train_tokens", 0) == (number - 1) * 384
         assert record["arguments"]["model_name_or_path"].endswith(f"pruned_{number}/pruned_weights")
     steps = json.loads((tmp_path / "out" / "recovered_2" / "slimgpt.json").read_text())["steps"]
     assert [step["kind"] for step in steps] == ["pruning", "recovery"] * 2

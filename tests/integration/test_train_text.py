@@ -133,6 +133,8 @@ def test_parse_args_with_train_text_sets_the_defaults_of_text(slim, text_argv):
         (["--data_path", "x.json"], "--train_text and --data_path exclude each other"),
         (["--max_train_tokens", 31], "--max_train_tokens 31: at least --max_length 32"),
         (["--max_train_tokens", "nan"], "--max_train_tokens nan: at least"),
+        (["--skip_train_tokens", -1], "--skip_train_tokens -1: not a number of tokens; 0 skips none"),
+        (["--skip_train_tokens", "inf"], "--skip_train_tokens inf: not a number of tokens"),
         (["--train", "scales", "--use_lora", "true"], "--use_lora true and --train scales exclude each other"),
         (["--train", "heads"], "--train: invalid choice"),
         (["--stop_on_held_out", "true", "--val_dataset_size", 0], "--stop_on_held_out true: nothing is held out"),

@@ -18,8 +18,10 @@ from train_utils.packed_text import TextSettings, TextSource, load_text_data, pa
 EOS, BOS = 2, 1
 
 
-def settings(length: int = 8, max_tokens: float = 1e9, val_windows: int = 0, bos: int | None = None) -> TextSettings:
-    return TextSettings(length, max_tokens, val_windows, bos)
+def settings(
+    length: int = 8, max_tokens: float = 1e9, val_windows: int = 0, bos: int | None = None, skipped_tokens: float = 0
+) -> TextSettings:
+    return TextSettings(length, max_tokens, val_windows, bos, skipped_tokens)
 
 
 def write_documents(path: Path, texts: list[str]) -> TextSource:
@@ -67,6 +69,25 @@ def test_load_text_data_of_a_mixture_alternates_by_weight(tmp_path, tokenizer):
     # Every part of the windows is a sample of the mixture.
     assert all(abs(kinds[:count].count(3) - 0.75 * count) < 2 for count in range(25))
     assert data.sources == [first.name, second.name]
+
+
+def test_load_text_data_of_skipped_tokens_goes_on_after_those_of_an_earlier_run(tmp_path, tokenizer, caplog):
+    sources = [
+        write_documents(tmp_path / name, [random_text(600, seed)]) for name, seed in (("a.jsonl", 0), ("b.jsonl", 1))
+    ]
+    sources = [TextSource(source.name, weight) for source, weight in zip(sources, (0.7, 0.3), strict=True)]
+    whole = load(tokenizer, *sources, max_tokens=30 * 8, val_windows=3)
+    parts = [
+        load(tokenizer, *sources, max_tokens=10 * 8, val_windows=3, skipped_tokens=count * 8) for count in (0, 10, 20)
+    ]
+    assert [window for part in parts for window in part.train["input_ids"]] == whole.train["input_ids"][:]
+    assert all(part.validation["input_ids"][:] == whole.validation["input_ids"][:] for part in parts)
+    assert len({part.sha256 for part in parts}) == 3
+    # Where the text is used up, its last windows are trained on.
+    end = load(tokenizer, *sources, max_tokens=10 * 8, val_windows=3, skipped_tokens=1e5)
+    everything = load(tokenizer, *sources, val_windows=3).train["input_ids"][:]
+    assert len(end.train) == 10 and end.train["input_ids"][:] == everything[-10:]
+    assert "the text is used up" in caplog.text
 
 
 def test_load_text_data_of_a_short_text_goes_on_with_the_others(tmp_path, tokenizer, caplog):
