@@ -58,7 +58,10 @@ RECOVERIES: dict[str, dict[str, Any]] = {
     "KL, LoRA": {"--train": "lora"},
     "KL, block weights": {"--train": "block_weights"},
     "KL, scales": {"--train": "scales"},
+    "KL, block weights, two rounds": {"--train": "block_weights"},
 }
+# Recovery on half of the tokens before the model is pruned to its share and recovered on the other half.
+TWO_ROUNDS = {"KL, block weights, two rounds": "KL, block weights"}
 
 
 class Key(NamedTuple):
@@ -118,20 +121,31 @@ def alpaca_rows(args: argparse.Namespace, num_tokens: int) -> Path:
     return path
 
 
-def prune(args: argparse.Namespace, method: str, share: float) -> Path:
-    """Folder of the pruned model; the model itself for the method ``dense``."""
+def prune(args: argparse.Namespace, method: str, share: float, model: Path | None = None) -> Path:
+    """Folder of the pruned ``model`` (default: the dense one); the dense model itself for the method ``dense``."""
     if method == DENSE:
         return Path(args.model)
-    folder = args.work_dir / f"{method}_{share:g}"
+    folder = args.work_dir / (f"{method}_{share:g}" if model is None else f"{model.name}_{method}_{share:g}")
     if not is_finished(folder):
         flags = {"--data_file": args.calib_file, "--num_samples": NUM_SAMPLES, "--seqlen": SEQLEN}
         flags |= {"--target_ratio": share, "--save_dir": folder}
         switches = ["--skip_evaluate", "--save_pruned_weights", "--overwrite"]
-        run("model_slimming.py", args.model, *flag_list(flags), *METHODS[method], *switches)
+        run("model_slimming.py", model or args.model, *flag_list(flags), *METHODS[method], *switches)
     return folder / "pruned_weights"
 
 
-def train(args: argparse.Namespace, specs: list[str], base: Path, key: Key) -> Path:
+def train_in_rounds(args: argparse.Namespace, specs: list[str], key: Key) -> list[Path]:
+    """Output folders of the training; of both rounds, if there are two, which remove the same share of what is left."""
+    if key.recovery not in TWO_ROUNDS:
+        return [train(args, specs, prune(args, key.method, key.share), key)]
+    share, tokens = 1 - (1 - key.share) ** 0.5, key.tokens // 2
+    first_key = key._replace(share=share, recovery=TWO_ROUNDS[key.recovery], tokens=tokens)
+    first = train(args, specs, prune(args, key.method, share), first_key)
+    base = prune(args, key.method, share, first)
+    return [first, train(args, specs, base, key._replace(tokens=tokens), skipped_tokens=tokens)]
+
+
+def train(args: argparse.Namespace, specs: list[str], base: Path, key: Key, skipped_tokens: int = 0) -> Path:
     """Output folder of the training of ``base``."""
     recovery, tokens, rate = key.recovery, key.tokens, key.learning_rate
     name = f"{key.method}_{key.share:g}_{recovery.replace(', ', '_').replace(' ', '_')}_{tokens}"
@@ -146,7 +160,8 @@ def train(args: argparse.Namespace, specs: list[str], base: Path, key: Key) -> P
     if recovery == ALPACA:
         run("model_finetune.py", *flag_list(flags), "--data_path", alpaca_rows(args, tokens))
         return folder
-    flags |= {"--max_train_tokens": tokens} | ({"--distill_from": args.model} if recovery.startswith("KL") else {})
+    flags |= {"--max_train_tokens": tokens, "--skip_train_tokens": skipped_tokens}
+    flags |= {"--distill_from": args.model} if recovery.startswith("KL") else {}
     run("model_finetune.py", *flag_list(flags), "--train_text", *args.train_text)
     return folder
 
@@ -155,17 +170,19 @@ def measure(args: argparse.Namespace, specs: list[str], *values: Any) -> Row:
     """The row of a key with these ``values``: perplexities of a model, and what its training cost."""
     key = Key(*values)
     row: Row = key._asdict()
-    model = prune(args, key.method, key.share)
     if key.recovery == NONE:
+        model = prune(args, key.method, key.share)
         tokenizer, loaded = load_tokenizer(args.model, False), load_model(str(model), "auto", False)
         windows = load_eval_sets(specs, tokenizer, [EVAL_SEQLEN], num_positions(loaded.config))
         entries = evaluate(loaded, windows)
     else:
-        folder = train(args, specs, model, key)
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        folders = train_in_rounds(args, specs, key)
+        records = [json.loads((folder / "run.json").read_text(encoding="utf-8")) for folder in folders]
+        record, folder = records[-1], folders[-1]
         entries, fused = record["perplexity"]["after"], folder / "lora_fused_model"
         model = fused if fused.is_dir() else folder
-        row |= {key: record[key] for key in ("training_seconds", "trained_parameters", "peak_memory_mib", "data")}
+        row |= {name: record[name] for name in ("trained_parameters", "peak_memory_mib", "data")}
+        row["training_seconds"] = sum(record["training_seconds"] for record in records)
         row["data"]["sources"] = [Path(source).name for source in row["data"]["sources"]]
         for name, metric in (("loss", "loss"), ("held_out", "eval_validation_loss")):
             row[name] = [[entry["step"], entry[metric]] for entry in record["log"] if metric in entry]

@@ -1,11 +1,37 @@
 """Rows and table of the recovery benchmark."""
 
 import math
+from pathlib import Path
 
-from benchmarks.bench_recovery import ALPACA, NONE, build_parser, row_keys, table
+import pytest
+
+from benchmarks.bench_recovery import ALPACA, NONE, TWO_ROUNDS, Key, build_parser, row_keys, table, train_in_rounds
 
 REQUIRED = ["model", "--calib_file", "c", "--train_text", "t", "--alpaca_file", "a", "--eval_files", "e=e"]
 REQUIRED += ["--work_dir", "w", "--out", "o"]
+
+
+def test_train_in_rounds_prunes_what_is_left_and_goes_on_in_the_text(tmp_path, monkeypatch):
+    commands = []
+
+    def run(script, *argv):
+        commands.append([script, *map(str, argv)])
+        folder = Path(commands[-1][commands[-1].index("--save_dir" if "slimming" in script else "--output_dir") + 1])
+        folder.mkdir()
+        (folder / "run.json").write_text("{}")
+
+    monkeypatch.setattr("benchmarks.bench_recovery.run", run)
+    flags = ["--calib_file", "a", "--train_text", "b", "--eval_files", "c=c", "--work_dir", tmp_path, "--out", "out"]
+    args = build_parser().parse_args(["dense", *map(str, flags)])
+    (recovery,) = TWO_ROUNDS
+    folders = train_in_rounds(args, ["c=c"], Key("best", 0.5, recovery, 1000, None))
+    prunings, trainings = commands[::2], commands[1::2]
+    shares = [float(command[command.index("--target_ratio") + 1]) for command in prunings]
+    assert shares == pytest.approx([1 - 0.5**0.5] * 2)
+    assert [command[1] for command in prunings] == ["dense", str(folders[0])]
+    assert [command[command.index("--skip_train_tokens") + 1] for command in trainings] == ["0", "500"]
+    assert all(command[command.index("--max_train_tokens") + 1] == "500" for command in trainings)
+    assert [command[command.index("--output_dir") + 1] for command in trainings] == list(map(str, folders))
 
 
 def test_row_keys_begin_with_the_models_without_recovery():
@@ -13,7 +39,7 @@ def test_row_keys_begin_with_the_models_without_recovery():
     models = [("paper", 0.2), ("paper", 0.5), ("best", 0.2), ("best", 0.5), ("dense", 0.0)]
     assert keys[:5] == [(*model, NONE, 0, None) for model in models]
     assert [key[3] for key in keys[5:]] == sorted(key[3] for key in keys[5:])
-    assert len(set(keys)) == len(keys) == 5 + 2 * (4 * 5 + 2)
+    assert len(set(keys)) == len(keys) == 5 + 2 * (4 * 6 + 2)
     # A dense model is not distilled from itself.
     assert {key[2] for key in keys if key[0] == "dense"} == {NONE, ALPACA, "cross-entropy, block weights"}
 
