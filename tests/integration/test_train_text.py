@@ -8,11 +8,12 @@ from safetensors.torch import load_file
 
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import load_model, load_tokenizer
+from slim_utils.text_mixture import TextSource
 from tests.conftest import random_text
 from tests.integration.finetuning import logits, losses, main, run
 from train_utils.finetune_args import TrainingArguments, parse_args
-from train_utils.packed_text import TextSettings, TextSource, load_text_data
-from train_utils.text_defaults import TEXT_DEFAULTS, TEXT_LEARNING_RATES
+from train_utils.packed_text import TextSettings, load_text_data
+from train_utils.text_defaults import TEXT_DEFAULTS, TEXT_LEARNING_RATES, with_text_defaults
 
 
 @pytest.fixture
