@@ -128,6 +128,27 @@ def test_parse_args_with_train_text_sets_the_defaults_of_text(slim, text_argv):
 
 
 @pytest.mark.parametrize(
+    ("in_bf16", "flags", "expected"),
+    [
+        (True, [], ["--bf16", "true"]),
+        (False, [], []),
+        (True, ["--bf16", "false"], []),
+        (True, ["--fp16=true"], []),
+        (True, ["--use_cpu", "true"], []),
+    ],
+)
+def test_train_text_on_a_gpu_with_bf16_is_in_mixed_precision(in_bf16, flags, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: in_bf16)
+    argv = ["--train_text", "c4", *flags]
+    words = with_text_defaults(argv)
+    assert words[len(words) - len(argv) :] == argv
+    defaults = words[: len(words) - len(argv)]
+    assert (defaults[-2:] if "--bf16" in defaults else []) == expected
+    assert with_text_defaults(flags) == flags
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--train_text", "none.txt"], "--train_text none.txt: no such file"),
