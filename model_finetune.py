@@ -40,13 +40,14 @@ from slim_utils.common.ngrams import NgramSample
 from slim_utils.common.output_folder import RUN_FILE, output_lock
 from slim_utils.output.provenance import calibration_ngrams, read_model_units, read_provenance
 from slim_utils.profiling.tables import side_by_side
+from slim_utils.text_mixture import parse_text_source
 from train_utils.finetune_args import FinetuneArguments, parse_args
 from train_utils.finetune_dataset import (
     FinetuneData,
     SampleSettings,
     load_finetune_data,
 )
-from train_utils.packed_text import TextSettings, load_text_data, parse_text_source
+from train_utils.packed_text import FLAG, TextSettings, load_text_data
 from train_utils.prompts import NO_TEMPLATE, check_tokenizer
 from train_utils.run_folder import install_result, open_run_folder
 
@@ -77,7 +78,7 @@ def load_samples(
         calibration_bos(tokenizer, data.bos),
         data.skip_train_tokens,
     )
-    sources = [parse_text_source(spec) for spec in data.train_text]
+    sources = [parse_text_source(FLAG, spec) for spec in data.train_text]
     return load_text_data(sources, tokenizer, text_settings, excluded, cache)
 
 

@@ -18,12 +18,14 @@ import hashlib
 import logging
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppl_eval.ppl_dataset import EVAL_SPLITS, EvalSets, load_eval_sets, name_eval_sets
 from ppl_eval.streamed_eval import evaluate_layers, evaluate_on
 from slim_utils.allocation.planner import has_experts
+from slim_utils.allocation.targets import target_record
 from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.cli.slimming_args import (
     add_budget_flags,
@@ -181,8 +183,9 @@ def prepare_inputs(config: PruningConfig) -> RunInputs:
     if config.save_dir:
         provenance = read_provenance(config.model_path, model_config, config.trust_remote_code)
         units = read_model_units(config.model_path, model_config, provenance)
-    texts = calibration_texts(config)
-    data = load_calibration(texts, tokenizer, config.num_samples, config.seqlen, config.seed, config.bos)
+    sources = calibration_texts(config)
+    texts, weights = [source.name for source in sources], [source.weight for source in sources]
+    data = load_calibration(texts, tokenizer, config.num_samples, config.seqlen, config.seed, config.bos, weights)
     config = replace(config, sink_windows=num_sink_windows(config, data.bos))
     specs = [] if config.skip_evaluate else config.eval_datasets
     eval_sets = load_eval_sets(specs, tokenizer, config.eval_seqlens, num_positions(model_config), config.bos)
@@ -218,7 +221,9 @@ def save_and_evaluate(inputs: RunInputs, host: ResidentModel, pruned: PrunedMode
     if inputs.table and pruned.plan.latency:
         record.latency = {"of": config.latency_workload, **pruned.plan.latency, "table": inputs.table.to_json()}
     if config.save_dir:
-        write_output(save_dir, pruned.output, inputs.tokenizer, inputs.units, masks, record)
+        counted = config.target_size and not inputs.table
+        count_target = partial(target_record, config, host.model.config) if counted else None
+        write_output(save_dir, pruned.output, inputs.tokenizer, inputs.units, masks, record, count_target)
         logger.info("saved %s", config.save_dir)
     if inputs.eval_sets:
         with note_saved_output(config.save_dir):

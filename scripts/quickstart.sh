@@ -32,6 +32,11 @@ while [ $# -gt 0 ]; do
         --recover) recover=$2 ;;
         *) echo "quickstart.sh: error: unknown flag $1 (see the head of the script)" >&2; exit 2 ;;
     esac
+    # The training comes last.
+    if [ "$1" = --recover ] && ! { [[ $2 =~ ^[0-9.]+(e[0-9]+)?$ ]] && awk -v tokens="$2" 'BEGIN { exit tokens + 0 < 512 }'; }; then
+        echo "quickstart.sh: error: --recover $2: give a number of tokens, at least 512" >&2
+        exit 2
+    fi
     shift 2
 done
 # Paths are relative to the caller's folder.

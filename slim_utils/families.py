@@ -44,6 +44,7 @@ __all__ = [
     "PLUGIN_FAMILIES",
     "QKV",
     "SERVED_FAMILIES",
+    "SERVED_MIXTURES",
     "SHARED_COLUMNS",
     "Family",
     "LayerShape",
@@ -57,10 +58,12 @@ __all__ = [
 UNKNOWN_TYPE_ADVICE = "; docs/families.md lists all, and --family_like of model_slimming.py tries the layout of another"
 # Families tested with per-layer shapes in vLLM's Transformers backend.
 SERVED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# Mixtures tested as stock checkpoints with fewer experts in vLLM.
+SERVED_MIXTURES = ("mixtral", "qwen3_moe")
 # Those of the vLLM plugin.
 PLUGIN_FAMILIES = (
     *SERVED_FAMILIES,
-    *("gemma2", "gemma3_text", "phi3", "granite", "olmo2", "olmo3", "smollm3", "mixtral", "qwen3_moe"),
+    *("gemma", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "olmo3", "smollm3", "mixtral", "qwen3_moe"),
 )
 
 

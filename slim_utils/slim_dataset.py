@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slim_utils.common.bos import calibration_bos, with_bos
 from slim_utils.common.errors import UserError
+from slim_utils.text_mixture import shares
 from slim_utils.text_source import (
     CALIBRATION_DATASETS,
     file_documents,
@@ -89,33 +90,34 @@ def load_calibration(
     seqlen: int,
     seed: int,
     bos: str = "auto",
+    weights: Sequence[float] = (),
 ) -> CalibrationData:
     """Return random windows of the texts, which are read as far as needed and tokenised without special tokens.
 
     Args:
-        texts: local files (see ``file_documents``) and names of ``CALIBRATION_DATASETS``. Each text contributes the
-            same number of samples, the first ones one more if the number does not divide; the samples alternate.
+        texts: local files (see ``file_documents``) and names of ``CALIBRATION_DATASETS``; their samples alternate.
         tokenizer: the model's tokenizer.
         num_samples: samples to draw.
         seqlen: tokens of a sample, including its BOS.
         seed: seed of the draw.
         bos: whether every sample starts with a BOS, one of ``BOS_POLICIES``.
+        weights: relative numbers of samples of the texts (default: equal ones).
 
     Raises:
-        UserError: if a text cannot be read or has too few tokens, or there are fewer samples than texts.
+        UserError: if a text cannot be read or has too few tokens, or has no sample by its weight.
     """
-    if num_samples < len(texts):
-        raise UserError(f"--num_samples {num_samples}: fewer than the {len(texts)} calibration texts")
     bos_id = calibration_bos(tokenizer, bos)
+    counts = shares(weights or [1.0] * len(texts), num_samples)
+    if 0 in counts:
+        raise UserError(f"--num_samples {num_samples}: no sample of {texts[counts.index(0)]} by its weight; raise it")
     sources, draws = [], []
-    for index, text in enumerate(texts):
-        count = num_samples // len(texts) + (index < num_samples % len(texts))
+    for text, count in zip(texts, counts, strict=True):
         tokens = tokenize(tokenizer, calibration_text(text, count * seqlen), add_special_tokens=False)
         sources.append(CalibrationSource(str(text), len(tokens), count))
         draws.append(random_windows(tokens, count, seqlen, seed, str(text)))
-    # Alternating, so that the first few samples cover all texts.
-    turns = [window for turn in zip_longest(*draws) for window in turn if window is not None]
-    samples = with_bos(torch.stack(turns), bos_id)
+    # Alternating in proportion, so that the first few samples cover all texts.
+    turns = [((at + 0.5) / len(draw), window) for draw in draws for at, window in enumerate(draw)]
+    samples = with_bos(torch.stack([window for _, window in sorted(turns, key=itemgetter(0))]), bos_id)
     digest = hashlib.sha256(samples.numpy().astype("<i8").tobytes()).hexdigest()
     return CalibrationData(samples, sources, bos_id is not None, digest)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from slim_utils.common.errors import UserError
 from slim_utils.common.ngrams import NgramSample
+from slim_utils.text_mixture import TextSource, shares
 from slim_utils.text_source import file_pieces, hub_documents, names_file
 from train_utils.finetune_dataset import FinetuneData, fingerprint, write_cache
 
@@ -37,19 +37,6 @@ FLAG = "--train_text"
 WINDOWS_FILE, COUNTS_FILE = "windows.arrow", "counts.json"
 # Windows of one record batch of the file.
 BATCH = 256
-
-
-@dataclass(frozen=True)
-class TextSource:
-    """A text and its weight in the mixture.
-
-    Attributes:
-        name: local file, key of ``HUB_SOURCES``, or hub name of a data set with a column of text.
-        weight: relative number of windows.
-    """
-
-    name: str
-    weight: float
 
 
 @dataclass(frozen=True)
@@ -96,28 +83,6 @@ class SourceWindows:
     wanted: int
     windows: int
     skipped: dict[str, int]
-
-
-def parse_text_source(spec: str) -> TextSource:
-    """Return the text and weight of ``spec``: ``NAME``, ``FILE``, ``NAME:WEIGHT`` or ``FILE:WEIGHT``.
-
-    Raises:
-        UserError: if the weight is not a positive number, or a local file does not exist.
-    """
-    name, colon, weight = spec.rpartition(":")
-    source = TextSource(spec, 1.0)
-    if colon and not Path(spec).is_file():
-        try:
-            source = TextSource(name, float(weight))
-        except ValueError:
-            raise UserError(
-                f"{FLAG} {spec}: the weight {weight} is not a number; give NAME:WEIGHT or FILE:WEIGHT"
-            ) from None
-    if not (source.weight > 0 and math.isfinite(source.weight)):
-        raise UserError(f"{FLAG} {spec}: the weight must be positive")
-    if names_file(source.name) and not Path(source.name).expanduser().is_file():
-        raise UserError(f"{FLAG} {source.name}: no such file")
-    return source
 
 
 def load_text_data(
@@ -203,9 +168,8 @@ def _write_windows(
     import pyarrow
 
     total = settings.total_windows
-    counts = [
-        SourceWindows(source.name, count, 0, {}) for source, count in zip(sources, _shares(sources, total), strict=True)
-    ]
+    parts = shares([source.weight for source in sources], total)
+    counts = [SourceWindows(source.name, count, 0, {}) for source, count in zip(sources, parts, strict=True)]
     streams = [_accepted(_windows(documents(entry.name), tokenizer, settings), entry, excluded) for entry in counts]
     kinds = {"input_ids": pyarrow.int32(), "attention_mask": pyarrow.int8(), "labels": pyarrow.int32()}
     schema = pyarrow.schema([(name, pyarrow.list_(kind)) for name, kind in kinds.items()])
@@ -218,13 +182,6 @@ def _write_windows(
             ids = rows.tolist()
             writer.write_batch(pyarrow.record_batch([ids, np.ones_like(rows).tolist(), ids], schema=schema))
     (folder / COUNTS_FILE).write_text(json.dumps([asdict(entry) for entry in counts]), encoding="utf-8")
-
-
-def _shares(sources: Sequence[TextSource], total: int) -> list[int]:
-    """Windows of every text; their sum is ``total``."""
-    weights = np.array([source.weight for source in sources])
-    ends = np.rint(np.cumsum(weights) / weights.sum() * total).astype(int)
-    return np.diff(ends, prepend=0).tolist()
 
 
 def documents(name: str) -> Iterator[str]:

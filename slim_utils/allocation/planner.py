@@ -26,7 +26,7 @@ from slim_utils.allocation.latency_target import LatencyTarget, latency_target_o
 from slim_utils.allocation.refinement import measure_around, refined_plans
 from slim_utils.allocation.schedules import layer_range, layer_ratios, non_uniform_ratios
 from slim_utils.allocation.sensitivity import LayerSensitivity, loss_curves, max_removable, measure
-from slim_utils.allocation.targets import Allocate, Target, target_of
+from slim_utils.allocation.targets import Allocate, Target, share_text, target_of
 from slim_utils.common.errors import UserError
 from slim_utils.families import LayerShape, find_family, layer_shapes
 from slim_utils.layerwise.device_defaults import CPU_TOKENS_PER_FORWARD, resolve_solve_dtype
@@ -200,9 +200,9 @@ class Planner:
             self._log_experts(masks)
         self._alignment.warn_of_unaligned(masks, self.settings)
         if self.target.dense:
-            size = self.target.dense - self.target.removed(self.target.counts(plans))
-            share = size / self.target.dense
-            logger.info("target: %s, %.4f of the model's", self.target.describe(size), share)
+            dense, requested = self.target.dense, self.target.dense - self.target.budget
+            size = dense - self.target.removed(self.target.counts(plans))
+            logger.info("target: %s", share_text(self.target.describe(size), size, requested, dense))
         return masks
 
     def _log_experts(self, masks: list[LayerMask]) -> None:

@@ -6,11 +6,12 @@ Every count here is linear in the removed units of a layer, so that one allocati
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -26,6 +27,8 @@ from slim_utils.routers import active_by_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 _BYTES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _COUNTS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -221,6 +224,29 @@ def measured_size(config: PruningConfig, model_config: PreTrainedConfig) -> floa
     return stats.weight_bytes + sum(
         layer.kv_cache_bytes * count for layer, count in zip(stats.layers, tokens, strict=True)
     )
+
+
+def target_record(
+    config: PruningConfig, dense_config: PreTrainedConfig, pruned_config: PreTrainedConfig
+) -> dict[str, Any]:
+    """Return the size of the dense model, the requested and the achieved one, and log them.
+
+    Args:
+        config: flags of the run, with a target in multiply-accumulates or bytes.
+        dense_config: configuration of the model before pruning.
+        pruned_config: that of the saved pruned model, which is counted.
+    """
+    assert config.target_size is not None
+    flag, text = config.target_size
+    dense, achieved = (measured_size(config, model_config) for model_config in (dense_config, pruned_config))
+    requested = parse_size(flag, text).of(dense)
+    logger.info("pruned model: %s", share_text(size_text(config, achieved), achieved, requested, dense))
+    return {"flag": flag, "dense": dense, "requested": requested, "achieved": achieved}
+
+
+def share_text(size_text: str, size: float, requested: float, dense: float) -> str:
+    """Return ``size_text`` with the share of the dense model's size, and the requested share."""
+    return f"{size_text}, {size / dense:.4f} of the model's (requested: {requested / dense:.4f})"
 
 
 def size_text(config: PruningConfig, size: float) -> str:

@@ -32,8 +32,8 @@ def add_calibration_flags(group: argparse._ArgumentGroup) -> None:
         "--data_file",
         nargs="+",
         metavar="FILE",
-        help="local calibration text: txt, json[l], csv, tsv, parquet; several files or data sets contribute the "
-        "same number of samples each",
+        help="local calibration text: txt, json[l], csv, tsv, parquet; several files or data sets (FILE:WEIGHT or "
+        "NAME:WEIGHT) contribute samples in proportion to their weights, 1 if left out",
     )
     group.add_argument("--num_samples", type=int, help="number of calibration samples (default: %(default)s)")
     group.add_argument("--seqlen", type=int, help="tokens per calibration sample (default: %(default)s)")

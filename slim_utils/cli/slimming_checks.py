@@ -19,6 +19,7 @@ from slim_utils.common.loading import choose_device, choose_local_device, is_mul
 from slim_utils.layerwise.distributed import launched_processes
 from slim_utils.layerwise.resume import LayerStore
 from slim_utils.pruning_config import BEST_COLUMN_GROUP, BEST_SINK_WINDOWS, SENSITIVITY, TARGET_FLAGS, PruningConfig
+from slim_utils.text_mixture import TextSource, parse_text_source
 from slim_utils.text_source import CALIBRATION_DATASETS
 
 if TYPE_CHECKING:
@@ -32,19 +33,20 @@ SENSITIVITY_NEEDS = {"stream": "the whole model in memory", "no_compensate": "co
 FALLBACK_ALLOCATION = "log_increase"
 
 
-def calibration_texts(config: PruningConfig) -> list[str]:
-    """Files and data sets that the calibration samples are drawn from.
+def calibration_texts(config: PruningConfig) -> list[TextSource]:
+    """Files and data sets that the calibration samples are drawn from, with their weights.
 
     Raises:
-        UserError: if none is given, or one is neither a file nor a data set.
+        UserError: if none is given, one is neither a file nor a data set, or a weight is not a positive number.
     """
-    texts = config.data_file or ([config.dataset] if config.dataset else [])
-    if not texts:
+    specs = config.data_file or ([config.dataset] if config.dataset else [])
+    if not specs:
         raise UserError(f"give a data set ({', '.join(CALIBRATION_DATASETS)}) or --data_file FILE")
-    for text in config.data_file or ():
-        if not Path(text).is_file() and text not in CALIBRATION_DATASETS:
-            raise UserError(f"--data_file {text}: neither a file nor one of {', '.join(CALIBRATION_DATASETS)}")
-    return texts
+    sources = [parse_text_source("--data_file", spec) for spec in specs]
+    for source in sources:
+        if not Path(source.name).is_file() and source.name not in CALIBRATION_DATASETS:
+            raise UserError(f"--data_file {source.name}: neither a file nor one of {', '.join(CALIBRATION_DATASETS)}")
+    return sources
 
 
 def num_sink_windows(config: PruningConfig, bos: bool) -> int:
@@ -276,7 +278,7 @@ def check_save_dir(config: PruningConfig) -> None:
     inputs: dict[str, Iterable[str | Path | None]] = {"--profile": [config.profile]}
     inputs["MODEL"] = merged_models(config.model_path)
     inputs |= {"--latency_file": [config.latency_file]}
-    inputs |= {"--data_file": config.data_file or [], "--eval_datasets": texts}
+    inputs |= {"--data_file": [source.name for source in calibration_texts(config)], "--eval_datasets": texts}
     check_inputs_outside(folder, "--save_dir", inputs)
 
 

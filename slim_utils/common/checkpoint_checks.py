@@ -16,7 +16,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from models.wrappers import OTHER_PARTS
@@ -32,11 +32,10 @@ logger = logging.getLogger(__name__)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Prefixes of torch.compile, which may also wrap submodules, and of DistributedDataParallel.
 _WRAPPER_PREFIXES = {r"^(?:_orig_mod\.|module\.)+": "", r"\._orig_mod\.": "."}
-# Unused tensors that may accompany a model: multi-token prediction, a value head, buffers that the library recomputes
-# (frequencies, positions, causal masks). Other tensors that the library ignores are not reported.
-_HARMLESS = re.compile(
-    r"(^|\.)(mtp|v_head)\.|\.(inv_freq|masked_bias|position_ids)$|\.h\.\d+\.attn\.(bias|causal_mask)$"
-)
+# Buffers that the library recomputes: frequencies, positions, causal masks.
+_BUFFERS = r"\.(inv_freq|masked_bias|position_ids)$|(^|\.)h\.\d+\.attn\.(bias|causal_mask)$"
+# Unused tensors that may accompany a model: multi-token prediction, a value head, buffers.
+_HARMLESS = re.compile(rf"(^|\.)(mtp|v_head)\.|{_BUFFERS}")
 # Last parts of the names of embeddings and head.
 _TIED = ("lm_head.weight", "embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 _MAX_NAMES = 4
@@ -259,7 +258,7 @@ def _compare(
         harmless: pattern of the extra weights that are ignored.
         options: arguments of ``from_pretrained``.
     """
-    with capture_load_report() as report, _no_progress():
+    with capture_load_report() as report, _no_progress(), _recorded_unexpected() as unexpected:
         try:
             # On the meta device, only headers are read, and experts are merged without their values.
             _, info = AutoModelForCausalLM.from_pretrained(
@@ -277,13 +276,32 @@ def _compare(
                 raise
             return {"incomplete": _names(incomplete)}, []
     extra = {name for name in info["unexpected_keys"] if harmless.search(name)}
+    # The classes of the library leave out in silence what they know and do not use, such as multi-token prediction.
+    known = {name for name in unexpected - info["unexpected_keys"] if not re.search(_BUFFERS, name)}
     shapes = {f"{name} ({list(stored)}, not {list(expected)})" for name, stored, expected in info["mismatched_keys"]}
     kinds = {
         "missing": info["missing_keys"],
         "wrong shape": shapes,
         "not part of the model": info["unexpected_keys"] - extra,
     }
-    return {kind: _names(names) for kind, names in kinds.items() if names}, sorted(extra)
+    return {kind: _names(names) for kind, names in kinds.items() if names}, sorted(extra | known)
+
+
+@contextmanager
+def _recorded_unexpected() -> Iterator[set[str]]:
+    """Context in which names of stored weights that a model does not have are added to the set, also known ones."""
+    unexpected: set[str] = set()
+    adjust = PreTrainedModel._adjust_missing_and_unexpected_keys
+
+    def record(model: PreTrainedModel, loading_info: Any) -> None:
+        unexpected.update(loading_info.unexpected_keys)
+        adjust(model, loading_info)
+
+    PreTrainedModel._adjust_missing_and_unexpected_keys = record
+    try:
+        yield unexpected
+    finally:
+        PreTrainedModel._adjust_missing_and_unexpected_keys = adjust
 
 
 def _names(names: set[str] | list[str]) -> str:

@@ -217,6 +217,8 @@ def pruning_settings(record: dict[str, Any]) -> list[tuple[str, Any]]:
             batch, context = arguments["at_batch"] or DEFAULT_BATCH, arguments["at_context"] or DEFAULT_CONTEXT
             unit = f"weights and KV cache for {batch} × {context} tokens"
         ratio = f"down to {arguments[flag]} of {unit} ({_allocation(arguments)})"
+        if target := record.get("target"):
+            ratio += f"; {target['achieved'] / target['dense']:.4f} of the model's achieved"
     elif arguments["profile"]:
         ratio = f"those of {Path(arguments['profile']).name}"
     return [

@@ -56,6 +56,7 @@ class RunRecord:
         layers: reports of the pruned layers.
         pruning_seconds: seconds of the measurements and the pruning.
         sensitivities: sensitivities that the plans were allocated by.
+        target: dense, requested and achieved size of ``--target_macs`` or ``--target_memory``.
         latency: requested, predicted and measured seconds of ``--target_latency``, with the latency table.
         perplexity: a row per text and window length, of the pruned model.
         peak_memory_mib: peak memory of the process, by host and GPU.
@@ -71,6 +72,7 @@ class RunRecord:
     layers: list[LayerReport]
     pruning_seconds: float
     sensitivities: Sensitivities = field(default_factory=Sensitivities)
+    target: dict[str, Any] | None = None
     latency: dict[str, Any] | None = None
     perplexity: list[dict[str, Any]] | None = None
     peak_memory_mib: dict[str, float] | None = None
@@ -80,6 +82,7 @@ class RunRecord:
         measured = {
             "search": _sensitivity_rows(self.sensitivities.dense),
             "refinement": _sensitivity_rows(self.sensitivities.refined),
+            "target": self.target,
             "latency": self.latency,
             "perplexity": self.perplexity,
             "peak_memory_mib": self.peak_memory_mib,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ from slim_utils.profiling.model_stats import count_parameters
 from slim_utils.text_source import hub_datasets
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -220,6 +220,7 @@ def write_output(
     units: ModelUnits,
     masks: list[LayerMask],
     record: RunRecord,
+    count_target: Callable[[PreTrainedConfig], dict[str, Any]] | None = None,
 ) -> None:
     """Write the output folder ``save_dir`` atomically.
 
@@ -230,11 +231,13 @@ def write_output(
         units: units of the model before this run.
         masks: one mask per layer.
         record: content of ``run.json``; sizes and provenance are added.
+        count_target: returns the sizes of ``record.target`` for the configuration of the pruned model.
     """
     with atomic_folder(save_dir) as folder:
         pruned_model = output.write(folder, masks, tokenizer)
         if pruned_model is not None:
             record.sizes.parameters_pruned = count_parameters(pruned_model)
+            record.target = count_target(pruned_model.config) if count_target else None
             write_units(folder / PRUNED_MODEL_FOLDER / PRUNING_FILE, units.pruned(masks))
         remaining = remaining_weights(output.family.decoder_layers(output.model), output.family, masks)
         texts = hub_datasets(source["name"] for source in record.calibration["sources"])

@@ -57,8 +57,19 @@ def test_model_slimming_of_a_tokenizer_that_adds_bos_uses_it(bos_checkpoint, tex
 
 
 def test_model_slimming_of_an_unknown_calibration_text_is_refused(checkpoint):
-    with pytest.raises(UserError, match=r"--data_file nowhere\.txt: neither a file nor one of wikitext2, c4"):
+    with pytest.raises(UserError, match=r"--data_file nowhere\.txt: no such file"):
         main(checkpoint, "--data_file", "c4", "nowhere.txt")
+    with pytest.raises(UserError, match="--data_file nowhere: neither a file nor one of wikitext2, c4"):
+        main(checkpoint, "--data_file", "c4", "nowhere:2")
+    with pytest.raises(UserError, match="--data_file c4:half: the weight half is not a number"):
+        main(checkpoint, "--data_file", "c4:half")
+
+
+def test_model_slimming_of_a_weighted_mixture_records_the_samples_of_each_text(checkpoint, text_file, tmp_path):
+    argv = [checkpoint, "--num_samples", 10, "--seqlen", 32, "--sparsity", 0.5, "--skip_evaluate"]
+    main(*argv, "--data_file", f"{text_file}:0.7", f"{text_file}:0.3", "--save_dir", tmp_path / "out")
+    sources = json.loads((tmp_path / "out" / "run.json").read_text())["calibration"]["sources"]
+    assert [(source["name"], source["num_samples"]) for source in sources] == [(str(text_file), 7), (str(text_file), 3)]
 
 
 def test_model_finetune_of_a_tokenizer_that_adds_bos_measures_with_it(

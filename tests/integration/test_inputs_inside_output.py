@@ -34,6 +34,7 @@ def output(tmp_path, checkpoint, text_file) -> Path:
     [
         (["{out}", "--data_file", "{text}"], "MODEL"),
         (["{model}", "--data_file", "{out}/text.txt"], "--data_file"),
+        (["{model}", "--data_file", "{out}/text.txt:2", "{text}"], "--data_file"),
         (["{model}", "--data_file", "{text}", "--profile", "{out}/profile.json"], "--profile"),
         (["{model}", "--data_file", "{text}", "--eval_datasets", "a={out}/text.txt"], "--eval_datasets"),
     ],

@@ -44,3 +44,11 @@ def test_quickstart_with_an_unknown_flag_is_one_line():
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert process.returncode == 2
     assert process.stderr == "quickstart.sh: error: unknown flag --sparsity (see the head of the script)\n"
+
+
+@pytest.mark.parametrize("tokens", ["many", "100", "-5", "1e", ""])
+def test_quickstart_with_a_wrong_number_of_tokens_is_refused_before_pruning(tokens):
+    command = ["bash", "scripts/quickstart.sh", "--recover", tokens]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert process.stderr == f"quickstart.sh: error: --recover {tokens}: give a number of tokens, at least 512\n"

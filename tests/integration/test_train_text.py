@@ -8,11 +8,12 @@ from safetensors.torch import load_file
 
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import load_model, load_tokenizer
+from slim_utils.text_mixture import TextSource
 from tests.conftest import random_text
 from tests.integration.finetuning import logits, losses, main, run
 from train_utils.finetune_args import TrainingArguments, parse_args
-from train_utils.packed_text import TextSettings, TextSource, load_text_data
-from train_utils.text_defaults import TEXT_DEFAULTS, TEXT_LEARNING_RATES
+from train_utils.packed_text import TextSettings, load_text_data
+from train_utils.text_defaults import TEXT_DEFAULTS, TEXT_LEARNING_RATES, with_text_defaults
 
 
 @pytest.fixture
@@ -124,6 +125,27 @@ def test_parse_args_with_train_text_sets_the_defaults_of_text(slim, text_argv):
     assert args.training.learning_rate == 1e-6 and args.model.peft_lora_r == 16
     assert args.model.trained_part == "lora"
     assert parse_args(text_argv(slim / "pruned_weights")).model.trained_part == "block_weights"
+
+
+@pytest.mark.parametrize(
+    ("in_bf16", "flags", "expected"),
+    [
+        (True, [], ["--bf16", "true"]),
+        (False, [], []),
+        (True, ["--bf16", "false"], []),
+        (True, ["--fp16=true"], []),
+        (True, ["--use_cpu", "true"], []),
+    ],
+)
+def test_train_text_on_a_gpu_with_bf16_is_in_mixed_precision(in_bf16, flags, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: in_bf16)
+    argv = ["--train_text", "c4", *flags]
+    words = with_text_defaults(argv)
+    assert words[len(words) - len(argv) :] == argv
+    defaults = words[: len(words) - len(argv)]
+    assert (defaults[-2:] if "--bf16" in defaults else []) == expected
+    assert with_text_defaults(flags) == flags
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     },
 }
 # Families that scale their embeddings by the root of the hidden size.
-SCALED_EMBEDDINGS = ("gemma2", "gemma3_text")
+SCALED_EMBEDDINGS = ("gemma", "gemma2", "gemma3_text")
 # Heads of every kv group that each layer loses.
 REMOVED_HEADS = ({0}, {1, 2}, {2}, {0, 3})
 
@@ -46,7 +46,7 @@ def pruned_model(model_type: str, shape: str) -> PreTrainedModel:
     Args:
         model_type: model type of the family.
         shape: ``stock`` for uniform layers; ``query heads`` for numbers of heads and columns that differ by layer;
-            ``kv groups`` for key/value heads that differ too.
+            ``kv groups`` for key/value heads that differ too; ``whole experts`` for :func:`without_experts`.
     """
     config = AutoConfig.for_model(
         model_type,
@@ -72,6 +72,8 @@ def pruned_model(model_type: str, shape: str) -> PreTrainedModel:
     if model_type in SCALED_EMBEDDINGS:
         # Larger ones, which are also the head, would make the model repeat its input.
         torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.05)
+    if shape == "whole experts":
+        return without_experts(model.eval())
     masks = []
     for index, layer in enumerate(layer_shapes(config)):
         width = layer.ffn_width
@@ -84,3 +86,13 @@ def pruned_model(model_type: str, shape: str) -> PreTrainedModel:
         else:
             masks.append(LayerMask.from_heads(layer, [head for head in range(8) if head % 4 not in removed], columns))
     return shrink(model.eval(), find_family(config), masks, shape == "stock")
+
+
+def without_experts(model: PreTrainedModel) -> PreTrainedModel:
+    """The stock model without one expert of every layer that has some, a different one in each."""
+    masks = []
+    for index, layer in enumerate(layer_shapes(model.config)):
+        removed = range(index * layer.ffn_width, (index + 1) * layer.ffn_width) if layer.num_experts else ()
+        columns = [column for column in range(layer.num_columns) if column not in removed]
+        masks.append(LayerMask.from_heads(layer, list(range(layer.num_heads)), columns))
+    return shrink(model, find_family(model.config), masks, uniform_shapes=True)

@@ -213,8 +213,22 @@ def test_load_calibration_of_several_texts_alternates_them(tokenizer, tmp_path):
     assert data.samples[:, 0].tolist() == [5, 6, 5, 6, 5]
     assert [(source.num_samples, source.num_tokens) for source in data.sources] == [(3, 500), (2, 500)]
     assert data.source == f"{tmp_path / 'a.txt'} + {tmp_path / 'b.txt'}"
-    with pytest.raises(UserError, match="--num_samples 1: fewer than the 2 calibration texts"):
+    with pytest.raises(UserError, match=r"--num_samples 1: no sample of .*b.txt by its weight; raise it"):
         load_calibration([tmp_path / "a.txt", tmp_path / "b.txt"], tokenizer, 1, 16, 0)
+
+
+def test_load_calibration_of_weighted_texts_draws_in_proportion(tokenizer, tmp_path):
+    for name, word in (("a", "w5"), ("b", "w6")):
+        (tmp_path / f"{name}.txt").write_text(f"{word} " * 500)
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    data = load_calibration(texts, tokenizer, 8, 16, 0, weights=[0.75, 0.25])
+    assert data.samples[:, 0].tolist() == [5, 5, 6, 5, 5, 5, 6, 5]
+    assert [source.num_samples for source in data.sources] == [6, 2]
+    # The samples of a text do not depend on the others.
+    alone = load_calibration(texts[:1], tokenizer, 6, 16, 0)
+    assert torch.equal(data.samples[data.samples[:, 0] == 5], alone.samples)
+    with pytest.raises(UserError, match=r"--num_samples 8: no sample of .*b.txt by its weight"):
+        load_calibration(texts, tokenizer, 8, 16, 0, weights=[100, 1])
 
 
 def test_load_calibration_of_a_file_and_a_data_set(tokenizer, text_file, monkeypatch):

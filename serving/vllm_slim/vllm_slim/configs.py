@@ -12,6 +12,7 @@ MODEL_TYPES: dict[str, tuple[str, str]] = {
     "SlimMistralForCausalLM": ("slim_mistral", "MistralConfig"),
     "SlimQwen2ForCausalLM": ("slim_qwen2", "Qwen2Config"),
     "SlimQwen3ForCausalLM": ("slim_qwen3", "Qwen3Config"),
+    "SlimGemmaForCausalLM": ("slim_gemma", "GemmaConfig"),
     "SlimGemma2ForCausalLM": ("slim_gemma2", "Gemma2Config"),
     "SlimGemma3ForCausalLM": ("slim_gemma3", "Gemma3TextConfig"),
     "SlimPhi3ForCausalLM": ("slim_phi3", "Phi3Config"),

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 from vllm.config import VllmConfig
-from vllm.model_executor.models import gemma2, gemma3, granite, mixtral, qwen3_moe
+from vllm.model_executor.models import gemma, gemma2, gemma3, granite, mixtral, qwen3_moe
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralDecoderLayer, MistralForCausalLM
 from vllm.model_executor.models.phi3 import Phi3ForCausalLM
@@ -77,6 +77,14 @@ class SlimQwen3ForCausalLM(Qwen3ForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         with substituted(Qwen3Model, "decoder_layer_type", per_layer(Qwen3DecoderLayer, vllm_config)):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+
+class SlimGemmaForCausalLM(gemma.GemmaForCausalLM):
+    """Gemma with per-layer shapes."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        with substituted(gemma, "GemmaDecoderLayer", per_layer(gemma.GemmaDecoderLayer, vllm_config)):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
 
 

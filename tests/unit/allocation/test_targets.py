@@ -100,9 +100,14 @@ def test_target_size_is_met(words, checkpoint, tmp_path, flags, allocation, capl
     # A column has 3 · 24 weights.
     assert share * dense - 3 * 24 * 64 < pruned <= share * dense
     line = next(message for message in caplog.messages if message.startswith("target: "))
-    assert line.endswith(f", {pruned / dense:.4f} of the model's")
-    assert flags[1] in (out / "pruned_weights" / "README.md").read_text()
-    assert json.loads((out / "run.json").read_text())["arguments"][flags[0].removeprefix("--")] == flags[1]
+    ending = f", {pruned / dense:.4f} of the model's (requested: {share:.4f})"
+    assert line.endswith(ending)
+    assert any(message.startswith("pruned model: ") and message.endswith(ending) for message in caplog.messages)
+    card, record = (out / "pruned_weights" / "README.md").read_text(), json.loads((out / "run.json").read_text())
+    assert flags[1] in card and f"; {pruned / dense:.4f} of the model's achieved |" in card
+    assert record["arguments"][flags[0].removeprefix("--")] == flags[1]
+    # Counted on the saved model.
+    assert record["target"] == {"flag": flags[0], "dense": dense, "requested": share * dense, "achieved": pruned}
 
 
 @pytest.mark.parametrize(

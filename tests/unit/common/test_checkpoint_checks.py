@@ -142,6 +142,23 @@ def test_load_model_with_harmless_extras_logs_that_they_are_ignored(mode, checkp
     assert "ignoring weights outside the language model: mtp.layers.0.weight, v_head.summary.weight" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("qwen3_next", "mtp.layers.0.mlp.gate.weight"),
+        ("deepseek_v3", "model.layers.61.eh_proj.weight"),
+        ("glm4_moe", "model.layers.46.shared_head.norm.weight"),
+    ],
+)
+def test_check_weights_names_heads_that_the_class_leaves_out_in_silence(name, extra, tmp_path, caplog):
+    make_tiny(name).save_pretrained(tmp_path)
+    state = load_file(tmp_path / WEIGHTS) | {extra: torch.ones(2), "model.rotary_emb.inv_freq": torch.ones(2)}
+    save_file(state, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    with caplog.at_level(logging.INFO):
+        check_weights(str(tmp_path), load_config(str(tmp_path), False))
+    assert caplog.messages == [f"model {tmp_path}: ignoring weights outside the language model: {extra}"]
+
+
 @pytest.mark.parametrize("variant", ["gqa", "tied", "opt", "qwen3_moe"])
 def test_check_weights_of_a_complete_checkpoint_is_empty(variant, tmp_path, caplog):
     make_tiny(variant).save_pretrained(tmp_path)

@@ -12,8 +12,9 @@ import torch
 from slim_utils import text_source
 from slim_utils.common.errors import UserError
 from slim_utils.common.ngrams import NgramSample
+from slim_utils.text_mixture import TextSource
 from tests.conftest import random_text
-from train_utils.packed_text import TextSettings, TextSource, load_text_data, parse_text_source
+from train_utils.packed_text import TextSettings, load_text_data
 
 EOS, BOS = 2, 1
 
@@ -152,29 +153,3 @@ def test_load_text_data_with_an_unwritable_cache_goes_on(tmp_path, tokenizer, ca
     cache.write_text("")
     assert len(load(tokenizer, source, cache=cache).train) > 5
     assert "choose another --cache_dir" in caplog.text
-
-
-def test_parse_text_source_reads_names_files_and_weights(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("a:2", "b.txt"):
-        Path(name).write_text("x")
-    assert parse_text_source("c4:0.7") == TextSource("c4", 0.7)
-    assert parse_text_source("org/data") == TextSource("org/data", 1.0)
-    assert parse_text_source("b.txt:3") == TextSource("b.txt", 3.0)
-    # An existing file takes precedence.
-    assert parse_text_source("a:2") == TextSource("a:2", 1.0)
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("c4:x", "--train_text c4:x: the weight x is not a number"),
-        ("c4:0", "--train_text c4:0: the weight must be positive"),
-        ("c4:nan", "--train_text c4:nan: the weight must be positive"),
-        ("none.txt", "--train_text none.txt: no such file"),
-        ("none.jsonl.gz:2", r"--train_text none.jsonl.gz: no such file"),
-    ],
-)
-def test_parse_text_source_of_a_wrong_spec_is_refused(spec, message):
-    with pytest.raises(UserError, match=message):
-        parse_text_source(spec)
