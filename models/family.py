@@ -77,6 +77,7 @@ class Family:
         head_blocks: blocks that the stock class cuts the heads into, whatever their number.
         latent_attention: whether keys and values are computed from latents, which are cached in their place.
         kv_heads_key: configuration key of the number of kv heads; as many as query heads without it.
+        layer_keys: configuration keys whose values the stock class takes from ``per_layer_config``.
         columns_key: configuration key of the FFN width; 4 times the hidden size where it is ``None``.
         fixed_width: whether the FFN of the stock class is 4 times as wide as the hidden size, without such a key.
         residual_inside: modules whose second argument is the residual, which they add to their output.
@@ -87,9 +88,11 @@ class Family:
         expert_layout: layout of these parameters.
         expert_columns_key: configuration key of the width of an expert; empty for families without experts.
         num_experts_key: configuration key of the number of experts.
+        active_experts_key: configuration key of the number of experts of a token.
         router: module that chooses the experts of a token.
         router_tensors: its parameters and buffers with an entry per expert, and the dimension of these entries.
         fewest_experts: experts that the router needs at least.
+        experts_norm: norm between the inputs of the router and those of the experts, if any.
         shared_expert: FFN of every token beside the experts, with a gate, if any.
         shared_out: its linear map whose input columns are its intermediate columns.
         shared_rows: its linear maps that feed ``shared_out``, and the kinds of their output rows as stacked.
@@ -129,6 +132,7 @@ class Family:
     head_blocks: int = 1
     latent_attention: bool = False
     kv_heads_key: str = "num_key_value_heads"
+    layer_keys: tuple[str, ...] = ()
     columns_key: str = "intermediate_size"
     fixed_width: bool = False
     residual_inside: tuple[str, ...] = ()
@@ -138,9 +142,11 @@ class Family:
     expert_layout: ExpertLayout = PLAIN_LAYOUT
     expert_columns_key: str = ""
     num_experts_key: str = "num_experts"
+    active_experts_key: str = "num_experts_per_tok"
     router: str = "mlp.gate"
     router_tensors: tuple[tuple[str, int], ...] = (("weight", 0),)
     fewest_experts: int = 1
+    experts_norm: str = ""
     shared_expert: str = ""
     shared_out: str = "down_proj"
     shared_rows: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -217,6 +223,8 @@ class Family:
     def num_experts(self, config: PreTrainedConfig, index: int) -> int:
         """Return the number of experts of layer ``index``; 0 for a dense FFN."""
         if not self.expert_columns_key or index in (getattr(config, "mlp_only_layers", None) or ()):
+            return 0
+        if not getattr(config, "enable_moe_block", True):
             return 0
         if self.single_blocks:
             return getattr(config, self.num_experts_key) if config.layer_types[index] == "moe" else 0

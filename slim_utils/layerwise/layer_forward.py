@@ -107,9 +107,10 @@ class LayerForward:
             (tokens, hidden) inputs, (tokens, k) experts of each, (tokens, k) their weights.
         """
         router = Router.of(self.layer, self.family)
+        norm = self.layer.get_submodule(self.family.experts_norm) if self.family.experts_norm else nn.Identity()
         for (hidden,) in self._arguments_after_attention(router.module):
             tokens = hidden.flatten(end_dim=-2)
-            yield tokens, *router.route(tokens)
+            yield norm(tokens), *router.route(tokens)
 
     def shared_inputs(self) -> Iterator[Tensor]:
         """Inputs (tokens, columns) of the shared expert's output map, scaled by its gate, as :meth:`column_inputs`."""

@@ -112,11 +112,15 @@ def test_removed_rows_feed_removed_columns_alone(name, by_query_head, samples):
 @PARAMETERS
 def test_uniform_shapes_make_a_stock_model_or_are_refused(name, samples, tmp_path):
     model = make_tiny(name)
-    family, masks = find_family(model.config), []
-    for shape in layer_shapes(model.config):
-        masks.append(
-            LayerMask.from_groups(shape, list(range(1, shape.num_kv_heads)), list(range(0, shape.num_columns, 2)))
-        )
+    family, masks, shapes = find_family(model.config), [], layer_shapes(model.config)
+    by_query_head = len({shape.num_kv_heads for shape in shapes if shape.num_heads}) > 1
+    for shape in shapes:
+        columns, size = list(range(0, shape.num_columns, 2)), shape.heads_per_group
+        if by_query_head:
+            heads = [head for head in range(shape.num_heads) if head % size >= size // 3]
+            masks.append(LayerMask.from_heads(shape, heads, columns))
+        else:
+            masks.append(LayerMask.from_groups(shape, list(range(1, shape.num_kv_heads)), columns))
     try:
         shrink(model, family, masks, uniform_shapes=True).save_pretrained(tmp_path)
     except UserError as error:
