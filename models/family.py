@@ -66,6 +66,8 @@ class Family:
         causal_class: its causal language model.
         layers: name of the list of decoder layers in the causal language model.
         single_blocks: whether a decoder layer is a mixer of tokens or an FFN, by ``layer_types``, and not both.
+        token_inputs: whether the first argument of a layer after the hidden states is an input of its own, by token.
+        shared_states: argument through which layers share keys and values with later ones, if any.
         tuple_outputs: whether a decoder layer returns its output as a tuple.
         transposed: whether its linear maps store their weights as (in, out), as ``Conv1D``.
         attention_out: linear map whose input columns are the query heads side by side.
@@ -114,6 +116,8 @@ class Family:
     causal_class: str
     layers: str = "model.layers"
     single_blocks: bool = False
+    token_inputs: bool = False
+    shared_states: str = ""
     tuple_outputs: bool = False
     transposed: bool = False
     attention_out: str = "self_attn.o_proj"
@@ -214,6 +218,10 @@ class Family:
         """Return whether layer ``index`` has an FFN, or experts."""
         return not self.single_blocks or config.layer_types[index] in FFNS_ALONE
 
+    def kv_sharing(self, config: PreTrainedConfig, index: int) -> str:
+        """Return what layer ``index`` does with keys and values: "store" them for later layers, "reuse" such, or ""."""
+        return (config.kv_sharing_modes[index] or "") if self.shared_states else ""
+
     def num_kv_heads(self, layer_config: PreTrainedConfig) -> int:
         """Return the number of kv heads of a layer; one in multi-query attention, whatever the key says."""
         if getattr(layer_config, "multi_query", False) and not getattr(layer_config, "new_decoder_architecture", False):
@@ -248,8 +256,10 @@ class Family:
         count = getattr(layer_config, self.shared_count_key) if self.shared_count_key else 1
         return count * getattr(layer_config, self.expert_columns_key)
 
-    def ffn_width(self, layer_config: PreTrainedConfig, num_experts: int) -> int:
+    def ffn_width(self, layer_config: PreTrainedConfig, num_experts: int, kv_sharing: str = "") -> int:
         """Return the FFN width of a layer, or that of each of ``num_experts`` experts."""
+        if not num_experts and kv_sharing == "reuse" and layer_config.use_double_wide_mlp:
+            return 2 * getattr(layer_config, self.columns_key)
         key = self.width_key(num_experts)
         stored = getattr(layer_config, key, None) if self.fixed_width else getattr(layer_config, key)
         width = stored or 4 * layer_config.hidden_size

@@ -56,8 +56,12 @@ def stock_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask
     """
     sizes: dict[str, int] = {}
     per_layer = _stock_layers(config, family)
+    # FFNs of layers that reuse keys and values are then twice as wide.
+    doubled = getattr(config, "use_double_wide_mlp", False)
     for index, mask in enumerate(masks):
         layer_sizes = _layer_sizes(config, family, mask)
+        if doubled and mask.shape.kv_sharing == "reuse" and mask.kept_width % 2 == 0:
+            layer_sizes[family.columns_key] //= 2
         for key in per_layer.get(index, {}).keys() & layer_sizes.keys():
             per_layer[index][key] = layer_sizes.pop(key)
         if any(sizes.setdefault(key, size) != size for key, size in layer_sizes.items()):
@@ -68,6 +72,8 @@ def stock_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask
     fields = _shared_fields(config, family, masks) | sizes
     if per_layer:
         fields |= per_layer[0] | {"per_layer_config": per_layer}
+    if doubled:
+        fields["use_double_wide_mlp"] = True
     heads, hidden = fields["num_attention_heads"], config.hidden_size
     fits = not family.heads_fill_hidden or heads * fields["head_dim"] == hidden
     if fits and family.fixed_width and sizes[family.columns_key] != 4 * hidden:

@@ -35,8 +35,9 @@ class Router:
     """The router of a layer.
 
     Attributes:
-        module: with ``top_k``, or a configuration with ``active_key``. Its forward returns logits (tokens, experts), weights (tokens, k)
-            and indices (tokens, k); or weights of all experts (tokens, experts), 0 for those not chosen, and logits.
+        module: with ``top_k``, or a configuration with ``active_key``. Its forward returns logits (tokens, experts),
+            weights (tokens, k) and indices (tokens, k); or weights of all experts (tokens, experts), 0 for those not
+            chosen, and logits.
         tensors: its parameters and buffers with an entry per expert, and the dimension of these entries.
         active_key: configuration key of the number of experts of a token.
     """

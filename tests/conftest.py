@@ -249,6 +249,13 @@ FURTHER_VARIANTS: dict[str, Any] = {
         "num_global_key_value_heads": 1,
         "use_bidirectional_attention": "vision",
     },
+    # The first two layers store keys and values, which the others reuse.
+    "gemma4_text of inputs by layer": {
+        **_GEMMA4,
+        "hidden_size_per_layer_input": 6,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+    },
     "granitemoehybrid without experts": {**_GRANITE_HYBRID, "num_local_experts": 0},
     "jamba without experts": {**_JAMBA_HYBRID, "num_experts": 1},
     "nemotron_h without experts": {

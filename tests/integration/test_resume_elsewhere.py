@@ -40,10 +40,11 @@ def stop(*args):
 def test_model_slimming_resumed_after_out_of_memory_uses_smaller_batches(prune, tmp_path, monkeypatch, capsys):
     run = LayerForward._run
 
-    def limited(self, batch):
-        if self.layer.self_attn.layer_idx == 2 or len(batch) > 8:
+    def limited(self, samples):
+        start, stop = samples
+        if self.layer.self_attn.layer_idx == 2 or stop - start > 8:
             full()
-        return run(self, batch)
+        return run(self, samples)
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
         patched.setattr(LayerForward, "_run", limited)
