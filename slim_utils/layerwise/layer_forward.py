@@ -119,25 +119,25 @@ class LayerForward:
 
     def advance(self) -> None:
         """Replace the inputs of the layer by its outputs, and free the caches."""
-        for position, (start, stop) in enumerate(self._micro_batches()):
+        for position, samples in enumerate(self._micro_batches()):
             with ExitStack() as given:
                 given.enter_context(self._attention_given(position))
                 if self._columns:
                     given.enter_context(self._columns_given(position))
-                self.hidden[start:stop] = self._run((start, stop))
-            self.advanced = stop
+                self.hidden[samples.start : samples.stop] = self._run(samples)
+            self.advanced = samples.stop
         self._attention, self._columns = [], []
 
-    def _run(self, samples: tuple[int, int]) -> Tensor:
-        """Outputs of the samples from a start to a stop."""
+    def _run(self, samples: range) -> Tensor:
+        """Outputs of the layer for these samples."""
         args, kwargs = self.calls.of(samples, self.settings.device)
-        hidden = self.hidden[slice(*samples)].to(self.settings.device)
+        hidden = self.hidden[samples.start : samples.stop].to(self.settings.device)
         with self._shared_states(samples) as shared:
             output = self.layer(hidden, *args, **kwargs, **shared)
         return output[0] if isinstance(output, tuple) else output
 
     @contextmanager
-    def _shared_states(self, samples: tuple[int, int]) -> Iterator[dict[str, Any]]:
+    def _shared_states(self, samples: range) -> Iterator[dict[str, Any]]:
         """Context with the argument through which layers share states, if any; what the layer adds is stored."""
         if not self.family.shared_states:
             yield {}
@@ -151,7 +151,7 @@ class LayerForward:
                 if state is not given.get(name):
                     self.calls.store(name, state, samples, len(self.hidden), self.settings.cache_dev)
 
-    def _arguments(self, module: nn.Module, samples: tuple[int, int]) -> tuple[Tensor, ...]:
+    def _arguments(self, module: nn.Module, samples: range) -> tuple[Tensor, ...]:
         """Arguments that ``module`` is called with on these samples; the layer stops there."""
         return _arguments_of(module, partial(self._run, samples))
 
@@ -195,10 +195,10 @@ class LayerForward:
         solve = solve_bytes(columns, rows, columns // 2, settings.solve_dtype) - 4 * columns**2
         return needed <= (free_memory(settings.device) - solve) / 2
 
-    def _micro_batches(self) -> list[tuple[int, int]]:
+    def _micro_batches(self) -> list[range]:
         remaining = self.hidden[self.advanced :]
         spans = self.settings.micro_batches(remaining) if len(remaining) else []
-        return [(self.advanced + start, self.advanced + stop) for start, stop in spans]
+        return [range(self.advanced + start, self.advanced + stop) for start, stop in spans]
 
 
 def _arguments_of(module: nn.Module, run: Callable[[], Any]) -> tuple[Tensor, ...]:
@@ -235,7 +235,7 @@ def capture_layer_kwargs(
     shared: dict[str, tuple[Tensor, ...]] = {}
     calls = [LayerKwargs(shared=shared) for _ in layers]
 
-    def recorder(index: int, batch: tuple[int, int]) -> Callable[..., Any]:
+    def recorder(index: int, batch: range) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs.pop("hidden_states")
             if index == 0:
@@ -248,7 +248,7 @@ def capture_layer_kwargs(
     for start, stop in settings.micro_batches(samples):
         with ExitStack() as skipped:
             for index, layer in enumerate(layers):
-                skipped.enter_context(_forward_replaced(layer, recorder(index, (start, stop))))
+                skipped.enter_context(_forward_replaced(layer, recorder(index, range(start, stop))))
             model.base_model(input_ids=samples[start:stop].to(model.device), use_cache=False)
     hidden = torch.cat(first_inputs)
     check_finite(hidden, "the embeddings", processes)

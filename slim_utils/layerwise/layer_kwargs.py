@@ -28,26 +28,23 @@ class LayerKwargs:
     token_inputs: Tensor | None = None
     shared: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
-    def record(
-        self, family: Family, args: tuple, kwargs: dict[str, Any], samples: tuple[int, int], num_samples: int
-    ) -> None:
+    def record(self, family: Family, args: tuple, kwargs: dict[str, Any], samples: range, num_samples: int) -> None:
         """Record the arguments of one call.
 
         Args:
             family: row of the model.
             args: positional arguments after the hidden states.
             kwargs: keyword arguments.
-            samples: start and stop of the samples of the call.
+            samples: those of the call.
             num_samples: all samples.
         """
-        start, stop = samples
         kwargs = {name: value for name, value in kwargs.items() if name != family.shared_states}
         if family.token_inputs and isinstance(args[0], Tensor):
             if self.token_inputs is None:
                 self.token_inputs = args[0].new_empty(num_samples, *args[0].shape[1:], device="cpu")
-            self.token_inputs[start:stop] = args[0]
+            self.token_inputs[samples.start : samples.stop] = args[0]
             args = (None, *args[1:])
-        self.by_batch_size[stop - start] = args, kwargs
+        self.by_batch_size[len(samples)] = args, kwargs
 
     def with_batches_of(self, other: LayerKwargs) -> LayerKwargs:
         """Return these arguments with those by batch size of ``other``, which were recorded in other batches."""
@@ -59,28 +56,26 @@ class LayerKwargs:
 
         return replace(self, by_batch_size=send_to_device(self.by_batch_size, device))
 
-    def of(self, samples: tuple[int, int], device: torch.device) -> tuple[tuple, dict[str, Any]]:
+    def of(self, samples: range, device: torch.device) -> tuple[tuple, dict[str, Any]]:
         """Return the positional and keyword arguments of a call with these samples, without shared states."""
-        start, stop = samples
-        args, kwargs = self.by_batch_size[stop - start]
+        args, kwargs = self.by_batch_size[len(samples)]
         if self.token_inputs is not None:
-            args = (self.token_inputs[start:stop].to(device), *args[1:])
+            args = (self.token_inputs[samples.start : samples.stop].to(device), *args[1:])
         return args, kwargs
 
-    def shared_of(self, samples: tuple[int, int], device: torch.device) -> dict[str, tuple[Tensor, ...]]:
+    def shared_of(self, samples: range, device: torch.device) -> dict[str, tuple[Tensor, ...]]:
         """Return the stored states of these samples."""
-        start, stop = samples
-        return {name: tuple(state[start:stop].to(device) for state in states) for name, states in self.shared.items()}
+        part = slice(samples.start, samples.stop)
+        return {name: tuple(state[part].to(device) for state in states) for name, states in self.shared.items()}
 
     def store(
-        self, name: str, states: tuple[Tensor, ...], samples: tuple[int, int], num_samples: int, device: torch.device
+        self, name: str, states: tuple[Tensor, ...], samples: range, num_samples: int, device: torch.device
     ) -> None:
         """Store the states ``name`` of these samples, on ``device``."""
-        start, stop = samples
         if name not in self.shared:
             self.shared[name] = tuple(state.new_empty(num_samples, *state.shape[1:], device=device) for state in states)
         for stored, state in zip(self.shared[name], states, strict=True):
-            stored[start:stop] = state
+            stored[samples.start : samples.stop] = state
 
     def move_shared(self, device: torch.device) -> None:
         """Move the stored states to ``device``."""

@@ -40,11 +40,10 @@ def stop(*args):
 def test_model_slimming_resumed_after_out_of_memory_uses_smaller_batches(prune, tmp_path, monkeypatch, capsys):
     run = LayerForward._run
 
-    def limited(self, samples):
-        start, stop = samples
-        if self.layer.self_attn.layer_idx == 2 or stop - start > 8:
+    def limited(self, batch):
+        if self.layer.self_attn.layer_idx == 2 or len(batch) > 8:
             full()
-        return run(self, samples)
+        return run(self, batch)
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
         patched.setattr(LayerForward, "_run", limited)
