@@ -283,7 +283,15 @@ def make_tiny(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -
         torch.nn.init.normal_(parameter, std=0.3)
         # Not model.to(dtype), which would round the rotary frequencies too; from_pretrained leaves them in fp32.
         parameter.data = parameter.data.to(dtype)
+    scale_layers(model)
     return model.eval()
+
+
+def scale_layers(model: PreTrainedModel) -> None:
+    """Give the buffers that scale the outputs of Gemma 4's layers values of their own."""
+    for index, (name, buffer) in enumerate(model.named_buffers()):
+        if name.endswith("layer_scalar"):
+            buffer.fill_(0.7 + index / 100)
 
 
 def set_attention(model: PreTrainedModel, implementation: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from tests.conftest import HYBRID, TINY, VOCAB, WINDOWS
+from tests.conftest import HYBRID, TINY, VOCAB, WINDOWS, scale_layers
 
 IMAGE_TOKEN = 60
 _GROUPED = {**TINY, "num_key_value_heads": 2}
@@ -61,6 +61,13 @@ _GEMMA4_VISION = {
     "pooling_kernel_size": 2,
     "position_embedding_size": 16,
 }
+_GEMMA4_AUDIO = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "subsampling_conv_channels": [8, 4],
+    "output_proj_dims": 16,
+}
 _GEMMA4_TOKENS = {"image_token_id": IMAGE_TOKEN, "video_token_id": 61, "audio_token_id": 62}
 
 
@@ -78,6 +85,30 @@ TINY_WRAPPERS: dict[str, dict[str, Any]] = {
     },
     "gemma4": {
         "text_config": _text("gemma4_text", **_GEMMA4, use_bidirectional_attention="vision"),
+        "vision_config": _GEMMA4_VISION,
+        **_GEMMA4_TOKENS,
+    },
+    "gemma4 of inputs by layer": {
+        "text_config": _text(
+            "gemma4_text",
+            **{**_GEMMA4, "attention_k_eq_v": False, "hidden_size_per_layer_input": 6},
+            num_kv_shared_layers=2,
+            use_double_wide_mlp=True,
+        ),
+        "vision_config": _GEMMA4_VISION,
+        "audio_config": _GEMMA4_AUDIO,
+        **_GEMMA4_TOKENS,
+    },
+    "gemma4 with experts": {
+        "text_config": _text(
+            "gemma4_text",
+            **_GEMMA4,
+            use_bidirectional_attention="vision",
+            enable_moe_block=True,
+            num_experts=4,
+            top_k_experts=2,
+            moe_intermediate_size=16,
+        ),
         "vision_config": _GEMMA4_VISION,
         **_GEMMA4_TOKENS,
     },
@@ -149,6 +180,7 @@ def make_wrapper(name: str) -> PreTrainedModel:
     model = AutoModelForImageTextToText.from_config(config, experts_implementation="eager")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    scale_layers(model)
     return model.eval()
 
 
