@@ -71,6 +71,25 @@ ROWS = (
         config_class="Gemma3TextConfig",
         model_class="Gemma3TextModel",
     ),
+    row(
+        "gemma4_text",
+        "Gemma4",
+        slim_type="slim_gemma4",
+        config_class="Gemma4TextConfig",
+        model_class="Gemma4TextModel",
+        token_inputs=True,
+        shared_states="shared_kv_states",
+        layer_keys=("head_dim", "num_key_value_heads"),
+        fixed_keys=(("use_double_wide_mlp", False),),
+        experts="experts",
+        expert_columns_key="moe_intermediate_size",
+        active_experts_key="top_k_experts",
+        router="router",
+        router_tensors=(("proj.weight", 0), ("per_expert_scale", 0)),
+        experts_norm="pre_feedforward_layernorm_2",
+        shared_expert="mlp",
+        shared_columns_key="intermediate_size",
+    ),
     row("olmo2", "Olmo2", head_norms=_QK_NORMS_OVER_HEADS),
     row("granite", "Granite"),
     row(
@@ -314,7 +333,7 @@ ROWS = (
 
 # Model types that no row of this layout can prune, and why.
 _GEMMA_LAYERS = "its layers share keys and values, and have inputs of their own, by token, beside the hidden states"
-REFUSED_TYPES = {"gemma3n_text": _GEMMA_LAYERS, "gemma4_text": _GEMMA_LAYERS, "gemma4_unified_text": _GEMMA_LAYERS}
+REFUSED_TYPES = {"gemma3n_text": _GEMMA_LAYERS, "gemma4_unified_text": _GEMMA_LAYERS}
 
 # The row of every model type, before and after pruning.
 FAMILIES: dict[str, Family] = {name: family for family in ROWS for name in (family.base_type, family.slim_type)}

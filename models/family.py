@@ -66,6 +66,8 @@ class Family:
         causal_class: its causal language model.
         layers: name of the list of decoder layers in the causal language model.
         single_blocks: whether a decoder layer is a mixer of tokens or an FFN, by ``layer_types``, and not both.
+        token_inputs: whether the first argument of a layer after the hidden states is an input of its own, by token.
+        shared_states: argument through which layers share keys and values with later ones, if any.
         tuple_outputs: whether a decoder layer returns its output as a tuple.
         transposed: whether its linear maps store their weights as (in, out), as ``Conv1D``.
         attention_out: linear map whose input columns are the query heads side by side.
@@ -77,6 +79,7 @@ class Family:
         head_blocks: blocks that the stock class cuts the heads into, whatever their number.
         latent_attention: whether keys and values are computed from latents, which are cached in their place.
         kv_heads_key: configuration key of the number of kv heads; as many as query heads without it.
+        layer_keys: configuration keys whose values the stock class takes from ``per_layer_config``.
         columns_key: configuration key of the FFN width; 4 times the hidden size where it is ``None``.
         fixed_width: whether the FFN of the stock class is 4 times as wide as the hidden size, without such a key.
         residual_inside: modules whose second argument is the residual, which they add to their output.
@@ -87,9 +90,11 @@ class Family:
         expert_layout: layout of these parameters.
         expert_columns_key: configuration key of the width of an expert; empty for families without experts.
         num_experts_key: configuration key of the number of experts.
+        active_experts_key: configuration key of the number of experts of a token.
         router: module that chooses the experts of a token.
         router_tensors: its parameters and buffers with an entry per expert, and the dimension of these entries.
         fewest_experts: experts that the router needs at least.
+        experts_norm: norm between the inputs of the router and those of the experts, if any.
         shared_expert: FFN of every token beside the experts, with a gate, if any.
         shared_out: its linear map whose input columns are its intermediate columns.
         shared_rows: its linear maps that feed ``shared_out``, and the kinds of their output rows as stacked.
@@ -111,6 +116,8 @@ class Family:
     causal_class: str
     layers: str = "model.layers"
     single_blocks: bool = False
+    token_inputs: bool = False
+    shared_states: str = ""
     tuple_outputs: bool = False
     transposed: bool = False
     attention_out: str = "self_attn.o_proj"
@@ -129,6 +136,7 @@ class Family:
     head_blocks: int = 1
     latent_attention: bool = False
     kv_heads_key: str = "num_key_value_heads"
+    layer_keys: tuple[str, ...] = ()
     columns_key: str = "intermediate_size"
     fixed_width: bool = False
     residual_inside: tuple[str, ...] = ()
@@ -138,9 +146,11 @@ class Family:
     expert_layout: ExpertLayout = PLAIN_LAYOUT
     expert_columns_key: str = ""
     num_experts_key: str = "num_experts"
+    active_experts_key: str = "num_experts_per_tok"
     router: str = "mlp.gate"
     router_tensors: tuple[tuple[str, int], ...] = (("weight", 0),)
     fewest_experts: int = 1
+    experts_norm: str = ""
     shared_expert: str = ""
     shared_out: str = "down_proj"
     shared_rows: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -208,6 +218,10 @@ class Family:
         """Return whether layer ``index`` has an FFN, or experts."""
         return not self.single_blocks or config.layer_types[index] in FFNS_ALONE
 
+    def kv_sharing(self, config: PreTrainedConfig, index: int) -> str:
+        """Return what layer ``index`` does with keys and values: "store" them for later layers, "reuse" such, or ""."""
+        return (config.kv_sharing_modes[index] or "") if self.shared_states else ""
+
     def num_kv_heads(self, layer_config: PreTrainedConfig) -> int:
         """Return the number of kv heads of a layer; one in multi-query attention, whatever the key says."""
         if getattr(layer_config, "multi_query", False) and not getattr(layer_config, "new_decoder_architecture", False):
@@ -217,6 +231,8 @@ class Family:
     def num_experts(self, config: PreTrainedConfig, index: int) -> int:
         """Return the number of experts of layer ``index``; 0 for a dense FFN."""
         if not self.expert_columns_key or index in (getattr(config, "mlp_only_layers", None) or ()):
+            return 0
+        if not getattr(config, "enable_moe_block", True):
             return 0
         if self.single_blocks:
             return getattr(config, self.num_experts_key) if config.layer_types[index] == "moe" else 0
@@ -240,8 +256,10 @@ class Family:
         count = getattr(layer_config, self.shared_count_key) if self.shared_count_key else 1
         return count * getattr(layer_config, self.expert_columns_key)
 
-    def ffn_width(self, layer_config: PreTrainedConfig, num_experts: int) -> int:
+    def ffn_width(self, layer_config: PreTrainedConfig, num_experts: int, kv_sharing: str = "") -> int:
         """Return the FFN width of a layer, or that of each of ``num_experts`` experts."""
+        if not num_experts and kv_sharing == "reuse" and layer_config.use_double_wide_mlp:
+            return 2 * getattr(layer_config, self.columns_key)
         key = self.width_key(num_experts)
         stored = getattr(layer_config, key, None) if self.fixed_width else getattr(layer_config, key)
         width = stored or 4 * layer_config.hidden_size

@@ -6,7 +6,7 @@ The classes of one family follow it, see ``models/shipped_code.py``. It only dep
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import transformers
@@ -42,6 +42,22 @@ PER_LAYER_SIZES = (
 )
 
 
+class LayerConfigs(Sequence):
+    """Configurations of the layers by index; by layer type, that of its first layer, for what its layers share.
+
+    The library's own are not available by layer type where layers of one type differ in size.
+    """
+
+    def __init__(self, by_index: Sequence[PreTrainedConfig], layer_types: list[str]) -> None:
+        self.by_index, self.layer_types = by_index, layer_types
+
+    def __len__(self) -> int:
+        return len(self.by_index)
+
+    def __getitem__(self, layer: Any) -> Any:
+        return self.by_index[self.layer_types.index(layer) if isinstance(layer, str) else layer]
+
+
 class SlimConfigMixin:
     """Mixin of a family's configuration: heads, kv heads and FFN width per layer.
 
@@ -50,6 +66,17 @@ class SlimConfigMixin:
 
     allow_global_per_layer_attribute_access = True
     serialize_explicit_per_layer_config = True
+
+    @property
+    def per_layer_config(self) -> LayerConfigs:
+        """Configuration of every layer."""
+        layers: Any = PreTrainedConfig.per_layer_config
+        return LayerConfigs(layers.fget(self), getattr(self, "layer_types", None) or [])
+
+    @per_layer_config.setter
+    def per_layer_config(self, sizes: dict[int | str, dict[str, Any]] | None) -> None:
+        layers: Any = PreTrainedConfig.per_layer_config
+        layers.fset(self, sizes)
 
 
 class LayerConfigView:

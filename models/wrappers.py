@@ -21,7 +21,9 @@ LANGUAGE_MODEL_NAMES = {
     r"^(?:model\.)?language_model\.(?:model\.)?": "model.",
 }
 # Stored names of the parts of a multimodal model beside its language model.
-OTHER_PARTS = r"^(model\.)?(vision_tower|vision_model|visual|multi_modal_projector)\."
+OTHER_PARTS = (
+    r"^(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|audio_tower|embed_vision|embed_audio)\."
+)
 # Keys of a text configuration that do not apply to the language model by itself.
 _WRAPPED_KEYS = ("model_type", "architectures", "auto_map", "transformers_version")
 # Sections of the rotary angles for time, height and width; for text, the three positions of a token are the same.
@@ -93,6 +95,7 @@ _FILLS_HIDDEN = {
 
 WRAPPER_ROWS = (
     *_of_table("gemma3", "Gemma3", "gemma3_text"),
+    *_of_table("gemma4", "Gemma4", "gemma4_text"),
     *_of_table("mistral3", "Mistral3", "mistral", "ministral3"),
     _qwen("qwen2_vl", "Qwen2VL", "qwen2", **_FILLS_HIDDEN),
     _qwen("qwen2_5_vl", "Qwen2_5_VL", "qwen2", **_FILLS_HIDDEN),
@@ -134,7 +137,7 @@ def language_model_config(config: PreTrainedConfig) -> PreTrainedConfig:
     fields: dict[str, Any] = {key: value for key, value in text.to_dict().items() if key not in _WRAPPED_KEYS}
     if isinstance(fields.get("rope_parameters"), dict):
         fields["rope_parameters"] = {k: v for k, v in fields["rope_parameters"].items() if k not in _MROPE_KEYS}
-    if fields.get("use_bidirectional_attention"):
+    if fields.get("use_bidirectional_attention") is True:
         # PaliGemma's prefix; text after it, and a text without an image, is causal.
         fields["use_bidirectional_attention"] = False
     if wrapper.head == "lm_head":

@@ -107,6 +107,8 @@ class LayerShape:
         rotated_dim: how much of them has positions, the keys' shared by all heads; 0 without latent attention.
         latent_dim: cached latents of a token, with its shared keys; 0 without latent attention.
         head_blocks: blocks of heads, each of which has to lose as many as the others; 1 without.
+        kv_sharing: "store" where later layers use the keys and values too, all of which then stay, "reuse" where they
+            are those of an earlier layer, else "".
     """
 
     num_heads: int
@@ -119,6 +121,7 @@ class LayerShape:
     rotated_dim: int = 0
     latent_dim: int = 0
     head_blocks: int = 1
+    kv_sharing: str = ""
 
     @property
     def heads_per_group(self) -> int:
@@ -133,6 +136,8 @@ class LayerShape:
     @property
     def cached_values(self) -> int:
         """Values of a token in the KV cache."""
+        if self.kv_sharing == "reuse":
+            return 0
         return self.latent_dim or 2 * self.num_kv_heads * self.head_dim
 
     @property
@@ -192,15 +197,16 @@ def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
     family = FAMILIES[config.model_type]
     shapes = []
     for index, layer in enumerate(config.per_layer_config):
-        experts = family.num_experts(config, index)
+        experts, kv_sharing = family.num_experts(config, index), family.kv_sharing(config, index)
         shape = LayerShape(
             num_heads=layer.num_attention_heads,
             num_kv_heads=family.num_kv_heads(layer),
             head_dim=getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads,
-            num_columns=family.ffn_width(layer, experts) * (experts or 1),
+            num_columns=family.ffn_width(layer, experts, kv_sharing) * (experts or 1),
             num_experts=experts,
             num_shared_columns=family.num_shared_columns(layer) if experts else 0,
             head_blocks=family.head_blocks,
+            kv_sharing=kv_sharing,
         )
         if family.latent_attention:
             shape = replace(

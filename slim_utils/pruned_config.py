@@ -36,9 +36,9 @@ def per_layer_fields(config: PreTrainedConfig, family: Family, masks: list[Layer
 
     The top level keeps the sizes of the dense base, also for a model that was pruned before.
     """
-    per_layer: dict[int, dict[str, Any]] = {}
+    per_layer = _stock_layers(config, family)
     for index, mask in enumerate(masks):
-        per_layer[index] = dict(_layer_sizes(config, family, mask))
+        per_layer.setdefault(index, {}).update(_layer_sizes(config, family, mask))
         if family.has_head_biases(config):
             # Of a model that was pruned before, indices into those of the dense model.
             heads = getattr(config.per_layer_config[index], "kept_heads", range(mask.shape.num_heads))
@@ -55,14 +55,25 @@ def stock_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask
         UserError: if the layer shapes differ, or the stock class does not allow them.
     """
     sizes: dict[str, int] = {}
-    for mask in masks:
+    per_layer = _stock_layers(config, family)
+    # FFNs of layers that reuse keys and values are then twice as wide.
+    doubled = getattr(config, "use_double_wide_mlp", False)
+    for index, mask in enumerate(masks):
         layer_sizes = _layer_sizes(config, family, mask)
+        if doubled and mask.shape.kv_sharing == "reuse" and mask.kept_width % 2 == 0:
+            layer_sizes[family.columns_key] //= 2
+        for key in per_layer.get(index, {}).keys() & layer_sizes.keys():
+            per_layer[index][key] = layer_sizes.pop(key)
         if any(sizes.setdefault(key, size) != size for key, size in layer_sizes.items()):
             # Dense FFNs and experts, which lose columns in other multiples, may share the key of their width.
             shared = family.expert_columns_key == family.columns_key
             advice = "use --sparsity on all layers" + (", with --multiple_of 8" if shared else "")
             raise UserError(f"--uniform_shapes: the pruned layers differ in shape; {advice}")
     fields = _shared_fields(config, family, masks) | sizes
+    if per_layer:
+        fields |= per_layer[0] | {"per_layer_config": per_layer}
+    if doubled:
+        fields["use_double_wide_mlp"] = True
     heads, hidden = fields["num_attention_heads"], config.hidden_size
     fits = not family.heads_fill_hidden or heads * fields["head_dim"] == hidden
     if fits and family.fixed_width and sizes[family.columns_key] != 4 * hidden:
@@ -93,10 +104,18 @@ def _shared_fields(config: PreTrainedConfig, family: Family, masks: list[LayerMa
     if len(num_experts) > 1:
         raise ValueError(f"layers with {' and '.join(map(str, sorted(num_experts)))} experts")
     for kept in num_experts:
-        sizes = {family.num_experts_key: kept, "num_experts_per_tok": active_experts(config, kept)}
+        sizes = {family.num_experts_key: kept, family.active_experts_key: active_experts(config, kept)}
         # A configuration stores some keys under other names.
         fields |= {config.attribute_map.get(key, key): size for key, size in sizes.items()}
     return fields
+
+
+def _stock_layers(config: PreTrainedConfig, family: Family) -> dict[int, dict[str, Any]]:
+    """What the stock class takes from ``per_layer_config``, by layer."""
+    if not family.layer_keys:
+        return {}
+    layers = enumerate(config.per_layer_config)
+    return {index: {key: getattr(layer, key) for key in family.layer_keys} for index, layer in layers}
 
 
 def _layer_sizes(config: PreTrainedConfig, family: Family, mask: LayerMask) -> dict[str, int]:
@@ -106,7 +125,7 @@ def _layer_sizes(config: PreTrainedConfig, family: Family, mask: LayerMask) -> d
         sizes[family.shared_columns_key] = len(mask.kept_shared)
     if mask.shape.num_heads:
         sizes["num_attention_heads"] = len(mask.kept_heads)
-        if hasattr(config, family.kv_heads_key):
+        if hasattr(config.per_layer_config[0], family.kv_heads_key):
             sizes[family.kv_heads_key] = len(mask.kept_kv_heads)
     return sizes
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from models.families import FAMILIES
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -18,13 +20,13 @@ if TYPE_CHECKING:
 
 def active_experts(config: PreTrainedConfig, num_experts: int) -> int | list[int]:
     """Return the number of experts of a token once ``num_experts`` are left, by layer where ``config`` lists it."""
-    active = config.num_experts_per_tok
+    active = getattr(config, FAMILIES[config.model_type].active_experts_key)
     return [min(k, num_experts) for k in active] if isinstance(active, list) else min(active, num_experts)
 
 
 def active_by_layer(config: PreTrainedConfig) -> list[int]:
     """Return the number of experts that a token is routed to in every layer; 1 without experts."""
-    active = getattr(config, "num_experts_per_tok", 1)
+    active = getattr(config, FAMILIES[config.model_type].active_experts_key, None) or 1
     return active if isinstance(active, list) else [active] * config.num_hidden_layers
 
 
@@ -33,18 +35,21 @@ class Router:
     """The router of a layer.
 
     Attributes:
-        module: with ``num_experts`` and ``top_k``. Its forward returns logits (tokens, experts), weights (tokens, k)
-            and indices (tokens, k); or weights of all experts (tokens, experts), 0 for those not chosen, and logits.
+        module: with ``top_k``, or a configuration with ``active_key``. Its forward returns logits (tokens, experts),
+            weights (tokens, k) and indices (tokens, k); or weights of all experts (tokens, experts), 0 for those not
+            chosen, and logits.
         tensors: its parameters and buffers with an entry per expert, and the dimension of these entries.
+        active_key: configuration key of the number of experts of a token.
     """
 
     module: nn.Module
     tensors: tuple[tuple[str, int], ...] = (("weight", 0),)
+    active_key: str = "num_experts_per_tok"
 
     @classmethod
     def of(cls, layer: nn.Module, family: Family) -> Router:
         """Return the router of a layer."""
-        return cls(layer.get_submodule(family.router), family.router_tensors)
+        return cls(layer.get_submodule(family.router), family.router_tensors, family.active_experts_key)
 
     def route(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return the experts (tokens, k) of the tokens (tokens, hidden), and their weights (tokens, k)."""
@@ -71,8 +76,8 @@ class Router:
 
     @property
     def _num_experts(self) -> int:
-        count: Any = self.module.num_experts
-        return count
+        name, dim = self.tensors[0]
+        return self.module.get_parameter(name).shape[dim]
 
     def _route_to(self, kept: list[int], hidden: Tensor) -> tuple[Tensor, ...]:
         """The forward with the entries of the experts ``kept`` alone, in the numbers of all experts."""
@@ -87,7 +92,12 @@ class Router:
                 module._parameters[last] = nn.Parameter(value, requires_grad=False)
             else:
                 module._buffers[last] = value
-        reduced.num_experts, reduced.top_k = len(kept), min(reduced.top_k, len(kept))
+        reduced.num_experts = len(kept)
+        if hasattr(reduced, "top_k"):
+            reduced.top_k = min(reduced.top_k, len(kept))
+        else:
+            reduced.config = copy.copy(reduced.config)
+            setattr(reduced.config, self.active_key, min(getattr(reduced.config, self.active_key), len(kept)))
 
         def of_all(values: Tensor, others: float) -> Tensor:
             return values.new_full((len(values), self._num_experts), others).index_copy(1, experts, values)

@@ -120,10 +120,24 @@ _NEMOTRON_HYBRID: dict[str, Any] = {
     "n_groups": 2,
     "chunk_size": 8,
 }
+_GEMMA4: dict[str, Any] = {
+    **_WINDOWED,
+    "global_head_dim": 8,
+    "vocab_size_per_layer_input": VOCAB,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 3.0,
+}
 FURTHER_FAMILIES = {
     "gemma": _GROUPED,
     "ministral": _WINDOWED,
     "ministral3": _GROUPED,
+    "gemma4_text": {
+        **_GEMMA4,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 16,
+    },
     "olmo": {**_GROUPED, "clip_qkv": 5.0},
     "olmo3": _WINDOWED,
     "glm": {**_GROUPED, "attention_bias": True},
@@ -229,6 +243,19 @@ FURTHER_FAMILIES = {
 }
 # Other configurations of these families, each by a name that starts with its model type.
 FURTHER_VARIANTS: dict[str, Any] = {
+    "gemma4_text without experts": {
+        **_GEMMA4,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "use_bidirectional_attention": "vision",
+    },
+    # The first two layers store keys and values, which the others reuse.
+    "gemma4_text of inputs by layer": {
+        **_GEMMA4,
+        "hidden_size_per_layer_input": 6,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+    },
     "granitemoehybrid without experts": {**_GRANITE_HYBRID, "num_local_experts": 0},
     "jamba without experts": {**_JAMBA_HYBRID, "num_experts": 1},
     "nemotron_h without experts": {
@@ -256,7 +283,15 @@ def make_tiny(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -
         torch.nn.init.normal_(parameter, std=0.3)
         # Not model.to(dtype), which would round the rotary frequencies too; from_pretrained leaves them in fp32.
         parameter.data = parameter.data.to(dtype)
+    scale_layers(model)
     return model.eval()
+
+
+def scale_layers(model: PreTrainedModel) -> None:
+    """Give the buffers that scale the outputs of Gemma 4's layers values of their own."""
+    for index, (name, buffer) in enumerate(model.named_buffers()):
+        if name.endswith("layer_scalar"):
+            buffer.fill_(0.7 + index / 100)
 
 
 def set_attention(model: PreTrainedModel, implementation: str) -> None:

@@ -91,10 +91,10 @@ def prune_model(
 ) -> list[tuple[list, list]]:
     """Prune a model in place, each Hessian from a forward of the whole model; the removed units a layer."""
     removed = []
-    family, shape = find_family(model.config), layer_shapes(model.config)[0]
-    group = shape.head_dim * shape.heads_per_group
-    units_of = (((shape.head_dim, shape.num_kv_heads) if query_heads else (group, 1)), (1, 1))
-    for layer, ratio in zip(family.decoder_layers(model), ratios, strict=True):
+    family, shapes = find_family(model.config), layer_shapes(model.config)
+    for layer, shape, ratio in zip(family.decoder_layers(model), shapes, ratios, strict=True):
+        group = shape.head_dim * shape.heads_per_group
+        units_of = (((shape.head_dim, shape.num_kv_heads) if query_heads else (group, 1)), (1, 1))
         units = []
         for name, (unit, groups) in zip((family.attention_out, family.mlp_out), units_of, strict=True):
             if name == "mlp.down_proj" and hasattr(layer.mlp, "experts"):

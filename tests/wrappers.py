@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from tests.conftest import HYBRID, TINY, WINDOWS
+from tests.conftest import HYBRID, TINY, VOCAB, WINDOWS, scale_layers
 
 IMAGE_TOKEN = 60
 _GROUPED = {**TINY, "num_key_value_heads": 2}
@@ -45,6 +45,30 @@ _LLAMA4_VISION = {
     "projector_output_dim": 16,
 }
 _SCALED = {"query_pre_attn_scalar": 4, "sliding_window": 8, "layer_types": WINDOWS}
+_GEMMA4 = {
+    "sliding_window": 8,
+    "layer_types": WINDOWS,
+    "global_head_dim": 8,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": VOCAB,
+}
+_GEMMA4_VISION = {
+    **{key: size for key, size in _VISION.items() if key != "image_size"},
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pooling_kernel_size": 2,
+    "position_embedding_size": 16,
+}
+_GEMMA4_AUDIO = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "subsampling_conv_channels": [8, 4],
+    "output_proj_dims": 16,
+}
+_GEMMA4_TOKENS = {"image_token_id": IMAGE_TOKEN, "video_token_id": 61, "audio_token_id": 62}
 
 
 def _text(model_type: str, **differences: Any) -> dict[str, Any]:
@@ -58,6 +82,35 @@ TINY_WRAPPERS: dict[str, dict[str, Any]] = {
         "vision_config": _SIGLIP,
         "mm_tokens_per_image": 1,
         "image_token_index": IMAGE_TOKEN,
+    },
+    "gemma4": {
+        "text_config": _text("gemma4_text", **_GEMMA4, use_bidirectional_attention="vision"),
+        "vision_config": _GEMMA4_VISION,
+        **_GEMMA4_TOKENS,
+    },
+    "gemma4 of inputs by layer": {
+        "text_config": _text(
+            "gemma4_text",
+            **{**_GEMMA4, "attention_k_eq_v": False, "hidden_size_per_layer_input": 6},
+            num_kv_shared_layers=2,
+            use_double_wide_mlp=True,
+        ),
+        "vision_config": _GEMMA4_VISION,
+        "audio_config": _GEMMA4_AUDIO,
+        **_GEMMA4_TOKENS,
+    },
+    "gemma4 with experts": {
+        "text_config": _text(
+            "gemma4_text",
+            **_GEMMA4,
+            use_bidirectional_attention="vision",
+            enable_moe_block=True,
+            num_experts=4,
+            top_k_experts=2,
+            moe_intermediate_size=16,
+        ),
+        "vision_config": _GEMMA4_VISION,
+        **_GEMMA4_TOKENS,
     },
     "mistral3": {
         "text_config": _text("mistral"),
@@ -127,6 +180,7 @@ def make_wrapper(name: str) -> PreTrainedModel:
     model = AutoModelForImageTextToText.from_config(config, experts_implementation="eager")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    scale_layers(model)
     return model.eval()
 
 
@@ -155,4 +209,8 @@ def image_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         inputs["image_sizes"] = torch.tensor([[8, 16]])
     elif "gemma3" in model.config.model_type:
         inputs["token_type_ids"] = types
+    elif "gemma4" in model.config.model_type:
+        inputs["pixel_values"] = torch.randn(1, 4, 48, generator=generator)
+        inputs["image_position_ids"] = torch.tensor([[[0, 0], [1, 0], [0, 1], [1, 1]]])
+        inputs["mm_token_type_ids"] = types
     return inputs

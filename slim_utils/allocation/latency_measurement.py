@@ -93,13 +93,13 @@ class _Kind:
 
 
 def layer_kinds(config: PreTrainedConfig, settings: PruningSettings) -> list[_Kind]:
-    """Return the kinds of the layers: by attention (sliding or full), experts, and the heads of a unit."""
+    """Return the kinds of the layers: by attention, experts, and the heads of a unit."""
     shapes = layer_shapes(config)
     attention = getattr(config, "layer_types", None) or [""] * len(shapes)
     kinds: dict[tuple, _Kind] = {}
     for index, (shape, attention_type) in enumerate(zip(shapes, attention, strict=True)):
         by_query_head, per_unit = settings.by_query_head(shape), settings.heads_per_unit(shape)
-        key = (attention_type, shape.num_experts, shape.head_dim, by_query_head, per_unit)
+        key = (attention_type, shape.num_experts, shape.head_dim, by_query_head, per_unit, shape.kv_sharing == "reuse")
         kind = kinds.setdefault(key, _Kind(shape, settings.head_units(shape)))
         if settings.head_units(shape) > kind.units:
             columns = kind.shape.num_columns

@@ -227,8 +227,9 @@ class Planner:
         share = removed_share(self._host.layers, family, masks)
         message = "every MoE layer keeps %d of %d experts: %.2f %% of the block weights are removed"
         logger.info(message, kept, total, 100 * share)
-        if active_experts(config, kept) != config.num_experts_per_tok:
-            logger.warning("num_experts_per_tok is reduced from %s to %d", config.num_experts_per_tok, kept)
+        active = getattr(config, family.active_experts_key)
+        if active_experts(config, kept) != active:
+            logger.warning("%s is reduced from %s to %d", family.active_experts_key, active, kept)
 
     def latency(self, plans: list[LayerPlan]) -> dict[str, Any] | None:
         """Return the requested and predicted seconds of ``--target_latency``; ``None`` without it."""

@@ -189,7 +189,7 @@ def bytes_of(units: LayerUnits, shape: LayerShape, cached: int, settings: Prunin
         itemsize: bytes of a weight.
     """
     # Query heads alone leave keys and values as they are, as all heads do with latents.
-    query_heads = settings.by_query_head(shape) and shape.heads_per_group > 1
+    query_heads = settings.by_query_head(shape) and (shape.heads_per_group > 1 or bool(shape.kv_sharing))
     cache = 0
     if not (query_heads or shape.latent_dim) and units.head_cost:
         kv_heads = units.heads_per_unit // shape.heads_per_group

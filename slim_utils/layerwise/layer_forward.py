@@ -18,15 +18,13 @@ from slim_utils.common.errors import UserError
 from slim_utils.common.memory import free_memory
 from slim_utils.families import FAMILIES, Family, linear_map
 from slim_utils.layerwise.distributed import SINGLE_PROCESS, ProcessGroup
+from slim_utils.layerwise.layer_kwargs import LayerKwargs
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.obs import solve_bytes
 from slim_utils.routers import Router
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# Positional and keyword arguments of a layer besides the hidden states, by batch size.
-LayerKwargs = dict[int, tuple[tuple, dict[str, Any]]]
 
 
 class _InputSeen(Exception):  # noqa: N818 - not an error
@@ -58,12 +56,10 @@ class LayerForward:
         settings: PruningSettings,
         advanced: int = 0,
     ) -> None:
-        from accelerate.utils import send_to_device
-
         self.layer = layer
         self.family = family
         self.hidden = hidden
-        self.calls = send_to_device(calls, settings.device)
+        self.calls = calls.on(settings.device)
         self.settings = settings
         self.advanced = advanced
         # By batch, on cache_dev: inputs of the attention's output map, later its outputs.
@@ -75,8 +71,8 @@ class LayerForward:
         """Inputs (samples, seqlen, heads · head_dim) of the attention's output map, batch by batch."""
         self._attention = []
         heads_to_hidden = self.layer.get_submodule(self.family.attention_out)
-        for batch in self._batches():
-            (inputs,) = self._arguments(heads_to_hidden, batch)
+        for samples in self._micro_batches():
+            (inputs,) = self._arguments(heads_to_hidden, samples)
             self._attention.append(inputs.to(self.settings.cache_dev))
             yield inputs
 
@@ -107,9 +103,10 @@ class LayerForward:
             (tokens, hidden) inputs, (tokens, k) experts of each, (tokens, k) their weights.
         """
         router = Router.of(self.layer, self.family)
+        norm = self.layer.get_submodule(self.family.experts_norm) if self.family.experts_norm else nn.Identity()
         for (hidden,) in self._arguments_after_attention(router.module):
             tokens = hidden.flatten(end_dim=-2)
-            yield tokens, *router.route(tokens)
+            yield norm(tokens), *router.route(tokens)
 
     def shared_inputs(self) -> Iterator[Tensor]:
         """Inputs (tokens, columns) of the shared expert's output map, scaled by its gate, as :meth:`column_inputs`."""
@@ -122,29 +119,47 @@ class LayerForward:
 
     def advance(self) -> None:
         """Replace the inputs of the layer by its outputs, and free the caches."""
-        for position, ((start, stop), batch) in enumerate(zip(self._micro_batches(), self._batches(), strict=True)):
+        for position, samples in enumerate(self._micro_batches()):
             with ExitStack() as given:
                 given.enter_context(self._attention_given(position))
                 if self._columns:
                     given.enter_context(self._columns_given(position))
-                self.hidden[start:stop] = self._run(batch)
-            self.advanced = stop
+                self.hidden[samples.start : samples.stop] = self._run(samples)
+            self.advanced = samples.stop
         self._attention, self._columns = [], []
 
-    def _run(self, batch: Tensor) -> Tensor:
-        args, kwargs = self.calls[batch.shape[0]]
-        output = self.layer(batch, *args, **kwargs)
+    def _run(self, samples: range) -> Tensor:
+        """Outputs of the layer for these samples."""
+        args, kwargs = self.calls.of(samples, self.settings.device)
+        hidden = self.hidden[samples.start : samples.stop].to(self.settings.device)
+        with self._shared_states(samples) as shared:
+            output = self.layer(hidden, *args, **kwargs, **shared)
         return output[0] if isinstance(output, tuple) else output
 
-    def _arguments(self, module: nn.Module, batch: Tensor) -> tuple[Tensor, ...]:
-        """Arguments that ``module`` is called with on a batch; the layer stops there."""
-        return _arguments_of(module, partial(self._run, batch))
+    @contextmanager
+    def _shared_states(self, samples: range) -> Iterator[dict[str, Any]]:
+        """Context with the argument through which layers share states, if any; what the layer adds is stored."""
+        if not self.family.shared_states:
+            yield {}
+            return
+        given = self.calls.shared_of(samples, self.settings.device)
+        states = given.copy()
+        try:
+            yield {self.family.shared_states: states}
+        finally:
+            for name, state in states.items():
+                if state is not given.get(name):
+                    self.calls.store(name, state, samples, len(self.hidden), self.settings.cache_dev)
+
+    def _arguments(self, module: nn.Module, samples: range) -> tuple[Tensor, ...]:
+        """Arguments that ``module`` is called with on these samples; the layer stops there."""
+        return _arguments_of(module, partial(self._run, samples))
 
     def _arguments_after_attention(self, module: nn.Module) -> Iterator[tuple[Tensor, ...]]:
         """Arguments that ``module`` is called with, batch by batch, from the cached attention outputs."""
-        for position, batch in enumerate(self._batches()):
+        for position, samples in enumerate(self._micro_batches()):
             with self._attention_given(position):
-                arguments = self._arguments(module, batch)
+                arguments = self._arguments(module, samples)
             yield arguments
 
     def _attention_given(self, position: int) -> Any:
@@ -180,14 +195,10 @@ class LayerForward:
         solve = solve_bytes(columns, rows, columns // 2, settings.solve_dtype) - 4 * columns**2
         return needed <= (free_memory(settings.device) - solve) / 2
 
-    def _micro_batches(self) -> list[tuple[int, int]]:
+    def _micro_batches(self) -> list[range]:
         remaining = self.hidden[self.advanced :]
         spans = self.settings.micro_batches(remaining) if len(remaining) else []
-        return [(self.advanced + start, self.advanced + stop) for start, stop in spans]
-
-    def _batches(self) -> Iterator[Tensor]:
-        for start, stop in self._micro_batches():
-            yield self.hidden[start:stop].to(self.settings.device)
+        return [range(self.advanced + start, self.advanced + stop) for start, stop in spans]
 
 
 def _arguments_of(module: nn.Module, run: Callable[[], Any]) -> tuple[Tensor, ...]:
@@ -216,29 +227,28 @@ def capture_layer_kwargs(
 ) -> tuple[Tensor, list[LayerKwargs]]:
     """Run the model with its layers skipped, and record the arguments of every layer.
 
-    Windows have one length and no padding, so the arguments depend on the batch size alone.
-
     Returns:
         The inputs of the first layer (num_samples, seqlen, hidden) on ``cache_dev``, and the kwargs of every layer.
     """
     family = FAMILIES[model.config.model_type]
     first_inputs: list[Tensor] = []
-    calls: list[LayerKwargs] = [{} for _ in layers]
+    shared: dict[str, tuple[Tensor, ...]] = {}
+    calls = [LayerKwargs(shared=shared) for _ in layers]
 
-    def recorder(index: int) -> Callable[..., Any]:
+    def recorder(index: int, batch: range) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs.pop("hidden_states")
             if index == 0:
                 first_inputs.append(hidden.to(settings.cache_dev))
-            calls[index][hidden.shape[0]] = (args[1:], kwargs)
+            calls[index].record(family, args[1:], kwargs, batch, len(samples))
             return _layer_output(family, hidden)
 
         return forward
 
-    with ExitStack() as skipped:
-        for index, layer in enumerate(layers):
-            skipped.enter_context(_forward_replaced(layer, recorder(index)))
-        for start, stop in settings.micro_batches(samples):
+    for start, stop in settings.micro_batches(samples):
+        with ExitStack() as skipped:
+            for index, layer in enumerate(layers):
+                skipped.enter_context(_forward_replaced(layer, recorder(index, range(start, stop))))
             model.base_model(input_ids=samples[start:stop].to(model.device), use_cache=False)
     hidden = torch.cat(first_inputs)
     check_finite(hidden, "the embeddings", processes)

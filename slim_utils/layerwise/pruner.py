@@ -30,7 +30,8 @@ from slim_utils.common.memory import empty_cache
 from slim_utils.families import Family, LayerShape, layer_shapes
 from slim_utils.layerwise.distributed import SINGLE_PROCESS, ProcessGroup
 from slim_utils.layerwise.experts import Experts, result_of_experts
-from slim_utils.layerwise.layer_forward import LayerForward, LayerKwargs, capture_layer_kwargs, check_finite
+from slim_utils.layerwise.layer_forward import LayerForward, capture_layer_kwargs, check_finite
+from slim_utils.layerwise.layer_kwargs import LayerKwargs
 from slim_utils.layerwise.layer_maps import column_maps, head_maps
 from slim_utils.layerwise.layer_report import ExpertRefit, LayerReport
 from slim_utils.layerwise.less_memory import warn_of_full_memory
@@ -157,8 +158,9 @@ class _SequentialPruner:
         self.hook = hook
         self.host, self.family, self.windows, self.processes = host, host.family, windows, processes
         self.store = store
-        # Of several processes, each would have to keep activations of its own.
-        self._solo_store = store if processes.world_size == 1 else None
+        # Of several processes, each would have to keep activations of its own; states that layers share are not kept.
+        solo = processes.world_size == 1 and not any(shape.kv_sharing for shape in layer_shapes(host.model.config))
+        self._solo_store = store if solo else None
         # Reduced by an earlier process of the run.
         self.settings = store.reduced(settings) if store else settings
         self.hidden: list[Tensor] = []
@@ -238,11 +240,12 @@ class _SequentialPruner:
 
     def _forward(self, index: int, layer: nn.Module, number: int, advanced: int = 0) -> LayerForward:
         """A layer with its inputs of one window length, of which the first ``advanced`` are outputs already."""
-        calls = self.calls[number]
+        calls = self.calls[number][index]
         if 0 < advanced < len(self.windows[number]):
             # The remaining samples may end in a batch of another size.
-            [(_, calls)] = self._capture([self.windows[number][advanced:]], replace(self.settings, cache_dev=CPU))
-        return LayerForward(layer, self.family, self.hidden[number], calls[index], self.settings, advanced)
+            [(_, again)] = self._capture([self.windows[number][advanced:]], replace(self.settings, cache_dev=CPU))
+            calls = calls.with_batches_of(again[index])
+        return LayerForward(layer, self.family, self.hidden[number], calls, self.settings, advanced)
 
     def _with_less_memory(self, settings: PruningSettings) -> PruningSettings | None:
         return settings.with_less_memory(self.windows[0])
@@ -274,7 +277,12 @@ class _SequentialPruner:
             if self.hidden:
                 # Kwargs only, with captured activations on the host.
                 found = self._capture(self.windows, replace(reduced, cache_dev=CPU))
-                self.calls = [calls for _, calls in found]
+                self.calls = [
+                    [kwargs.with_batches_of(again) for kwargs, again in zip(calls, captured, strict=True)]
+                    for calls, (_, captured) in zip(self.calls, found, strict=True)
+                ]
+                for first, *_ in self.calls:
+                    first.move_shared(reduced.cache_dev)
                 self.hidden = [hidden.to(reduced.cache_dev) for hidden in self.hidden]
 
 

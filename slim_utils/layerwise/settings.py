@@ -81,8 +81,15 @@ class PruningSettings:
         return None if self.cache_dev == host else replace(self, cache_dev=host)
 
     def by_query_head(self, shape: LayerShape) -> bool:
-        """Whether the unit of a layer of ``shape`` is a head of a group, be it a kv group or a block."""
-        return shape.head_blocks > 1 or (self.gqa_unit == "query_head" and shape.heads_per_group > 1)
+        """Whether the unit of a layer of ``shape`` is a head of a group, be it a kv group or a block.
+
+        Keys and values that layers share stay, whatever the unit.
+        """
+        return (
+            shape.head_blocks > 1
+            or bool(shape.kv_sharing)
+            or (self.gqa_unit == "query_head" and shape.heads_per_group > 1)
+        )
 
     def head_units(self, shape: LayerShape) -> int:
         """Units of heads of a layer of ``shape``: heads of a group, or kv groups."""

@@ -89,7 +89,7 @@ def test_removed_rows_feed_removed_columns_alone(name, by_query_head, samples):
     for index, shape in enumerate(layer_shapes(model.config)):
         columns = [column for column in range(shape.num_columns) if column % 4 != index]
         size = shape.num_heads // max(shape.head_groups, 1)
-        if shape.head_blocks > 1 or (by_query_head and size > 1):
+        if shape.head_blocks > 1 or shape.kv_sharing or (by_query_head and size > 1):
             removed = [group * size + (group + index) % size for group in range(shape.head_groups)]
             heads = [head for head in range(shape.num_heads) if head not in removed]
             masks.append(LayerMask.from_heads(shape, heads, columns))
@@ -112,11 +112,16 @@ def test_removed_rows_feed_removed_columns_alone(name, by_query_head, samples):
 @PARAMETERS
 def test_uniform_shapes_make_a_stock_model_or_are_refused(name, samples, tmp_path):
     model = make_tiny(name)
-    family, masks = find_family(model.config), []
-    for shape in layer_shapes(model.config):
-        masks.append(
-            LayerMask.from_groups(shape, list(range(1, shape.num_kv_heads)), list(range(0, shape.num_columns, 2)))
-        )
+    family, masks, shapes = find_family(model.config), [], layer_shapes(model.config)
+    kv_heads = {shape.num_kv_heads for shape in shapes if shape.num_heads}
+    by_query_head = len(kv_heads) > 1 or any(shape.kv_sharing for shape in shapes)
+    for shape in shapes:
+        columns, size = list(range(0, shape.num_columns, 2)), shape.heads_per_group
+        if by_query_head:
+            heads = [head for head in range(shape.num_heads) if head % size >= size // 3]
+            masks.append(LayerMask.from_heads(shape, heads, columns))
+        else:
+            masks.append(LayerMask.from_groups(shape, list(range(1, shape.num_kv_heads)), columns))
     try:
         shrink(model, family, masks, uniform_shapes=True).save_pretrained(tmp_path)
     except UserError as error:
@@ -168,13 +173,15 @@ def test_documented_table_is_that_of_the_rows():
     assert documented == table_lines(), "\n".join(table_lines())
 
 
-# Families of which some layers have no attention; experts wide enough for steps of 8 columns.
+# Families of which some layers have no attention, or no keys and values of their own; experts wide enough for steps of
+# 8 columns.
 HYBRIDS: dict[str, dict[str, int]] = {
     "qwen3_5_text": {},
     "granitemoehybrid": {"intermediate_size": 40},
     "jamba": {},
     "nemotron_h": {"moe_intermediate_size": 40},
     "nemotron_h without experts": {},
+    "gemma4_text of inputs by layer": {},
 }
 HYBRID_NAMES = [name if name == "qwen3_5_text" else pytest.param(name, marks=pytest.mark.slow) for name in HYBRIDS]
 

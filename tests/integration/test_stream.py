@@ -61,7 +61,7 @@ def argv(text_file) -> list:
     return ["--data_file", text_file, *FLAGS, "--eval_datasets", text_file, "--eval_seqlens", 16]
 
 
-@pytest.mark.parametrize("variant", ALL_TINY)
+@pytest.mark.parametrize("variant", [*ALL_TINY, "gemma4_text", "gemma4_text of inputs by layer"])
 def test_model_slimming_streamed_gives_the_same_bits_for_every_family(variant, argv, tokenizer, tmp_path, monkeypatch):
     make_tiny(variant).save_pretrained(tmp_path / "model", max_shard_size="20KB")
     # Some families require another tokenizer class.

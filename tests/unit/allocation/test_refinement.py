@@ -36,7 +36,7 @@ def pruned(name: str, samples: torch.Tensor, plan: list[LayerPlan]) -> torch.nn.
     return model
 
 
-@pytest.mark.parametrize("name", ["mha", "gqa", "opt"])
+@pytest.mark.parametrize("name", ["mha", "gqa", "opt", "gemma4_text of inputs by layer"])
 @pytest.mark.parametrize("kind", ["heads", "columns"])
 def test_measure_around_losses_are_those_of_the_pruned_model(kind, name, samples, monkeypatch):
     """The losses are those with a few units fewer and a few more removed from one layer of the pruned model."""
@@ -79,7 +79,7 @@ def test_measure_around_interrupted_restores_the_dense_model(samples, monkeypatc
         assert torch.equal(parameter, before)
 
 
-@pytest.mark.parametrize("name", ["olmo2", "phi3", "gemma2", "qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize("name", ["olmo2", "phi3", "gemma2", "qwen2_moe", "gpt_oss", "gemma4_text of inputs by layer"])
 def test_refined_plans_of_every_family_keep_the_budget(name, samples):
     model, dense = make_tiny(name), make_tiny(name)
     host, family = ResidentModel(model, find_family(model.config)), find_family(model.config)

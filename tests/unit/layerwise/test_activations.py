@@ -72,6 +72,18 @@ def test_resumed_run_goes_on_to_the_same_bits_without_running_finished_layers(
     assert len({id(layer) for layer in layers}) == 3 - killed_at
 
 
+def test_resumed_run_with_shared_keys_and_values_runs_finished_layers_again(samples, cut_off, caplog):
+    name = "gemma4_text of inputs by layer"
+    whole, expected = prune(name, samples)
+    store = cut_off(name, 3)
+    assert store.kept_activations([0, 1, 2, 3], CPU) is None
+    with caplog.at_level(logging.INFO):
+        resumed, masks = prune(name, samples, store)
+    assert "--resume: going on after" not in caplog.text
+    assert masks == expected
+    assert all(torch.equal(resumed.state_dict()[key], tensor) for key, tensor in whole.state_dict().items())
+
+
 def test_unpruned_first_layers_are_not_run_again_either(samples, cut_off):
     ratios = [0.0, 0.3, 0.0, 0.5]
     whole, expected = prune("gqa", samples, ratios=ratios)

@@ -45,7 +45,7 @@ def plain_forward(model, samples, name: str):
 
 @torch.no_grad()
 @pytest.mark.parametrize("cache_dev", [CPU, ELSEWHERE])
-@pytest.mark.parametrize("variant", ALL_TINY)
+@pytest.mark.parametrize("variant", [*ALL_TINY, "gemma4_text of inputs by layer"])
 def test_parts_are_those_of_the_whole_layer(variant, cache_dev, samples):
     model = make_tiny(variant, torch.float64)
     replay = first_replay(model, samples, cache_dev, tokens_per_forward=48)

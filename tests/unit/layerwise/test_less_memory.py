@@ -55,15 +55,17 @@ def same_weights(one, other):
         assert torch.allclose(other.state_dict()[name], weight, rtol=1e-3, atol=1e-3), name
 
 
+# The latter has inputs by token, and its later layers reuse keys and values of the first two.
+@pytest.mark.parametrize("name", ["gqa", "gemma4_text of inputs by layer"])
 @pytest.mark.parametrize(
     ("ratios", "failing", "batch_samples"),
     [(RATIOS, 2, 3), (RATIOS, 5, 5), ([0.0, 0.0, 0.5, 0.6], 3, 3), ([0.0, 0.0, 0.5, 0.6], 8, 5)],
 )
 def test_prune_layers_full_while_advancing_goes_on_from_the_batch(
-    ratios, failing, batch_samples, samples, monkeypatch, caplog
+    ratios, failing, batch_samples, name, samples, monkeypatch, caplog
 ):
     """Also in layers that are not pruned; each time after another batch, the last of which are of other sizes."""
-    whole, parts, starts = make_tiny("gqa"), make_tiny("gqa"), samples[:7, :8]
+    whole, parts, starts = make_tiny(name), make_tiny(name), samples[:7, :8]
     expected, _ = walk(whole, samples, ratios, starts=starts)
     advancing, run = [], []
     advance = LayerForward.advance
@@ -101,7 +103,8 @@ def test_prune_layers_full_for_activations_keeps_them_on_the_host(samples, monke
     )
 
 
-def test_prune_layers_full_for_a_layer_keeps_activations_on_the_host(samples, monkeypatch, caplog):
+@pytest.mark.parametrize("name", ["gqa", "gemma4_text of inputs by layer"])
+def test_prune_layers_full_for_a_layer_keeps_activations_on_the_host(name, samples, monkeypatch, caplog):
     fetch, calls = ResidentModel.onload, []
 
     def limited(self, index, device):
@@ -111,8 +114,8 @@ def test_prune_layers_full_for_a_layer_keeps_activations_on_the_host(samples, mo
         return fetch(self, index, device)
 
     monkeypatch.setattr(ResidentModel, "onload", limited)
-    masks, reports = walk(make_tiny("gqa"), samples, cache_dev=ELSEWHERE)
-    assert masks == walk(make_tiny("gqa"), samples)[0]
+    masks, reports = walk(make_tiny(name), samples, cache_dev=ELSEWHERE)
+    assert masks == walk(make_tiny(name), samples)[0]
     assert [report.cache_dev for report in reports] == ["cpu:0", "cpu:0", "cpu", "cpu"]
 
 

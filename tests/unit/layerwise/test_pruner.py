@@ -52,6 +52,19 @@ def test_same_model_as_the_plain_walk(variant, implementation, samples):
     assert [mask.shape for mask in masks] == layer_shapes(model.config)
 
 
+def test_layers_that_share_keys_and_values_as_the_plain_walk(samples):
+    name = "gemma4_text of inputs by layer"
+    model, expected = make_tiny(name, torch.float64), make_tiny(name, torch.float64)
+    # Several batches, of different sizes.
+    masks, _ = walk(model, samples, RATIOS, batch_samples=3)
+    reference_slimgpt.prune_model(expected, samples, RATIOS, percdamp=0.01, query_heads=True)
+    assert [mask.shape.kv_sharing for mask in masks] == ["store", "store", "reuse", "reuse"]
+    assert [mask.shape.num_columns for mask in masks] == [40, 40, 80, 80]
+    for key, weight in expected.state_dict().items():
+        got = model.state_dict()[key]
+        assert torch.allclose(got, weight, rtol=1e-4, atol=1e-4 * weight.abs().max().item()), key
+
+
 def test_query_heads_as_units(samples):
     model, expected = make_tiny("gqa", torch.float64), make_tiny("gqa", torch.float64)
     masks, _ = walk(model, samples, RATIOS)
