@@ -299,7 +299,7 @@ ROWS = (
         shared_expert="mixer.shared_experts",
         shared_rows=(("up_proj", (SHARED_COLUMNS,)),),
         shared_columns_key="moe_shared_expert_intermediate_size",
-        unsupported=(("moe_latent_size", "its experts work on latents"),),
+        expert_latents="mixer.fc1_latent_proj",
     ),
     row("falcon_h1", "FalconH1", tuple_outputs=True, mlp_out="feed_forward.down_proj", mlp_rows=_FEED_FORWARD),
     row(

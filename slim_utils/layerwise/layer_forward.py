@@ -101,7 +101,7 @@ class LayerForward:
             yield inputs
 
     def expert_calls(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Inputs of the layer's experts and their routing, batch by batch, after :meth:`finish_attention`.
+        """Inputs of the layer's router and its choice, batch by batch, after :meth:`finish_attention`.
 
         Yields:
             (tokens, hidden) inputs, (tokens, k) experts of each, (tokens, k) their weights.
