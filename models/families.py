@@ -86,7 +86,7 @@ ROWS = (
         active_experts_key="top_k_experts",
         router="router",
         router_tensors=(("proj.weight", 0), ("per_expert_scale", 0)),
-        experts_norm="pre_feedforward_layernorm_2",
+        experts_in="pre_feedforward_layernorm_2",
         shared_expert="mlp",
         shared_columns_key="intermediate_size",
     ),
@@ -318,7 +318,7 @@ ROWS = (
         shared_expert="mixer.shared_experts",
         shared_rows=(("up_proj", (SHARED_COLUMNS,)),),
         shared_columns_key="moe_shared_expert_intermediate_size",
-        unsupported=(("moe_latent_size", "its experts work on latents"),),
+        experts_in="mixer.fc1_latent_proj",
     ),
     row("falcon_h1", "FalconH1", tuple_outputs=True, mlp_out="feed_forward.down_proj", mlp_rows=_FEED_FORWARD),
     row(

@@ -94,7 +94,7 @@ class Family:
         router: module that chooses the experts of a token.
         router_tensors: its parameters and buffers with an entry per expert, and the dimension of these entries.
         fewest_experts: experts that the router needs at least.
-        experts_norm: norm between the inputs of the router and those of the experts, if any.
+        experts_in: module that computes the inputs of the experts from those of the router, if they differ.
         shared_expert: FFN of every token beside the experts, with a gate, if any.
         shared_out: its linear map whose input columns are its intermediate columns.
         shared_rows: its linear maps that feed ``shared_out``, and the kinds of their output rows as stacked.
@@ -150,7 +150,7 @@ class Family:
     router: str = "mlp.gate"
     router_tensors: tuple[tuple[str, int], ...] = (("weight", 0),)
     fewest_experts: int = 1
-    experts_norm: str = ""
+    experts_in: str = ""
     shared_expert: str = ""
     shared_out: str = "down_proj"
     shared_rows: tuple[tuple[str, tuple[str, ...]], ...] = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,8 @@ class Wrapper:
         name: name in its class names.
         family: row of its language model: one of the table, or with other classes.
         alone: model type of the family that computes the same for text, before pruning.
+        alone_keys: configuration keys that this type needs for it, and their values.
+        experts_transposed: whether experts are stored transposed, unlike those of this type.
         language_model: name of the language model, without its head, in the multimodal model.
         head: name of its head.
     """
@@ -47,6 +51,8 @@ class Wrapper:
     name: str
     family: Family
     alone: str
+    alone_keys: tuple[tuple[str, Any], ...] = ()
+    experts_transposed: bool = False
     language_model: str = "model.language_model"
     head: str = "lm_head"
 
@@ -71,11 +77,12 @@ class Wrapper:
         return f"{self.head if module == 'lm_head' else self.language_model}.{rest}"
 
 
-def _of_table(base_type: str, name: str, *families: str, **names: str) -> list[Wrapper]:
+def _of_table(base_type: str, name: str, *families: str, **names: Any) -> list[Wrapper]:
     return [Wrapper(base_type, name, FAMILIES[family], family, **names) for family in families]
 
 
 def _qwen(base_type: str, name: str, alone: str, **differences: Any) -> Wrapper:
+    """Row of a model whose language model has classes of its own; ``differences`` are those of its family."""
     classes: dict[str, Any] = {"config_class": f"{name}TextConfig", "model_class": f"{name}TextModel"}
     text_type = f"{base_type}_text"
     family = replace(
@@ -100,6 +107,12 @@ WRAPPER_ROWS = (
     _qwen("qwen2_vl", "Qwen2VL", "qwen2", **_FILLS_HIDDEN),
     _qwen("qwen2_5_vl", "Qwen2_5_VL", "qwen2", **_FILLS_HIDDEN),
     _qwen("qwen3_vl", "Qwen3VL", "qwen3"),
+    # Always normalises the weights of its router.
+    replace(
+        _qwen("qwen3_vl_moe", "Qwen3VLMoe", "qwen3_moe"),
+        alone_keys=(("norm_topk_prob", True),),
+        experts_transposed=True,
+    ),
     *_of_table("qwen3_5", "Qwen3_5", "qwen3_5_text"),
     *_of_table("llama4", "Llama4", "llama4_text", language_model="language_model.model", head="language_model.lm_head"),
     *_of_table("paligemma", "PaliGemma", "gemma", "gemma2"),
@@ -140,6 +153,7 @@ def language_model_config(config: PreTrainedConfig) -> PreTrainedConfig:
     if fields.get("use_bidirectional_attention") is True:
         # PaliGemma's prefix; text after it, and a text without an image, is causal.
         fields["use_bidirectional_attention"] = False
+    fields |= dict(wrapper.alone_keys)
     if wrapper.head == "lm_head":
         # It is outside the language model.
         fields["tie_word_embeddings"] = getattr(config, "tie_word_embeddings", False)
@@ -150,3 +164,29 @@ def language_model_config(config: PreTrainedConfig) -> PreTrainedConfig:
     alone.name_or_path = config.name_or_path
     setattr(alone, TEXT_OF_KEY, wrapper.base_type)
     return alone
+
+
+@contextmanager
+def experts_as_stored(config: PreTrainedConfig) -> Iterator[None]:
+    """Context in which a language model by itself is loaded from a multimodal checkpoint whose experts are transposed.
+
+    Args:
+        config: configuration by :func:`language_model_config`.
+    """
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+
+    transposed = {wrapper.base_type for wrapper in WRAPPER_ROWS if wrapper.experts_transposed}
+    if getattr(config, TEXT_OF_KEY) not in transposed:
+        yield
+        return
+    row = FAMILIES[config.model_type]
+    mapping = get_checkpoint_conversion_mapping(getattr(config, TEXT_OF_KEY))
+    register_checkpoint_conversion_mapping(row.causal_class, mapping, overwrite=True)
+    try:
+        yield
+    finally:
+        mapping = get_checkpoint_conversion_mapping(row.base_type)
+        register_checkpoint_conversion_mapping(row.causal_class, mapping, overwrite=True)

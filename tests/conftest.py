@@ -127,6 +127,15 @@ _GEMMA4: dict[str, Any] = {
     "hidden_size_per_layer_input": 0,
     "final_logit_softcapping": 3.0,
 }
+_NEMOTRON_MIXTURE: dict[str, Any] = {
+    **_NEMOTRON_HYBRID,
+    **_MIXTURE,
+    "layers_block_type": ["linear_attention", "full_attention", "mlp", "moe"],
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 32,
+    "routed_scaling_factor": 1.5,
+}
 FURTHER_FAMILIES = {
     "gemma": _GROUPED,
     "ministral": _WINDOWED,
@@ -224,15 +233,7 @@ FURTHER_FAMILIES = {
     "olmo_hybrid": {**_GROUPED, **HYBRID},
     "granitemoehybrid": {**_GRANITE_HYBRID, **_MIXTURE, "num_local_experts": 4, "intermediate_size": 16},
     "jamba": {**_JAMBA_HYBRID, **_MIXTURE, "num_experts": 4, "expert_layer_period": 4, "expert_layer_offset": 3},
-    "nemotron_h": {
-        **_NEMOTRON_HYBRID,
-        **_MIXTURE,
-        "layers_block_type": ["linear_attention", "full_attention", "mlp", "moe"],
-        "n_routed_experts": 4,
-        "moe_intermediate_size": 16,
-        "moe_shared_expert_intermediate_size": 32,
-        "routed_scaling_factor": 1.5,
-    },
+    "nemotron_h": _NEMOTRON_MIXTURE,
     "falcon_h1": {**_GROUPED, **_MAMBA, "mamba_d_ssm": 48, "attention_out_multiplier": 0.8},
     "lfm2": {
         **_GROUPED,
@@ -258,6 +259,7 @@ FURTHER_VARIANTS: dict[str, Any] = {
     },
     "granitemoehybrid without experts": {**_GRANITE_HYBRID, "num_local_experts": 0},
     "jamba without experts": {**_JAMBA_HYBRID, "num_experts": 1},
+    "nemotron_h with latent experts": {**_NEMOTRON_MIXTURE, "moe_latent_size": 12, "mlp_bias": True},
     "nemotron_h without experts": {
         **_NEMOTRON_HYBRID,
         "layers_block_type": ["full_attention", "mlp", "linear_attention", "mlp"],

@@ -139,6 +139,19 @@ TINY_WRAPPERS: dict[str, dict[str, Any]] = {
         "vision_config": {**_QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
         **_QWEN_TOKENS,
     },
+    "qwen3_vl_moe": {
+        "text_config": _text(
+            "qwen3_vl_moe_text",
+            **_EXPERTS,
+            num_experts=4,
+            moe_intermediate_size=16,
+            mlp_only_layers=[1],
+            rope_parameters={**_MROPE, "mrope_interleaved": True},
+        ),
+        "vision_config": {**_QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        **_QWEN_TOKENS,
+        "tie_word_embeddings": False,
+    },
     "qwen3_5": {
         "text_config": _text("qwen3_5_text", **HYBRID, rope_parameters=_QWEN3_5_ROPE),
         "vision_config": {**_QWEN_VISION, "num_position_embeddings": 16},

@@ -30,6 +30,14 @@ class Alignment:
     tp_size: int = 1
     uniform: bool = False
 
+    def multiples(self, layer: LayerUnits) -> tuple[int, int]:
+        """Return the multiples of heads, or kv groups, and of columns, or experts, that ``layer`` keeps."""
+        of_experts = layer.num_experts and not layer.whole_experts
+        return (
+            self.heads_multiple // math.gcd(self.heads_multiple, layer.head_groups),
+            math.lcm(self.columns_multiple, self.expert_columns_multiple if of_experts else 1),
+        )
+
     def aligned(
         self, plans: list[LayerPlan], units: list[LayerUnits], pruned: list[tuple[bool, bool]]
     ) -> list[LayerPlan]:
@@ -41,11 +49,11 @@ class Alignment:
             pruned: whether the heads and whether the columns of each layer are pruned; the others are not aligned.
         """
         counts = [layer.counts(plan) for layer, plan in zip(units, plans, strict=True)]
-        multiples = [self.heads_multiple // math.gcd(self.heads_multiple, layer.head_groups) for layer in units]
+        multiples = [self.multiples(layer) for layer in units]
         heads = aligned_counts(
             [count for count, _ in counts],
             [layer.heads for layer in units],
-            multiples,
+            [multiple for multiple, _ in multiples],
             [flag for flag, _ in pruned],
             self.uniform,
         )
@@ -53,12 +61,10 @@ class Alignment:
         for num_experts in {layer.num_experts for layer in units}:
             # Left-over columns move only between layers whose columns have the same number of weights.
             indices = [index for index, layer in enumerate(units) if layer.num_experts == num_experts]
-            columns_of_experts = num_experts and not units[indices[0]].whole_experts
-            multiple = math.lcm(self.columns_multiple, self.expert_columns_multiple if columns_of_experts else 1)
             aligned_columns = aligned_counts(
                 [columns[i] for i in indices],
                 [units[i].columns for i in indices],
-                [multiple] * len(indices),
+                [multiples[i][1] for i in indices],
                 [pruned[i][1] for i in indices],
                 self.uniform,
             )

@@ -34,6 +34,7 @@ class LayerUnits:
         head_groups: groups that one unit takes heads from.
         num_experts: experts of the layer; 0 for a dense FFN.
         whole_experts: whether ``columns`` are the experts of the layer.
+        shared_weights: block weights of the shared expert that go with one column of every expert.
     """
 
     heads: int
@@ -44,6 +45,7 @@ class LayerUnits:
     head_groups: int = 1
     num_experts: int = 0
     whole_experts: bool = False
+    shared_weights: int = 0
 
     def plan(self, heads: int, columns: int) -> LayerPlan:
         """Return the plan that removes ``heads`` units of heads and ``columns`` columns, or experts."""
@@ -80,7 +82,20 @@ def layer_units(
             weights_of(layer, family, settings.size_mask(shape, plan))[0] for plan in (one_head, one_column)
         )
         groups = shape.head_groups if settings.by_query_head(shape) else 1
-        units.append(LayerUnits(heads, columns, head_cost, column_cost, per_unit, groups, shape.num_experts))
+        routed = settings.size_mask(replace(shape, num_shared_columns=0), one_column)
+        shared_weights = column_cost - weights_of(layer, family, routed)[0]
+        units.append(
+            LayerUnits(
+                heads,
+                columns,
+                head_cost,
+                column_cost,
+                heads_per_unit=per_unit,
+                head_groups=groups,
+                num_experts=shape.num_experts,
+                shared_weights=shared_weights,
+            )
+        )
     return units
 
 

@@ -251,7 +251,8 @@ class Planner:
 
     def _refined(self, sensitivities: dict[int, LayerSensitivity], plans: list[LayerPlan]) -> Allocate:
         """Return the allocation near ``plans``, which the sensitivities were measured around."""
-        return lambda units, budget: self._aligned(refined_plans(sensitivities, units, plans, budget))
+        multiples = [self._alignment.multiples(layer) for layer in self.units]
+        return lambda units, budget: self._aligned(refined_plans(sensitivities, units, plans, budget, multiples))
 
     def _aligned(self, plans: list[LayerPlan]) -> list[LayerPlan]:
         counts = [unit.counts(plan) for unit, plan in zip(self.units, plans, strict=True)]

@@ -218,17 +218,23 @@ def _unit_sensitivity(
 
 
 def refined_plans(
-    sensitivities: dict[int, LayerSensitivity], units: list[LayerUnits], plans: Sequence[LayerPlan], budget: float
+    sensitivities: dict[int, LayerSensitivity],
+    units: list[LayerUnits],
+    plans: Sequence[LayerPlan],
+    budget: float,
+    multiples: Sequence[tuple[int, int]] = (),
 ) -> list[LayerPlan]:
     """Return the plans of least loss near ``plans`` that remove ``budget``.
 
-    In every layer, the heads and the columns each change by at most ``MAX_MOVE`` of the units, or one unit.
+    In every layer, the heads and the columns each change by at most ``MAX_MOVE`` of the units, or one multiple: as much
+    as a layer of ``plans`` that keeps multiples may be away from the budget.
 
     Args:
         sensitivities: sensitivity by layer index, of :func:`measure_around`.
         units: units of all layers.
         plans: plan of every layer that the sensitivities were measured around.
         budget: what to remove from the measured layers; the other layers stay dense.
+        multiples: multiples of heads and of columns that every layer keeps, in units; 1 by default.
 
     Raises:
         UnreachableTargetError: if that is more than the layers have within these limits.
@@ -236,10 +242,11 @@ def refined_plans(
     layers, curves = sorted(sensitivities), []
     for index, layer in zip(layers, loss_curves(sensitivities, units), strict=True):
         heads, columns = units[index].counts(plans[index])
+        heads_multiple, columns_multiple = multiples[index] if multiples else (1, 1)
         curves.append(
             LayerCurves(
-                _within(layer.heads, heads, unit_fraction(MAX_MOVE, units[index].heads)),
-                _within(layer.columns, columns, unit_fraction(MAX_MOVE, units[index].columns)),
+                _within(layer.heads, heads, max(unit_fraction(MAX_MOVE, units[index].heads), heads_multiple)),
+                _within(layer.columns, columns, max(unit_fraction(MAX_MOVE, units[index].columns), columns_multiple)),
             )
         )
     counts = allocate_layers(curves, budget)

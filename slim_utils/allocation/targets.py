@@ -173,8 +173,8 @@ def macs_of(units: LayerUnits, shape: LayerShape, active: int) -> LayerUnits:
     attention = units.heads_per_unit * shape.attention_macs * MACS_TOKENS**2 if units.head_cost else 0
     columns = units.column_cost * MACS_TOKENS
     if shape.num_experts:
-        shared = shape.shared_per_column
-        columns = columns * (active + shared) // (shape.num_experts + shared)
+        shared = units.shared_weights * MACS_TOKENS
+        columns = (columns - shared) * active // shape.num_experts + shared
     return replace(units, head_cost=units.head_cost * MACS_TOKENS + attention, column_cost=columns)
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from transformers.utils.hub import cached_file
 import models  # noqa: F401 - registers the classes of pruned checkpoints
 from models.families import FAMILIES
 from models.like import LIKE_KEY, add_row_of
-from models.wrappers import LANGUAGE_MODEL_NAMES, WRAPPER_TYPES, language_model_config
+from models.wrappers import LANGUAGE_MODEL_NAMES, WRAPPER_TYPES, experts_as_stored, language_model_config
 from slim_utils.common.adapters import BASE_KEY, base_checkpoint, fuse_adapters, merged_models
 from slim_utils.common.checkpoint_checks import (
     building,
@@ -241,8 +241,9 @@ def load_model(
     if note:
         with loading(model_path):
             return load_gguf(model_path, config, DTYPES[dtype]).eval()
-    with loading(model_path):
-        names = LANGUAGE_MODEL_NAMES if is_multimodal_checkpoint(model_path) else {}
+    multimodal = is_multimodal_checkpoint(model_path)
+    with loading(model_path), experts_as_stored(config) if multimodal else nullcontext():
+        names = LANGUAGE_MODEL_NAMES if multimodal else {}
         renamings = check_weights(model_path, config, names, trust_remote_code=trust_remote_code)
         if renamings:
             options["key_mapping"] = renamings

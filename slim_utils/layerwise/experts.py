@@ -29,24 +29,34 @@ class Experts:
         module: with ``gate_up_proj``, or ``up_proj`` without gates, ``down_proj`` and, where gates are not interleaved,
             ``act_fn``; it may have ``gate_up_proj_bias`` and ``down_proj_bias``.
         layout: of its parameters.
+        inputs: module that computes their inputs from those of the router, if they differ.
     """
 
     module: nn.Module
     layout: ExpertLayout = PLAIN_LAYOUT
+    inputs: nn.Module | None = None
 
     @classmethod
     def of(cls, layer: nn.Module, family: Family) -> "Experts":
         """Return the experts of a layer."""
-        return cls(layer.get_submodule(family.experts), family.expert_layout)
+        inputs = layer.get_submodule(family.experts_in) if family.experts_in else None
+        return cls(layer.get_submodule(family.experts), family.expert_layout, inputs)
 
     @property
     def down_proj(self) -> Tensor:
-        """The down projections (experts, hidden, columns), a view of the parameter."""
+        """The down projections (experts, outputs, columns), a view of the parameter; outputs are latents or hidden."""
         weight = self.module.get_parameter("down_proj").data
         return weight.transpose(1, 2) if self.layout.transposed else weight
 
     def activations(self, index: int, hidden: Tensor) -> Tensor:
-        """Outputs (tokens, columns) of the activation of expert ``index``, gated or not, on inputs (tokens, hidden)."""
+        """Outputs (tokens, columns) of the activation, gated or not, of expert ``index`` on (tokens, hidden).
+
+        Args:
+            index: of the expert.
+            hidden: inputs of the router.
+        """
+        if self.inputs is not None:
+            hidden = self.inputs(hidden)
         weight = self.module.get_parameter(self.layout.columns_in)[index]
         gate_up = functional.linear(hidden, weight.T if self.layout.transposed else weight)
         if hasattr(self.module, "gate_up_proj_bias"):
@@ -69,7 +79,7 @@ class RoutedTokens:
         token: (n,) their indices.
         inputs: (n, columns) inputs of the down projection ``W``, scaled by the router's weights, so that ``W x`` is
             the expert's contribution to the layer's output, but for a bias.
-        bias: (n, hidden) the contribution of its bias; ``None`` without one.
+        bias: (n, outputs) the contribution of its bias; ``None`` without one.
     """
 
     token: Tensor
@@ -78,7 +88,7 @@ class RoutedTokens:
 
 
 def expert_linear(experts: Experts, index: int) -> nn.Linear:
-    """Down projection of one expert; its weight (hidden, columns) is a view of that slice of ``experts.down_proj``."""
+    """Down projection of one expert; its weight (outputs, columns) is a view of that slice of ``experts.down_proj``."""
     weight = experts.down_proj[index]
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -92,7 +102,7 @@ def expert_inputs(
 
     Args:
         experts: of the layer.
-        hidden: (tokens, hidden) inputs of the module.
+        hidden: (tokens, hidden) inputs of the router.
         top_k_index: (tokens, k) experts that each token is routed to.
         top_k_weights: (tokens, k) weights of the router.
     """

@@ -97,16 +97,15 @@ class LayerForward:
             yield inputs
 
     def expert_calls(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Inputs of the layer's experts and their routing, batch by batch, after :meth:`finish_attention`.
+        """Inputs of the layer's router and its choice, batch by batch, after :meth:`finish_attention`.
 
         Yields:
             (tokens, hidden) inputs, (tokens, k) experts of each, (tokens, k) their weights.
         """
         router = Router.of(self.layer, self.family)
-        norm = self.layer.get_submodule(self.family.experts_norm) if self.family.experts_norm else nn.Identity()
         for (hidden,) in self._arguments_after_attention(router.module):
             tokens = hidden.flatten(end_dim=-2)
-            yield norm(tokens), *router.route(tokens)
+            yield tokens, *router.route(tokens)
 
     def shared_inputs(self) -> Iterator[Tensor]:
         """Inputs (tokens, columns) of the shared expert's output map, scaled by its gate, as :meth:`column_inputs`."""

@@ -32,7 +32,7 @@ SWEEPS = 3
 # Every so many samples, one is held out.
 HELD_OUT_EVERY = 5
 
-# Inputs of the experts on whole samples and their routing: (tokens, hidden), (tokens, k) experts, (tokens, k) gates.
+# Inputs of the router on whole samples and its choice: (tokens, hidden), (tokens, k) experts, (tokens, k) gates.
 ExpertCall = tuple[Tensor, ...]
 
 
@@ -41,8 +41,8 @@ class _Batch:
     """Tokens of one forward, on ``cache_dev``.
 
     Attributes:
-        hidden: (tokens, hidden) inputs of the experts.
-        residual: (tokens, hidden) what the experts' output lacks of the dense layer's, fp32 or fp64.
+        hidden: (tokens, hidden) inputs of the router.
+        residual: (tokens, outputs) what the experts' output lacks of the dense layer's, fp32 or fp64.
         held_out: (tokens,) whether a token belongs to a sample that is held out.
         experts: (tokens, k) experts of a token.
         gates: (tokens, k) their weights.
@@ -57,13 +57,13 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Statistics:
-    """``H`` (columns, columns) and ``R`` (hidden, columns) of tokens of one expert; both without 2/n."""
+    """``H`` (columns, columns) and ``R`` (outputs, columns) of tokens of one expert; both without 2/n."""
 
     H: Tensor
     R: Tensor
 
     def error_change(self, delta: Tensor) -> float:
-        """Change of the squared error of these tokens if ``delta`` (hidden, columns) is added to the weights."""
+        """Change of the squared error of these tokens if ``delta`` (outputs, columns) is added to the weights."""
         return ((delta @ self.H - 2 * self.R) * delta).sum().item()
 
 
@@ -94,7 +94,7 @@ def prune_whole_experts(
         experts: of the layer; the weights of removed experts are left.
         router: of the layer.
         name: of the experts in messages.
-        calls: inputs of the experts and their routing by the dense router, batch by batch, and the tokens of a sample.
+        calls: inputs of the router and its choice when dense, batch by batch, and the tokens of a sample.
         count: experts to remove.
         settings: how layers are pruned.
         processes: processes that share the calibration samples.
@@ -153,7 +153,7 @@ def _dense_outputs(
     down_proj, batches, num_samples = experts.down_proj, [], 0
     sums = torch.zeros(2, len(down_proj), dtype=torch.float64, device=down_proj.device)
     for (hidden, top_k_index, top_k_weights), seqlen in calls:
-        outputs = torch.zeros_like(hidden, dtype=_accurate(hidden.dtype))
+        outputs = hidden.new_zeros(len(hidden), down_proj.shape[1], dtype=_accurate(hidden.dtype))
         for index in top_k_index.unique().tolist():
             routed = tokens_of_expert(experts, index, hidden, top_k_index, top_k_weights)
             output = _output(routed, down_proj[index])
@@ -181,7 +181,7 @@ def _reroute(experts: Experts, router: Router, batches: list[_Batch], settings: 
 
 
 def _subtract(batch: _Batch, token: Tensor, outputs: Tensor) -> None:
-    """Subtract ``outputs`` (n, hidden) from the residuals of the (n,) tokens."""
+    """Subtract ``outputs`` (n, outputs) from the residuals of the (n,) tokens."""
     batch.residual.index_add_(0, token.to(batch.residual.device), outputs.to(batch.residual), alpha=-1)
 
 
@@ -201,8 +201,8 @@ def _refit(
 ) -> bool:
     """Update the down projection of an expert and the residuals; returns whether the held-out samples agreed."""
     weight = experts.down_proj[index]
-    hidden, columns = weight.shape
-    shapes = ((columns, columns), (hidden, columns)) * 2
+    outputs, columns = weight.shape
+    shapes = ((columns, columns), (outputs, columns)) * 2
     H, R, H_held_out, R_held_out = (torch.zeros(shape, device=weight.device) for shape in shapes)
     for batch, routed in _routed_to(experts, index, batches, settings):
         inputs, token = routed.inputs, routed.token.to(settings.cache_dev)
@@ -227,7 +227,7 @@ def _refit(
 
 
 def _update(weight: Tensor, fitted: _Statistics, held: _Statistics, percdamp: float) -> bool:
-    """Add ``R (H + λI)⁻¹`` to ``weight`` (hidden, columns), in place, if it lowers the error of both parts.
+    """Add ``R (H + λI)⁻¹`` to ``weight`` (outputs, columns), in place, if it lowers the error of both parts.
 
     Of the dampings from ``percdamp`` up, it is that of the lowest held-out error.
     """

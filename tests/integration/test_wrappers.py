@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, Qwen3_5Tokenizer
 
 import model_evaluate
@@ -17,7 +17,7 @@ from models.wrappers import OTHER_PARTS, WRAPPER_ROWS, find_wrapper
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import load_config, load_model
 from slim_utils.families import find_family
-from tests.conftest import VOCAB
+from tests.conftest import VOCAB, make_tiny
 from tests.processes import run_python
 from tests.wrappers import TINY_WRAPPERS, image_inputs, make_wrapper, text_logits
 
@@ -70,6 +70,20 @@ def test_load_model_of_a_language_model_has_the_logits_of_the_wrapper(name, publ
     with torch.no_grad():
         logits = model(samples).logits
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_load_model_of_transposed_experts_leaves_other_checkpoints_as_they_are(samples, tmp_path):
+    text, wrapper = make_tiny("qwen3_moe"), make_wrapper("qwen3_vl_moe")
+    text.save_pretrained(tmp_path / "text")
+    wrapper.save_pretrained(tmp_path / "wrapper")
+    alone = load_model(str(tmp_path / "wrapper"), "auto", False, language_model=True)
+    alone.save_pretrained(tmp_path / "alone")
+    for folder, model in (("text", text), ("alone", alone)):
+        again = load_model(str(tmp_path / folder), "auto", False)
+        assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in again.state_dict().items())
+    stored = load_file(tmp_path / "wrapper" / "model.safetensors")
+    experts = next(weight for name, weight in stored.items() if name.endswith("layers.0.mlp.experts.gate_up_proj"))
+    assert torch.equal(experts.mT, alone.model.layers[0].mlp.experts.gate_up_proj)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from models.families import FAMILIES, ROWS
 from slim_utils.families import LayerShape, find_family, layer_shapes
@@ -21,6 +21,7 @@ from tests.conftest import VOCAB, make_tiny
 from tests.library.exceptions import EXCEPTIONS
 
 NAMES = [row.base_type for row in ROWS]
+MIXTURES = [row.base_type for row in ROWS if row.expert_columns_key]
 BATCH, LENGTH = 3, 12
 
 
@@ -98,6 +99,9 @@ class Subject:
         return Subject(self.name, pruned=False)
 
 
+Check = Callable[[Subject, Path], None]
+
+
 def tokens(batch: int = BATCH, length: int = LENGTH, seed: int = 1) -> Tensor:
     """(``batch``, ``length``) random token ids without the special ones."""
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
@@ -106,6 +110,11 @@ def tokens(batch: int = BATCH, length: int = LENGTH, seed: int = 1) -> Tensor:
 def body_of(subject: Subject, model: PreTrainedModel) -> PreTrainedModel:
     """The model without a head, in the causal language model."""
     return model.get_submodule(FAMILIES[subject.name].layers.partition(".")[0])
+
+
+def attention_shapes(config: PreTrainedConfig) -> list[LayerShape]:
+    """Sizes of the layers that have attention heads; in hybrids, others have another mixer of tokens or none."""
+    return [shape for shape in layer_shapes(config) if shape.num_heads]
 
 
 def difference(first: Tensor, second: Tensor) -> float:
@@ -121,16 +130,26 @@ def logits(model: PreTrainedModel, ids: Tensor | None = None, **inputs: Any) -> 
     return model(input_ids=ids, **inputs).logits
 
 
-def every_row(check: Callable[[Subject, Path], None]) -> Callable[..., None]:
-    """Make a test of ``check`` for every row of the table.
+def every_row(check: Check) -> Callable[..., None]:
+    """Make a test of ``check`` for every row of the table, see :func:`_test_of`."""
+    return _test_of(check, NAMES)
+
+
+def every_mixture(check: Check) -> Callable[..., None]:
+    """Make a test of ``check`` for every row of a mixture of experts, see :func:`_test_of`."""
+    return _test_of(check, MIXTURES)
+
+
+def _test_of(check: Check, names: list[str]) -> Callable[..., None]:
+    """Make a test of ``check`` for the rows ``names``.
 
     Where ``EXCEPTIONS`` says that the check cannot hold, the stock class has to fail it with the same error.
     """
     excepted = EXCEPTIONS.get(check.__name__, {})
-    assert set(excepted) <= set(NAMES), check.__name__
+    assert set(excepted) <= set(names), check.__name__
 
     @pytest.mark.library
-    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("name", names)
     def test(name: str, tmp_path: Path) -> None:
         torch.manual_seed(0)
         if name not in excepted:

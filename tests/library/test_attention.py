@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slim_utils.families import layer_shapes
-from tests.library.subjects import BATCH, LENGTH, Subject, difference, every_row, logits, tokens
+from tests.library.subjects import BATCH, LENGTH, Subject, attention_shapes, difference, every_row, logits, tokens
 
 PADDING = 5
+# What follows from heads of 16 and a hidden size of 96: Mamba mixers are twice as wide; rotated dimensions of latents.
+FURTHER_SIZES = {"granitemoehybrid": {"mamba_d_head": 48}, "deepseek_v3": {"qk_rope_head_dim": 16}}
 
 
 def padded(ids: Tensor, left: bool) -> dict[str, Tensor]:
@@ -87,10 +88,10 @@ def test_hidden_states_and_attentions_have_the_shapes_of_the_layers(subject: Sub
         model.config.output_hidden_states = model.config.output_attentions = True
         by_config = model(tokens())
         pair = model(tokens(), return_dict=False)
-    shapes = layer_shapes(model.config)
-    assert len(output.hidden_states) == len(shapes) + 1 == len(by_config.hidden_states)
+    num_states = model.config.num_hidden_layers + 1
+    assert len(output.hidden_states) == num_states == len(by_config.hidden_states)
     assert {tuple(hidden.shape) for hidden in output.hidden_states} == {(BATCH, LENGTH, model.config.hidden_size)}
-    expected = [(BATCH, shape.num_heads, LENGTH, LENGTH) for shape in shapes]
+    expected = [(BATCH, shape.num_heads, LENGTH, LENGTH) for shape in attention_shapes(model.config)]
     for attentions in (output.attentions, by_config.attentions):
         assert [tuple(weights.shape) for weights in attentions] == expected
     future = torch.ones(LENGTH, LENGTH).triu(1).bool()
@@ -129,7 +130,7 @@ def test_half_precision_forward_is_finite(subject: Subject, tmp_path: Path) -> N
 @every_row
 def test_flex_attention_gives_the_logits_of_eager_attention(subject: Subject, tmp_path: Path) -> None:
     """With heads of 16, the least that it takes, and without the compilation, which takes a minute per model."""
-    sizes = {"head_dim": 16, "hidden_size": 96}
+    sizes = {"head_dim": 16, "hidden_size": 96, **FURTHER_SIZES.get(subject.name, {})}
     model, eager = (subject.load(sizes, attn_implementation=kind) for kind in ("flex_attention", "eager"))
     assert model.config._attn_implementation == "flex_attention"
     for inputs in ({}, padded(tokens(), left=True)):

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from slim_utils.families import layer_shapes
-from tests.library.subjects import BATCH, LENGTH, Subject, difference, every_row, logits, tokens
+from tests.library.subjects import BATCH, LENGTH, Subject, attention_shapes, difference, every_row, logits, tokens
 
 NEW = 6
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
@@ -39,7 +39,9 @@ def test_caches_have_the_kv_heads_of_the_layers(subject: Subject, tmp_path: Path
         first = logits(model, tokens()[:, :7], past_key_values=cache)
         second = logits(model, tokens()[:, 7:], past_key_values=cache)
         assert difference(expected, torch.cat([first, second], dim=1)) < 1e-4
-        assert [layer.keys.shape[1] for layer in cache.layers] == [shape.num_kv_heads for shape in shapes]
+        found = [layer.keys.shape[1] for layer, shape in zip(cache.layers, shapes, strict=True) if shape.num_heads]
+        # Latents are those of all heads.
+        assert found == [1 if shape.latent_dim else shape.num_kv_heads for shape in shapes if shape.num_heads]
 
 
 @every_row
@@ -84,7 +86,7 @@ def test_generate_returns_scores_and_states_of_every_layer(subject: Subject, tmp
     full = logits(model, output.sequences)[:, LENGTH - 1 : -1]
     assert difference(full, torch.stack(output.logits, dim=1)) < 1e-4
     for step in output.attentions:
-        assert [weights.shape[1] for weights in step] == [shape.num_heads for shape in layer_shapes(model.config)]
+        assert [weights.shape[1] for weights in step] == [shape.num_heads for shape in attention_shapes(model.config)]
     assert len(output.hidden_states) == NEW
 
 

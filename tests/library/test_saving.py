@@ -8,10 +8,18 @@ from pathlib import Path
 import torch
 from accelerate import infer_auto_device_map
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from slim_utils.families import FAMILIES, layer_shapes
 from tests.library.subjects import Subject, body_of, difference, every_row, logits, tokens
+
+
+def attentions(subject: Subject, model: PreTrainedModel) -> list[nn.Module]:
+    """Attention modules; in hybrids, of the layers that have one."""
+    family = FAMILIES[subject.name]
+    layers = zip(family.decoder_layers(model), layer_shapes(model.config), strict=True)
+    return [layer.get_submodule(family.attention_block) for layer, shape in layers if shape.num_heads]
 
 
 def assert_same(model: PreTrainedModel, other: PreTrainedModel) -> None:
@@ -109,11 +117,10 @@ def test_deepcopy_of_a_model_is_independent(subject: Subject, tmp_path: Path) ->
     assert_same(model, other)
     other.set_attn_implementation("eager")
     other.config.use_cache = not model.config.use_cache
-    attention = FAMILIES[subject.name].attention_block
     for changed, ours in ((other, "eager"), (model, model.config._attn_implementation)):
-        for layer in FAMILIES[subject.name].decoder_layers(changed):
+        for attention in attentions(subject, changed):
             # An attention that has no other implementation keeps no configuration.
-            config = getattr(layer.get_submodule(attention), "config", changed.config)
+            config = getattr(attention, "config", changed.config)
             assert config._attn_implementation == ours
             assert config.use_cache == changed.config.use_cache
     with torch.no_grad():

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from slim_utils.allocation import refinement
 from slim_utils.allocation import sensitivity as sensitivity_analysis
-from slim_utils.allocation.budget import LayerUnits, layer_units
+from slim_utils.allocation.budget import LayerUnits, UnreachableTargetError, cost_removed, layer_units
 from slim_utils.allocation.refinement import REFINEMENT_SAMPLES, measure_around, refined_plans
 from slim_utils.allocation.sensitivity import MIN_LOSS, KLProbe, LayerSensitivity, UnitSensitivity
 from slim_utils.common.errors import UserError
@@ -145,6 +145,19 @@ def test_refined_plans_unmeasured_layers_stay_dense():
     units = [LayerUnits(9, 64, 100, 3)] * 2
     plans = [LayerPlan(), LayerPlan(0, 32)]
     assert refined_plans({1: layer_sensitivity(1)}, units, plans, 96) == plans
+
+
+def test_refined_plans_of_a_plan_rounded_to_multiples_meet_the_budget():
+    """A plan of 12 of 16 columns keeps 8 columns, 4 more than the budget leaves and more than an eighth of 16 gives."""
+    units = [LayerUnits(9, 16, 10, 30, num_experts=4)] * 2
+    columns = UnitSensitivity((np.arange(16.0) ** 1.5).tolist(), 8, 1.0)
+    measured = {index: LayerSensitivity(heads=curve(1, 8), columns=columns) for index in range(2)}
+    plan, budget = [LayerPlan(4, 8)] * 2, 2 * (4 * 10 + 12 * 30)
+    with pytest.raises(UnreachableTargetError):
+        refined_plans(measured, units, plan, budget)
+    plans = refined_plans(measured, units, plan, budget, [(1, 8)] * 2)
+    counts = [layer.counts(plan) for layer, plan in zip(units, plans, strict=True)]
+    assert budget <= cost_removed(counts, units) < budget + 30
 
 
 @pytest.fixture

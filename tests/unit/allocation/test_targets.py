@@ -23,8 +23,11 @@ MEMORY = PruningConfig(target_memory="0.9x", at_context=300, at_batch=3)
 MACS = PruningConfig(target_macs="0.9x")
 
 
-# Also shared experts, experts that all run on every token, and latent attention.
-@pytest.mark.parametrize("variant", [*ALL_TINY, "qwen2_moe", "llama4_text", "deepseek_v3"])
+# Also shared experts, experts that all run on every token or work on latents, and latent attention.
+FURTHER = ["qwen2_moe", "llama4_text", "deepseek_v3", "nemotron_h with latent experts"]
+
+
+@pytest.mark.parametrize("variant", [*ALL_TINY, *FURTHER])
 @pytest.mark.parametrize("unit", ["query_head", pytest.param("kv_group", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("config", [MACS, MEMORY], ids=["macs", "memory"])
 def test_cost_of_units_is_what_the_pruned_model_saves(variant, unit, config):

@@ -47,27 +47,28 @@ def tiny_experts(name: str = "mixtral"):
     return make_tiny(name, torch.float64).model.layers[0].mlp.experts
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "llama4_text", "gemma4_text"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen3_moe", "gpt_oss", "llama4_text", "gemma4_text", "nemotron_h with latent experts"]
+)
 def test_the_experts_outputs_are_linear_in_these_inputs_but_for_biases(name, samples):
     model = make_tiny(name, torch.float64)
     family, layer, seen = find_family(model.config), model.model.layers[3], {}
     router = Router.of(layer, family)
     router.module.register_forward_pre_hook(lambda module, args: seen.update(hidden=args[0]))
-    norm = layer.get_submodule(family.experts_norm) if family.experts_norm else torch.nn.Identity()
     layer.get_submodule(family.experts).register_forward_hook(lambda module, args, output: seen.update(output=output))
     experts = Experts.of(layer, family)
     with torch.no_grad():
         model(samples)
-        hidden, output = seen["hidden"], seen["output"]
+        hidden, output = seen["hidden"].flatten(end_dim=-2), seen["output"]
         chosen, weights = router.route(hidden)
-        total = torch.zeros_like(hidden)
+        total = torch.zeros_like(output.view(-1, len(hidden), output.shape[-1])[0])
         for index in range(4):
-            routed = tokens_of_expert(experts, index, norm(hidden), chosen, weights)
+            routed = tokens_of_expert(experts, index, hidden, chosen, weights)
             total.index_add_(0, routed.token, (routed.inputs.double() @ experts.down_proj[index].T).to(total))
             if routed.bias is not None:
                 total.index_add_(0, routed.token, routed.bias.to(total))
     # Those of LLaMA 4 run every expert on every token.
-    output = output.view(-1, *hidden.shape).sum(0)
+    output = output.view(-1, *total.shape).sum(0)
     assert torch.allclose(total, output, rtol=1e-6, atol=1e-6 * output.abs().max().item())
 
 

@@ -205,9 +205,12 @@ def test_prune_layers_without_an_expert_that_no_token_reaches_changes_no_logit(n
     assert (logits - dense).abs().max() <= 1e-6 * dense.abs().max()
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "llama4_text", "ernie4_5_moe", "hunyuan_v1_moe", "phimoe"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt_oss", "llama4_text", "ernie4_5_moe", "hunyuan_v1_moe", "phimoe", "nemotron_h with latent experts"],
+)
 def test_prune_layers_reports_the_error_of_the_experts_outputs_in_every_layout(name, samples):
-    """Biases of experts, gates on inputs, and routers with further tensors, in submodules or of two experts alone."""
+    """Biases, gates on inputs, routers with further tensors, in submodules or of two experts alone; latents."""
     outputs = []
     for count in (0, 2):
         model = make_tiny(name, torch.float64)
@@ -218,7 +221,7 @@ def test_prune_layers_reports_the_error_of_the_experts_outputs_in_every_layout(n
         with torch.no_grad():
             model(samples)
         seen.remove()
-    dense, pruned = (output.view(-1, 128, 24).sum(0) for output in outputs)
+    dense, pruned = (output.view(-1, 128, output.shape[-1]).sum(0) for output in outputs)
     assert 0 < reports[0].mlp.error_compensated <= reports[0].mlp.error_uncompensated
     assert error(dense, pruned) == pytest.approx(reports[0].mlp.error_compensated, rel=1e-4)
 
