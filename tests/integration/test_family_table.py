@@ -178,8 +178,8 @@ def test_documented_table_is_that_of_the_rows():
     assert documented == table_lines(), "\n".join(table_lines())
 
 
-# Families of which some layers have no attention, or no keys and values of their own. The experts of two have 16 columns,
-# and lose 8 of them or none.
+# Families of which some layers have no attention, or no keys and values of their own. The experts of two have 16
+# columns, and lose 8 of them or none.
 HYBRIDS = (
     "qwen3_5_text",
     "granitemoehybrid",
