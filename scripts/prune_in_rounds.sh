@@ -3,6 +3,7 @@
 # removes the same share of what is left, RATIO in total.
 #
 #   MODEL=meta-llama/Llama-3.2-1B RATIO=0.5 ROUNDS=2 OUT=out/half bash scripts/prune_in_rounds.sh
+# Run again with the same settings, it continues after the last finished part.
 #   bash scripts/prune_in_rounds.sh --smoke    trial run with few short samples and steps (default MODEL: SmolLM2-135M)
 set -euo pipefail
 MODEL=${MODEL:-}                       # dense checkpoint folder or hub name
@@ -11,8 +12,9 @@ TEXT=${TEXT:-}                         # as in recover.sh (default: c4)
 EVAL=${EVAL:-}                         # wikitext2 (default), ptb, a file, or NAME=FILE
 RATIO=${RATIO:-0.5} ROUNDS=${ROUNDS:-2}
 TOKENS=${TOKENS:-1e6}                  # tokens of each recovery; every round goes on in the text
-TRAIN=${TRAIN:-block_weights}          # block_weights, scales, all
+TRAIN=${TRAIN:-block_weights}          # lora, block_weights, scales, all
 OUT=${OUT:-out/rounds}                 # written: OUT/pruned_1, OUT/recovered_1, …; the last OUT/recovered_N is the result
+                                       # (with TRAIN=lora its lora_fused_model)
 NUM_SAMPLES=${NUM_SAMPLES:-128} SEQLEN=${SEQLEN:-2048} NPROC=${NPROC:-1}
 FLAGS=${FLAGS:-}                       # more flags of model_slimming.py, e.g. "--preset best"
 
@@ -37,14 +39,28 @@ data=("${DATA:-c4}")
 [ -f "$DATA" ] && data=(--data_file "$DATA")
 share=$("$root/.venv/bin/python" -c "print(f'{1 - (1 - $RATIO) ** (1 / $ROUNDS):.6f}')")
 mkdir -p "$OUT"
+settings="MODEL=$MODEL DATA=$DATA TEXT=$TEXT RATIO=$RATIO ROUNDS=$ROUNDS TOKENS=$TOKENS TRAIN=$TRAIN FLAGS=$FLAGS"
+settings+=" NUM_SAMPLES=$NUM_SAMPLES SEQLEN=$SEQLEN"
+if [ -f "$OUT/settings" ] && [ "$(cat "$OUT/settings")" != "$settings" ]; then
+    echo "prune_in_rounds.sh: error: OUT $OUT was begun with $(cat "$OUT/settings"); choose another OUT" >&2
+    exit 2
+fi
+echo "$settings" > "$OUT/settings"
 current=$MODEL
 for round in $(seq "$ROUNDS"); do
+    pruned=$OUT/pruned_$round recovered=$OUT/recovered_$round
     skipped=$("$root/.venv/bin/python" -c "print(($round - 1) * int(float('$TOKENS')))")
-    (cd "$root" && .venv/bin/python model_slimming.py "$current" "${data[@]}" --num_samples "$NUM_SAMPLES" \
-        --seqlen "$SEQLEN" --seed "$round" --target_ratio "$share" --allocation log_increase --skip_evaluate \
-        --save_pruned_weights --save_dir "$OUT/pruned_$round" --resume $FLAGS 2>&1 | tee -i "$OUT/pruned_$round.log")
-    # Assignments before a command see the ones to their left.
-    DENSE=$MODEL MODEL="$OUT/pruned_$round/pruned_weights" TEXT=$TEXT TOKENS=$TOKENS TRAIN=$TRAIN EVAL=$EVAL \
-        NPROC=$NPROC FLAGS="--skip_train_tokens $skipped" OUT="$OUT/recovered_$round" bash "$root/scripts/recover.sh" "${smoke[@]}"
-    current=$OUT/recovered_$round
+    # Written last: the output is complete.
+    if [ ! -f "$pruned/run.json" ]; then
+        (cd "$root" && .venv/bin/python model_slimming.py "$current" "${data[@]}" --num_samples "$NUM_SAMPLES" \
+            --seqlen "$SEQLEN" --seed "$round" --target_ratio "$share" --allocation log_increase --skip_evaluate \
+            --save_pruned_weights --save_dir "$pruned" --resume $FLAGS 2>&1 | tee -i "$pruned.log")
+    fi
+    if ! grep -qs '"finished": true' "$recovered/run.json"; then
+        # Assignments before a command see the ones to their left.
+        DENSE=$MODEL MODEL="$pruned/pruned_weights" TEXT=$TEXT TOKENS=$TOKENS TRAIN=$TRAIN EVAL=$EVAL NPROC=$NPROC \
+            FLAGS="--overwrite true --skip_train_tokens $skipped" OUT="$recovered" bash "$root/scripts/recover.sh" "${smoke[@]}"
+    fi
+    current=$recovered
+    if [ -d "$recovered/lora_fused_model" ]; then current=$recovered/lora_fused_model; fi
 done

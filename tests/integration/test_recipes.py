@@ -73,6 +73,30 @@ def test_recipe_prune_in_rounds_on_a_tiny_model_has_the_dense_model_as_teacher(c
     sizes = json.loads((tmp_path / "out" / "pruned_2" / "run.json").read_text())["sizes"]
     assert sizes["block_share_removed_in_total"] == pytest.approx(0.4, abs=0.05)
 
+    # Interrupted in the last recovery, it continues there.
+    records = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/run.json")}
+    last = tmp_path / "out" / "recovered_2" / "run.json"
+    last.write_text(json.dumps(json.loads(last.read_text()) | {"finished": False}))
+    process = run("prune_in_rounds.sh", "--smoke", **variables, OUT=tmp_path / "out", RATIO=0.4, ROUNDS=2)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert {path for path in records if path.stat().st_mtime_ns != records[path]} == {last}
+    assert json.loads(last.read_text())["finished"]
+    process = run("prune_in_rounds.sh", "--smoke", **variables, OUT=tmp_path / "out", RATIO=0.5, ROUNDS=2)
+    assert process.returncode == 2 and "error: OUT" in process.stderr and "RATIO=0.4" in process.stderr
+
+
+@pytest.mark.slow
+def test_recipe_prune_in_rounds_with_lora_prunes_the_fused_model(checkpoint, text_file, tmp_path):
+    text, out = tmp_path / "train.txt", tmp_path / "out"
+    text.write_text(random_text(3000, 5))
+    variables = {"MODEL": checkpoint, "DATA": text_file, "EVAL": f"wikitext2={text_file}", "TEXT": text, "OUT": out}
+    process = run("prune_in_rounds.sh", "--smoke", **variables, TRAIN="lora", RATIO=0.4, ROUNDS=2)
+    assert process.returncode == 0, process.stdout + process.stderr
+    record = json.loads((out / "pruned_2" / "run.json").read_text())
+    assert record["arguments"]["model_path"].endswith("recovered_1/lora_fused_model")
+    steps = json.loads((out / "recovered_2" / "lora_fused_model" / "slimgpt.json").read_text())["steps"]
+    assert [step["kind"] for step in steps] == ["pruning", "recovery"] * 2
+
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_with_an_unknown_flag_is_one_line(recipe):
