@@ -37,7 +37,12 @@ popd > /dev/null
 
 data=("${DATA:-c4}")
 [ -f "$DATA" ] && data=(--data_file "$DATA")
-share=$("$root/.venv/bin/python" -c "print(f'{1 - (1 - $RATIO) ** (1 / $ROUNDS):.6f}')")
+# The share of a round, and its tokens as an integer.
+numbers=$("$root/.venv/bin/python" -c "print(f'{1 - (1 - $RATIO) ** (1 / $ROUNDS):.6f} {int($TOKENS)}')" 2> /dev/null) || {
+    echo "prune_in_rounds.sh: error: RATIO $RATIO, ROUNDS $ROUNDS, TOKENS $TOKENS: not numbers" >&2
+    exit 2
+}
+read -r share tokens <<< "$numbers"
 mkdir -p "$OUT"
 settings="MODEL=$MODEL DATA=$DATA TEXT=$TEXT RATIO=$RATIO ROUNDS=$ROUNDS TOKENS=$TOKENS TRAIN=$TRAIN FLAGS=$FLAGS"
 settings+=" NUM_SAMPLES=$NUM_SAMPLES SEQLEN=$SEQLEN"
@@ -49,7 +54,6 @@ echo "$settings" > "$OUT/settings"
 current=$MODEL
 for round in $(seq "$ROUNDS"); do
     pruned=$OUT/pruned_$round recovered=$OUT/recovered_$round
-    skipped=$("$root/.venv/bin/python" -c "print(($round - 1) * int(float('$TOKENS')))")
     # Written last: the output is complete.
     if [ ! -f "$pruned/run.json" ]; then
         (cd "$root" && .venv/bin/python model_slimming.py "$current" "${data[@]}" --num_samples "$NUM_SAMPLES" \
@@ -59,7 +63,8 @@ for round in $(seq "$ROUNDS"); do
     if ! grep -qs '"finished": true' "$recovered/run.json"; then
         # Assignments before a command see the ones to their left.
         DENSE=$MODEL MODEL="$pruned/pruned_weights" TEXT=$TEXT TOKENS=$TOKENS TRAIN=$TRAIN EVAL=$EVAL NPROC=$NPROC \
-            FLAGS="--overwrite true --skip_train_tokens $skipped" OUT="$recovered" bash "$root/scripts/recover.sh" "${smoke[@]}"
+            FLAGS="--overwrite true --skip_train_tokens $(((round - 1) * tokens))" OUT="$recovered" \
+            bash "$root/scripts/recover.sh" "${smoke[@]}"
     fi
     current=$recovered
     if [ -d "$recovered/lora_fused_model" ]; then current=$recovered/lora_fused_model; fi

@@ -114,6 +114,13 @@ def test_recipe_without_a_model_is_refused(recipe, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_recipe_prune_in_rounds_with_a_wrong_number_is_one_line(tmp_path):
+    process = run("prune_in_rounds.sh", MODEL="/none", RATIO="half", OUT=tmp_path / "out")
+    assert process.returncode == 2
+    assert process.stderr == "prune_in_rounds.sh: error: RATIO half, ROUNDS 2, TOKENS 1e6: not numbers\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_recipe_with_a_failing_stage_fails(tmp_path):
     process = run("prune.sh", MODEL="/none", DATA="c4", OUT=tmp_path / "out")
     assert process.returncode == 2
