@@ -37,8 +37,12 @@ def calibration_texts(config: PruningConfig) -> list[TextSource]:
     """Files and data sets that the calibration samples are drawn from, with their weights.
 
     Raises:
-        UserError: if none is given, one is neither a file nor a data set, or a weight is not a positive number.
+        UserError: if none is given, or a data set beside ``--data_file``; if one is neither a file nor a data set, or a
+            weight is not a positive number.
     """
+    if config.data_file and config.dataset:
+        mixture = f"--data_file {config.dataset} {' '.join(config.data_file)}"
+        raise UserError(f"{config.dataset} and --data_file exclude each other; leave one out, or mix them: {mixture}")
     specs = config.data_file or ([config.dataset] if config.dataset else [])
     if not specs:
         raise UserError(f"give a data set ({', '.join(CALIBRATION_DATASETS)}) or --data_file FILE")

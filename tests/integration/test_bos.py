@@ -61,6 +61,8 @@ def test_model_slimming_of_an_unknown_calibration_text_is_refused(checkpoint):
         main(checkpoint, "--data_file", "c4", "nowhere.txt")
     with pytest.raises(UserError, match="--data_file nowhere: neither a file nor one of wikitext2, c4"):
         main(checkpoint, "--data_file", "c4", "nowhere:2")
+    with pytest.raises(UserError, match=r"c4 and --data_file exclude each other; .* --data_file c4 wikitext2:2$"):
+        main(checkpoint, "c4", "--data_file", "wikitext2:2")
     with pytest.raises(UserError, match="--data_file c4:half: the weight half is not a number"):
         main(checkpoint, "--data_file", "c4:half")
 

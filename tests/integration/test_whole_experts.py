@@ -103,7 +103,7 @@ def test_model_slimming_of_whole_experts_saves_a_stock_checkpoint(
     )
     card = (folder / "README.md").read_text()
     assert "removed whole experts layer by layer" in card and f"(each of {experts} of 4 experts)" in card
-    assert "trust_remote_code" not in card
+    assert "trust_remote_code" not in card and "vllm serve DIR\n" in card
     with pytest.raises(UserError, match="removes whole experts, which zeros cannot mask"):
         read_masks(folder, family, layer_shapes(dense.config))
     panels = plots(read_sources([tmp_path / "out"]))[0].draw().axes
