@@ -55,6 +55,12 @@ _GRANITE_EXPERTS = {
     "num_experts_key": "num_local_experts",
     "router": "block_sparse_moe.router",
 }
+# Sizes by kind of attention; the last layers may reuse keys and values, and have FFNs of twice the width.
+_GEMMA4_LAYERS = {
+    "shared_states": "shared_kv_states",
+    "layer_keys": ("head_dim", "num_key_value_heads"),
+    "fixed_keys": (("use_double_wide_mlp", False),),
+}
 _PER_HEAD_NORMS = (("self_attn.q_norm.weight", HEADS), ("self_attn.k_norm.weight", KV_HEADS))
 
 ROWS = (
@@ -77,10 +83,8 @@ ROWS = (
         slim_type="slim_gemma4",
         config_class="Gemma4TextConfig",
         model_class="Gemma4TextModel",
+        **_GEMMA4_LAYERS,
         token_inputs=True,
-        shared_states="shared_kv_states",
-        layer_keys=("head_dim", "num_key_value_heads"),
-        fixed_keys=(("use_double_wide_mlp", False),),
         experts="experts",
         expert_columns_key="moe_intermediate_size",
         active_experts_key="top_k_experts",
@@ -89,6 +93,14 @@ ROWS = (
         experts_in="pre_feedforward_layernorm_2",
         shared_expert="mlp",
         shared_columns_key="intermediate_size",
+    ),
+    row(
+        "gemma4_unified_text",
+        "Gemma4Unified",
+        slim_type="slim_gemma4_unified",
+        config_class="Gemma4UnifiedTextConfig",
+        model_class="Gemma4UnifiedTextModel",
+        **_GEMMA4_LAYERS,
     ),
     row("olmo2", "Olmo2", head_norms=_QK_NORMS_OVER_HEADS),
     row("granite", "Granite"),
@@ -332,8 +344,7 @@ ROWS = (
 )
 
 # Model types that no row of this layout can prune, and why.
-_GEMMA_LAYERS = "its layers share keys and values, and have inputs of their own, by token, beside the hidden states"
-REFUSED_TYPES = {"gemma3n_text": _GEMMA_LAYERS, "gemma4_unified_text": _GEMMA_LAYERS}
+REFUSED_TYPES = {"gemma3n_text": "its layers have several hidden states of a token at once (AltUp)"}
 
 # The row of every model type, before and after pruning.
 FAMILIES: dict[str, Family] = {name: family for family in ROWS for name in (family.base_type, family.slim_type)}

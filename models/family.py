@@ -247,22 +247,22 @@ class Family:
             sparse = index in config.moe_layers
         return getattr(config, self.num_experts_key) if sparse else 0
 
-    def num_shared_columns(self, layer_config: PreTrainedConfig) -> int:
+    def num_shared_columns(self, layer_config: PreTrainedConfig, kv_sharing: str = "") -> int:
         """Return the width of the shared expert of a layer with experts; 0 if it has none."""
         if not self.shared_expert:
             return 0
         if self.shared_columns_key:
-            return getattr(layer_config, self.shared_columns_key)
+            return _width_factor(layer_config, kv_sharing) * getattr(layer_config, self.shared_columns_key)
         count = getattr(layer_config, self.shared_count_key) if self.shared_count_key else 1
         return count * getattr(layer_config, self.expert_columns_key)
 
     def ffn_width(self, layer_config: PreTrainedConfig, num_experts: int, kv_sharing: str = "") -> int:
         """Return the FFN width of a layer, or that of each of ``num_experts`` experts."""
-        if not num_experts and kv_sharing == "reuse" and layer_config.use_double_wide_mlp:
-            return 2 * getattr(layer_config, self.columns_key)
         key = self.width_key(num_experts)
         stored = getattr(layer_config, key, None) if self.fixed_width else getattr(layer_config, key)
         width = stored or 4 * layer_config.hidden_size
+        if not num_experts:
+            width *= _width_factor(layer_config, kv_sharing)
         if getattr(layer_config, "block_auto_adjust_ff_dim", False):
             # LFM2 derives the width of its gated FFN from that of one without a gate.
             width, multiple = 2 * width // 3, layer_config.block_multiple_of
@@ -273,6 +273,11 @@ class Family:
     def width_key(self, num_experts: int) -> str:
         """Return the configuration key of the FFN width of a layer with ``num_experts`` experts."""
         return self.expert_columns_key if num_experts else self.columns_key
+
+
+def _width_factor(layer_config: PreTrainedConfig, kv_sharing: str) -> int:
+    """2 for a layer that reuses keys and values, where the dense FFNs of such layers are twice as wide; else 1."""
+    return 2 if kv_sharing == "reuse" and layer_config.use_double_wide_mlp else 1
 
 
 def row(base_type: str, name: str, **differences: Any) -> Family:

@@ -204,7 +204,7 @@ def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
             head_dim=getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads,
             num_columns=family.ffn_width(layer, experts, kv_sharing) * (experts or 1),
             num_experts=experts,
-            num_shared_columns=family.num_shared_columns(layer) if experts else 0,
+            num_shared_columns=family.num_shared_columns(layer, kv_sharing) if experts else 0,
             head_blocks=family.head_blocks,
             kv_sharing=kv_sharing,
         )

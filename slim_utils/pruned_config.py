@@ -60,7 +60,7 @@ def stock_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask
     doubled = getattr(config, "use_double_wide_mlp", False)
     for index, mask in enumerate(masks):
         layer_sizes = _layer_sizes(config, family, mask)
-        if doubled and mask.shape.kv_sharing == "reuse" and mask.kept_width % 2 == 0:
+        if doubled and mask.shape.kv_sharing == "reuse" and layer_sizes[family.columns_key] % 2 == 0:
             layer_sizes[family.columns_key] //= 2
         for key in per_layer.get(index, {}).keys() & layer_sizes.keys():
             per_layer[index][key] = layer_sizes.pop(key)

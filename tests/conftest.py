@@ -147,6 +147,11 @@ FURTHER_FAMILIES = {
         "top_k_experts": 2,
         "moe_intermediate_size": 16,
     },
+    "gemma4_unified_text": {
+        **{key: value for key, value in _GEMMA4.items() if "per_layer" not in key},
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+    },
     "olmo": {**_GROUPED, "clip_qkv": 5.0},
     "olmo3": _WINDOWED,
     "glm": {**_GROUPED, "attention_bias": True},
@@ -249,6 +254,16 @@ FURTHER_VARIANTS: dict[str, Any] = {
         "attention_k_eq_v": True,
         "num_global_key_value_heads": 1,
         "use_bidirectional_attention": "vision",
+    },
+    "gemma4_text of inputs by layer with experts": {
+        **_GEMMA4,
+        "hidden_size_per_layer_input": 6,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 16,
     },
     # The first two layers store keys and values, which the others reuse.
     "gemma4_text of inputs by layer": {

@@ -92,7 +92,7 @@ def model_card(
         perplexity_table=_perplexity_table(perplexity),
         address=address,
         stock=stock,
-        fewer_kv_heads=not stock and _has_fewer_kv_heads(config),
+        fewer_kv_heads=not stock and _has_fewer_kv_heads(base, config),
         vllm_flags=None if options is None else _vllm_flags(options),
         vllm_plugin=not stock and base_type in PLUGIN_FAMILIES and not multimodal,
         exported=is_exportable(config) and not multimodal,
@@ -262,10 +262,16 @@ def _perplexity_table(measured: Perplexities) -> str:
     return markdown_table(("text", "tokens per window", "first token", *columns), rows)
 
 
-def _has_fewer_kv_heads(config: PreTrainedConfig) -> bool:
-    """Whether a layer with attention has fewer key/value heads than the top level of the configuration."""
-    dense_kv_heads = FAMILIES[config.model_type].num_kv_heads(config)
-    return any(shape.num_kv_heads not in (0, dense_kv_heads) for shape in layer_shapes(config))
+def _has_fewer_kv_heads(base: dict[str, Any], config: PreTrainedConfig) -> bool:
+    """Whether a layer with attention has fewer key/value heads than the top level of the configuration.
+
+    Where those of the stock class differ by layer, than in the base.
+    """
+    family, shapes = FAMILIES[config.model_type], layer_shapes(config)
+    dense = [family.num_kv_heads(config)] * len(shapes)
+    if family.kv_heads_key in family.layer_keys:
+        dense = [kv_heads for _, kv_heads, _ in base["layers"]]
+    return any(shape.num_kv_heads not in (0, kv_heads) for shape, kv_heads in zip(shapes, dense, strict=True))
 
 
 def _vllm_flags(options: dict[str, Any]) -> str:

@@ -72,7 +72,7 @@ def test_family_like_prunes_saves_and_reloads(tokenizer, text_file, samples, tmp
         (UNKNOWN, "qwen3_moe", "mixtures of experts need a row of their own"),
         ("qwen3", "llama", "model type 'qwen3' is supported by itself"),
         ("slim_llama", "llama", "is supported by itself"),
-        ("gemma3n_text", "gemma3_text", "its layers share keys and values"),
+        ("gemma3n_text", "gemma3_text", "its layers have several hidden states of a token"),
     ],
 )
 def test_family_like_that_does_not_fit_is_refused(model_type, like, message):

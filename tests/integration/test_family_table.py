@@ -187,6 +187,7 @@ HYBRIDS = (
     "nemotron_h",
     "nemotron_h without experts",
     "gemma4_text of inputs by layer",
+    "gemma4_unified_text",
 )
 HYBRID_NAMES = [name if name == "qwen3_5_text" else pytest.param(name, marks=pytest.mark.slow) for name in HYBRIDS]
 
