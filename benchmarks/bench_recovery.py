@@ -33,6 +33,7 @@ from benchmarks.smollm2_perplexity import MIN_SPARSITY, NUM_SAMPLES, SEQLEN
 from benchmarks.smollm2_recovery import flag_list, is_finished, run, zero_shot
 from ppl_eval.ppl_dataset import load_eval_sets
 from ppl_eval.ppl_eval import evaluate
+from ppl_eval.zero_shot import ACC_NORM_IN_PAPERS
 from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_checks import num_positions
@@ -240,6 +241,22 @@ def table(rows: list[Row]) -> str:
     return markdown_table((*header, *(["held-out"] if with_held_out else []), "seconds"), lines)
 
 
+def zero_shot_table(rows: list[Row]) -> str:
+    """Zero-shot accuracies in percent with standard errors, and their average as papers take it."""
+    lines = []
+    for row in sorted(rows, key=_order):
+        results: dict[str, dict[str, float]] = row["zero_shot"]["results"]
+        metrics = {task: "acc_norm" if task in ACC_NORM_IN_PAPERS else "acc" for task in results}
+        scores = [(results[task][metric], results[task][f"{metric}_stderr"]) for task, metric in metrics.items()]
+        error = math.hypot(*(error for _, error in scores)) / len(scores)
+        scores.append((row["zero_shot"]["averages"]["papers"], error))
+        cells = [f"{100 * score:.1f} ± {100 * error:.1f}" for score, error in scores]
+        tokens = f"{row['tokens']:,}" if row["tokens"] else ""
+        lines.append((f"{100 * row['share']:.0f} %", row["method"], row["recovery"], tokens, *cells))
+    tasks = rows[0]["zero_shot"]["results"]
+    return markdown_table(("removed", "pruned by", "recovery", "tokens", *tasks, "average"), lines)
+
+
 def _order(row: Row) -> tuple[Any, ...]:
     return row["share"], row["method"], row["tokens"], row["recovery"], row.get("learning_rate") or 0
 
@@ -254,7 +271,10 @@ def main(args: argparse.Namespace) -> None:
     protocol |= {"train_text": [Path(text).name for text in args.train_text]}
     protocol |= {"bf16": True} if args.bf16 else {}
     measure_row = partial(measure, args, eval_specs(args))
-    print(table(measure_missing_rows(args.out, protocol, Key._fields, row_keys(args), measure_row)["rows"]))
+    rows = measure_missing_rows(args.out, protocol, Key._fields, row_keys(args), measure_row)["rows"]
+    print(table(rows))
+    if args.limit:
+        print(zero_shot_table(rows))
 
 
 if __name__ == "__main__":
