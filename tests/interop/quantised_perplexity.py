@@ -2,8 +2,8 @@
 
     python quantised_perplexity.py DIR KIND OUT < TOKENS.json
 
-KIND is a key of ``KINDS``. TOKENS.json has two lists of lists of token ids of one length: ``calibration`` for GPTQ,
-and ``windows``. The quantised model is saved in OUT and loaded again. Prints one json line:
+KIND is a key of ``KINDS``. TOKENS.json has two lists of lists of token ids of one length: ``calibration`` for GPTQ and
+AWQ, and ``windows``. The quantised model is saved in OUT and loaded again. Prints one json line:
 
 * ``fp32``, ``quantised``, ``reloaded``: perplexity of the checkpoint, the quantised model and the saved one, whose
   other weights and activations are fp32, which every CPU computes fast;
@@ -14,6 +14,7 @@ and ``windows``. The quantised model is saved in OUT and loaded again. Prints on
 import json
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.quantization import GPTQModifier
+from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQ_MAPPING_REGISTRY, AWQModifier, default_mappings
+from llmcompressor.pipelines.cache import IntermediatesCache
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
@@ -45,19 +48,36 @@ def configured(
     return load(folder, quantization_config=config)
 
 
-def compressed(recipe: Modifier, folder: str, calibration: list[list[int]]) -> PreTrainedModel:
+def compressed(
+    recipe: Callable[[PreTrainedModel], list[Modifier]], folder: str, calibration: list[list[int]]
+) -> PreTrainedModel:
     """The model quantised by llm-compressor on the calibration windows."""
     model = load(folder)
     masks = [[1] * len(window) for window in calibration]
     oneshot(
         model=model,
         dataset=Dataset.from_dict({"input_ids": calibration, "attention_mask": masks}),
-        recipe=recipe,
+        recipe=recipe(model),
         max_seq_length=len(calibration[0]),
         num_calibration_samples=len(calibration),
         trust_remote_code_model=True,
     )
     return model
+
+
+def gptq(model: PreTrainedModel) -> list[Modifier]:
+    """Recipe of GPTQ."""
+    return [GPTQModifier(**GROUPS)]
+
+
+def awq(model: PreTrainedModel) -> list[Modifier]:
+    """Recipe of AWQ with the mappings of the stock class; llm-compressor finds them by the name of the class."""
+    if not torch.accelerator.is_available():
+        # Pinned memory, which the modifier uses in any case, needs an accelerator.
+        IntermediatesCache.pin_memory = lambda *_: None
+    mappings = AWQ_MAPPING_REGISTRY.get(type(model).__name__.removeprefix("Slim"), default_mappings)
+    # A quarter of the usual number of scales is tried, each on all calibration windows.
+    return [AWQModifier(mappings=mappings, n_grid=5), QuantizationModifier(**GROUPS)]
 
 
 SCHEME = QuantizationScheme(
@@ -70,7 +90,8 @@ KINDS = {
     "torchao int4": partial(configured, TorchAoConfig(INT4)),
     "bitsandbytes int8": partial(configured, BitsAndBytesConfig(load_in_8bit=True)),
     "bitsandbytes nf4": partial(configured, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")),
-    "llm-compressor GPTQ": partial(compressed, GPTQModifier(**GROUPS)),
+    "llm-compressor GPTQ": partial(compressed, gptq),
+    "llm-compressor AWQ": partial(compressed, awq),
 }
 
 
@@ -92,8 +113,9 @@ def main(folder: str, kind: str, out: str) -> None:
     windows = torch.tensor(given["windows"])
     result: dict[str, Any] = {"fp32": perplexity(load(folder), windows)}
     model = KINDS[kind](folder, given["calibration"])
-    result["quantised"] = perplexity(model, windows)
+    # bitsandbytes repacks weights of NF4 when they first run on a CPU with AVX512-BF16, and would save wrong scales.
     model.save_pretrained(out)
+    result["quantised"] = perplexity(model, windows)
     saved = load(out)
     result["reloaded"] = perplexity(saved, windows)
     prompt = windows[:1]
