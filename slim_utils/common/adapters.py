@@ -122,6 +122,8 @@ def fuse_adapters(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     merge_adapters(adapted)
     # peft froze the base.
     fused: PreTrainedModel = adapted.unload().eval().requires_grad_(True)
+    # Older versions of peft leave it there, and would warn of a second adapter.
+    vars(fused).pop("peft_config", None)
     # Also where the adapter stores one of them as a whole (modules_to_save).
     if tied and fused.get_output_embeddings().weight is not fused.get_input_embeddings().weight:
         fused.config.tie_word_embeddings = False
