@@ -43,9 +43,6 @@ EXCEPTIONS: dict[str, dict[str, StockFailure]] = {
     "test_missing_weights_are_initialised_the_others_loaded": {
         "apertus": StockFailure("does not initialise the parameters of its activation", "AssertionError: model.layers"),
     },
-    "test_routers_give_their_logits_and_loss": {
-        "gemma4_text": StockFailure("has no loss of its routers", "AttributeError: 'Gemma4Causal"),
-    },
     "test_given_positions_and_mask_are_the_default": {"bloom": _ALIBI_ALONE, "mpt": _ALIBI_ALONE},
     "test_caches_have_the_kv_heads_of_the_layers": {
         "falcon": StockFailure("caches the keys and values of every query head"),

@@ -121,6 +121,10 @@ def test_routers_give_their_logits_and_loss(name):
         output = model(input_ids=tokens(), labels=tokens(), output_router_logits=True)
     experts = [shape.num_experts for shape in layer_shapes(model.config) if shape.num_experts]
     assert [tuple(scores.shape) for scores in output.router_logits] == [(BATCH * LENGTH, count) for count in experts]
+    if name == "gemma4_text":
+        # The stock class has no loss of its routers.
+        assert not hasattr(output, "aux_loss")
+        return
     assert output.aux_loss.isfinite() and output.aux_loss > 0
 
 
