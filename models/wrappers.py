@@ -25,7 +25,7 @@ LANGUAGE_MODEL_NAMES = {
 # Stored names of the parts of a multimodal model beside its language model.
 OTHER_PARTS = (
     r"^(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|"
-    r"audio_tower|vision_embedder|embed_vision|embed_audio)\."
+    r"audio_tower|embed_vision|embed_audio)\."
 )
 # Keys of a text configuration that do not apply to the language model by itself.
 _WRAPPED_KEYS = ("model_type", "architectures", "auto_map", "transformers_version")
@@ -104,7 +104,6 @@ _FILLS_HIDDEN = {
 WRAPPER_ROWS = (
     *_of_table("gemma3", "Gemma3", "gemma3_text"),
     *_of_table("gemma4", "Gemma4", "gemma4_text"),
-    *_of_table("gemma4_unified", "Gemma4Unified", "gemma4_unified_text"),
     *_of_table("mistral3", "Mistral3", "mistral", "ministral3"),
     _qwen("qwen2_vl", "Qwen2VL", "qwen2", **_FILLS_HIDDEN),
     _qwen("qwen2_5_vl", "Qwen2_5_VL", "qwen2", **_FILLS_HIDDEN),

@@ -259,7 +259,6 @@ FURTHER_VARIANTS: dict[str, Any] = {
         **_GEMMA4,
         "hidden_size_per_layer_input": 6,
         "num_kv_shared_layers": 2,
-        "use_double_wide_mlp": True,
         "enable_moe_block": True,
         "num_experts": 4,
         "top_k_experts": 2,

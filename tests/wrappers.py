@@ -112,21 +112,6 @@ TINY_WRAPPERS: dict[str, dict[str, Any]] = {
         "vision_config": _GEMMA4_VISION,
         **_GEMMA4_TOKENS,
     },
-    "gemma4_unified": {
-        "text_config": _text(
-            "gemma4_unified_text",
-            **{key: value for key, value in _GEMMA4.items() if "per_layer" not in key},
-        ),
-        "vision_config": {
-            "patch_size": 2,
-            "pooling_kernel_size": 2,
-            "mm_embed_dim": 16,
-            "mm_posemb_size": 8,
-            "output_proj_dims": 16,
-        },
-        "audio_config": {"audio_embed_dim": 16},
-        **_GEMMA4_TOKENS,
-    },
     "mistral3": {
         "text_config": _text("mistral"),
         "vision_config": _PIXTRAL,
@@ -238,9 +223,7 @@ def image_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     elif "gemma3" in model.config.model_type:
         inputs["token_type_ids"] = types
     elif "gemma4" in model.config.model_type:
-        # Four patches, which the vision tower pools into one token; one patch without such a tower.
-        positions = torch.tensor([[[0, 0], [1, 0], [0, 1], [1, 1]]])
-        inputs["image_position_ids"] = positions[:, :1] if "unified" in model.config.model_type else positions
-        inputs["pixel_values"] = torch.randn(*inputs["image_position_ids"].shape[:2], 48, generator=generator)
+        inputs["image_position_ids"] = torch.tensor([[[0, 0], [1, 0], [0, 1], [1, 1]]])
+        inputs["pixel_values"] = torch.randn(1, 4, 48, generator=generator)
         inputs["mm_token_type_ids"] = types
     return inputs
