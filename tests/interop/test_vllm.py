@@ -22,7 +22,7 @@ NEAR_TIE = 1e-3
 # vLLM rounds activations and logits to bf16: at most this much below the best logit of Transformers in fp32.
 BF16_MARGIN = 0.5
 # Served in stock shapes by vLLM's own classes, beside ``SERVED_FAMILIES``.
-STOCK_FAMILIES = ("gemma3_text", "glm4")
+STOCK_FAMILIES = ("gemma3_text", "glm4", "phi3")
 TOKEN_PROMPTS = [[5, 9, 17, 33], [100, 20, 30], list(range(7, 40)), [200]]
 
 pytestmark = [
