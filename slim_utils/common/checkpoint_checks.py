@@ -16,7 +16,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from models.wrappers import OTHER_PARTS
@@ -25,7 +25,7 @@ from slim_utils.common.gguf_header import is_gguf
 from slim_utils.common.weight_files import unpickling_reason
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -290,6 +290,9 @@ def _compare(
 @contextmanager
 def _recorded_unexpected() -> Iterator[set[str]]:
     """Context in which names of stored weights that a model does not have are added to the set, also known ones."""
+    # Takes seconds, which a mere check of flags does without.
+    from transformers import PreTrainedModel
+
     unexpected: set[str] = set()
     adjust = PreTrainedModel._adjust_missing_and_unexpected_keys
 

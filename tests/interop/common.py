@@ -20,7 +20,7 @@ EVALUATION_TEXT = CACHE / "wiki.evaluation.txt"
 PROMPTS = ["The history of the city began in", "Once upon a time there was", "Water boils at", "He wrote a book about"]
 NEW_TOKENS = 24
 
-# Flags of all served shapes of SmolLM2; "stock" is a checkpoint without custom code.
+# SmolLM2 in all served shapes; "stock" is a checkpoint without custom code.
 SHAPES: dict[str, list[str]] = {
     "dense": [],
     "kv groups": ["--non_uniform", "--min_sparsity", "0.0625", "--max_sparsity", "0.23", "--gqa_unit", "kv_group"],
@@ -62,14 +62,9 @@ def engine(*args: Any, **options: Any) -> dict[str, Any]:
 
 def smollm2(shape: str, out: Path, *flags: str) -> Path:
     """Folder of SmolLM2 in one of ``SHAPES``, pruned into ``out``."""
-    return prune(SMOLLM2, shape, out, *flags)
-
-
-def prune(model: Path, shape: str, out: Path, *flags: str) -> Path:
-    """Folder of a model in one of ``SHAPES``, pruned into ``out``."""
     if not SHAPES[shape]:
-        return model
-    argv = [model, "--data_file", CALIBRATION_TEXT, "--num_samples", 8, "--seqlen", 256, *SHAPES[shape], *flags]
+        return SMOLLM2
+    argv = [SMOLLM2, "--data_file", CALIBRATION_TEXT, "--num_samples", 8, "--seqlen", 256, *SHAPES[shape], *flags]
     run("model_slimming.py", *argv, "--skip_evaluate", "--save_pruned_weights", "--save_dir", out)
     return out / "pruned_weights"
 

@@ -76,8 +76,8 @@ def awq(model: PreTrainedModel) -> list[Modifier]:
         # Pinned memory, which the modifier uses in any case, needs an accelerator.
         IntermediatesCache.pin_memory = lambda *_: None
     mappings = AWQ_MAPPING_REGISTRY.get(type(model).__name__.removeprefix("Slim"), default_mappings)
-    # A quarter of the usual number of scales is tried, each on all calibration windows.
-    return [AWQModifier(mappings=mappings, n_grid=5), QuantizationModifier(**GROUPS)]
+    # Half the usual number of scales is tried, each on all calibration windows.
+    return [AWQModifier(mappings=mappings, n_grid=10), QuantizationModifier(**GROUPS)]
 
 
 SCHEME = QuantizationScheme(

@@ -11,16 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from ppl_eval.ppl_dataset import eval_windows, load_eval_tokens
-from tests.interop.common import (
-    CALIBRATION_TEXT,
-    EVALUATION_TEXT,
-    GEMMA3,
-    ROOT,
-    SMOLLM2,
-    engine,
-    prune,
-    run_engine,
-)
+from tests.interop.common import CALIBRATION_TEXT, EVALUATION_TEXT, ROOT, engine, run_engine, smollm2
 from tests.interop.served import record_served
 
 PYTHON = ROOT / ".venv-quantisation" / "bin" / "python"
@@ -34,10 +25,8 @@ WORSE = {
     "llm-compressor GPTQ": 1.4,
     AWQ: 1.4,
 }
-# Weights of a group of int4.
-GROUP = 32
 # Columns of pruned maps are multiples of it: on CPUs with AVX512-BF16, bitsandbytes wants rows of whole blocks of NF4.
-MULTIPLE = dict.fromkeys(WORSE, GROUP) | {"bitsandbytes nf4": 64}
+MULTIPLE = dict.fromkeys(WORSE, 32) | {"bitsandbytes nf4": 64}
 
 pytestmark = [
     pytest.mark.timeout(1800),
@@ -66,14 +55,14 @@ def with_windows(folder: Path) -> Model:
 
 
 @pytest.fixture(scope="module")
-def pruned(tmp_path_factory) -> Callable[[Path, str, int], Model]:
-    """A model with given shapes and multiples of columns, pruned once."""
+def pruned(tmp_path_factory) -> Callable[[str, int], Model]:
+    """SmolLM2 with given shapes and multiples of columns, pruned once."""
 
     @cache
-    def prune_once(model: Path, shape: str, multiple: int) -> Model:
-        return with_windows(prune(model, shape, tmp_path_factory.mktemp("pruned"), "--multiple_of", str(multiple)))
+    def prune(shape: str, multiple: int) -> Model:
+        return with_windows(smollm2(shape, tmp_path_factory.mktemp("pruned"), "--multiple_of", str(multiple)))
 
-    return prune_once
+    return prune
 
 
 @pytest.mark.parametrize(
@@ -81,33 +70,20 @@ def pruned(tmp_path_factory) -> Callable[[Path, str, int], Model]:
     [
         *(("query heads", kind) for kind in WORSE),
         *product(("kv groups", "stock"), ("torchao int8", "bitsandbytes nf4")),
-        ("stock", AWQ),
     ],
 )
 def test_quantised_model_loads_generates_and_is_saved(pruned, shape, kind, tmp_path):
-    check_quantised(pruned(SMOLLM2, shape, MULTIPLE[kind]), kind, tmp_path / "quantised")
+    folder, tokens = pruned(shape, MULTIPLE[kind])
+    got = engine(PYTHON, "quantised_perplexity.py", folder, kind, tmp_path / "quantised", stdin=tokens)
+    assert got["fp32"] < got["quantised"] * 1.01 and got["quantised"] < WORSE[kind] * got["fp32"]
+    assert got["reloaded"] == pytest.approx(got["quantised"], rel=1e-3)
+    assert len(set(got["tokens"])) > 3 and got["bytes"][1] < 0.5 * got["bytes"][0]
     quantiser, _, dtype = kind.rpartition(" ")
     record_served(quantiser, "llama", shape, dtype)
 
 
-def test_awq_of_gemma3_takes_the_mappings_of_the_stock_class(pruned, tmp_path):
-    if not GEMMA3.exists():
-        pytest.skip(f"{GEMMA3.name} is not cached")
-    # Most of its weights are embeddings.
-    check_quantised(pruned(GEMMA3, "query heads", GROUP), AWQ, tmp_path / "quantised", size=0.8)
-    record_served("llm-compressor", "gemma3_text", "query heads", "AWQ")
-
-
-def check_quantised(model: Model, kind: str, out: Path, size: float = 0.5) -> None:
-    """Check perplexity and tokens of the quantised model, saved in ``out``, and its share of the checkpoint's bytes."""
-    got = engine(PYTHON, "quantised_perplexity.py", model.folder, kind, out, stdin=model.tokens)
-    assert got["fp32"] < got["quantised"] * 1.01 and got["quantised"] < WORSE[kind] * got["fp32"]
-    assert got["reloaded"] == pytest.approx(got["quantised"], rel=1e-3)
-    assert len(set(got["tokens"])) > 3 and got["bytes"][1] < size * got["bytes"][0]
-
-
 @pytest.mark.parametrize("kind", ["torchao int4", "llm-compressor GPTQ", AWQ])
 def test_groups_that_do_not_divide_a_width_are_an_error(pruned, kind, tmp_path):
-    folder, tokens = pruned(SMOLLM2, "query heads", 1)
+    folder, tokens = pruned("query heads", 1)
     process = run_engine(PYTHON, "quantised_perplexity.py", folder, kind, tmp_path / "quantised", stdin=tokens)
     assert process.returncode != 0

@@ -21,6 +21,8 @@ BACKEND = "vLLM, Transformers backend"
 NEAR_TIE = 1e-3
 # vLLM rounds activations and logits to bf16: at most this much below the best logit of Transformers in fp32.
 BF16_MARGIN = 0.5
+# Served in stock shapes by vLLM's own classes, beside ``SERVED_FAMILIES``.
+STOCK_FAMILIES = ("gemma3_text", "glm4", "phi3")
 TOKEN_PROMPTS = [[5, 9, 17, 33], [100, 20, 30], list(range(7, 40)), [200]]
 
 pytestmark = [
@@ -79,6 +81,14 @@ def test_vllm_generates_the_greedy_tokens_of_transformers(model_type, shape, tmp
     native = {"llama": "MistralForCausalLM", "qwen2": "LlamaForCausalLM"}.get(model_type, type(model).__name__)
     compare(tmp_path, TOKEN_PROMPTS, native if shape == "stock" else "TransformersForCausalLM")
     record_served("vLLM" if shape == "stock" else BACKEND, model_type, shape, "fp32")
+
+
+@pytest.mark.parametrize("model_type", STOCK_FAMILIES)
+def test_vllm_generates_the_greedy_tokens_of_stock_checkpoints(model_type, tmp_path):
+    model = pruned_model(model_type, "stock")
+    model.save_pretrained(tmp_path)
+    compare(tmp_path, TOKEN_PROMPTS, type(model).__name__, {})
+    record_served("vLLM", model_type, "stock", "fp32")
 
 
 @pytest.mark.parametrize("shape", SHAPES)

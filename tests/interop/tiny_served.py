@@ -1,4 +1,4 @@
-"""Tiny random pruned models of every family that vLLM serves."""
+"""Tiny random pruned models of the families that vLLM serves."""
 
 from typing import Any
 
@@ -80,7 +80,10 @@ def pruned_model(model_type: str, shape: str) -> PreTrainedModel:
         # Transformers wants experts of multiples of 8 columns.
         kept = [c for c in range(width) if (c // 8) % (2 if shape == "stock" else index + 2)]
         columns = [expert * width + column for expert in range(layer.num_ffns) for column in kept]
-        removed = {index} if shape == "stock" else REMOVED_HEADS[index]
+        removed = REMOVED_HEADS[index]
+        if shape == "stock":
+            # Heads of Gemma 3 have to divide the hidden size.
+            removed = {index, (index + 1) % 4} if model_type == "gemma3_text" else {index}
         if shape == "kv groups" and index == 1:
             masks.append(LayerMask.from_groups(layer, [1], columns))
         else:
