@@ -85,8 +85,14 @@ EXCEPTIONS: dict[str, dict[str, StockFailure]] = {
         ),
     },
     "test_lora_of_all_linear_modules_is_trained": {
-        "phimoe": StockFailure("its routers are linear modules that return tuples", "AttributeError: 'tuple' object"),
+        **dict.fromkeys(
+            ("llama4_text", "phimoe"),
+            StockFailure("its routers are linear modules that return tuples", "AttributeError: 'tuple' object"),
+        ),
         "jamba": StockFailure("computes with the weight of a linear module, not the module"),
+    },
+    "test_experts_implementations_give_the_same_logits_and_gradients": {
+        "llama4_text": StockFailure("has one implementation", "ValueError: Llama4ForCausalLM does not support setting"),
     },
     "test_routers_give_their_logits_and_loss": {
         **dict.fromkeys(
