@@ -142,11 +142,14 @@ def _perplexity_bars(caption: str, name: Callable[[dict[str, Any]], str], source
 def _curve_plots(source: Source) -> list[Plot]:
     rows = source.record["rows"]
     texts = next(row["perplexity"] for row in rows if row["method"] == "dense" and not row["tokens"])
+    # A recovery has one colour in all panels.
+    labels = dict.fromkeys(_recovery_label(row) for row in rows if row["recovery"] != "none" and row["share"])
+    colours = {label: index for index, label in enumerate(labels)}
     panels = []
     for share in sorted({row["share"] for row in rows if row["share"]}):
         for key, unit in (("tokens", "tokens"), ("training_seconds", "seconds of training")):
             for text, dense in texts.items():
-                lines = _loss_lines([row for row in rows if row["share"] == share], text, dense, key)
+                lines = _loss_lines([row for row in rows if row["share"] == share], text, dense, key, colours)
                 if lines:
                     title = f"{text}, {100 * share:g} % removed"
                     panels.append(PointPanel(title, unit, "loss over dense (nats)", lines))
@@ -154,24 +157,29 @@ def _curve_plots(source: Source) -> list[Plot]:
     return [Plot(SIZES, source.slug, source.label, caption, partial(point_figure, panels))] if panels else []
 
 
-def _loss_lines(rows: Rows, text: str, dense: float, key: str) -> list[PointLine]:
+def _recovery_label(row: dict[str, Any]) -> str:
+    rate = f", {row['learning_rate']:g}" if row.get("learning_rate") else ""
+    return f"{row['method']}, {row['recovery']}{rate}"
+
+
+def _loss_lines(rows: Rows, text: str, dense: float, key: str, colours: dict[str, int]) -> list[PointLine]:
     """A line of the loss on ``text`` against the cost ``key`` for every pruned model and recovery of one share.
 
     Every line starts from the model before recovery.
     """
-    points: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    starts: dict[str, list[tuple[float, float]]] = {}
+    trained: dict[str, list[tuple[float, float]]] = {}
+    methods = {_recovery_label(row): row["method"] for row in rows}
     for row in rows:
         point = row.get(key, 0), math.log(row["perplexity"][text] / dense)
-        rate = f", {row['learning_rate']:g}" if row.get("learning_rate") else ""
-        points.setdefault(row["method"], {}).setdefault(row["recovery"] + rate, []).append(point)
-    lines: list[PointLine] = []
-    for method, recoveries in points.items():
-        start = recoveries.pop("none", [])
-        lines += [
-            PointLine(f"{method}, {recovery}", [*start, *sorted(trained)], len(lines) + index)
-            for index, (recovery, trained) in enumerate(recoveries.items())
-        ]
-    return lines
+        if row["recovery"] == "none":
+            starts[row["method"]] = [point]
+        else:
+            trained.setdefault(_recovery_label(row), []).append(point)
+    return [
+        PointLine(label, [*starts.get(methods[label], []), *sorted(points)], colours[label])
+        for label, points in trained.items()
+    ]
 
 
 def _solver_plots(source: Source) -> list[Plot]:

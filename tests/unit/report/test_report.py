@@ -53,6 +53,7 @@ KINDS = {
     "bench_distillation": DISTILLATION_STEP,
     "bench_recovery": RECOVERY_CURVE,
     "bench_recovery_bf16": RECOVERY_CURVE,
+    "bench_recovery_zero_shot": RECOVERY_CURVE,
     "bench_search_cost": QUALITY,
     "constants": CONSTANTS,
     "constants_seed_1": CONSTANTS,
@@ -246,6 +247,20 @@ def test_perplexity_figure_of_more_methods_than_colours_has_distinct_styles():
     handles = perplexity_figure(rows).legends[0].legend_handles
     styles = {(handle.get_color(), handle.get_marker(), handle.get_linestyle()) for handle in handles}
     assert len(styles) == 17
+
+
+def test_plots_of_recovery_curves_have_one_colour_for_a_recovery_in_all_panels(tmp_path):
+    def curve_row(share, recovery, tokens):
+        return {"method": "best", "share": share, "recovery": recovery, "tokens": tokens, "perplexity": {"a": 20.0}}
+
+    rows = [{"method": "dense", "share": 0.0, "recovery": "none", "tokens": 0, "perplexity": {"a": 10.0}}]
+    rows += [curve_row(0.2, "KL, LoRA", 9), curve_row(0.5, "KL, scales", 9), curve_row(0.5, "KL, LoRA", 9)]
+    (source,) = read_sources([write(tmp_path / "curve.json", {"rows": rows})])
+    (plot,) = plots([source])
+    of_share_20, _, of_share_50, *_ = [[line.get_color() for line in ax.get_lines()] for ax in plot.draw().axes]
+    # KL, scales come first at 50 %.
+    assert len(of_share_20) == 1 and len(of_share_50) == 2
+    assert of_share_50[1] == of_share_20[0] != of_share_50[0]
 
 
 def test_plots_of_recovery_curves_start_from_the_pruned_model(tmp_path):
