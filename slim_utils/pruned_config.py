@@ -104,7 +104,7 @@ def _shared_fields(config: PreTrainedConfig, family: Family, masks: list[LayerMa
     if len(num_experts) > 1:
         raise ValueError(f"layers with {' and '.join(map(str, sorted(num_experts)))} experts")
     for kept in num_experts:
-        sizes = {family.num_experts_key: kept, family.active_experts_key: active_experts(config, kept)}
+        sizes = {family.num_experts_key: kept, family.active_experts_key: active_experts(config, family, kept)}
         # A configuration stores some keys under other names.
         fields |= {config.attribute_map.get(key, key): size for key, size in sizes.items()}
     return fields

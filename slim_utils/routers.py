@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from models.family import Family
 
 
-def active_experts(config: PreTrainedConfig, num_experts: int) -> int | list[int]:
+def active_experts(config: PreTrainedConfig, family: Family, num_experts: int) -> int | list[int]:
     """Return the number of experts of a token once ``num_experts`` are left, by layer where ``config`` lists it."""
-    active = getattr(config, FAMILIES[config.model_type].active_experts_key)
+    active = getattr(config, family.active_experts_key)
     return [min(k, num_experts) for k in active] if isinstance(active, list) else min(active, num_experts)
 
 

@@ -228,7 +228,7 @@ class Planner:
         message = "every MoE layer keeps %d of %d experts: %.2f %% of the block weights are removed"
         logger.info(message, kept, total, 100 * share)
         active = getattr(config, family.active_experts_key)
-        if active_experts(config, kept) != active:
+        if active_experts(config, family, kept) != active:
             logger.warning("%s is reduced from %s to %d", family.active_experts_key, active, kept)
 
     def latency(self, plans: list[LayerPlan]) -> dict[str, Any] | None:
