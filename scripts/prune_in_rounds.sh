@@ -53,7 +53,8 @@ read -r share tokens <<< "$numbers"
 mkdir -p "$OUT"
 settings="MODEL=$MODEL DATA=$DATA TEXT=$TEXT RATIO=$RATIO ROUNDS=$ROUNDS TOKENS=$TOKENS TRAIN=$TRAIN FLAGS=$FLAGS"
 settings+=" NUM_SAMPLES=$NUM_SAMPLES SEQLEN=$SEQLEN"
-if [ -f "$OUT/settings" ] && [ "$(cat "$OUT/settings")" != "$settings" ]; then
+# Until a part is finished, such as after a wrong MODEL, settings may change.
+if [ -f "$OUT/pruned_1/run.json" ] && [ "$(cat "$OUT/settings")" != "$settings" ]; then
     echo "prune_in_rounds.sh: error: OUT $OUT was begun with $(cat "$OUT/settings"); choose another OUT" >&2
     exit 2
 fi

@@ -137,6 +137,13 @@ def test_recipe_prune_in_rounds_with_a_wrong_number_is_one_line(wrong, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+def test_recipe_prune_in_rounds_that_finished_nothing_begins_with_other_settings(text_file, tmp_path):
+    for model in ("/none", "/nowhere"):
+        process = run("prune_in_rounds.sh", MODEL=model, DATA=text_file, OUT=tmp_path / "out")
+        assert process.returncode == 2
+        assert f"model {model}: no such folder" in process.stdout + process.stderr
+
+
 def test_recipe_with_a_failing_stage_fails(tmp_path):
     process = run("prune.sh", MODEL="/none", DATA="c4", OUT=tmp_path / "out")
     assert process.returncode == 2
