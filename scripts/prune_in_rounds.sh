@@ -23,9 +23,9 @@ source "$root/scripts/env.sh"
 MODEL=$(local_or_name "$MODEL") DATA=$(local_or_name "$DATA") EVAL=$(local_or_name "$EVAL") OUT=$(realpath -m "$OUT")
 pushd "$root" > /dev/null
 make_venv requirements.txt
-smoke=()
+smoke=() window=512
 if smoke_mode "$@"; then
-    NUM_SAMPLES=8 SEQLEN=64 TOKENS=384 smoke=(--smoke)
+    NUM_SAMPLES=8 SEQLEN=64 TOKENS=384 window=64 smoke=(--smoke)
     if [ -z "$MODEL" ] || [ -z "$DATA" ] || [ -z "$TEXT" ] || [ -z "$EVAL" ]; then
         smoke_inputs
         MODEL=${MODEL:-$smoke_model} EVAL=${EVAL:-wiki=$smoke_data/evaluation.txt}
@@ -38,15 +38,23 @@ popd > /dev/null
 data=("${DATA:-c4}")
 [ -f "$DATA" ] && data=(--data_file "$DATA")
 # The share of a round, and its tokens as an integer.
-numbers=$("$root/.venv/bin/python" -c "print(f'{1 - (1 - $RATIO) ** (1 / $ROUNDS):.6f} {int($TOKENS)}')" 2> /dev/null) || {
-    echo "prune_in_rounds.sh: error: RATIO $RATIO, ROUNDS $ROUNDS, TOKENS $TOKENS: not numbers" >&2
+numbers=$("$root/.venv/bin/python" -c '
+import sys
+ratio, rounds, tokens = float(sys.argv[1]), int(sys.argv[2]), int(float(sys.argv[3]))
+if not (0 < ratio < 1 and rounds >= 1 and tokens >= int(sys.argv[4])):
+    sys.exit(1)
+print(f"{1 - (1 - ratio) ** (1 / rounds):.6f} {tokens}")
+' "$RATIO" "$ROUNDS" "$TOKENS" "$window" 2> /dev/null) || {
+    echo "prune_in_rounds.sh: error: RATIO $RATIO, ROUNDS $ROUNDS, TOKENS $TOKENS: a ratio is between 0 and 1," \
+        "rounds are at least 1, tokens at least $window" >&2
     exit 2
 }
 read -r share tokens <<< "$numbers"
 mkdir -p "$OUT"
 settings="MODEL=$MODEL DATA=$DATA TEXT=$TEXT RATIO=$RATIO ROUNDS=$ROUNDS TOKENS=$TOKENS TRAIN=$TRAIN FLAGS=$FLAGS"
 settings+=" NUM_SAMPLES=$NUM_SAMPLES SEQLEN=$SEQLEN"
-if [ -f "$OUT/settings" ] && [ "$(cat "$OUT/settings")" != "$settings" ]; then
+# Until a part is finished, such as after a wrong MODEL, settings may change.
+if [ -f "$OUT/pruned_1/run.json" ] && [ "$(cat "$OUT/settings")" != "$settings" ]; then
     echo "prune_in_rounds.sh: error: OUT $OUT was begun with $(cat "$OUT/settings"); choose another OUT" >&2
     exit 2
 fi

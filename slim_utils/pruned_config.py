@@ -56,10 +56,11 @@ def stock_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask
     """
     sizes: dict[str, int] = {}
     per_layer = _stock_layers(config, family)
-    # FFNs of layers that reuse keys and values are then twice as wide.
+    all_sizes = [_layer_sizes(config, family, mask) for mask in masks]
+    # FFNs of layers that reuse keys and values are then twice as wide, unless the pruned ones are all of one width.
     doubled = getattr(config, "use_double_wide_mlp", False)
-    for index, mask in enumerate(masks):
-        layer_sizes = _layer_sizes(config, family, mask)
+    doubled = doubled and len({sizes[family.columns_key] for sizes in all_sizes}) > 1
+    for index, (mask, layer_sizes) in enumerate(zip(masks, all_sizes, strict=True)):
         if doubled and mask.shape.kv_sharing == "reuse" and layer_sizes[family.columns_key] % 2 == 0:
             layer_sizes[family.columns_key] //= 2
         for key in per_layer.get(index, {}).keys() & layer_sizes.keys():

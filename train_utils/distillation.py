@@ -108,6 +108,7 @@ class Head:
         self.decoder: nn.Module = self._model.get_decoder()
         self._output_class: type[ModelOutput] = BaseModelOutputWithPast
         self.hidden: Tensor | None = None
+        self.decoder.register_forward_pre_hook(_keep_all_positions, with_kwargs=True)
         self.decoder.register_forward_hook(self._capture)
 
     def _capture(self, decoder: nn.Module, inputs: Any, output: ModelOutput) -> None:
@@ -131,6 +132,11 @@ class Head:
             logits = self._model(input_ids=tokens, use_cache=False).logits[0]
         self.hidden = None
         return logits
+
+
+def _keep_all_positions(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Leave ``logits_to_keep`` to the head; Gemma 4 drops the other positions within the decoder."""
+    return args, {name: value for name, value in kwargs.items() if name != "logits_to_keep"}
 
 
 @contextmanager

@@ -21,7 +21,8 @@ class Alignment:
         expert_columns_multiple: additional multiple for the columns of each expert; the grouped matrix products of
             transformers need rows of 16 bytes.
         tp_size: tensor-parallel GPUs; key/value heads are split over them, or replicated on several.
-        uniform: layers with equal plans keep equal shapes; no layer gets a left-over multiple.
+        uniform: layers with equal plans keep equal shapes, and FFNs n times as wide n times the columns; no layer
+            gets a left-over multiple.
     """
 
     heads_multiple: int = 1
@@ -68,6 +69,13 @@ class Alignment:
                 [pruned[i][1] for i in indices],
                 self.uniform,
             )
+            if self.uniform:
+                aligned_columns = proportional_counts(
+                    aligned_columns,
+                    [units[i].columns for i in indices],
+                    [multiples[i][1] for i in indices],
+                    [pruned[i][1] for i in indices],
+                )
             for index, count in zip(indices, aligned_columns, strict=True):
                 columns[index] = count
         return [layer.plan(*removed) for layer, *removed in zip(units, heads, columns, strict=True)]
@@ -112,3 +120,19 @@ def aligned_counts(
             aligned[i] += multiples[i]
             spare -= multiples[i]
     return [totals[i] - aligned[i] if i in aligned else count for i, count in enumerate(removed)]
+
+
+def proportional_counts(removed: list[int], totals: list[int], multiples: list[int], pruned: list[bool]) -> list[int]:
+    """Return ``removed``, with n times the count of the narrowest layer for layers that are n times as wide.
+
+    Counts that differ from that by more than rounding stay. Arguments are those of :func:`aligned_counts`.
+    """
+    narrowest = totals.index(min(totals))
+    counts = list(removed)
+    for i, total in enumerate(totals):
+        times, rest = divmod(total, totals[narrowest])
+        proportional = times * removed[narrowest]
+        rounded = abs(proportional - removed[i]) <= times * multiples[i]
+        if times > 1 and rest == 0 and rounded and pruned[i] and pruned[narrowest]:
+            counts[i] = proportional
+    return counts

@@ -114,11 +114,34 @@ def test_recipe_without_a_model_is_refused(recipe, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_recipe_prune_in_rounds_with_a_wrong_number_is_one_line(tmp_path):
-    process = run("prune_in_rounds.sh", MODEL="/none", RATIO="half", OUT=tmp_path / "out")
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"RATIO": "half"},
+        {"RATIO": 1.5},
+        {"RATIO": 0},
+        {"ROUNDS": 0},
+        {"ROUNDS": 1.5},
+        {"TOKENS": 100},
+        {"TOKENS": "inf"},
+    ],
+    ids=str,
+)
+def test_recipe_prune_in_rounds_with_a_wrong_number_is_one_line(wrong, tmp_path):
+    process = run("prune_in_rounds.sh", MODEL="/none", OUT=tmp_path / "out", **wrong)
     assert process.returncode == 2
-    assert process.stderr == "prune_in_rounds.sh: error: RATIO half, ROUNDS 2, TOKENS 1e6: not numbers\n"
+    values = {"RATIO": "0.5", "ROUNDS": "2", "TOKENS": "1e6"} | wrong
+    knobs = ", ".join(f"{name} {value}" for name, value in values.items())
+    ranges = "a ratio is between 0 and 1, rounds are at least 1, tokens at least 512"
+    assert process.stderr == f"prune_in_rounds.sh: error: {knobs}: {ranges}\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_recipe_prune_in_rounds_that_finished_nothing_begins_with_other_settings(text_file, tmp_path):
+    for model in ("/none", "/nowhere"):
+        process = run("prune_in_rounds.sh", MODEL=model, DATA=text_file, OUT=tmp_path / "out")
+        assert process.returncode == 2
+        assert f"model {model}: no such folder" in process.stdout + process.stderr
 
 
 def test_recipe_with_a_failing_stage_fails(tmp_path):

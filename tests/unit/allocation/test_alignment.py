@@ -36,6 +36,25 @@ def test_aligned_counts_uniform_drops_left_over_multiples():
     assert aligned_counts([9] * 4, [36] * 4, [8] * 4, [True] * 4, uniform=True) == [12] * 4
 
 
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("ratio", [0.1, 0.11, 0.3])
+def test_aligned_uniform_layers_of_twice_the_width_lose_twice_the_columns(ratio, multiple):
+    """6144 and 12288 columns, 10 % of which are 614 and 1229."""
+    units = [LayerUnits(4, columns, 1, 1) for columns in (6144, 6144, 12288)]
+    plans = [LayerPlan(0, round(ratio * layer.columns)) for layer in units]
+    alignment = Alignment(columns_multiple=multiple, uniform=True)
+    narrow, other, wide = alignment.aligned(plans, units, [(False, True)] * 3)
+    assert narrow == other and wide.columns == 2 * narrow.columns
+    assert (6144 - narrow.columns) % multiple == 0
+
+
+def test_aligned_uniform_layers_of_another_ratio_keep_it():
+    units = [LayerUnits(4, columns, 1, 1) for columns in (64, 64, 128)]
+    plans = [LayerPlan(0, columns) for columns in (16, 16, 64)]
+    assert Alignment(uniform=True).aligned(plans, units, [(False, True)] * 3) == plans
+    assert Alignment(uniform=True).aligned(plans, units, [(False, True), (False, True), (False, False)]) == plans
+
+
 def test_aligned_experts_do_not_compensate_for_a_dense_ffn():
     units = [LayerUnits(4, 40, 1, 1, num_experts=experts) for experts in (0, 8, 8)]
     plans = Alignment(columns_multiple=16).aligned([LayerPlan(0, 12)] * 3, units, [(False, True)] * 3)

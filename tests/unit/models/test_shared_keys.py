@@ -65,3 +65,12 @@ def test_layers_that_share_keys_have_no_smaller_cache_and_those_that_reuse_them_
     cache = model(samples, use_cache=True).past_key_values
     stored = [layer.keys for layer in cache.layers if getattr(layer, "keys", None) is not None]
     assert sum(2 * keys[0, :, 0].numel() for keys in stored) == sum(shape.cached_values for shape in shapes)
+
+
+def test_uniform_shapes_of_one_width_are_a_stock_model_without_double_width():
+    model = make_tiny(NAMES[0])
+    shapes = layer_shapes(model.config)
+    masks = [LayerMask.from_heads(shape, list(range(shape.num_heads)), list(range(27))) for shape in shapes]
+    stock = shrink(model, find_family(model.config), masks, uniform_shapes=True)
+    assert not stock.config.use_double_wide_mlp
+    assert [shape.num_columns for shape in layer_shapes(stock.config)] == [27] * 4
