@@ -218,12 +218,7 @@ def table(rows: list[Row]) -> str:
     lines = []
     with_held_out = any(row.get("held_out") for row in rows)
     for row in sorted(rows, key=_order):
-        cells = [
-            f"{100 * row['share']:.0f} %",
-            row["method"],
-            row["recovery"] + (f", {row['learning_rate']:g}" if row.get("learning_rate") else ""),
-            f"{row['tokens']:,}" if row["tokens"] else "",
-        ]
+        cells = _row_names(row)
         original = untrained.get(("paper", row["share"]))
         for text, value in row["perplexity"].items():
             cell = f"{value:.2f}"
@@ -237,7 +232,7 @@ def table(rows: list[Row]) -> str:
             cells.append(f"{losses[0]:.3f} → {min(losses):.3f}" if losses else "")
         seconds = row.get("training_seconds")
         lines.append((*cells, f"{seconds:.0f}" if seconds else ""))
-    header = ["removed", "pruned by", "recovery", "tokens", *rows[0]["perplexity"]]
+    header = [*_ROW_NAMES, *rows[0]["perplexity"]]
     return markdown_table((*header, *(["held-out"] if with_held_out else []), "seconds"), lines)
 
 
@@ -251,10 +246,22 @@ def zero_shot_table(rows: list[Row]) -> str:
         error = math.hypot(*(error for _, error in scores)) / len(scores)
         scores.append((row["zero_shot"]["averages"]["papers"], error))
         cells = [f"{100 * score:.1f} ± {100 * error:.1f}" for score, error in scores]
-        tokens = f"{row['tokens']:,}" if row["tokens"] else ""
-        lines.append((f"{100 * row['share']:.0f} %", row["method"], row["recovery"], tokens, *cells))
+        lines.append((*_row_names(row), *cells))
     tasks = rows[0]["zero_shot"]["results"]
-    return markdown_table(("removed", "pruned by", "recovery", "tokens", *tasks, "average"), lines)
+    return markdown_table((*_ROW_NAMES, *tasks, "average"), lines)
+
+
+_ROW_NAMES = ("removed", "pruned by", "recovery", "tokens")
+
+
+def _row_names(row: Row) -> list[str]:
+    """Cells of a row in the columns ``_ROW_NAMES``."""
+    return [
+        f"{100 * row['share']:.0f} %",
+        row["method"],
+        row["recovery"] + (f", {row['learning_rate']:g}" if row.get("learning_rate") else ""),
+        f"{row['tokens']:,}" if row["tokens"] else "",
+    ]
 
 
 def _order(row: Row) -> tuple[Any, ...]:

@@ -13,7 +13,8 @@ from scripts import export_gguf as script
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import shrink
-from tests.conftest import make_tiny, random_text
+from tests.conftest import random_text
+from tests.tiny_models import make_tiny
 
 # Splitting rules as published tokenizers spell them.
 LLAMA3 = (

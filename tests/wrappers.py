@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from tests.conftest import HYBRID, TINY, VOCAB, WINDOWS, scale_layers
+from tests.tiny_models import HYBRID, TINY, VOCAB, WINDOWS, scale_layers
 
 IMAGE_TOKEN = 60
 _GROUPED = {**TINY, "num_key_value_heads": 2}

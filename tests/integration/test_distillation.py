@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from slim_utils.common.errors import UserError
-from tests.conftest import VOCAB, make_tiny
 from tests.integration.finetuning import logits, losses, main, run
 from tests.processes import run_ranks
+from tests.tiny_models import VOCAB, make_tiny
 
 # On a CPU, the Trainer supports bf16 only.
 NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -11,8 +11,8 @@ from slim_utils.families import find_family
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.params_remove import shrink, zero_removed
-from tests.conftest import TINY_FAMILIES, make_tiny
 from tests.processes import run_python
+from tests.tiny_models import TINY_FAMILIES, make_tiny
 from tests.wrappers import make_wrapper
 
 # Loads every given folder in a process without access to this repository, and compares logits and generation.

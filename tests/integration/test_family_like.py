@@ -16,9 +16,9 @@ from slim_utils.common.errors import UserError
 from slim_utils.common.loading import load_model
 from slim_utils.families import layer_shapes
 from slim_utils.family_like import add_family_like
-from tests.conftest import HYBRID, TINY
 from tests.integration.test_families import LOADER
 from tests.processes import run_python
+from tests.tiny_models import HYBRID, TINY
 
 # A type of transformers with LLaMA's layout and no row.
 UNKNOWN = "vaultgemma"

@@ -21,9 +21,9 @@ from slim_utils.gguf_families import GGUF_FAMILIES
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import removed_indices, shrink, zero_indices, zero_removed
 from slim_utils.profiling.model_stats import model_stats
-from tests.conftest import FURTHER_FAMILIES, FURTHER_VARIANTS, TINY_FAMILIES, make_tiny
 from tests.integration.test_families import LOADER
 from tests.processes import run_python
+from tests.tiny_models import FURTHER_FAMILIES, FURTHER_VARIANTS, TINY_FAMILIES, make_tiny
 from train_utils.lora import lora_targets
 
 ROOT = Path(__file__).resolve().parents[2]

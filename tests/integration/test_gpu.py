@@ -14,10 +14,10 @@ from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import read_pruning
 from slim_utils.slimgpt import add_gram
-from tests.conftest import make_tiny
 from tests.integration.task_files import write_tasks
 from tests.integration.test_stream import tensors
 from tests.processes import run_ranks
+from tests.tiny_models import make_tiny
 from train_utils.finetune_args import parse_args
 
 pytestmark = [

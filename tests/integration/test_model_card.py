@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 import model_slimming
 from slim_utils.masks import read_pruning
-from tests.conftest import make_tiny
 from tests.processes import run_python
+from tests.tiny_models import make_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE_CARD = "---\nlicense: other\nlicense_name: tiny\nlanguage: en\nbase_model: someone/tiny-base\n---\n# Tiny\n"

@@ -15,8 +15,8 @@ from ppl_eval.parallel import prepare_shards
 from ppl_eval.zero_shot import load_tasks, task_specs
 from slim_utils.common.errors import UserError
 from slim_utils.layerwise.distributed import ProcessGroup
-from tests.conftest import make_tiny
 from tests.processes import run_python, run_ranks
+from tests.tiny_models import make_tiny
 
 LAUNCHER = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
 # The script with something done in rank 1 in place of its forwards.

@@ -17,9 +17,9 @@ from slim_utils.common.errors import UserError, is_disk_full
 from slim_utils.families import find_family
 from slim_utils.masks import read_pruning
 from slim_utils.params_remove import shrink
-from tests.conftest import make_tiny
 from tests.integration.finetuning import logits, losses, main, run
 from tests.processes import run_python, run_ranks, start_python
+from tests.tiny_models import make_tiny
 from tests.unit.train_utils.test_sparse_trainer import removed_weights
 from train_utils import finetune_result, sparse_trainer
 from train_utils.finetune_args import parse_args

@@ -19,8 +19,9 @@ import models  # noqa: F401 - registers the classes of pruned checkpoints
 from slim_utils.common.errors import UserError
 from slim_utils.common.output_folder import output_lock
 from slim_utils.masks import read_pruning
-from tests.conftest import VOCAB, make_tiny, random_text
+from tests.conftest import random_text
 from tests.processes import run_python, start_python
+from tests.tiny_models import VOCAB, make_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 README_FLAGS = (

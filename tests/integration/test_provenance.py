@@ -11,8 +11,8 @@ import model_slimming
 from slim_utils.families import layer_shapes
 from slim_utils.masks import read_units
 from slim_utils.output.provenance import read_provenance, total_share_removed
-from tests.conftest import make_tiny
 from tests.integration.finetuning import main as finetune
+from tests.tiny_models import make_tiny
 
 BASE_CARD = "---\nlicense: other\nlicense_name: tiny\nlanguage: en\n---\n# Tiny\n"
 

@@ -15,8 +15,8 @@ from slim_utils.common.errors import UserError
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.masks import PRUNING_FILE, LayerMask, ModelUnits, write_units
 from slim_utils.params_remove import shrink, zero_removed
-from tests.conftest import make_tiny
 from tests.processes import run_python
+from tests.tiny_models import make_tiny
 from tests.unit.test_masks import uneven_masks
 from train_utils.lora import _family_targets
 from train_utils.sparse_trainer import masked_slices

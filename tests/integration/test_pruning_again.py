@@ -11,8 +11,8 @@ import model_slimming
 from slim_utils.families import Family, find_family, layer_shapes
 from slim_utils.masks import LayerMask, read_masks, read_pruning, read_units
 from slim_utils.params_remove import kept_indices, select_indices
-from tests.conftest import TINY_FAMILIES, make_tiny
 from tests.integration.finetuning import main as finetune
+from tests.tiny_models import TINY_FAMILIES, make_tiny
 from train_utils.finetune_result import ModelMasks
 
 # Uneven layers; in each round, a layer stays dense.

@@ -19,8 +19,8 @@ from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.resume import LayerStore, changed_parameters, fingerprint, setting_changes
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.pruning_config import Effect, PruningConfig
-from tests.conftest import ALL_TINY, make_tiny
 from tests.processes import run_python
+from tests.tiny_models import ALL_TINY, make_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

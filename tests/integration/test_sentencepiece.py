@@ -6,9 +6,9 @@ import pytest
 from transformers import AutoTokenizer
 
 import model_slimming
-from tests.conftest import make_tiny
 from tests.gguf_files import TEXTS, export, sentencepiece_folder, values
 from tests.integration.finetuning import main as finetune
+from tests.tiny_models import make_tiny
 
 PRUNE = ["--num_samples", 8, "--seqlen", 32, "--sparsity", 0.5, "--device", "cpu", "--skip_evaluate"]
 

@@ -14,8 +14,8 @@ from slim_utils.common.errors import UserError
 from slim_utils.families import find_family
 from slim_utils.layerwise.offload import OffloadedModel
 from slim_utils.layerwise.resume import LayerStore, fingerprint
-from tests.conftest import ALL_TINY, make_tiny
 from tests.processes import run_ranks
+from tests.tiny_models import ALL_TINY, make_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["--num_samples", 16, "--seqlen", 32, "--save_pruned_weights", "--device", "cpu"]

@@ -16,9 +16,9 @@ from slim_utils.common.errors import UserError
 from slim_utils.layerwise.resume import LayerStore
 from slim_utils.masks import read_pruning
 from slim_utils.profiling.latency_table import read_latency_table
-from tests.conftest import make_tiny
 from tests.latency_tables import made_up_table
 from tests.processes import run_python
+from tests.tiny_models import make_tiny
 
 
 def run(*arguments: object) -> None:

@@ -10,8 +10,8 @@ import torch
 import test_flops
 from slim_utils.common.errors import UserError
 from slim_utils.profiling.latency import measure_latency
-from tests.conftest import make_tiny
 from tests.processes import run_python
+from tests.tiny_models import make_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers.training_args import OptimizerNames
 
 from slim_utils.common.errors import UserError
-from tests.conftest import make_tiny
 from tests.integration.finetuning import losses, main
+from tests.tiny_models import make_tiny
 from train_utils import optional_packages
 from train_utils.finetune_args import parse_args
 from train_utils.optional_packages import optimizer_package

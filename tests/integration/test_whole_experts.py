@@ -18,9 +18,9 @@ from slim_utils.layerwise.resume import LayerStore
 from slim_utils.masks import read_masks, read_pruning, read_units
 from slim_utils.report.contents import plots
 from slim_utils.report.sources import read_sources
-from tests.conftest import make_tiny
 from tests.integration.test_pruning_again import check_slices
 from tests.processes import run_ranks
+from tests.tiny_models import make_tiny
 
 STOCK = {"mixtral": MixtralForCausalLM, "qwen3_moe": Qwen3MoeForCausalLM}
 WHOLE = ["--expert_unit", "expert", "--save_pruned_weights"]

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from slim_utils.common.errors import ProcessLostError, UserError
 from slim_utils.layerwise import distributed
 from slim_utils.layerwise.distributed import ProcessGroup
-from tests.conftest import make_tiny
 from tests.processes import run_python, run_ranks
+from tests.tiny_models import make_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 

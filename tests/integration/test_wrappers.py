@@ -17,8 +17,8 @@ from models.wrappers import OTHER_PARTS, WRAPPER_ROWS, find_wrapper
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import load_config, load_model
 from slim_utils.families import find_family
-from tests.conftest import VOCAB, make_tiny
 from tests.processes import run_python
+from tests.tiny_models import VOCAB, make_tiny
 from tests.wrappers import TINY_WRAPPERS, image_inputs, make_wrapper, text_logits
 
 ROOT = Path(__file__).resolve().parents[2]

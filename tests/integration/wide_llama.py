@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from tests.conftest import VOCAB
+from tests.tiny_models import VOCAB
 
 
 def save_wide_llama(path: Path, tokenizer: PreTrainedTokenizerBase, num_layers: int) -> LlamaForCausalLM:

@@ -10,12 +10,12 @@ from gguf import MODEL_ARCH, get_tensor_name_map
 from gguf.quants import dequantize
 from transformers import PreTrainedModel
 
-from tests.conftest import TINY_VARIANTS, WINDOWS, make_tiny
 from tests.gguf_files import export, save_pruned, values
 from tests.interop.common import engine
 from tests.interop.served import record_served
 from tests.interop.test_llama_cpp import PYTHON, pytestmark  # noqa: F401 - marks this file too
 from tests.interop.test_llama_cpp_tiny import LINEAR, printable
+from tests.tiny_models import TINY_VARIANTS, WINDOWS, make_tiny
 
 SIZES = {
     "vocab_size": 400,

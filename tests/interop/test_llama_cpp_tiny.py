@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from ppl_eval.ppl_eval import perplexity
-from tests.conftest import TINY_VARIANTS, make_tiny, random_text
+from tests.conftest import random_text
 from tests.gguf_files import (
     AWKWARD,
     BYTE_LEVEL,
@@ -23,6 +23,7 @@ from tests.gguf_files import (
 )
 from tests.interop.common import GEMMA3, SMOLLM2, engine
 from tests.interop.test_llama_cpp import PYTHON, pytestmark  # noqa: F401 - marks this file too
+from tests.tiny_models import TINY_VARIANTS, make_tiny
 
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from slim_utils.families import SERVED_MIXTURES
-from tests.conftest import make_tiny
 from tests.gguf_files import export, values
 from tests.interop import test_llama_cpp, test_vllm
 from tests.interop.common import engine
@@ -14,6 +13,7 @@ from tests.interop.served import record_served
 from tests.interop.test_llama_cpp_families import MODELS, SIZES, TOLERANCE, contexts, initialise, log_probabilities
 from tests.interop.test_llama_cpp_tiny import printable
 from tests.interop.tiny_served import pruned_model, without_experts
+from tests.tiny_models import make_tiny
 
 SHAPE = "whole experts"
 

@@ -17,8 +17,8 @@ from models.families import FAMILIES, ROWS
 from slim_utils.families import LayerShape, find_family, layer_shapes
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import shrink
-from tests.conftest import VOCAB, make_tiny
 from tests.library.exceptions import EXCEPTIONS
+from tests.tiny_models import VOCAB, make_tiny
 
 NAMES = [row.base_type for row in ROWS]
 MIXTURES = [row.base_type for row in ROWS if row.expert_columns_key]

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.conftest import VOCAB
 from tests.library.subjects import Subject, difference, every_row, logits, tokens
+from tests.tiny_models import VOCAB
 
 TIED = {"tie_word_embeddings": True}
 UNTIED = {"tie_word_embeddings": False}

@@ -4,8 +4,8 @@ import pytest
 
 from slim_utils.common.errors import UserError
 from slim_utils.gguf_families import find_architecture, is_exportable, window_period
-from tests.conftest import WINDOWS, make_tiny
 from tests.gguf_files import save_pruned
+from tests.tiny_models import WINDOWS, make_tiny
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
 PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}

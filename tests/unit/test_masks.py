@@ -9,7 +9,7 @@ from slim_utils.common.errors import UserError
 from slim_utils.families import LayerShape, find_family, layer_shapes
 from slim_utils.masks import LayerMask, ModelUnits, read_pruning, read_units, write_pruning, write_units
 from slim_utils.params_remove import kept_indices, select_indices, shrink
-from tests.conftest import ALL_TINY, make_tiny
+from tests.tiny_models import ALL_TINY, make_tiny
 
 GROUPED, EXPERTS = LayerShape(6, 3, 4, 8), LayerShape(6, 3, 4, 12, num_experts=3)
 SHARED = LayerShape(6, 3, 4, 12, num_experts=3, num_shared_columns=8)

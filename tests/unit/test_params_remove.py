@@ -10,8 +10,8 @@ from slim_utils.families import find_family, layer_shapes
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import kept_indices, shrink, zero_removed
 from slim_utils.profiling.model_stats import model_stats, removed_share
-from tests.conftest import ALL_TINY, TINY_VARIANTS, make_tiny, set_attention
 from tests.processes import run_python
+from tests.tiny_models import ALL_TINY, TINY_VARIANTS, make_tiny, set_attention
 
 # Families whose q/k norms or routers compute in fp32 for any dtype; sums with and without zeros differ by rounding.
 FP32_INSIDE = ("olmo2", "mixtral", "qwen3_moe", "bloom")

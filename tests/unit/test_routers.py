@@ -10,7 +10,7 @@ from slim_utils.families import find_family, layer_shapes
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import shrink, zero_removed
 from slim_utils.routers import Router, active_by_layer, active_experts
-from tests.conftest import FURTHER_FAMILIES, make_tiny
+from tests.tiny_models import FURTHER_FAMILIES, make_tiny
 
 MIXTURES = [("mixtral", {}), ("qwen3_moe", {}), ("qwen3_moe", {"norm_topk_prob": False})]
 

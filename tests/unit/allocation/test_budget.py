@@ -30,7 +30,7 @@ from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.profiling.model_stats import removed_share
 from slim_utils.pruning_config import PruningConfig
 from slim_utils.slimgpt import SlimGPT
-from tests.conftest import make_tiny
+from tests.tiny_models import make_tiny
 from tests.unit.allocation.slimming import main
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from slim_utils.masks import LayerPlan
 from slim_utils.profiling.latency_table import TimedRequest
 from slim_utils.profiling.model_stats import model_stats
 from slim_utils.pruned_config import slim_config
-from tests.conftest import make_tiny
+from tests.tiny_models import make_tiny
 
 CPU = torch.device("cpu")
 REQUEST = TimedRequest(2, 8, 3)

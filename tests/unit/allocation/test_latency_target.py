@@ -14,8 +14,8 @@ from slim_utils.families import find_family
 from slim_utils.layerwise.offload import ResidentModel
 from slim_utils.masks import LayerPlan
 from slim_utils.pruning_config import PruningConfig
-from tests.conftest import make_tiny
 from tests.latency_tables import made_up_table
+from tests.tiny_models import make_tiny
 
 
 def stairs(kept: int) -> float:

@@ -5,7 +5,7 @@ from slim_utils.families import find_family
 from slim_utils.layerwise.offload import ResidentModel
 from slim_utils.masks import LayerPlan
 from slim_utils.pruning_config import PruningConfig
-from tests.conftest import make_tiny
+from tests.tiny_models import make_tiny
 
 
 def planner(name: str, **flags) -> Planner:

@@ -21,7 +21,7 @@ from slim_utils.layerwise.resume import LayerStore
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerPlan
 from slim_utils.obs import SelectionOptions
-from tests.conftest import make_tiny
+from tests.tiny_models import make_tiny
 from tests.unit.allocation.slimming import main
 
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import LayerPlan
 from slim_utils.obs import SelectionOptions
 from slim_utils.slimgpt import SlimGPT
-from tests.conftest import make_tiny
+from tests.tiny_models import make_tiny
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ from slim_utils.families import find_family, layer_shapes
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.pruned_config import slim_config
 from slim_utils.pruning_config import PruningConfig
-from tests.conftest import ALL_TINY, make_tiny
+from tests.tiny_models import ALL_TINY, make_tiny
 from tests.unit.allocation.slimming import main
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from benchmarks.baselines import (
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.profiling.model_stats import removed_share
-from tests.conftest import make_tiny
+from tests.tiny_models import make_tiny
 
 CPU = torch.device("cpu")
 SETTINGS = PruningSettings(CPU, CPU)

@@ -13,7 +13,8 @@ import torch
 from benchmarks import gpu_checks, gpu_parts
 from benchmarks.gpu_checks import FAILED, LEFT_OUT, NO_TIME, PASSED, STANDS, Part, make_parts, run_parts
 from slim_utils.common.errors import UserError
-from tests.conftest import make_tiny, random_text
+from tests.conftest import random_text
+from tests.tiny_models import make_tiny
 
 ROOT = Path(__file__).resolve().parents[3]
 # Appends its name to a file, and does what its second argument says.

@@ -9,7 +9,8 @@ from ppl_eval.ppl_dataset import EvalKey, eval_windows, load_eval_sets
 from ppl_eval.ppl_eval import evaluate
 from slim_utils.common.bos import BOS_POLICIES, calibration_bos, evaluation_bos
 from slim_utils.common.errors import UserError
-from tests.conftest import adding_bos, make_tiny, word_tokenizer
+from tests.conftest import adding_bos, word_tokenizer
+from tests.tiny_models import make_tiny
 
 
 def test_eval_windows_with_bos_start_with_it_and_keep_all_text():

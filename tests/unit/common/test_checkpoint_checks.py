@@ -22,7 +22,7 @@ from slim_utils.common.errors import UserError
 from slim_utils.common.loading import load_config, load_model, load_tokenizer, save_checkpoint
 from slim_utils.layerwise.offload import OffloadedModel
 from slim_utils.profiling.model_stats import model_stats
-from tests.conftest import make_tiny
+from tests.tiny_models import make_tiny
 from train_utils.finetune_args import parse_args
 
 WEIGHTS = "model.safetensors"

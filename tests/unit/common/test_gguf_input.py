@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from slim_utils.common.errors import UserError
 from slim_utils.common.gguf_input import READ_TYPES
 from slim_utils.common.loading import load_config, load_model
-from tests.conftest import make_tiny
 from tests.gguf_files import byte_level, export
+from tests.tiny_models import make_tiny
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 LOCAL_ROPE = {

@@ -23,7 +23,8 @@ from slim_utils.common.input_checks import (
     set_padding_token,
 )
 from slim_utils.common.loading import load_config
-from tests.conftest import VOCAB, make_tiny, random_text
+from tests.conftest import random_text
+from tests.tiny_models import VOCAB, make_tiny
 from train_utils.finetune_args import parse_args
 
 BEYOND = f"token {VOCAB} \\('w900'\\), but the model has embeddings of tokens 0 to {VOCAB - 1}"

@@ -19,8 +19,9 @@ from slim_utils.common.gguf_config import complete_config
 from slim_utils.common.loading import load_config, load_model, load_tokenizer
 from slim_utils.common.model_source import check_input
 from slim_utils.layerwise.offload import OffloadedModel
-from tests.conftest import WORDS, make_tiny, word_tokenizer
+from tests.conftest import WORDS, word_tokenizer
 from tests.gguf_files import AWKWARD, BYTE_LEVEL, TEXTS, byte_level, export, save_pruned
+from tests.tiny_models import make_tiny
 from tests.unit.common.test_checkpoint_checks import script
 
 

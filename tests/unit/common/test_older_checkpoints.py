@@ -10,7 +10,7 @@ from torch import Tensor
 
 import model_slimming
 from slim_utils.common.loading import load_model
-from tests.conftest import VOCAB, make_tiny
+from tests.tiny_models import VOCAB, make_tiny
 
 PREFIX = "transformer."
 # Causal masks, and the value that they set.

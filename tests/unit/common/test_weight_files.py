@@ -15,7 +15,7 @@ from slim_utils.common.errors import UserError
 from slim_utils.common.loading import load_model
 from slim_utils.common.model_source import check_files
 from slim_utils.layerwise.offload import OffloadedModel
-from tests.conftest import make_tiny
+from tests.tiny_models import make_tiny
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 SAFETENSORS, PICKLED = ("model", "safetensors"), ("pytorch_model", "bin")

@@ -12,8 +12,9 @@ from slim_utils.common.errors import UserError
 from slim_utils.export.gguf import check_exportable, interleave_halves
 from slim_utils.export.gguf_metadata import rope_tensors
 from slim_utils.families import layer_shapes
-from tests.conftest import TINY_VARIANTS, make_tiny, random_text
+from tests.conftest import random_text
 from tests.gguf_files import export, save_pruned, values
+from tests.tiny_models import TINY_VARIANTS, make_tiny
 
 
 @pytest.fixture(scope="module")

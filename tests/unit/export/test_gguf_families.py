@@ -9,8 +9,8 @@ from gguf import GGUFReader
 
 from slim_utils.export.gguf import export_gguf
 from slim_utils.export.gguf_tokenizer import Vocabulary, read_vocabulary
-from tests.conftest import make_tiny
 from tests.gguf_files import byte_level, save_pruned, values
+from tests.tiny_models import make_tiny
 
 ROPE = {
     "rope_type": "longrope",

@@ -7,7 +7,7 @@ from slim_utils.common.errors import UserError
 from slim_utils.export import gguf_kquants
 from slim_utils.export.gguf import check_exportable
 from slim_utils.export.gguf_kquants import matrix_type
-from tests.conftest import make_tiny
+from tests.tiny_models import make_tiny
 
 
 def test_matrix_type_of_k_quants_has_more_bits_for_some_matrices():

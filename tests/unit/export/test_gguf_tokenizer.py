@@ -14,7 +14,6 @@ from slim_utils.export.gguf_tokenizer import (
     space_prefix,
     token_types,
 )
-from tests.conftest import make_tiny
 from tests.gguf_files import (
     BYTE_LEVEL,
     LLAMA3,
@@ -27,6 +26,7 @@ from tests.gguf_files import (
     sentencepiece_llama,
     values,
 )
+from tests.tiny_models import make_tiny
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 AFTER_SPLIT = BYTES | {"use_regex": False}

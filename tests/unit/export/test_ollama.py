@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from slim_utils.export.ollama import modelfile, stop_texts
-from tests.conftest import make_tiny
 from tests.gguf_files import byte_level
+from tests.tiny_models import make_tiny
 
 
 def test_modelfile_stops_at_every_eos_token():

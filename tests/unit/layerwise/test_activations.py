@@ -14,7 +14,7 @@ from slim_utils.layerwise.layer_forward import LayerForward
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.resume import LayerStore
 from slim_utils.layerwise.settings import PruningSettings
-from tests.conftest import make_tiny
+from tests.tiny_models import make_tiny
 
 CPU = torch.device("cpu")
 SETTINGS = PruningSettings(CPU, CPU)

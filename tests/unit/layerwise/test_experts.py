@@ -22,7 +22,7 @@ from slim_utils.masks import LayerMask, LayerPlan
 from slim_utils.routers import Router
 from slim_utils.slimgpt import PruneResult
 from tests import reference_slimgpt
-from tests.conftest import make_tiny
+from tests.tiny_models import make_tiny
 
 CPU = torch.device("cpu")
 

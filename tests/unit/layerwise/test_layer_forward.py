@@ -10,7 +10,7 @@ from slim_utils.layerwise import layer_forward as layer_replay
 from slim_utils.layerwise.layer_forward import LayerForward, capture_layer_kwargs
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.obs import solve_bytes
-from tests.conftest import ALL_TINY, make_tiny
+from tests.tiny_models import ALL_TINY, make_tiny
 
 CPU = torch.device("cpu")
 # The same memory, but another device than the one that computes.

@@ -22,7 +22,7 @@ from slim_utils.layerwise.offload import ResidentModel
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.resume import LayerStore
 from slim_utils.layerwise.settings import PruningSettings
-from tests.conftest import make_tiny
+from tests.tiny_models import make_tiny
 
 CPU = torch.device("cpu")
 # Stands for a GPU: it is the CPU, by another name.

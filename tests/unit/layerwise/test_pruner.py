@@ -17,7 +17,7 @@ from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.slimgpt import SlimGPT
 from tests import reference_slimgpt
-from tests.conftest import ALL_TINY, make_tiny, set_attention
+from tests.tiny_models import ALL_TINY, make_tiny, set_attention
 
 CPU = torch.device("cpu")
 RATIOS = [0.2, 0.35, 0.5, 0.6]

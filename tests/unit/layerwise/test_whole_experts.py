@@ -14,7 +14,7 @@ from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.layerwise.whole_experts import lowest, prune_whole_experts
 from slim_utils.masks import LayerPlan
 from slim_utils.routers import Router
-from tests.conftest import make_tiny
+from tests.tiny_models import make_tiny
 
 CPU = torch.device("cpu")
 SETTINGS = PruningSettings(CPU, CPU, whole_experts=True)

@@ -16,7 +16,7 @@ from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import GQA_UNITS, PruningSettings
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import shrink, zero_removed
-from tests.conftest import make_tiny
+from tests.tiny_models import make_tiny
 
 MULTI_QUERY = {"new_decoder_architecture": False, "multi_query": True, "num_kv_heads": None}
 MULTI_HEAD = {**MULTI_QUERY, "multi_query": False}

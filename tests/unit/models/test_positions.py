@@ -12,7 +12,7 @@ from slim_utils.common.loading import load_model
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import shrink, zero_removed
-from tests.conftest import TINY, make_tiny
+from tests.tiny_models import TINY, make_tiny
 
 LENGTH = {"original_max_position_embeddings": 32}
 SCALINGS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import shrink
-from tests.conftest import make_tiny
+from tests.tiny_models import make_tiny
 
 NAMES = ["gemma4_text of inputs by layer", "gemma4_text of inputs by layer with experts"]
 

@@ -17,8 +17,8 @@ from models.wrappers import WRAPPER_ROWS
 from slim_utils.families import LayerShape, find_family, layer_shapes
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import shrink
-from tests.conftest import TINY_FAMILIES, make_tiny
 from tests.processes import run_python
+from tests.tiny_models import TINY_FAMILIES, make_tiny
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -17,7 +17,8 @@ from ppl_eval.ppl_dataset import (
 )
 from ppl_eval.ppl_eval import perplexity, ppl_metric
 from slim_utils.common.errors import UserError
-from tests.conftest import make_tiny, random_text
+from tests.conftest import random_text
+from tests.tiny_models import make_tiny
 
 
 def test_perplexity_is_exp_of_the_mean_loss_of_the_model(samples):

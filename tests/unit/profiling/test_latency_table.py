@@ -8,8 +8,8 @@ import pytest
 from slim_utils.common.atomic_output import write_json_atomic
 from slim_utils.common.errors import UserError
 from slim_utils.profiling.latency_table import LatencyTable, PhaseSeconds, isotonic, read_latency_table
-from tests.conftest import make_tiny
 from tests.latency_tables import curve, made_up_table
+from tests.tiny_models import make_tiny
 
 
 def test_isotonic_is_the_nearest_monotone_sequence_by_brute_force():

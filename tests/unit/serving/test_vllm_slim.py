@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from slim_utils.families import FAMILIES, PLUGIN_FAMILIES, find_family, layer_shapes
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import shrink
-from tests.conftest import make_tiny
+from tests.tiny_models import make_tiny
 from vllm_slim.configs import MODEL_TYPES, config_class
 from vllm_slim.sizes import LayerSizes, check_tensor_parallel, layer_sizes
 

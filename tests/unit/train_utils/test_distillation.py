@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel
 
-from tests.conftest import ALL_TINY, VOCAB, make_tiny
+from tests.tiny_models import ALL_TINY, VOCAB, make_tiny
 from train_utils import distillation
 from train_utils.distillation import ChunkedDivergence, DistillationTrainer, Head, LiveTeacher, target_rows
 from train_utils.finetune_args import TrainingArguments

@@ -16,7 +16,7 @@ from slim_utils.common.loading import load_model
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import shrink
-from tests.conftest import ALL_TINY, TINY_FAMILIES, make_tiny
+from tests.tiny_models import ALL_TINY, TINY_FAMILIES, make_tiny
 from train_utils.finetune_args import ModelArguments
 from train_utils.lora import add_lora, check_lora_targets, fuse_lora, lora_targets
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 from slim_utils.families import find_family, layer_shapes
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import count_weights, removed_indices, shrink, zero_removed
-from tests.conftest import make_tiny
+from tests.tiny_models import make_tiny
 from train_utils.finetune_dataset import IGNORED_LABEL
 from train_utils.sparse_trainer import MaskCallback, focal_loss, masked_slices
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from slim_utils.common.errors import UserError
-from tests.conftest import VOCAB, make_tiny
+from tests.tiny_models import VOCAB, make_tiny
 from tests.unit.train_utils.test_distillation import as_batch, batches, rows
 from train_utils.distillation import LiveTeacher
 from train_utils.teacher_cache import (

@@ -7,7 +7,7 @@ import torch
 
 from slim_utils.common.loading import load_model
 from slim_utils.families import find_family, layer_shapes
-from tests.conftest import ALL_TINY, make_tiny
+from tests.tiny_models import ALL_TINY, make_tiny
 from train_utils.trainable import SCALE, add_scales, fuse_scales, scaled_maps, train_only, with_trained_weights
 
 
