@@ -159,6 +159,7 @@ def run(args: FinetuneArguments) -> None:
         write_cards,
         write_unit_records,
     )
+    from train_utils.learning_rate import set_text_learning_rate
     from train_utils.lora import check_lora_targets
     from train_utils.resumption import check_resumed, run_settings
     from train_utils.sharding import model_weights
@@ -196,6 +197,8 @@ def run(args: FinetuneArguments) -> None:
     eval_sets = evaluation_sets(args, data, training_windows)
     training.metric_for_best_model = best_metric(training.metric_for_best_model, list(eval_sets))
     model: Any = weights.open_base()
+    if args.model_sets_learning_rate:
+        set_text_learning_rate(args, model)
     teacher: Any = weights.open_teacher() if args.model.distill_from is not None else None
     settings = run_settings(args, data, model, teacher, pruned.masks if pruned else None)
     if training.resume_from_checkpoint is not None:

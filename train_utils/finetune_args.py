@@ -22,7 +22,6 @@ from train_utils.sharding_checks import shards_weights
 from train_utils.text_defaults import (
     ALL_WEIGHTS,
     LORA,
-    TEXT_LEARNING_RATES,
     TRAINED_PARTS,
     is_given,
     with_text_defaults,
@@ -199,6 +198,7 @@ class FinetuneArguments:
     Attributes:
         run_folder: folder that the run trains in: ``output_dir``, or a folder inside it while ``output_dir`` still
             holds an earlier result.
+        model_sets_learning_rate: whether ``learning_rate`` is still to be set, by the weights of the model.
     """
 
     model: ModelArguments
@@ -206,6 +206,7 @@ class FinetuneArguments:
     training: TrainingArguments
     sparse: SparseArguments
     run_folder: Path = field(init=False)
+    model_sets_learning_rate: bool = field(init=False, default=False)
 
     @property
     def cache_dir(self) -> Path:
@@ -266,8 +267,7 @@ def parse_args(argv: list[str] | None = None) -> FinetuneArguments:
     args = FinetuneArguments(*parsed)
     args.model.use_lora = args.model.use_lora or args.model.train == LORA
     check_args(args)
-    if args.data.train_text and not is_given("--learning_rate", argv):
-        args.training.learning_rate = TEXT_LEARNING_RATES[args.model.trained_part]
+    args.model_sets_learning_rate = args.data.train_text is not None and not is_given("--learning_rate", argv)
     return args
 
 

@@ -27,7 +27,6 @@ TEXT_DEFAULTS: dict[str, object] = {
 }
 # Flags that choose the precision of training, or a device without a default for it.
 PRECISION_FLAGS = ("--bf16", "--fp16", "--use_cpu")
-TEXT_LEARNING_RATES = {LORA: 5e-4, ALL_WEIGHTS: 3e-4, BLOCK_WEIGHTS: 3e-4, SCALES: 5e-3}
 
 
 def is_given(flag: str, argv: Sequence[str]) -> bool:

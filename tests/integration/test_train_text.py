@@ -12,8 +12,9 @@ from slim_utils.text_mixture import TextSource
 from tests.conftest import random_text
 from tests.integration.finetuning import logits, losses, main, run
 from train_utils.finetune_args import TrainingArguments, parse_args
+from train_utils.learning_rate import layer_matrices, root_mean_square, text_learning_rate
 from train_utils.packed_text import TextSettings, load_text_data
-from train_utils.text_defaults import TEXT_DEFAULTS, TEXT_LEARNING_RATES, with_text_defaults
+from train_utils.text_defaults import TEXT_DEFAULTS, with_text_defaults
 
 
 @pytest.fixture
@@ -55,6 +56,18 @@ def test_distillation_on_text_of_every_part_lowers_the_loss(slim, text_argv, tmp
     assert not torch.equal(logits(saved, samples), logits(base, samples))
     card = (saved / "README.md").read_text()
     assert "| windows | 32 |" in card and "train.txt" in card
+
+
+def test_train_text_without_a_learning_rate_takes_that_of_the_models_weights(slim, text_argv, tmp_path, caplog):
+    base, out = slim / "pruned_weights", tmp_path / "out"
+    with caplog.at_level("INFO"):
+        main(text_argv(base, "--train", "lora"))
+    model = load_model(str(base), "auto", False)
+    magnitude = root_mean_square(layer_matrices(model))
+    rate = text_learning_rate("lora", magnitude, model.config.hidden_size)
+    assert f"--learning_rate {rate:g}, the default for weights" in caplog.text
+    assert json.loads((out / "run.json").read_text())["arguments"]["learning_rate"] == rate
+    assert f"| learning rate | {rate:g} |" in (out / "lora_fused_model" / "README.md").read_text()
 
 
 def test_train_text_without_teacher_trains_on_every_token(slim, text_argv, tmp_path):
@@ -117,12 +130,13 @@ def test_train_text_skips_what_calibrated_the_model(slim, text_argv, tmp_path, t
 
 def test_parse_args_with_train_text_sets_the_defaults_of_text(slim, text_argv):
     args = parse_args(text_argv(slim / "pruned_weights", "--train", "scales"))
-    assert args.training.learning_rate == TEXT_LEARNING_RATES["scales"]
+    assert args.model_sets_learning_rate
     assert args.training.lr_scheduler_type == TEXT_DEFAULTS["--lr_scheduler_type"]
     # A flag of the user wins.
     assert args.data.max_length == 32
     args = parse_args(text_argv(slim / "pruned_weights", "--learning_rate", 1e-6, "--use_lora", "true"))
     assert args.training.learning_rate == 1e-6 and args.model.peft_lora_r == 16
+    assert not args.model_sets_learning_rate
     assert args.model.trained_part == "lora"
     assert parse_args(text_argv(slim / "pruned_weights")).model.trained_part == "block_weights"
 
