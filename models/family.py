@@ -220,7 +220,14 @@ class Family:
 
     def kv_sharing(self, config: PreTrainedConfig, index: int) -> str:
         """Return what layer ``index`` does with keys and values: "store" them for later layers, "reuse" such, or ""."""
-        return (config.kv_sharing_modes[index] or "") if self.shared_states else ""
+        num_reusing = config.num_kv_shared_layers if self.shared_states else 0
+        if not num_reusing:
+            return ""
+        types, first_reusing = config.layer_types, config.num_hidden_layers - num_reusing
+        if index >= first_reusing:
+            return "reuse"
+        # The last layer of each type that does not reuse stores.
+        return "" if types[index] in types[index + 1 : first_reusing] else "store"
 
     def num_kv_heads(self, layer_config: PreTrainedConfig) -> int:
         """Return the number of kv heads of a layer; one in multi-query attention, whatever the key says."""
