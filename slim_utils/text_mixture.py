@@ -32,7 +32,7 @@ def parse_text_source(flag: str, spec: str) -> TextSource:
         spec: one of its values.
 
     Raises:
-        UserError: if the weight is not a positive number, or a local file does not exist.
+        UserError: if there is no name, the weight is not a positive number, or a local file does not exist.
     """
     name, colon, weight = spec.rpartition(":")
     source = TextSource(spec)
@@ -43,6 +43,8 @@ def parse_text_source(flag: str, spec: str) -> TextSource:
             raise UserError(
                 f"{flag} {spec}: the weight {weight} is not a number; give NAME:WEIGHT or FILE:WEIGHT"
             ) from None
+    if not source.name.strip():
+        raise UserError(f"{flag} {spec!r}: no text; give NAME, FILE, NAME:WEIGHT or FILE:WEIGHT")
     if not (source.weight > 0 and math.isfinite(source.weight)):
         raise UserError(f"{flag} {spec}: the weight must be positive")
     if names_file(source.name) and not Path(source.name).expanduser().is_file():

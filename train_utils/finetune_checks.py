@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,12 +20,15 @@ from train_utils.packed_text import FLAG
 from train_utils.prompts import TEMPLATES
 from train_utils.run_folder import choose_run_folder
 from train_utils.sharding_checks import check_sharding
-from train_utils.text_defaults import LORA
+from train_utils.text_defaults import LORA, is_given
 
 if TYPE_CHECKING:
     from train_utils.finetune_args import DataArguments, FinetuneArguments
 
+logger = logging.getLogger(__name__)
+
 LORA_BIASES = ("none", "all", "lora_only")
+LORA_FLAGS = tuple(f"--peft_{name}" for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_bias", "target_modules"))
 # Flags that the original parsed but ignored, and that have no equivalent here.
 REFUSED_FLAGS = {
     "quantization_bit": "training quantised weights is not supported; leave it out and quantise afterwards",
@@ -57,6 +61,31 @@ def check_args(args: FinetuneArguments) -> None:
     # Takes the lock first, so that a live run is reported before the state of its unfinished output.
     with output_lock(args.training.output_dir, "--output_dir"):
         check_output_dir(args)
+
+
+def warn_without_effect(args: FinetuneArguments, argv: Sequence[str]) -> None:
+    """Log a warning for flags in ``argv`` that have no effect beside the others."""
+    model, data = args.model, args.data
+    has_text = data.train_text is not None
+    conditions: list[tuple[tuple[str, ...], bool, str]] = [
+        (("--max_train_tokens", "--skip_train_tokens"), has_text, f"without {FLAG}"),
+        (("--train_data", "--prompt_template_name", "--train_full_prompt"), not has_text, f"with {FLAG}"),
+        (("--train_data",), has_text or data.data_path is None, "with --data_path"),
+        (LORA_FLAGS, model.trained_part == LORA, f"without --train {LORA}"),
+        (("--focal_loss_gamma",), model.use_focal_loss, "without --use_focal_loss true"),
+        (("--cache_dir",), data.cache_dataset or model.cache_teacher > 0, "with --cache_dataset false"),
+        (("--save_pruned_weights",), args.sparse.is_mask_training, "without --is_mask_training true"),
+        (("--fsdp_config",), bool(args.training.fsdp), "without --fsdp true"),
+        (
+            ("--extra_val_seqlen", "--eval_seqlens"),
+            bool(split_eval_specs(data.extra_val_set)),
+            f"with --extra_val_set {data.extra_val_set}",
+        ),
+    ]
+    for flags, has_effect, reason in conditions:
+        given = [flag for flag in flags if is_given(flag, argv)]
+        if given and not has_effect:
+            logger.warning("%s no effect %s", f"{', '.join(given)} {'has' if len(given) == 1 else 'have'}", reason)
 
 
 def check_model_args(args: FinetuneArguments) -> None:
@@ -106,6 +135,8 @@ def check_data_args(data: DataArguments) -> None:
             raise UserError("--train_text and --data_path exclude each other; leave one out")
         if not data.max_train_tokens >= data.max_length:
             raise UserError(f"--max_train_tokens {data.max_train_tokens:g}: at least --max_length {data.max_length}")
+        if data.max_train_tokens == math.inf:
+            raise UserError("--max_train_tokens inf: not a number of tokens; the text may have fewer")
         if not 0 <= data.skip_train_tokens < math.inf:
             raise UserError(f"--skip_train_tokens {data.skip_train_tokens:g}: not a number of tokens; 0 skips none")
         for spec in data.train_text:

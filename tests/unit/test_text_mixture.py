@@ -26,6 +26,8 @@ def test_parse_text_source_reads_names_files_and_weights(tmp_path, monkeypatch):
         ("c4:0", "--text c4:0: the weight must be positive"),
         ("c4:nan", "--text c4:nan: the weight must be positive"),
         ("none.txt", "--text none.txt: no such file"),
+        ("", "--text '': no text; give NAME"),
+        (":2", "--text ':2': no text; give NAME"),
         ("none.jsonl.gz:2", r"--text none.jsonl.gz: no such file"),
     ],
 )
