@@ -140,10 +140,13 @@ class DataArguments:
 
 @dataclass
 class TrainingArguments(Seq2SeqTrainingArguments):
-    """Flags of the Seq2SeqTrainer, with changed defaults, plus ``--overwrite`` and ``--train_full_prompt``."""
+    """Flags of the Seq2SeqTrainer, with changed defaults, and further ones."""
 
     output_dir: str = field(default="", metadata={"help": "folder to write"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier run's --output_dir"})
+    check_only: bool = field(
+        default=False, metadata={"help": "check flags, models and texts, and end before the weights are loaded"}
+    )
     # A non-finite loss must stay visible.
     logging_nan_inf_filter: bool = field(default=False)
     train_full_prompt: bool = field(default=False, metadata={"help": "also train on the prompt tokens"})

@@ -189,6 +189,17 @@ def documents(name: str) -> Iterator[str]:
     return file_pieces(Path(name).expanduser()) if names_file(name) else hub_documents(name, "train")
 
 
+def check_texts(sources: Iterable[TextSource]) -> None:
+    """Check that every text can be read, by its first document.
+
+    Raises:
+        UserError: if one cannot be read, or has no documents.
+    """
+    for source in sources:
+        if next(documents(source.name), None) is None:
+            raise UserError(f"{FLAG} {source.name}: no text in it")
+
+
 def _windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, settings: TextSettings) -> Iterator[np.ndarray]:
     """Windows (length,) int32 of the tokens of ``texts``, each followed by an EOS token; the rest is dropped."""
     first = [] if settings.bos is None else [settings.bos]

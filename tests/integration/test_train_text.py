@@ -11,6 +11,7 @@ from slim_utils.common.loading import load_model, load_tokenizer
 from slim_utils.text_mixture import TextSource
 from tests.conftest import random_text
 from tests.integration.finetuning import logits, losses, main, run
+from train_utils import model_weights
 from train_utils.finetune_args import TrainingArguments, parse_args
 from train_utils.packed_text import TextSettings, load_text_data
 from train_utils.text_defaults import TEXT_DEFAULTS, TEXT_LEARNING_RATES, with_text_defaults
@@ -107,6 +108,32 @@ def test_train_text_without_stopping_on_held_out_ends_with_the_last_weights(slim
     assert not any("eval_validation_loss" in entry for entry in record["log"])
     before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
     assert not all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_check_only_reads_the_texts_and_trains_nothing(slim, text_argv, tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr(model_weights, "load_model", lambda *args: pytest.fail("loaded"))
+    base, empty = slim / "pruned_weights", tmp_path / "empty.jsonl"
+    flags = ["--check_only", "true", "--distill_from", checkpoint]
+    main(text_argv(base, *flags))
+    empty.touch()
+    with pytest.raises(UserError, match=r"--train_text .*empty.jsonl: no text in it"):
+        main(text_argv(base, *flags, "--train_text", tmp_path / "train.txt", empty))
+    empty.write_text('{"words": "w3"}')
+    with pytest.raises(UserError, match=r"empty\.jsonl: row 0: no column text"):
+        main(text_argv(base, *flags, "--train_text", empty))
+    with pytest.raises(UserError, match="row 0: no column text"):
+        main(text_argv(base, *flags, "--extra_val_set", f"text={empty}"))
+    with pytest.raises(UserError, match="--eval_seqlens 128: the model has 64 positions"):
+        main(text_argv(base, *flags, "--eval_seqlens", 128))
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_only_of_instructions_reads_them(slim, argv, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_weights, "load_model", lambda *args: pytest.fail("loaded"))
+    main(argv(slim / "pruned_weights", "--check_only", "true"))
+    with pytest.raises(UserError, match="48 samples, 100 of them held out; lower --val_dataset_size"):
+        main(argv(slim / "pruned_weights", "--check_only", "true", "--val_dataset_size", 100))
+    assert not (tmp_path / "out").exists()
 
 
 def test_train_text_skips_what_calibrated_the_model(slim, text_argv, tmp_path, text_file):
