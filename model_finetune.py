@@ -40,7 +40,7 @@ from slim_utils.common.ngrams import NgramSample
 from slim_utils.common.output_folder import RUN_FILE, output_lock
 from slim_utils.output.provenance import calibration_ngrams, read_model_units, read_provenance
 from slim_utils.profiling.tables import side_by_side
-from slim_utils.text_mixture import parse_text_source
+from slim_utils.text_mixture import parse_text_sources
 from train_utils.finetune_args import DataArguments, FinetuneArguments, parse_args
 from train_utils.finetune_dataset import (
     FinetuneData,
@@ -78,7 +78,7 @@ def load_samples(
         calibration_bos(tokenizer, data.bos),
         data.skip_train_tokens,
     )
-    sources = [parse_text_source(FLAG, spec) for spec in data.train_text]
+    sources = parse_text_sources(FLAG, data.train_text)
     return load_text_data(sources, tokenizer, text_settings, excluded, cache)
 
 
@@ -137,7 +137,7 @@ def check_inputs(args: FinetuneArguments) -> tuple[PreTrainedConfig, PreTrainedT
         load_windows(data, tokenizer, num_positions(config))
         if data.train_text is None:
             load_samples(args, tokenizer, {}, NgramSample.of_windows([]))
-        check_texts([parse_text_source(FLAG, spec) for spec in data.train_text or ()])
+        check_texts(parse_text_sources(FLAG, data.train_text or ()))
     return config, tokenizer
 
 

@@ -14,7 +14,7 @@ from slim_utils.common.adapters import merged_models
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_paths import check_inputs_outside, eval_files
 from slim_utils.common.output_folder import output_lock
-from slim_utils.text_mixture import parse_text_source
+from slim_utils.text_mixture import parse_text_sources
 from train_utils.optional_packages import check_packages
 from train_utils.packed_text import FLAG
 from train_utils.prompts import TEMPLATES
@@ -139,8 +139,7 @@ def check_data_args(data: DataArguments) -> None:
             raise UserError("--max_train_tokens inf: not a number of tokens; the text may have fewer")
         if not 0 <= data.skip_train_tokens < math.inf:
             raise UserError(f"--skip_train_tokens {data.skip_train_tokens:g}: not a number of tokens; 0 skips none")
-        for spec in data.train_text:
-            parse_text_source(FLAG, spec)
+        parse_text_sources(FLAG, data.train_text)
     if any(seqlen < 2 for seqlen in data.eval_seqlens or ()):
         raise UserError("--eval_seqlens: at least 2")
     if "validation" in name_eval_sets(split_eval_specs(data.extra_val_set), "--extra_val_set"):
@@ -162,7 +161,7 @@ def check_output_dir(args: FinetuneArguments) -> None:
     inputs: dict[str, Sequence[str | None]] = {
         **{flag: merged_models(path) for flag, path in models.items() if path},
         "--data_path": [args.data.data_path],
-        FLAG: [parse_text_source(FLAG, spec).name for spec in args.data.train_text or ()],
+        FLAG: [source.name for source in parse_text_sources(FLAG, args.data.train_text or ())],
         "--mask_config_dir": [args.sparse.mask_config_dir],
         "--extra_val_set": eval_files(split_eval_specs(args.data.extra_val_set)),
         "--deepspeed": [deepspeed],
