@@ -125,9 +125,9 @@ def check_inputs(args: FinetuneArguments) -> tuple[PreTrainedConfig, PreTrainedT
     from train_utils.sharding_checks import shards_weights
 
     path, trusted, data = args.model.model_name_or_path, args.model.trust_remote_code, args.data
+    config = load_config(path, trusted)
     tokenizer = load_tokenizer(path, trusted)
     check_tokenizer(tokenizer, NO_TEMPLATE if data.train_text else data.prompt_template_name, path)
-    config = load_config(path, trusted)
     check_input(path, shards_weights(args.training))
     check_length(data.max_length, config, "--max_length")
     check_lora_targets(args.model, config)

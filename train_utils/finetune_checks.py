@@ -23,7 +23,7 @@ from train_utils.sharding_checks import check_sharding
 from train_utils.text_defaults import LORA, is_given
 
 if TYPE_CHECKING:
-    from train_utils.finetune_args import DataArguments, FinetuneArguments
+    from train_utils.finetune_args import DataArguments, FinetuneArguments, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ def check_args(args: FinetuneArguments) -> None:
                 raise UserError(f"--{option.name} {getattr(group, option.name)}: {REFUSED_FLAGS[option.name]}")
     check_model_args(args)
     check_data_args(args.data)
+    check_training_args(args.training)
     if args.training.stop_on_held_out and args.data.val_dataset_size == 0:
         raise UserError("--stop_on_held_out true: nothing is held out; raise --val_dataset_size")
     if args.training.stop_on_held_out and args.training.load_best_model_at_end:
@@ -97,6 +98,8 @@ def check_model_args(args: FinetuneArguments) -> None:
         raise UserError(f"--peft_lora_bias {model.peft_lora_bias}: choose one of {', '.join(LORA_BIASES)}")
     if model.use_lora and model.peft_lora_r < 1:
         raise UserError(f"--peft_lora_r {model.peft_lora_r}: at least 1")
+    if model.use_lora and not 0 <= model.peft_lora_dropout < 1:
+        raise UserError(f"--peft_lora_dropout {model.peft_lora_dropout:g}: at least 0 and below 1")
     if model.use_lora and model.train not in (None, LORA):
         raise UserError(f"--use_lora true and --train {model.train} exclude each other; leave one out")
     losses = {
@@ -144,6 +147,19 @@ def check_data_args(data: DataArguments) -> None:
         raise UserError("--eval_seqlens: at least 2")
     if "validation" in name_eval_sets(split_eval_specs(data.extra_val_set), "--extra_val_set"):
         raise UserError("--extra_val_set: validation is the name of the held-out rows; choose another: NAME=FILE")
+
+
+def check_training_args(training: TrainingArguments) -> None:
+    """Check flags of the Trainer whose values it does not check itself."""
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(training, name) < 1:
+            raise UserError(f"--{name} {getattr(training, name)}: at least 1")
+    if training.max_steps <= 0 and not 0 < training.num_train_epochs < math.inf:
+        raise UserError(f"--num_train_epochs {training.num_train_epochs:g}: above 0")
+    if not 0 <= training.seed < 1 << 32:
+        raise UserError(f"--seed {training.seed}: between 0 and 2^32 - 1")
+    if training.fp16 and training.device.type == "cpu":
+        raise UserError("--fp16 true: needs a GPU; use --bf16 true, or leave it out")
 
 
 def check_output_dir(args: FinetuneArguments) -> None:
