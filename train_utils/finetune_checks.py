@@ -151,9 +151,10 @@ def check_data_args(data: DataArguments) -> None:
 
 def check_training_args(training: TrainingArguments) -> None:
     """Check flags of the Trainer whose values it does not check itself."""
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(training, name) < 1:
-            raise UserError(f"--{name} {getattr(training, name)}: at least 1")
+    lowest = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+    for name, bound in (lowest | {"dataloader_num_workers": 0}).items():
+        if getattr(training, name) < bound:
+            raise UserError(f"--{name} {getattr(training, name)}: at least {bound}")
     if training.max_steps <= 0 and not 0 < training.num_train_epochs < math.inf:
         raise UserError(f"--num_train_epochs {training.num_train_epochs:g}: above 0")
     if not 0 <= training.seed < 1 << 32:

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from slim_utils.common.errors import UserError, error_reason
+from slim_utils.common.errors import UserError
 from slim_utils.common.ngrams import NgramSample
 from slim_utils.text_mixture import TextSource, shares
 from slim_utils.text_source import file_pieces, hub_documents, names_file
-from train_utils.finetune_dataset import FinetuneData, fingerprint, write_cache
+from train_utils.finetune_dataset import FinetuneData, cache_errors, fingerprint, write_cache
 
 if TYPE_CHECKING:
     import datasets
@@ -154,15 +154,10 @@ def _read_windows(folder: Path) -> tuple[list[SourceWindows], datasets.Dataset]:
         UserError: if a file is missing or damaged.
     """
     import datasets
-    from pyarrow import ArrowException
 
-    try:
+    with cache_errors(folder, "windows"):
         counts = json.loads((folder / COUNTS_FILE).read_text(encoding="utf-8"))
         return [SourceWindows(**entry) for entry in counts], datasets.Dataset.from_file(str(folder / WINDOWS_FILE))
-    except (OSError, TypeError, ValueError, ArrowException) as error:
-        raise UserError(
-            f"{FLAG}: the cached windows in {folder} cannot be read ({error_reason(error)}); remove this folder"
-        ) from error
 
 
 def _log_counts(entry: SourceWindows) -> None:

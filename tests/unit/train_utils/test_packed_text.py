@@ -120,10 +120,10 @@ def test_load_text_data_from_a_damaged_cache_names_it(tmp_path, tokenizer, name,
     load(tokenizer, source, cache=cache)
     (folder,) = cache.iterdir()
     (folder / name).write_text(content)
-    with pytest.raises(UserError, match=f"the cached windows in {folder} cannot be read .*; remove this folder"):
+    with pytest.raises(UserError, match=f"the windows cached in {folder} cannot be read .*; remove this folder"):
         load(tokenizer, source, cache=cache)
     (folder / name).unlink()
-    with pytest.raises(UserError, match=f"the cached windows in {folder} cannot be read"):
+    with pytest.raises(UserError, match=f"the windows cached in {folder} cannot be read"):
         load(tokenizer, source, cache=cache)
 
 
