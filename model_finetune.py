@@ -40,20 +40,20 @@ from slim_utils.common.ngrams import NgramSample
 from slim_utils.common.output_folder import RUN_FILE, output_lock
 from slim_utils.output.provenance import calibration_ngrams, read_model_units, read_provenance
 from slim_utils.profiling.tables import side_by_side
-from slim_utils.text_mixture import parse_text_source
-from train_utils.finetune_args import FinetuneArguments, parse_args
+from slim_utils.text_mixture import parse_text_sources
+from train_utils.finetune_args import DataArguments, FinetuneArguments, parse_args
 from train_utils.finetune_dataset import (
     FinetuneData,
     SampleSettings,
     load_finetune_data,
 )
-from train_utils.packed_text import FLAG, TextSettings, load_text_data
+from train_utils.packed_text import FLAG, TextSettings, check_texts, load_text_data
 from train_utils.prompts import NO_TEMPLATE, check_tokenizer
 from train_utils.run_folder import install_result, open_run_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger("model_finetune")
 
@@ -78,23 +78,31 @@ def load_samples(
         calibration_bos(tokenizer, data.bos),
         data.skip_train_tokens,
     )
-    sources = [parse_text_source(FLAG, spec) for spec in data.train_text]
+    sources = parse_text_sources(FLAG, data.train_text)
     return load_text_data(sources, tokenizer, text_settings, excluded, cache)
+
+
+def final_seqlens(data: DataArguments, max_positions: int) -> list[int]:
+    """Window lengths of the evaluation before and after training."""
+    default_seqlens = [seqlen for seqlen in DEFAULT_EVAL_SEQLENS[1:] if seqlen <= max_positions]
+    return data.eval_seqlens or [data.extra_val_seqlen, *default_seqlens]
+
+
+def load_windows(data: DataArguments, tokenizer: PreTrainedTokenizerBase, max_positions: int) -> EvalSets:
+    """The evaluation windows used during training, and those used before and after it."""
+    seqlens = sorted({*final_seqlens(data, max_positions), data.extra_val_seqlen})
+    flags = {data.extra_val_seqlen: "--extra_val_seqlen"}
+    return load_eval_sets(split_eval_specs(data.extra_val_set), tokenizer, seqlens, max_positions, data.bos, flags)
 
 
 def load_data(
     args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase, max_positions: int, calibrated: NgramSample
 ) -> tuple[FinetuneData, EvalSets, EvalSets]:
     """The training data, the evaluation windows used during training, and those used before and after it."""
-    data = args.data
+    data, seqlens = args.data, final_seqlens(args.data, max_positions)
     # Rank 0 tokenises and fills the cache; the other ranks read the cache.
     with args.training.main_process_first(desc="data"):
-        default_seqlens = [seqlen for seqlen in DEFAULT_EVAL_SEQLENS[1:] if seqlen <= max_positions]
-        seqlens = data.eval_seqlens or [data.extra_val_seqlen, *default_seqlens]
-        all_seqlens = sorted({*seqlens, data.extra_val_seqlen})
-        flags = {data.extra_val_seqlen: "--extra_val_seqlen"}
-        specs = split_eval_specs(data.extra_val_set)
-        windows = load_eval_sets(specs, tokenizer, all_seqlens, max_positions, data.bos, flags)
+        windows = load_windows(data, tokenizer, max_positions)
         samples = load_samples(args, tokenizer, windows, calibrated)
     training_windows: EvalSets = {}
     for key, value in windows.items():
@@ -102,6 +110,35 @@ def load_data(
         if key.seqlen == data.extra_val_seqlen and key.name not in {other.name for other in training_windows}:
             training_windows[key] = value
     return samples, training_windows, {key: value for key, value in windows.items() if key.seqlen in seqlens}
+
+
+def check_inputs(args: FinetuneArguments) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Check tokenizer, lengths, LoRA targets and teacher against the model's configuration, which is returned.
+
+    With ``--check_only``, also that the texts can be read.
+
+    Raises:
+        UserError: naming the flag to change.
+    """
+    from train_utils.distillation import check_teacher
+    from train_utils.lora import check_lora_targets
+    from train_utils.sharding_checks import shards_weights
+
+    path, trusted, data = args.model.model_name_or_path, args.model.trust_remote_code, args.data
+    config = load_config(path, trusted)
+    tokenizer = load_tokenizer(path, trusted)
+    check_tokenizer(tokenizer, NO_TEMPLATE if data.train_text else data.prompt_template_name, path)
+    check_input(path, shards_weights(args.training))
+    check_length(data.max_length, config, "--max_length")
+    check_lora_targets(args.model, config)
+    if args.model.distill_from is not None:
+        check_teacher(args, config, tokenizer)
+    if args.training.check_only:
+        load_windows(data, tokenizer, num_positions(config))
+        if data.train_text is None:
+            load_samples(args, tokenizer, {}, NgramSample.of_windows([]))
+        check_texts(parse_text_sources(FLAG, data.train_text or ()))
+    return config, tokenizer
 
 
 def start_record(args: FinetuneArguments, data: FinetuneData, model: PreTrainedModel | PeftModel) -> dict[str, Any]:
@@ -144,7 +181,7 @@ def print_perplexities(before: list[dict[str, Any]], after: list[dict[str, Any]]
 def run(args: FinetuneArguments) -> None:
     """Run one fine-tuning.
 
-    1. Check tokenizer, lengths, LoRA targets and teacher against the model's configuration.
+    1. Check the inputs; end here with ``--check_only``.
     2. Load the data, the model and the teacher; models whose weights are sharded are loaded after step 3.
     3. Measure perplexity (rank 0).
     4. Train.
@@ -152,7 +189,6 @@ def run(args: FinetuneArguments) -> None:
     6. Measure perplexity of the saved model and complete ``run.json`` and the model card (rank 0).
     """
     # Imported after the flags are checked: peft and the Trainer take seconds.
-    from train_utils.distillation import check_teacher
     from train_utils.finetune_result import (
         load_masks,
         mask_record,
@@ -160,10 +196,8 @@ def run(args: FinetuneArguments) -> None:
         write_unit_records,
     )
     from train_utils.learning_rate import set_text_learning_rate
-    from train_utils.lora import check_lora_targets
     from train_utils.resumption import check_resumed, run_settings
     from train_utils.sharding import model_weights
-    from train_utils.sharding_checks import shards_weights
     from train_utils.sparse_trainer import MaskCallback, masked_slices
     from train_utils.trainer_setup import (
         best_metric,
@@ -179,17 +213,13 @@ def run(args: FinetuneArguments) -> None:
         logging.getLogger().setLevel(logging.ERROR)
     transformers.set_seed(training.seed)
     pruned = load_masks(args)
+    config, tokenizer = check_inputs(args)
+    if training.check_only:
+        logger.info("flags, models and texts are checked; nothing is trained (--check_only true)")
+        return
     weights = model_weights(args, pruned)
-    path, trusted = args.model.model_name_or_path, args.model.trust_remote_code
-    tokenizer = load_tokenizer(path, trusted)
-    check_tokenizer(tokenizer, NO_TEMPLATE if args.data.train_text else args.data.prompt_template_name, path)
-    config = load_config(path, trusted)
-    check_input(path, shards_weights(training))
-    check_length(args.data.max_length, config, "--max_length")
-    check_lora_targets(args.model, config)
-    if args.model.distill_from is not None:
-        check_teacher(args, config, tokenizer)
-    provenance = read_provenance(path, config, trusted)
+    path = args.model.model_name_or_path
+    provenance = read_provenance(path, config, args.model.trust_remote_code)
     units = read_model_units(path, config, provenance)
     data, training_windows, windows = load_data(args, tokenizer, num_positions(config), calibration_ngrams(provenance))
     splits = [split["input_ids"] for split in (data.train, data.validation) if split is not None]

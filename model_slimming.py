@@ -183,9 +183,8 @@ def prepare_inputs(config: PruningConfig) -> RunInputs:
     if config.save_dir:
         provenance = read_provenance(config.model_path, model_config, config.trust_remote_code)
         units = read_model_units(config.model_path, model_config, provenance)
-    sources = calibration_texts(config)
-    texts, weights = [source.name for source in sources], [source.weight for source in sources]
-    data = load_calibration(texts, tokenizer, config.num_samples, config.seqlen, config.seed, config.bos, weights)
+    texts = calibration_texts(config)
+    data = load_calibration(texts, tokenizer, config.num_samples, config.seqlen, config.seed, config.bos)
     config = replace(config, sink_windows=num_sink_windows(config, data.bos))
     specs = [] if config.skip_evaluate else config.eval_datasets
     eval_sets = load_eval_sets(specs, tokenizer, config.eval_seqlens, num_positions(model_config), config.bos)

@@ -48,6 +48,7 @@ from slim_utils.masks import LayerMask
 from slim_utils.profiling.model_stats import removed_share
 from slim_utils.pruning_config import BEST_COLUMN_GROUP, BEST_SINK_WINDOWS, SENSITIVITY, PruningConfig
 from slim_utils.slim_dataset import load_calibration, sink_windows
+from slim_utils.text_mixture import TextSource
 
 logger = logging.getLogger("bench_quality")
 
@@ -145,7 +146,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         model = repeat_kv_heads(model)
     row: dict[str, Any] = {"heads": heads, "share": share, "method": method if share else "dense", "seed": seed}
     if share:
-        data = load_calibration([args.calib_file], tokenizer, NUM_SAMPLES, SEQLEN, seed)
+        data = load_calibration([TextSource(str(args.calib_file))], tokenizer, NUM_SAMPLES, SEQLEN, seed)
         start, cache_file = time.perf_counter(), args.measure / f"{heads}-{seed}.json"
         masks = METHODS[method](model, data.samples, share, PruningSettings(CPU, CPU, percdamp=PERCDAMP), cache_file)
         row["seconds"] = round(time.perf_counter() - start, 1)

@@ -46,6 +46,7 @@ from slim_utils.profiling.model_stats import removed_share
 from slim_utils.profiling.tables import markdown_table
 from slim_utils.pruning_config import SENSITIVITY, PruningConfig
 from slim_utils.slim_dataset import load_calibration
+from slim_utils.text_mixture import TextSource
 
 logger = logging.getLogger("constants")
 
@@ -123,7 +124,9 @@ def measure(args: argparse.Namespace, folder: Path, model_name: str, share: floa
     model, tokenizer = load_model(model_path, "float32", False), load_tokenizer(model_path, False)
     if share:
         variant = VARIANTS[name]
-        data = load_calibration([args.calib_file], tokenizer, NUM_SAMPLES, SEQLEN, args.seed, variant.config.bos)
+        data = load_calibration(
+            [TextSource(str(args.calib_file))], tokenizer, NUM_SAMPLES, SEQLEN, args.seed, variant.config.bos
+        )
         differences = [f"{constant}={value}" for constant, value in variant.constants.items()]
         cache_file = folder / "-".join([model_name, variant.config.bos, *differences])
         masks = prune(model, data.samples, share, variant, cache_file)

@@ -39,6 +39,7 @@ from slim_utils.output.run_record import calibration_record
 from slim_utils.params_remove import shrink
 from slim_utils.profiling.model_stats import count_parameters, removed_share
 from slim_utils.slim_dataset import load_calibration
+from slim_utils.text_mixture import TextSource
 
 logger = logging.getLogger("smollm2_perplexity")
 
@@ -105,7 +106,7 @@ def measure(args: argparse.Namespace, heads: str, share: float | None, eval_set:
         model = repeat_kv_heads(model)
     row: dict[str, Any] = {"heads": heads, "share_asked": share or 0.0}
     if share is not None:
-        data = load_calibration([args.calib_file], tokenizer, NUM_SAMPLES, SEQLEN, SEED)
+        data = load_calibration([TextSource(str(args.calib_file))], tokenizer, NUM_SAMPLES, SEQLEN, SEED)
         unit = "query_head" if heads == "native_query_head" else "kv_group"
         settings = PruningSettings(device, device, percdamp=PERCDAMP, gqa_unit=unit)
         ratios = ratios_for_share(model, share, settings)

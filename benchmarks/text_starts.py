@@ -36,6 +36,7 @@ from slim_utils.layerwise.offload import CPU
 from slim_utils.profiling.tables import markdown_table
 from slim_utils.pruning_config import BEST_SINK_WINDOWS
 from slim_utils.slim_dataset import load_calibration, random_windows
+from slim_utils.text_mixture import TextSource
 
 logger = logging.getLogger("text_starts")
 
@@ -70,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     """Prune at every share, with and without sink windows, and count lost first tokens."""
     check_output_file(args.out, False, "--out")
     tokenizer = load_tokenizer(args.model, False)
-    data = load_calibration([args.calib_file], tokenizer, NUM_SAMPLES, SEQLEN, args.seed)
+    data = load_calibration([TextSource(str(args.calib_file))], tokenizer, NUM_SAMPLES, SEQLEN, args.seed)
     tokens = file_tokens(tokenizer, args.eval_file)
     windows = eval_windows(tokens, EVAL_SEQLEN, str(args.eval_file))[:EVAL_WINDOWS]
     short_windows = random_windows(tokens, NUM_WINDOWS, WINDOW_TOKENS, args.seed, str(args.eval_file))

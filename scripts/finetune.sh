@@ -13,6 +13,7 @@ FLAGS=${FLAGS:-}                       # more flags, e.g. "--resume_from_checkpo
 
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 source "$root/scripts/env.sh"
+check_count NPROC "$NPROC"
 MODEL=$(local_or_name "$MODEL") DATA=$(local_or_name "$DATA") EVAL=$(local_or_name "$EVAL") OUT=$(realpath -m "$OUT")
 cd "$root"
 make_venv requirements.txt

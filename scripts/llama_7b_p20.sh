@@ -13,6 +13,8 @@ OUT=${OUT:-out/llama_7b_p20}           # written: OUT, OUT.ppl, OUT_sft, OUT_sft
 NPROC=${NPROC:-1}                      # processes of the LoRA run, one per GPU
 
 scripts=$(realpath "$(dirname "${BASH_SOURCE[0]}")")
+source "$scripts/env.sh"
+check_count NPROC "$NPROC"
 [ "${1:-}" = --smoke ] || MODEL=${MODEL:-huggyllama/llama-7b}
 OUT=$(realpath -m "$OUT")
 

@@ -20,6 +20,7 @@ FLAGS=${FLAGS:-}                       # more flags of model_slimming.py, e.g. "
 
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 source "$root/scripts/env.sh"
+check_count NPROC "$NPROC"
 MODEL=$(local_or_name "$MODEL") DATA=$(local_or_name "$DATA") EVAL=$(local_or_name "$EVAL") OUT=$(realpath -m "$OUT")
 pushd "$root" > /dev/null
 make_venv requirements.txt
@@ -50,7 +51,13 @@ print(f"{1 - (1 - ratio) ** (1 / rounds):.6f} {tokens}")
     exit 2
 }
 read -r share tokens <<< "$numbers"
-mkdir -p "$OUT"
+# recover ROUND MODEL: the recovery of a round.
+recover() {
+    # Assignments before a command see the ones to their left.
+    DENSE=$MODEL MODEL=$2 TEXT=$TEXT TOKENS=$TOKENS TRAIN=$TRAIN EVAL=$EVAL NPROC=$NPROC \
+        FLAGS="--overwrite true --skip_train_tokens $((($1 - 1) * tokens))" OUT="$OUT/recovered_$1" \
+        bash "$root/scripts/recover.sh" "${smoke[@]}"
+}
 settings="MODEL=$MODEL DATA=$DATA TEXT=$TEXT RATIO=$RATIO ROUNDS=$ROUNDS TOKENS=$TOKENS TRAIN=$TRAIN FLAGS=$FLAGS"
 settings+=" NUM_SAMPLES=$NUM_SAMPLES SEQLEN=$SEQLEN"
 # Until a part is finished, such as after a wrong MODEL, settings may change.
@@ -58,6 +65,9 @@ if [ -f "$OUT/pruned_1/run.json" ] && [ "$(cat "$OUT/settings")" != "$settings" 
     echo "prune_in_rounds.sh: error: OUT $OUT was begun with $(cat "$OUT/settings"); choose another OUT" >&2
     exit 2
 fi
+# What a recovery would refuse is refused before the first pruning.
+CHECK_ONLY=1 recover 1 "$MODEL"
+mkdir -p "$OUT"
 echo "$settings" > "$OUT/settings"
 current=$MODEL
 for round in $(seq "$ROUNDS"); do
@@ -69,10 +79,7 @@ for round in $(seq "$ROUNDS"); do
             --save_pruned_weights --save_dir "$pruned" --resume $FLAGS 2>&1 | tee -i "$pruned.log")
     fi
     if ! grep -qs '"finished": true' "$recovered/run.json"; then
-        # Assignments before a command see the ones to their left.
-        DENSE=$MODEL MODEL="$pruned/pruned_weights" TEXT=$TEXT TOKENS=$TOKENS TRAIN=$TRAIN EVAL=$EVAL NPROC=$NPROC \
-            FLAGS="--overwrite true --skip_train_tokens $(((round - 1) * tokens))" OUT="$recovered" \
-            bash "$root/scripts/recover.sh" "${smoke[@]}"
+        recover "$round" "$pruned/pruned_weights"
     fi
     current=$recovered
     if [ -d "$recovered/lora_fused_model" ]; then current=$recovered/lora_fused_model; fi

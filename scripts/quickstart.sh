@@ -21,6 +21,9 @@ source scripts/env.sh
 
 model="" dataset="" evaluation="" save_dir="slimgpt-quickstart" max_sparsity=0.25 recover=""
 num_samples=32 seqlen=512
+# A number as Python reads it.
+digits='[0-9](_?[0-9])*'
+number="^\\+?($digits\\.?($digits)?|\\.$digits)([eE][-+]?$digits)?\$"
 while [ $# -gt 0 ]; do
     [ $# -ge 2 ] || { echo "quickstart.sh: error: $1 needs a value, or is not a flag (see the head of the script)" >&2; exit 2; }
     case $1 in
@@ -33,7 +36,7 @@ while [ $# -gt 0 ]; do
         *) echo "quickstart.sh: error: unknown flag $1 (see the head of the script)" >&2; exit 2 ;;
     esac
     # The training comes last.
-    if [ "$1" = --recover ] && ! { [[ $2 =~ ^[0-9.]+(e[0-9]+)?$ ]] && awk -v tokens="$2" 'BEGIN { exit tokens + 0 < 512 }'; }; then
+    if [ "$1" = --recover ] && ! { [[ $2 =~ $number ]] && awk -v tokens="${2//_/}" 'BEGIN { exit tokens + 0 < 512 }'; }; then
         echo "quickstart.sh: error: --recover $2: give a number of tokens, at least 512" >&2
         exit 2
     fi

@@ -16,6 +16,7 @@ FLAGS=${FLAGS:-}                       # more flags, e.g. "--learning_rate 1e-4"
 
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 source "$root/scripts/env.sh"
+check_count NPROC "$NPROC"
 MODEL=$(local_or_name "$MODEL") DENSE=$(local_or_name "$DENSE") EVAL=$(local_or_name "$EVAL") OUT=$(realpath -m "$OUT")
 here=$PWD
 cd "$root"
@@ -42,7 +43,9 @@ for text in ${TEXT:-c4}; do
     [ -f "$here/$text" ] && text=$(realpath "$here/$text")
     texts+=("$text")
 done
+command=(model_finetune.py --model_name_or_path "$MODEL" --distill_from "$DENSE" --train_text "${texts[@]}"
+    --train "$TRAIN" --bf16 true "${sizes[@]}" --extra_val_set "${EVAL:-wikitext2}" --save_strategy no --output_dir "$OUT")
+# Set by prune_in_rounds.sh.
+if [ -n "${CHECK_ONLY:-}" ]; then exec .venv/bin/python "${command[@]}" $FLAGS --check_only true; fi
 mkdir -p "$(dirname "$OUT")"
-"${launcher[@]}" model_finetune.py --model_name_or_path "$MODEL" --distill_from "$DENSE" --train_text "${texts[@]}" \
-    "${distributed[@]}" --train "$TRAIN" --bf16 true "${sizes[@]}" --extra_val_set "${EVAL:-wikitext2}" \
-    --save_strategy no --output_dir "$OUT" $FLAGS 2>&1 | tee -i "$OUT.log"
+"${launcher[@]}" "${command[@]}" "${distributed[@]}" $FLAGS 2>&1 | tee -i "$OUT.log"

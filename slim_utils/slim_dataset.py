@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slim_utils.common.bos import calibration_bos, with_bos
 from slim_utils.common.errors import UserError
-from slim_utils.text_mixture import shares
+from slim_utils.text_mixture import TextSource, shares
 from slim_utils.text_source import (
     CALIBRATION_DATASETS,
     file_documents,
@@ -84,37 +84,37 @@ class CalibrationData:
 
 
 def load_calibration(
-    texts: Sequence[str | Path],
+    texts: Sequence[TextSource],
     tokenizer: PreTrainedTokenizerBase,
     num_samples: int,
     seqlen: int,
     seed: int,
     bos: str = "auto",
-    weights: Sequence[float] = (),
 ) -> CalibrationData:
     """Return random windows of the texts, which are read as far as needed and tokenised without special tokens.
 
     Args:
-        texts: local files (see ``file_documents``) and names of ``CALIBRATION_DATASETS``; their samples alternate.
+        texts: local files (see ``file_documents``) and names of ``CALIBRATION_DATASETS``; their samples alternate in
+            proportion to their weights.
         tokenizer: the model's tokenizer.
         num_samples: samples to draw.
         seqlen: tokens of a sample, including its BOS.
         seed: seed of the draw.
         bos: whether every sample starts with a BOS, one of ``BOS_POLICIES``.
-        weights: relative numbers of samples of the texts (default: equal ones).
 
     Raises:
         UserError: if a text cannot be read or has too few tokens, or has no sample by its weight.
     """
     bos_id = calibration_bos(tokenizer, bos)
-    counts = shares(weights or [1.0] * len(texts), num_samples)
+    counts = shares([text.weight for text in texts], num_samples)
     if 0 in counts:
-        raise UserError(f"--num_samples {num_samples}: no sample of {texts[counts.index(0)]} by its weight; raise it")
+        name = texts[counts.index(0)].name
+        raise UserError(f"--num_samples {num_samples}: no sample of {name} by its weight; raise it")
     sources, draws = [], []
     for text, count in zip(texts, counts, strict=True):
-        tokens = tokenize(tokenizer, calibration_text(text, count * seqlen), add_special_tokens=False)
-        sources.append(CalibrationSource(str(text), len(tokens), count))
-        draws.append(random_windows(tokens, count, seqlen, seed, str(text)))
+        tokens = tokenize(tokenizer, calibration_text(text.name, count * seqlen), add_special_tokens=False)
+        sources.append(CalibrationSource(text.name, len(tokens), count))
+        draws.append(random_windows(tokens, count, seqlen, seed, text.name))
     # Alternating in proportion, so that the first few samples cover all texts.
     turns = [((at + 0.5) / len(draw), window) for draw in draws for at, window in enumerate(draw)]
     samples = with_bos(torch.stack([window for _, window in sorted(turns, key=itemgetter(0))]), bos_id)
@@ -122,17 +122,17 @@ def load_calibration(
     return CalibrationData(samples, sources, bos_id is not None, digest)
 
 
-def calibration_text(text: str | Path, num_tokens: int) -> str:
+def calibration_text(name: str, num_tokens: int) -> str:
     """Return text of a local file or, if there is no such file, of a data set, enough to draw ``num_tokens`` from.
 
     Raises:
         UserError: if the text cannot be read.
     """
     max_chars = CHARS_PER_TOKEN * num_tokens
-    if Path(text).is_file() or text not in CALIBRATION_DATASETS:
-        return join_documents(file_documents(Path(text)), max(max_chars, WHOLE_CORPUS_CHARS))
+    if Path(name).is_file() or name not in CALIBRATION_DATASETS:
+        return join_documents(file_documents(Path(name)), max(max_chars, WHOLE_CORPUS_CHARS))
     # wikitext2 is small, and the original draws from all of it; the other data sets are streamed as far as needed.
-    return join_documents(hub_documents(text, "train"), None if text == "wikitext2" else max_chars)
+    return join_documents(hub_documents(name, "train"), None if name == "wikitext2" else max_chars)
 
 
 def random_windows(tokens: Tensor, num_samples: int, seqlen: int, seed: int, source: str) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def parse_text_source(flag: str, spec: str) -> TextSource:
         spec: one of its values.
 
     Raises:
-        UserError: if the weight is not a positive number, or a local file does not exist.
+        UserError: if there is no name, the weight is not a positive number, or a local file does not exist.
     """
     name, colon, weight = spec.rpartition(":")
     source = TextSource(spec)
@@ -43,11 +43,30 @@ def parse_text_source(flag: str, spec: str) -> TextSource:
             raise UserError(
                 f"{flag} {spec}: the weight {weight} is not a number; give NAME:WEIGHT or FILE:WEIGHT"
             ) from None
+    if not source.name.strip():
+        raise UserError(f"{flag} {spec!r}: no text; give NAME, FILE, NAME:WEIGHT or FILE:WEIGHT")
     if not (source.weight > 0 and math.isfinite(source.weight)):
         raise UserError(f"{flag} {spec}: the weight must be positive")
     if names_file(source.name) and not Path(source.name).expanduser().is_file():
         raise UserError(f"{flag} {source.name}: no such file")
     return source
+
+
+def parse_text_sources(flag: str, specs: Iterable[str]) -> list[TextSource]:
+    """Return the texts and weights of ``specs``; arguments as of :func:`parse_text_source`.
+
+    Raises:
+        UserError: also if a text is given twice.
+    """
+    sources: dict[str, TextSource] = {}
+    for spec in specs:
+        source = parse_text_source(flag, spec)
+        path = Path(source.name).expanduser()
+        key = str(path.resolve()) if path.is_file() else source.name
+        if key in sources:
+            raise UserError(f"{flag} {source.name}: given twice; give it once, with a weight: {source.name}:2")
+        sources[key] = source
+    return list(sources.values())
 
 
 def shares(weights: Sequence[float], total: int) -> list[int]:

@@ -5,8 +5,10 @@ Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -31,12 +33,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.modeling_outputs import CausalLMOutput, ModelOutput
 
+logger = logging.getLogger(__name__)
+
 # The fp32 logits of one chunk take 150 MB at a vocabulary of 150,000. Heads run once for each chunk.
 CHUNK_TOKENS = 256
 
 
 def check_teacher(args: FinetuneArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check vocabulary and positions of the teacher (``--distill_from``) before its weights are loaded.
+
+    Logs a warning if it is the student.
 
     Args:
         args: flags of the run.
@@ -61,6 +67,8 @@ def check_teacher(args: FinetuneArguments, config: PreTrainedConfig, tokenizer: 
         raise UserError(f"--cache_teacher {args.model.cache_teacher}: below the vocabulary size, {teacher_size}")
     if vocabulary != tokenizer.get_vocab():
         raise UserError(f"--distill_from {path}: the tokens of its tokenizer differ from those of the student")
+    if Path(path).resolve() == Path(args.model.model_name_or_path).resolve() and not args.training.check_only:
+        logger.warning("--distill_from %s: the model to train, which has nothing to learn from itself", path)
 
 
 def load_teacher(args: FinetuneArguments) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser, SchedulerType, Seq2SeqTrainingArgumen
 from slim_utils.cli.app import ArgumentParser
 from slim_utils.common.bos import BOS_HELP, BOS_POLICIES
 from slim_utils.common.errors import UserError
-from train_utils.finetune_checks import LORA_BIASES, check_args
+from train_utils.finetune_checks import LORA_BIASES, check_args, warn_without_effect
 from train_utils.finetune_dataset import default_cache_dir
 from train_utils.prompts import TEMPLATES
 from train_utils.sharding_checks import shards_weights
@@ -139,10 +139,13 @@ class DataArguments:
 
 @dataclass
 class TrainingArguments(Seq2SeqTrainingArguments):
-    """Flags of the Seq2SeqTrainer, with changed defaults, plus ``--overwrite`` and ``--train_full_prompt``."""
+    """Flags of the Seq2SeqTrainer, with changed defaults, and further ones."""
 
     output_dir: str = field(default="", metadata={"help": "folder to write"})
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier run's --output_dir"})
+    check_only: bool = field(
+        default=False, metadata={"help": "check flags, models and texts, and end before the weights are loaded"}
+    )
     # A non-finite loss must stay visible.
     logging_nan_inf_filter: bool = field(default=False)
     train_full_prompt: bool = field(default=False, metadata={"help": "also train on the prompt tokens"})
@@ -243,8 +246,9 @@ def build_parser() -> FinetuneParser:
     """Parser of all four groups."""
     groups = (ModelArguments, DataArguments, TrainingArguments, SparseArguments)
     # HfArgumentParser.__init__ comes first in the MRO at runtime; mypy does not see that.
-    options = {"prog": "model_finetune.py", "description": "Fine-tune a pruned model."}
-    return FinetuneParser(groups, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"prog": "model_finetune.py", "description": "Fine-tune a pruned model."}
+    # Defaults depend on which flags are given, by their whole names.
+    return FinetuneParser(groups, allow_abbrev=False, **options)  # type: ignore[arg-type]
 
 
 def parse_args(argv: list[str] | None = None) -> FinetuneArguments:
@@ -253,7 +257,8 @@ def parse_args(argv: list[str] | None = None) -> FinetuneArguments:
     Raises:
         UserError: naming the flag to change.
     """
-    argv = with_text_defaults(translate_legacy_flags(sys.argv[1:] if argv is None else argv))
+    given = translate_legacy_flags(sys.argv[1:] if argv is None else argv)
+    argv = with_text_defaults(given)
     provide_single_process_group(argv)
     parser = build_parser()
     try:
@@ -265,6 +270,7 @@ def parse_args(argv: list[str] | None = None) -> FinetuneArguments:
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args = FinetuneArguments(*parsed)
+    warn_without_effect(args, given)
     args.model.use_lora = args.model.use_lora or args.model.train == LORA
     check_args(args)
     args.model_sets_learning_rate = args.data.train_text is not None and not is_given("--learning_rate", argv)
@@ -272,10 +278,16 @@ def parse_args(argv: list[str] | None = None) -> FinetuneArguments:
 
 
 def translate_legacy_flags(argv: list[str]) -> list[str]:
-    """``argv`` with legacy flags and values replaced by the Trainer's current ones; logs each replacement."""
+    """``argv`` with legacy flags and values replaced by the Trainer's current ones; logs each replacement.
+
+    Flags with dashes, which the parser also takes, get underscores.
+    """
     result: list[str] = []
     for argument in argv:
         flag, equals, value = argument.partition("=")
+        if flag.startswith("--"):
+            flag = f"--{flag[2:].replace('-', '_')}"
+            argument = flag + equals + value
         if flag in RENAMED_FLAGS:
             logger.info("%s has been renamed to %s", flag, RENAMED_FLAGS[flag])
             argument = RENAMED_FLAGS[flag] + equals + value

@@ -7,7 +7,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from slim_utils.common.atomic_output import atomic_folder
-from slim_utils.common.errors import UserError, row_errors
+from slim_utils.common.errors import UserError, error_reason, row_errors
 from slim_utils.text_source import Row, file_rows, hub_rows, instruction_columns, names_file
 from train_utils.conversations import (
     MESSAGES,
@@ -267,13 +268,14 @@ def cached_samples(
         settings: prompts and lengths.
 
     Raises:
-        UserError: naming the row on which the tokenizer's chat template fails.
+        UserError: naming the row on which the tokenizer's chat template fails, or a damaged cache.
     """
     import datasets
 
     if folder is not None and folder.is_dir():
         logger.info("using the tokenised samples cached in %s", folder)
-        return datasets.load_from_disk(str(folder))
+        with cache_errors(folder, "tokenised samples"):
+            return datasets.load_from_disk(str(folder))
     samples = []
     for index, row in tqdm(rows.items(), desc="tokenise", unit="row", disable=None, leave=False):
         with row_errors(source, index):
@@ -302,6 +304,18 @@ def write_cache(folder: Path, write: Callable[[Path], None], content: str) -> bo
         logger.warning("the %s are not cached (%s); choose another --cache_dir", content, error)
         return False
     return True
+
+
+@contextmanager
+def cache_errors(folder: Path, content: str) -> Iterator[None]:
+    """Turn errors of a missing or damaged file in the cache ``folder`` of ``content`` into a :class:`UserError`."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (OSError, KeyError, TypeError, ValueError, ArrowException) as error:
+        reason = error_reason(error)
+        raise UserError(f"the {content} cached in {folder} cannot be read ({reason}); remove this folder") from error
 
 
 def default_cache_dir() -> Path:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slim_utils.common.adapters import FUSED_FOLDER
+from slim_utils.common.errors import UserError
 from slim_utils.common.loading import PRUNED_MODEL_FOLDER, load_config, load_model, save_checkpoint
 from slim_utils.families import Family, find_family, layer_shapes
-from slim_utils.masks import PRUNING_FILE, LayerMask, ModelUnits, read_masks, write_pruning, write_units
+from slim_utils.masks import PRUNING_FILE, LayerMask, ModelUnits, read_masks, read_pruning, write_pruning, write_units
 from slim_utils.output.model_card import version_list, write_card
 from slim_utils.output.provenance import (
     pruning_step,
@@ -51,13 +52,33 @@ class ModelMasks:
 
 
 def load_masks(args: FinetuneArguments) -> ModelMasks | None:
-    """The masks of ``--is_mask_training``; ``None`` without it."""
+    """The masks of ``--is_mask_training``; ``None`` without it, with a warning for a masked model."""
+    model = args.model.model_name_or_path
     if not args.sparse.is_mask_training:
+        if is_masked(Path(model), args.model.trust_remote_code):
+            logger.warning(
+                "%s is a masked model, and its pruned weights are trained too; use %s, or --is_mask_training true",
+                model,
+                Path(model) / PRUNED_MODEL_FOLDER,
+            )
         return None
-    config = load_config(args.model.model_name_or_path, args.model.trust_remote_code)
+    config = load_config(model, args.model.trust_remote_code)
     family = find_family(config)
-    path = Path(args.sparse.mask_config_dir or args.model.model_name_or_path)
+    path = Path(args.sparse.mask_config_dir or model)
     return ModelMasks(family, read_masks(path, family, layer_shapes(config)))
+
+
+def is_masked(folder: Path, trust_remote_code: bool) -> bool:
+    """Whether the checkpoint in ``folder`` has the shapes before the removal that its ``pruning.json`` describes."""
+    if not (folder / PRUNING_FILE).is_file():
+        return False
+    try:
+        masks = read_pruning(folder / PRUNING_FILE)
+    except UserError:
+        # Only needed with --is_mask_training; the file is of another version.
+        return False
+    shapes = layer_shapes(load_config(str(folder), trust_remote_code))
+    return any(mask.plan for mask in masks) and [mask.shape for mask in masks] == shapes
 
 
 def warn_if_not_masked(model: PreTrainedModel, pruned: ModelMasks, path: str) -> None:

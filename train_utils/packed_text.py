@@ -25,7 +25,7 @@ from slim_utils.common.errors import UserError
 from slim_utils.common.ngrams import NgramSample
 from slim_utils.text_mixture import TextSource, shares
 from slim_utils.text_source import file_pieces, hub_documents, names_file
-from train_utils.finetune_dataset import FinetuneData, fingerprint, write_cache
+from train_utils.finetune_dataset import FinetuneData, cache_errors, fingerprint, write_cache
 
 if TYPE_CHECKING:
     import datasets
@@ -102,7 +102,7 @@ def load_text_data(
         cache_dir: cache of the windows; ``None`` disables it.
 
     Raises:
-        UserError: if a text cannot be read, or no training window is left.
+        UserError: if a text cannot be read or has no window by its weight, or no training window is left.
     """
     texts: dict[str, Any] = {"sources": [[source.name, source.weight, *_file_state(source)] for source in sources]}
     texts["excluded"] = {name: hashlib.sha256(sample.hashes.tobytes()).hexdigest() for name, sample in excluded.items()}
@@ -131,13 +131,10 @@ def _file_state(source: TextSource) -> list[int]:
 
 def _split(folder: Path, settings: TextSettings, key: str) -> FinetuneData:
     """The windows in ``folder``: the first ones are held out, the last ones are trained on."""
-    import datasets
-
-    counts = [SourceWindows(**entry) for entry in json.loads((folder / COUNTS_FILE).read_text(encoding="utf-8"))]
+    counts, windows = _read_windows(folder)
     names, skipped = [entry.name for entry in counts], sum(sum(entry.skipped.values()) for entry in counts)
     for entry in counts:
         _log_counts(entry)
-    windows: datasets.Dataset = datasets.Dataset.from_file(str(folder / WINDOWS_FILE))
     if len(windows) <= settings.val_windows:
         raise UserError(
             f"{FLAG} {' '.join(names)}: {len(windows)} windows of --max_length {settings.length}, "
@@ -148,6 +145,19 @@ def _split(folder: Path, settings: TextSettings, key: str) -> FinetuneData:
     first = max(settings.val_windows, len(windows) - settings.train_windows)
     train = windows.select(range(first, len(windows)))
     return FinetuneData(train, validation, names, skipped, key)
+
+
+def _read_windows(folder: Path) -> tuple[list[SourceWindows], datasets.Dataset]:
+    """What :func:`_write_windows` wrote.
+
+    Raises:
+        UserError: if a file is missing or damaged.
+    """
+    import datasets
+
+    with cache_errors(folder, "windows"):
+        counts = json.loads((folder / COUNTS_FILE).read_text(encoding="utf-8"))
+        return [SourceWindows(**entry) for entry in counts], datasets.Dataset.from_file(str(folder / WINDOWS_FILE))
 
 
 def _log_counts(entry: SourceWindows) -> None:
@@ -169,6 +179,9 @@ def _write_windows(
 
     total = settings.total_windows
     parts = shares([source.weight for source in sources], total)
+    if 0 in parts:
+        name = sources[parts.index(0)].name
+        raise UserError(f"{FLAG} {name}: none of {total} windows by its weight; raise it, or --max_train_tokens")
     counts = [SourceWindows(source.name, count, 0, {}) for source, count in zip(sources, parts, strict=True)]
     streams = [_accepted(_windows(documents(entry.name), tokenizer, settings), entry, excluded) for entry in counts]
     kinds = {"input_ids": pyarrow.int32(), "attention_mask": pyarrow.int8(), "labels": pyarrow.int32()}
@@ -187,6 +200,17 @@ def _write_windows(
 def documents(name: str) -> Iterator[str]:
     """Stream the documents of a local file or of a data set on the hub."""
     return file_pieces(Path(name).expanduser()) if names_file(name) else hub_documents(name, "train")
+
+
+def check_texts(sources: Iterable[TextSource]) -> None:
+    """Check that every text can be read, by its first document.
+
+    Raises:
+        UserError: if one cannot be read, or has no documents.
+    """
+    for source in sources:
+        if next(documents(source.name), None) is None:
+            raise UserError(f"{FLAG} {source.name}: no text in it")
 
 
 def _windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, settings: TextSettings) -> Iterator[np.ndarray]:

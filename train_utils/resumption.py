@@ -59,12 +59,18 @@ def run_settings(
         "model": _weights_fingerprint(model),
         "teacher": teacher and _weights_fingerprint(teacher),
         "--cache_teacher": args.model.cache_teacher or None,
-        "masks": masks and hashlib.sha256(repr(masks).encode()).hexdigest()[:_HASH_DIGITS],
+        "masks": masks and _masks_hash(masks),
         "data": data.sha256[:_HASH_DIGITS],
         "samples of a step": training.per_device_train_batch_size
         * training.gradient_accumulation_steps
         * training.world_size,
     }
+
+
+def _masks_hash(masks: list[LayerMask]) -> str:
+    """Hash of the kept units; unlike one of the objects, it stays the same when their class gets further fields."""
+    units = [mask.kept_units() for mask in masks]
+    return hashlib.sha256(json.dumps(units, sort_keys=True).encode()).hexdigest()[:_HASH_DIGITS]
 
 
 def _weights_fingerprint(model: PreTrainedModel | OffloadedModel) -> str:
@@ -76,14 +82,30 @@ def _weights_fingerprint(model: PreTrainedModel | OffloadedModel) -> str:
 def check_resumed(checkpoint: str, settings: dict[str, Any]) -> None:
     """Check that ``checkpoint`` was written with the same ``settings``.
 
+    A setting that a checkpoint of another version does not have, or has alone, is not compared; a warning names it.
+
     Raises:
-        UserError: listing the settings that differ.
+        UserError: listing the settings that differ, or if they cannot be read.
     """
     path = Path(checkpoint) / SETTINGS_FILE
     if not path.is_file():
         logger.warning("--resume_from_checkpoint %s: no %s; settings are not compared", checkpoint, path.name)
         return
-    changes = setting_changes(json.loads(path.read_text(encoding="utf-8")), settings)
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: {path.name} cannot be read ({type(error).__name__}: {error}); "
+            "choose another checkpoint"
+        ) from error
+    if unknown := sorted(before.keys() ^ settings.keys()):
+        logger.warning(
+            "--resume_from_checkpoint %s: of another version of the suite; not compared: %s",
+            checkpoint,
+            ", ".join(unknown),
+        )
+    common = before.keys() & settings.keys()
+    changes = setting_changes(*({name: side[name] for name in common} for side in (before, settings)))
     if changes:
         raise UserError(
             f"--resume_from_checkpoint {checkpoint}: not the same run: {'; '.join(changes)}; leave it out to start over"

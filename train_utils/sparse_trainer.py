@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import (
     Seq2SeqTrainer,
@@ -235,9 +236,11 @@ class SlimTrainer(Seq2SeqTrainer):
             raise UserError(f"step {self.state.global_step + 1}: batch without targets; raise --max_length")
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not math.isfinite(loss.item()):
+            failure = f"step {self.state.global_step + 1}: the loss is {loss.item()}"
+            if self.state.global_step == 0 and (name := non_finite_parameter(model)):
+                raise UserError(f"{failure}: {name} of the model to train is not finite")
             raise UserError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()}; lower --learning_rate or "
-                "--max_grad_norm, or use --bf16 true instead of --fp16 true"
+                f"{failure}; lower --learning_rate or --max_grad_norm, or use --bf16 true instead of --fp16 true"
             )
         return loss
 
@@ -254,6 +257,14 @@ class SlimTrainer(Seq2SeqTrainer):
             if self.args.process_index == 0:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+def non_finite_parameter(model: nn.Module) -> str | None:
+    """Name of the first parameter of ``model`` with a value that is not finite; sharded ones are not looked at."""
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter.data, DTensor) and not parameter.isfinite().all():
+            return name
+    return None
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from slim_utils.common.errors import UserError
-from train_utils.finetune_dataset import IGNORED_LABEL, write_cache
+from train_utils.finetune_dataset import IGNORED_LABEL, cache_errors, write_cache
 
 if TYPE_CHECKING:
     import datasets
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FLAG = "--cache_teacher"
+CONTENT = "predictions of the teacher"
 PREDICTIONS_FILE = "predictions.arrow"
 POLL_SECONDS = 1.0
 Batch = dict[str, Tensor]
@@ -77,13 +78,16 @@ class CachedTeacher:
     Args:
         folder: folder that :func:`cache_predictions` filled.
         count: tokens of every position.
+
+    Raises:
+        UserError: if the file is missing or damaged.
     """
 
     def __init__(self, folder: Path, count: int) -> None:
         import pyarrow
 
         self._count = count
-        with pyarrow.memory_map(str(folder / PREDICTIONS_FILE)) as file:
+        with cache_errors(folder, CONTENT), pyarrow.memory_map(str(folder / PREDICTIONS_FILE)) as file:
             self._table = pyarrow.ipc.open_stream(file).read_all()
         self._rows = {key: index for index, key in enumerate(self._table["key"].to_pylist())}
 
@@ -144,7 +148,7 @@ def cache_predictions(
             share = _write(partial_folder / PREDICTIONS_FILE, open_teacher(), batches(), count, progress)
         logger.info("teacher: the %d most likely tokens have %.2f %% of the probability", count, 100 * share)
 
-    if not write_cache(folder, write, "predictions of the teacher"):
+    if not write_cache(folder, write, CONTENT):
         raise UserError(f"{FLAG}: {folder.parent} cannot be written; choose another --cache_dir")
 
 

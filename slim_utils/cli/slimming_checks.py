@@ -19,7 +19,7 @@ from slim_utils.common.loading import choose_device, choose_local_device, is_mul
 from slim_utils.layerwise.distributed import launched_processes
 from slim_utils.layerwise.resume import LayerStore
 from slim_utils.pruning_config import BEST_COLUMN_GROUP, BEST_SINK_WINDOWS, SENSITIVITY, TARGET_FLAGS, PruningConfig
-from slim_utils.text_mixture import TextSource, parse_text_source
+from slim_utils.text_mixture import TextSource, parse_text_sources
 from slim_utils.text_source import CALIBRATION_DATASETS
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def calibration_texts(config: PruningConfig) -> list[TextSource]:
     """Files and data sets that the calibration samples are drawn from, with their weights.
 
     Raises:
-        UserError: if none is given, or a data set beside ``--data_file``; if one is neither a file nor a data set, or a
-            weight is not a positive number.
+        UserError: if none is given, or a data set beside ``--data_file``; if one is neither a file nor a data set, or
+            is given twice, or a weight is not a positive number.
     """
     if config.data_file and config.dataset:
         mixture = f"--data_file {config.dataset} {' '.join(config.data_file)}"
@@ -46,7 +46,7 @@ def calibration_texts(config: PruningConfig) -> list[TextSource]:
     specs = config.data_file or ([config.dataset] if config.dataset else [])
     if not specs:
         raise UserError(f"give a data set ({', '.join(CALIBRATION_DATASETS)}) or --data_file FILE")
-    sources = [parse_text_source("--data_file", spec) for spec in specs]
+    sources = parse_text_sources("--data_file", specs)
     for source in sources:
         if not Path(source.name).is_file() and source.name not in CALIBRATION_DATASETS:
             raise UserError(f"--data_file {source.name}: neither a file nor one of {', '.join(CALIBRATION_DATASETS)}")

@@ -38,6 +38,8 @@ _BUFFERS = r"\.(inv_freq|masked_bias|position_ids)$|(^|\.)h\.\d+\.attn\.(bias|ca
 _HARMLESS = re.compile(rf"(^|\.)(mtp|v_head)\.|{_BUFFERS}")
 # Last parts of the names of embeddings and head.
 _TIED = ("lm_head.weight", "embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+# Of PreTrainedModel: drops names of extra weights that the class knows.
+_ADJUST_KEYS = "_adjust_missing_and_unexpected_keys"
 _MAX_NAMES = 4
 
 
@@ -289,22 +291,29 @@ def _compare(
 
 @contextmanager
 def _recorded_unexpected() -> Iterator[set[str]]:
-    """Context in which names of stored weights that a model does not have are added to the set, also known ones."""
+    """Context in which names of stored weights that a model does not have are added to the set, also known ones.
+
+    The library tells of known ones by no public way. In a version without the private method, none are added.
+    """
     # Takes seconds, which a mere check of flags does without.
     from transformers import PreTrainedModel
 
     unexpected: set[str] = set()
-    adjust = PreTrainedModel._adjust_missing_and_unexpected_keys
+    adjust = getattr(PreTrainedModel, _ADJUST_KEYS, None)
+    if adjust is None:
+        yield unexpected
+        return
 
-    def record(model: PreTrainedModel, loading_info: Any) -> None:
-        unexpected.update(loading_info.unexpected_keys)
-        adjust(model, loading_info)
+    def record(model: PreTrainedModel, *args: Any, **options: Any) -> Any:
+        for info in (*args, *options.values()):
+            unexpected.update(getattr(info, "unexpected_keys", ()))
+        return adjust(model, *args, **options)
 
-    PreTrainedModel._adjust_missing_and_unexpected_keys = record
+    setattr(PreTrainedModel, _ADJUST_KEYS, record)
     try:
         yield unexpected
     finally:
-        PreTrainedModel._adjust_missing_and_unexpected_keys = adjust
+        setattr(PreTrainedModel, _ADJUST_KEYS, adjust)
 
 
 def _names(names: set[str] | list[str]) -> str:

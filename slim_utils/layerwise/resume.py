@@ -135,7 +135,7 @@ class LayerStore:
         """Put a finished layer's parameters in place; its report, or ``None`` where it is not finished.
 
         Raises:
-            UserError: if the layer's file is damaged.
+            UserError: if the layer's file is damaged, or of another version of the suite.
         """
         if not self._path(index).exists():
             return None
@@ -149,10 +149,18 @@ class LayerStore:
         # Earlier versions stored none.
         if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(stored):
             raise self._damaged(index)
+        try:
+            report = LayerReport.from_json(metadata["report"])
+            targets = {name: parameters[name] for name in stored}
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"--resume: {self._path(index)} is of another version of the suite ({type(error).__name__}: {error}); "
+                "to start anew pass --overwrite, without --resume"
+            ) from error
         with torch.no_grad():
-            for name, tensor in stored.items():
-                parameters[name].copy_(tensor)
-        return LayerReport.from_json(metadata["report"])
+            for name, target in targets.items():
+                target.copy_(stored[name])
+        return report
 
     def kept_activations(self, pruned: list[int], device: torch.device) -> tuple[int, list[Tensor]] | None:
         """Index of a layer and its outputs, from where the run goes on; ``None`` where it has to begin at the first.

@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 PROVENANCE_FILE = "slimgpt.json"
 FORMAT_VERSION = 1
 PRUNING, RECOVERY, INPUT = "pruning", "recovery", "input"
+# Keys of the base and of a step by its kind, and values of what a file may leave out.
+_BASE_KEYS = {"name", "parameters", "block_weights", "layers"}
+_BASE_DEFAULTS: dict[str, Any] = {"on_hub": False, "card": {}}
+_STEP_KEYS = {PRUNING: {"block_weights"}, RECOVERY: set(), INPUT: set()}
+_STEP_DEFAULTS: dict[str, Any] = {"settings": {}, "datasets": []}
 CARD_FILE = "README.md"
 CARRIED_KEYS = ("license", "license_name", "license_link", "language")
 
@@ -60,14 +65,35 @@ def read_provenance(model_path: str, config: PreTrainedConfig, trust_remote_code
         provenance = read_provenance(base, config, trust_remote_code) if base else _dense_base(model_path, config)
         return with_step(provenance, input_step([("model", public_name(model_path)), ("format", note)]))
     try:
-        content = json.loads(_checkpoint_file(model_path, PROVENANCE_FILE).read_text(encoding="utf-8"))
-        if content["format"] == FORMAT_VERSION and content["base"]["block_weights"]:
-            return content
-        logger.warning("%s of %s: unknown format; its history is dropped", PROVENANCE_FILE, model_path)
+        text = _checkpoint_file(model_path, PROVENANCE_FILE).read_text(encoding="utf-8")
     except Exception as error:
-        # Errors of the file system, the hub or the content; most models have no such file.
+        # Errors of the file system or the hub; most models have no such file.
         logger.info("no %s of %s (%s)", PROVENANCE_FILE, model_path, type(error).__name__)
+        return _dense_base(model_path, config, trust_remote_code)
+    try:
+        return _complete(json.loads(text))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning("%s of %s: unknown format (%s); its history is dropped", PROVENANCE_FILE, model_path, reason)
     return _dense_base(model_path, config, trust_remote_code)
+
+
+def _complete(content: dict[str, Any]) -> dict[str, Any]:
+    """``content`` of a file, with what another version may have left out.
+
+    Raises:
+        KeyError: if what cannot be left out is missing.
+        ValueError: for another format.
+        TypeError, AttributeError: for content of other types.
+    """
+    if content["format"] != FORMAT_VERSION:
+        raise ValueError(f"format {content['format']}, not {FORMAT_VERSION}")
+    base = _BASE_DEFAULTS | content["base"]
+    steps = [_STEP_DEFAULTS | step for step in content["steps"]]
+    for entry, keys in ((base, _BASE_KEYS), *((step, _STEP_KEYS[step["kind"]]) for step in steps)):
+        if missing := sorted(keys - entry.keys()):
+            raise KeyError(missing[0])
+    return content | {"base": base, "steps": steps}
 
 
 def _dense_base(model_path: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> dict[str, Any]:

@@ -118,3 +118,13 @@ def test_distill_from_on_two_processes_gives_the_losses_of_one(slim, argv, tmp_p
     process = run_ranks(2, "model_finetune.py", *argv(slim / "pruned_weights", *flags, 2, "--overwrite", "true"))
     assert process.returncode == 0, process.stderr
     assert losses(tmp_path / "out") == pytest.approx(alone, rel=1e-4)
+
+
+def test_distillation_from_the_model_to_train_warns(slim, argv, tmp_path, checkpoint, caplog):
+    base = slim / "pruned_weights"
+    (tmp_path / "link").symlink_to(base)
+    for teacher in (base, tmp_path / "link", checkpoint):
+        caplog.clear()
+        main(argv(base, "--distill_from", teacher, "--max_steps", 1, "--overwrite", "true"))
+        warned = f"--distill_from {teacher}: the model to train, which has nothing to learn from itself" in caplog.text
+        assert warned == (teacher != checkpoint)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slim_utils.common.errors import UserError, is_disk_full
@@ -188,6 +188,15 @@ def test_model_finetune_to_an_existing_output_needs_overwrite(slim, argv, tmp_pa
         ("--mask_config_dir x", "--mask_config_dir has no effect without --is_mask_training true"),
         ("--peft_lora_bias some", "--peft_lora_bias some: choose one of none, all, lora_only"),
         ("--peft_lora_r 0", "--peft_lora_r 0: at least 1"),
+        ("--peft_lora_dropout 2", "--peft_lora_dropout 2: at least 0 and below 1"),
+        ("--per_device_train_batch_size 0", "--per_device_train_batch_size 0: at least 1"),
+        ("--per_device_eval_batch_size 0", "--per_device_eval_batch_size 0: at least 1"),
+        ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0: at least 1"),
+        ("--dataloader_num_workers -1", "--dataloader_num_workers -1: at least 0"),
+        ("--num_train_epochs 0", "--num_train_epochs 0: above 0"),
+        ("--num_train_epochs nan", "--num_train_epochs nan: above 0"),
+        ("--seed -1", "--seed -1: between 0 and 2"),
+        ("--fp16 true --use_cpu true", "--fp16 true: needs a GPU; use --bf16 true"),
         ("--prompt_template_name vicuna", "--prompt_template_name vicuna: choose one of alpaca, alpaca_zh, none, chat"),
         ("--max_length 1", "--max_length 1: at least 2"),
         ("--extra_val_set c4", "--extra_val_set c4: neither one of wikitext2, ptb nor an existing file"),
@@ -229,6 +238,31 @@ def test_model_finetune_with_a_non_finite_loss_is_one_line(slim, argv, tmp_path)
         main(argv(slim / "pruned_weights", "--learning_rate", 1e30, "--max_grad_norm", 0))
     assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"] is False
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_model_finetune_of_weights_that_are_not_finite_names_them(slim, argv, tmp_path):
+    base, name = tmp_path / "base", "model.layers.1.mlp.down_proj.weight"
+    shutil.copytree(slim / "pruned_weights", base)
+    stored = load_file(base / "model.safetensors")
+    stored[name][0, 0] = float("nan")
+    save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+    for flags in (["--train", "block_weights"], ["--use_lora", "true"]):
+        with pytest.raises(UserError, match=r"step 1: the loss is nan: .*layers\.1\.mlp\.down_proj.* is not finite$"):
+            main(argv(base, *flags, "--overwrite", "true"))
+
+
+def test_model_finetune_of_a_masked_model_without_masks_warns(slim, argv, caplog):
+    warning = "is a masked model, and its pruned weights are trained too; use "
+    for model, flags in ((slim, []), (slim / "pruned_weights", []), (slim, ["--is_mask_training", "true"])):
+        caplog.clear()
+        main(argv(model, "--check_only", "true", *flags))
+        assert (warning in caplog.text) == (model == slim and not flags)
+
+
+def test_model_finetune_with_an_empty_folder_as_the_model_names_the_missing_file(argv, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"model .*empty: .*config\.json"):
+        main(argv(tmp_path / "empty"))
 
 
 def test_model_finetune_with_focal_loss_lowers_the_loss_values(slim, argv, tmp_path):

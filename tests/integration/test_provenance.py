@@ -108,12 +108,39 @@ def test_model_card_of_mask_training_has_the_share_of_the_masks(base, prune, arg
     assert f"tiny-model without {100 * share:.1f} % of the weights" in (pruned / "README.md").read_text()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": 9}', '{"format": 1}'])
-def test_read_provenance_of_a_damaged_file_starts_over(base, content):
+OLD_BASE = {"name": "dense", "parameters": 9, "block_weights": 8, "layers": [[6, 2, 40]] * 4}
+OLD_STEP = {"kind": "pruning", "block_weights": 7}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"format": 9}',
+        '{"format": 1}',
+        json.dumps({"format": 1, "base": OLD_BASE}),
+        json.dumps({"format": 1, "base": {"name": "dense", "block_weights": 8}, "steps": [OLD_STEP]}),
+        json.dumps({"format": 1, "base": OLD_BASE, "steps": [{"kind": "pruning"}]}),
+        json.dumps({"format": 1, "base": OLD_BASE, "steps": [{"kind": "grown"}]}),
+    ],
+)
+def test_read_provenance_of_a_damaged_file_starts_over(base, content, caplog):
     (base / "slimgpt.json").write_text(content)
     provenance = read_provenance(str(base), AutoConfig.from_pretrained(base))
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and warnings[0].endswith("its history is dropped")
     assert (provenance["base"]["name"], provenance["steps"]) == ("tiny-model", [])
     assert provenance["base"]["block_weights"] == block_weights(base)
+
+
+def test_model_card_of_a_model_with_an_older_record_has_its_steps(base, argv, tmp_path):
+    (base / "slimgpt.json").write_text(json.dumps({"format": 1, "base": OLD_BASE, "steps": [OLD_STEP]}))
+    finetune(argv(base, "--use_lora", "true"))
+    fused = tmp_path / "out" / "lora_fused_model"
+    assert "dense without 12.5 % of the weights" in (fused / "README.md").read_text()
+    steps = json.loads((fused / "slimgpt.json").read_text())["steps"]
+    assert [step["kind"] for step in steps] == ["pruning", "recovery"]
 
 
 def test_model_card_without_pruning_says_fine_tuned(base, argv, tmp_path):

@@ -46,9 +46,17 @@ def test_quickstart_with_an_unknown_flag_is_one_line():
     assert process.stderr == "quickstart.sh: error: unknown flag --sparsity (see the head of the script)\n"
 
 
-@pytest.mark.parametrize("tokens", ["many", "100", "-5", "1e", ""])
+@pytest.mark.parametrize("tokens", ["many", "100", "-5", "1e", "", "1.2.3", "6_", "1e+2", "1E-3", "inf", "0x400"])
 def test_quickstart_with_a_wrong_number_of_tokens_is_refused_before_pruning(tokens):
     command = ["bash", "scripts/quickstart.sh", "--recover", tokens]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert process.returncode == 2
     assert process.stderr == f"quickstart.sh: error: --recover {tokens}: give a number of tokens, at least 512\n"
+
+
+@pytest.mark.parametrize("tokens", ["512", "1e6", "1E6", "1e+6", "+1e06", "1_000_000", ".5e4", "6000.", "5_0e1_0"])
+def test_quickstart_takes_the_numbers_of_tokens_that_model_finetune_takes(tokens):
+    assert float(tokens) >= 512
+    command = ["bash", "scripts/quickstart.sh", "--recover", tokens, "--none", "x"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.stderr == "quickstart.sh: error: unknown flag --none (see the head of the script)\n"

@@ -12,7 +12,7 @@ from tests.conftest import random_text
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ("prune.sh", "finetune.sh", "recover.sh", "prune_in_rounds.sh", "evaluate.sh", "flops.sh", "llama_7b_p20.sh")
 VARIABLES = ("MODEL", "DATA", "EVAL", "OUT", "SFT_DATA", "TASK_DATA", "TASKS")
-VARIABLES += ("DENSE", "TEXT", "TOKENS", "TRAIN", "ROUNDS", "RATIO")
+VARIABLES += ("DENSE", "TEXT", "TOKENS", "TRAIN", "ROUNDS", "RATIO", "NPROC", "FLAGS", "CHECK_ONLY")
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / ".venv" / "bin" / "python").exists(), reason="needs scripts/test.sh's .venv"
@@ -134,6 +134,39 @@ def test_recipe_prune_in_rounds_with_a_wrong_number_is_one_line(wrong, tmp_path)
     knobs = ", ".join(f"{name} {value}" for name, value in values.items())
     ranges = "a ratio is between 0 and 1, rounds are at least 1, tokens at least 512"
     assert process.stderr == f"prune_in_rounds.sh: error: {knobs}: {ranges}\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"TRAIN": "heads"}, "argument --train: invalid choice: 'heads'"),
+        ({"TEXT": "c4:2 none.txt"}, "--train_text none.txt: no such file"),
+        pytest.param({"TEXT": "EMPTY:2"}, "--train_text EMPTY: no text in it", marks=pytest.mark.slow),
+        pytest.param({"EVAL": "EMPTY"}, "tokens are fewer than one window", marks=pytest.mark.slow),
+        pytest.param({"EVAL": "wikitext3"}, "wikitext3", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_recipe_prune_in_rounds_with_a_wrong_recovery_is_refused_before_pruning(
+    checkpoint, text_file, tmp_path, wrong, message
+):
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    variables = {"MODEL": checkpoint, "DATA": text_file, "EVAL": text_file, "TEXT": text_file} | wrong
+    variables = {name: str(value).replace("EMPTY", str(empty)) for name, value in variables.items()}
+    process = run("prune_in_rounds.sh", "--smoke", **variables, OUT=tmp_path / "out")
+    assert process.returncode == 2
+    assert message.replace("EMPTY", str(empty)) in process.stderr.splitlines()[-1]
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize("recipe", ["recover.sh", "finetune.sh", "prune_in_rounds.sh", "llama_7b_p20.sh"])
+@pytest.mark.parametrize("processes", ["two", "0", "1.5"])
+def test_recipe_with_a_wrong_number_of_processes_is_one_line(recipe, processes, tmp_path):
+    process = run(recipe, MODEL="/none", DENSE="/none", OUT=tmp_path / "out", NPROC=processes)
+    assert process.returncode == 2
+    assert process.stderr == f"{recipe}: error: NPROC {processes}: give a whole number, at least 1\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import model_slimming
 from slim_utils.allocation.planner import plans_of
@@ -196,6 +197,19 @@ def test_settings_from_before_a_flag_was_added_are_those_of_its_default():
     flags = PruningConfig().flags(Effect.VALUE)
     added = ("--target_macs", "--target_memory", "--target_latency", "--latency_of", "--at_context", "--at_batch")
     assert setting_changes({name: value for name, value in flags.items() if name not in added}, flags) == []
+
+
+def test_layer_store_with_a_layer_of_another_version_is_refused(tmp_path):
+    model = make_tiny("gqa")
+    family, layer = find_family(model.config), model.model.layers[0]
+    store = LayerStore(tmp_path / "out")
+    store.open({}, False)
+    path = store.folder / "layer_0000.safetensors"
+    parameters = {name: value.detach() for name, value in changed_parameters(layer, family).items()}
+    for report in ({}, {"layer": 0, "seconds": 1.0}, {"mask": {"shape": {"rows": 1}}}):
+        save_file(parameters, path, metadata={"report": json.dumps(report)})
+        with pytest.raises(UserError, match=r"--resume: .*layer_0000.safetensors is of another version of the suite"):
+            store.restore(0, layer, family)
 
 
 def test_layer_store_without_settings_discards_its_layers(tmp_path):

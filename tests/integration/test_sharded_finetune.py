@@ -176,8 +176,9 @@ def test_model_finetune_on_sharded_weights_peaks_below_a_whole_copy(
         flags = [*TRAINED["lora"], *SHARDING[sharding], "--max_steps", 2, "--eval_strategy", "no", "--max_length", 16]
         if sharding == "zero3":
             flags += ["--deepspeed", small_buffers(folder)]
-        flags += ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 1]
+        flags += ["--distill_from", model, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 1]
         flags += ["--extra_val_set", short, "--output_dir", folder / "out"]
         peaks[name] = peaks_mib(argv(model, *flags), folder)
     growths = [large - tiny for large, tiny in zip(peaks["large"], peaks["tiny"], strict=True)]
-    assert all(growth < 0.9 * LAYERS * LAYER_MIB for growth in growths), peaks
+    # Half of the student and half of the teacher, and less than the other half of either.
+    assert all(growth < 1.4 * LAYERS * LAYER_MIB for growth in growths), peaks

@@ -11,6 +11,7 @@ from slim_utils.common.loading import load_model, load_tokenizer
 from slim_utils.text_mixture import TextSource
 from tests.conftest import random_text
 from tests.integration.finetuning import logits, losses, main, run
+from train_utils import model_weights
 from train_utils.finetune_args import TrainingArguments, parse_args
 from train_utils.learning_rate import layer_matrices, root_mean_square, text_learning_rate
 from train_utils.packed_text import TextSettings, load_text_data
@@ -122,6 +123,32 @@ def test_train_text_without_stopping_on_held_out_ends_with_the_last_weights(slim
     assert not all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_check_only_reads_the_texts_and_trains_nothing(slim, text_argv, tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr(model_weights, "load_model", lambda *args: pytest.fail("loaded"))
+    base, empty = slim / "pruned_weights", tmp_path / "empty.jsonl"
+    flags = ["--check_only", "true", "--distill_from", checkpoint]
+    main(text_argv(base, *flags))
+    empty.touch()
+    with pytest.raises(UserError, match=r"--train_text .*empty.jsonl: no text in it"):
+        main(text_argv(base, *flags, "--train_text", tmp_path / "train.txt", empty))
+    empty.write_text('{"words": "w3"}')
+    with pytest.raises(UserError, match=r"empty\.jsonl: row 0: no column text"):
+        main(text_argv(base, *flags, "--train_text", empty))
+    with pytest.raises(UserError, match="row 0: no column text"):
+        main(text_argv(base, *flags, "--extra_val_set", f"text={empty}"))
+    with pytest.raises(UserError, match="--eval_seqlens 128: the model has 64 positions"):
+        main(text_argv(base, *flags, "--eval_seqlens", 128))
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_only_of_instructions_reads_them(slim, argv, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_weights, "load_model", lambda *args: pytest.fail("loaded"))
+    main(argv(slim / "pruned_weights", "--check_only", "true"))
+    with pytest.raises(UserError, match="48 samples, 100 of them held out; lower --val_dataset_size"):
+        main(argv(slim / "pruned_weights", "--check_only", "true", "--val_dataset_size", 100))
+    assert not (tmp_path / "out").exists()
+
+
 def test_train_text_skips_what_calibrated_the_model(slim, text_argv, tmp_path, text_file):
     process = run(text_argv(slim / "pruned_weights", "--train_text", text_file, "--extra_val_set", "none"))
     assert process.returncode == 0, process.stderr
@@ -139,6 +166,45 @@ def test_parse_args_with_train_text_sets_the_defaults_of_text(slim, text_argv):
     assert not args.model_sets_learning_rate
     assert args.model.trained_part == "lora"
     assert parse_args(text_argv(slim / "pruned_weights")).model.trained_part == "block_weights"
+
+
+def test_parse_args_of_flags_with_dashes_are_those_with_underscores(slim, text_argv):
+    argv = text_argv(slim / "pruned_weights", "--learning_rate", 1e-6, "--use_lora=true", "--evaluation_strategy", "no")
+    dashed = [word.replace("_", "-") if word.startswith("--") else word for word in argv]
+    plain, other = parse_args(argv), parse_args(dashed)
+    assert other.flat() == plain.flat()
+    assert other.training.learning_rate == 1e-6 and other.model.peft_lora_r == TEXT_DEFAULTS["--peft_lora_r"]
+
+
+TEXT_ONLY, ROWS_ONLY = ["--skip_train_tokens", 8, "--max_train_tokens=512"], ["--train_data", "alpaca"]
+
+
+@pytest.mark.parametrize(
+    ("has_text", "flags", "message"),
+    [
+        (False, TEXT_ONLY, "--max_train_tokens, --skip_train_tokens have no effect without --train_text"),
+        (False, ROWS_ONLY, "--train_data has no effect with --data_path"),
+        (True, ROWS_ONLY, "--train_data has no effect with --train_text"),
+        (True, ["--train-full-prompt", "true"], "--train_full_prompt has no effect with --train_text"),
+        (False, ["--peft_lora_r", 4], "--peft_lora_r has no effect without --train lora"),
+        (True, ["--focal_loss_gamma", 2], "--focal_loss_gamma has no effect without --use_focal_loss true"),
+        (True, ["--cache_dir", "x"], "--cache_dir has no effect with --cache_dataset false"),
+        (False, ["--save_pruned_weights", "false"], "--save_pruned_weights has no effect without --is_mask_training"),
+        (
+            True,
+            ["--extra_val_set", "none"],
+            "--extra_val_seqlen, --eval_seqlens have no effect with --extra_val_set none",
+        ),
+        (False, ["--fsdp_config", "configs/fsdp2.json"], "--fsdp_config has no effect without --fsdp true"),
+        (True, ["--skip_train_tokens", 8, "--use_lora", "true", "--peft_lora_r", 4], None),
+        (False, ["--prompt_template_name", "chat", "--train", "lora", "--peft_lora_alpha", 4], None),
+    ],
+)
+def test_parse_args_of_flags_without_effect_warns(slim, text_argv, argv, has_text, flags, message, caplog):
+    parse_args((text_argv if has_text else argv)(slim / "pruned_weights", *flags))
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == bool(message)
+    assert message is None or warnings[0].startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +235,8 @@ def test_train_text_on_a_gpu_with_bf16_is_in_mixed_precision(in_bf16, flags, exp
         (["--data_path", "x.json"], "--train_text and --data_path exclude each other"),
         (["--max_train_tokens", 31], "--max_train_tokens 31: at least --max_length 32"),
         (["--max_train_tokens", "nan"], "--max_train_tokens nan: at least"),
+        (["--max_train_tokens", "inf"], "--max_train_tokens inf: not a number of tokens"),
+        (["--learning_r", 1], "unrecognized arguments: --learning_r 1"),
         (["--skip_train_tokens", -1], "--skip_train_tokens -1: not a number of tokens; 0 skips none"),
         (["--skip_train_tokens", "inf"], "--skip_train_tokens inf: not a number of tokens"),
         (["--train", "scales", "--use_lora", "true"], "--use_lora true and --train scales exclude each other"),

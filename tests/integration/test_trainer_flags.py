@@ -138,3 +138,24 @@ def test_finetune_resume_of_another_run_is_refused_with_the_difference(
     moved, whole = Path(shutil.move(base, tmp_path / "moved")), losses(out)
     main(argv(moved, *flags, "--resume_from_checkpoint", "true", "--num_train_epochs", 2))
     assert losses(out).keys() > whole.keys()
+
+
+def test_finetune_resume_of_a_checkpoint_of_another_version_compares_what_both_have(slim, argv, tmp_path, caplog):
+    flags, out = ["--use_lora", "true", *CHECKPOINTS], tmp_path / "out"
+    main(argv(slim / "pruned_weights", *flags))
+    checkpoint = out / "checkpoint-2"
+    path = checkpoint / "run_settings.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("--train") == "lora" and "teacher" in settings
+    del settings["teacher"]
+    path.write_text(json.dumps(settings | {"--former": 1}))
+    resumed = argv(slim / "pruned_weights", *flags, "--resume_from_checkpoint", checkpoint)
+    with pytest.raises(UserError, match="not the same run: --peft_lora_r was 8, is 4; leave it out"):
+        main([*resumed, "--peft_lora_r", "4"])
+    caplog.clear()
+    main(resumed)
+    warning = "of another version of the suite; not compared: --former, --train, teacher"
+    assert sum(warning in record.getMessage() for record in caplog.records) == 1
+    (out / "checkpoint-2" / "run_settings.json").write_text("[1")
+    with pytest.raises(UserError, match=r"run_settings.json cannot be read \(JSONDecodeError"):
+        main(resumed)

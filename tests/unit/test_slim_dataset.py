@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 
 import datasets
 import pandas
@@ -11,6 +12,7 @@ import torch
 from slim_utils import slim_dataset
 from slim_utils.common.errors import UserError
 from slim_utils.slim_dataset import load_calibration, random_windows, sink_windows
+from slim_utils.text_mixture import TextSource
 from slim_utils.text_source import file_documents, hub_documents, join_documents
 from tests.conftest import random_text
 
@@ -40,7 +42,7 @@ def test_load_calibration_too_little_text_names_both_numbers(tokenizer, tmp_path
     path = tmp_path / "short.txt"
     path.write_text(random_text(100))
     with pytest.raises(UserError, match=r"100 tokens.*--num_samples 8 × --seqlen 16 need 128"):
-        load_calibration([path], tokenizer, 8, 16, 0)
+        load_calibration([TextSource(str(path))], tokenizer, 8, 16, 0)
 
 
 def test_random_windows_of_the_whole_text_is_refused():
@@ -51,7 +53,7 @@ def test_random_windows_of_the_whole_text_is_refused():
 def test_load_calibration_has_no_special_tokens(tokenizer, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(random_text(500))
-    data = load_calibration([path], tokenizer, 4, 32, 0)
+    data = load_calibration([TextSource(str(path))], tokenizer, 4, 32, 0)
     assert data.samples.shape == (4, 32)
     assert data.samples.min() >= 3
     assert data.num_tokens == 500
@@ -136,14 +138,14 @@ def hub(monkeypatch):
 
 @pytest.mark.parametrize("name", ["c4", "alpaca", "gpt4_alpaca"])
 def test_load_calibration_streams_the_hub_as_far_as_needed(hub, tokenizer, name):
-    data = load_calibration([name], tokenizer, 8, 64, 0)
+    data = load_calibration([TextSource(name)], tokenizer, 8, 64, 0)
     assert data.samples.shape == (8, 64)
     assert hub["calls"][0]["streaming"] is True
     assert hub["read"] < 50
 
 
 def test_load_calibration_from_the_hub_follows_the_seed(hub, tokenizer):
-    first, again, other = (load_calibration(["c4"], tokenizer, 8, 64, seed) for seed in (0, 0, 1))
+    first, again, other = (load_calibration([TextSource("c4")], tokenizer, 8, 64, seed) for seed in (0, 0, 1))
     assert first.sha256 == again.sha256 != other.sha256
 
 
@@ -195,13 +197,14 @@ def test_sink_windows_are_cut_from_the_samples():
 
 
 def test_load_calibration_with_bos_starts_every_window_with_it(tokenizer, bos_tokenizer, text_file):
-    plain = load_calibration([text_file], tokenizer, 4, 32, 0)
-    auto, never = (load_calibration([text_file], bos_tokenizer, 4, 32, 0, bos) for bos in ("auto", "never"))
+    texts = [TextSource(str(text_file))]
+    plain = load_calibration(texts, tokenizer, 4, 32, 0)
+    auto, never = (load_calibration(texts, bos_tokenizer, 4, 32, 0, bos) for bos in ("auto", "never"))
     assert auto.samples[:, 0].tolist() == [bos_tokenizer.bos_token_id] * 4
     assert torch.equal(auto.samples[:, 1:], plain.samples[:, :-1])
     assert torch.equal(never.samples, plain.samples)
     assert (plain.bos, auto.bos, never.bos) == (False, True, False)
-    assert torch.equal(load_calibration([text_file], tokenizer, 4, 32, 0, "always").samples, auto.samples)
+    assert torch.equal(load_calibration(texts, tokenizer, 4, 32, 0, "always").samples, auto.samples)
     assert "windows start with a BOS" in auto.log_line()
     assert "windows start with text" in never.log_line()
 
@@ -209,30 +212,31 @@ def test_load_calibration_with_bos_starts_every_window_with_it(tokenizer, bos_to
 def test_load_calibration_of_several_texts_alternates_them(tokenizer, tmp_path):
     for name, word in (("a", "w5"), ("b", "w6")):
         (tmp_path / f"{name}.txt").write_text(f"{word} " * 500)
-    data = load_calibration([tmp_path / "a.txt", tmp_path / "b.txt"], tokenizer, 5, 16, 0)
+    texts = [TextSource(f"{tmp_path}/{name}.txt") for name in ("a", "b")]
+    data = load_calibration(texts, tokenizer, 5, 16, 0)
     assert data.samples[:, 0].tolist() == [5, 6, 5, 6, 5]
     assert [(source.num_samples, source.num_tokens) for source in data.sources] == [(3, 500), (2, 500)]
     assert data.source == f"{tmp_path / 'a.txt'} + {tmp_path / 'b.txt'}"
     with pytest.raises(UserError, match=r"--num_samples 1: no sample of .*b.txt by its weight; raise it"):
-        load_calibration([tmp_path / "a.txt", tmp_path / "b.txt"], tokenizer, 1, 16, 0)
+        load_calibration(texts, tokenizer, 1, 16, 0)
 
 
 def test_load_calibration_of_weighted_texts_draws_in_proportion(tokenizer, tmp_path):
     for name, word in (("a", "w5"), ("b", "w6")):
         (tmp_path / f"{name}.txt").write_text(f"{word} " * 500)
-    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
-    data = load_calibration(texts, tokenizer, 8, 16, 0, weights=[0.75, 0.25])
+    texts = [TextSource(f"{tmp_path}/a.txt", 0.75), TextSource(f"{tmp_path}/b.txt", 0.25)]
+    data = load_calibration(texts, tokenizer, 8, 16, 0)
     assert data.samples[:, 0].tolist() == [5, 5, 6, 5, 5, 5, 6, 5]
     assert [source.num_samples for source in data.sources] == [6, 2]
     # The samples of a text do not depend on the others.
     alone = load_calibration(texts[:1], tokenizer, 6, 16, 0)
     assert torch.equal(data.samples[data.samples[:, 0] == 5], alone.samples)
     with pytest.raises(UserError, match=r"--num_samples 8: no sample of .*b.txt by its weight"):
-        load_calibration(texts, tokenizer, 8, 16, 0, weights=[100, 1])
+        load_calibration([replace(texts[0], weight=100), replace(texts[1], weight=1)], tokenizer, 8, 16, 0)
 
 
 def test_load_calibration_of_a_file_and_a_data_set(tokenizer, text_file, monkeypatch):
     monkeypatch.setattr(slim_dataset, "hub_documents", lambda name, split: iter([random_text(300, 3)]))
-    data = load_calibration([str(text_file), "wikitext2"], tokenizer, 4, 16, 0)
+    data = load_calibration([TextSource(str(text_file)), TextSource("wikitext2")], tokenizer, 4, 16, 0)
     assert [source.name for source in data.sources] == [str(text_file), "wikitext2"]
     assert data.num_tokens == 4300

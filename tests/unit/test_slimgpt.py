@@ -384,18 +384,6 @@ def test_non_finite_activations_name_the_layer(value):
     assert torch.equal(pruner.linear.weight, before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_weights_get_the_fp64_solution_rounded(dtype):
-    weight = torch.randn(8, 24, dtype=torch.float64).to(dtype)
-    inputs = random_inputs(24)
-    pruner = make_pruner(weight, inputs)
-    result = pruner.struct_prune(12)
-    expected, removed = struct_prune(weight.double(), hessian_of(inputs), 0.5, percdamp=0.01)
-    assert result.pruned_units == removed
-    assert pruner.linear.weight.dtype == dtype
-    assert torch.equal(pruner.linear.weight, expected.to(dtype))
-
-
 def test_free_lets_go_of_the_hessian():
     pruner = SlimGPT(nn.Linear(8, 8))
     hessian = weakref.ref(pruner.hessian)

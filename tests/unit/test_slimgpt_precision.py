@@ -8,7 +8,7 @@ from slim_utils.obs import (
     invert_in_place,
 )
 from tests.processes import run_python
-from tests.reference_slimgpt import hessian_of
+from tests.reference_slimgpt import hessian_of, struct_prune
 from tests.unit.test_slimgpt import make_pruner, random_inputs
 
 
@@ -138,3 +138,15 @@ def test_struct_prune_peak_memory_is_two_matrices_and_the_panels(dtype):
     # Buffers of the linear algebra library take some; a third matrix would take more.
     assert peak <= promised + 0.7 * 4096**2 * itemsize
     assert promised <= (2 * 4096**2 + 4096 * (256 + 5 * 512)) * itemsize
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_get_the_fp64_solution_rounded(dtype):
+    weight = torch.randn(8, 24, dtype=torch.float64).to(dtype)
+    inputs = random_inputs(24)
+    pruner = make_pruner(weight, inputs)
+    result = pruner.struct_prune(12)
+    expected, removed = struct_prune(weight.double(), hessian_of(inputs), 0.5, percdamp=0.01)
+    assert result.pruned_units == removed
+    assert pruner.linear.weight.dtype == dtype
+    assert torch.equal(pruner.linear.weight, expected.to(dtype))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from slim_utils.common.errors import UserError
-from slim_utils.text_mixture import TextSource, parse_text_source, shares
+from slim_utils.text_mixture import TextSource, parse_text_source, parse_text_sources, shares
 
 
 def test_parse_text_source_reads_names_files_and_weights(tmp_path, monkeypatch):
@@ -26,12 +26,24 @@ def test_parse_text_source_reads_names_files_and_weights(tmp_path, monkeypatch):
         ("c4:0", "--text c4:0: the weight must be positive"),
         ("c4:nan", "--text c4:nan: the weight must be positive"),
         ("none.txt", "--text none.txt: no such file"),
+        ("", "--text '': no text; give NAME"),
+        (":2", "--text ':2': no text; give NAME"),
         ("none.jsonl.gz:2", r"--text none.jsonl.gz: no such file"),
     ],
 )
 def test_parse_text_source_of_a_wrong_spec_is_refused(spec, message):
     with pytest.raises(UserError, match=message):
         parse_text_source("--text", spec)
+
+
+def test_parse_text_sources_of_a_text_given_twice_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("b.txt").write_text("x")
+    assert parse_text_sources("--text", ["c4", "b.txt:3"]) == [TextSource("c4"), TextSource("b.txt", 3.0)]
+    for specs in (["c4", "b.txt:2", f"{tmp_path}/b.txt"], ["c4:1", "b.txt", "c4:2"]):
+        name = specs[-1].partition(":")[0]
+        with pytest.raises(UserError, match=f"--text {name}: given twice; give it once, with a weight: {name}:2"):
+            parse_text_sources("--text", specs)
 
 
 @pytest.mark.parametrize(

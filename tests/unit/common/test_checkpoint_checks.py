@@ -5,19 +5,20 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import model_slimming
 import test_flops
 from model_finetune import main as finetune
 from scripts import compare_models, export_gguf
-from slim_utils.common.checkpoint_checks import check_weights
+from slim_utils.common.checkpoint_checks import _recorded_unexpected, check_weights
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import load_config, load_model, load_tokenizer, save_checkpoint
 from slim_utils.layerwise.offload import OffloadedModel
@@ -157,6 +158,19 @@ def test_check_weights_names_heads_that_the_class_leaves_out_in_silence(name, ex
     with caplog.at_level(logging.INFO):
         check_weights(str(tmp_path), load_config(str(tmp_path), False))
     assert caplog.messages == [f"model {tmp_path}: ignoring weights outside the language model: {extra}"]
+
+
+def test_recorded_unexpected_in_another_version_of_the_library_changes_nothing(monkeypatch):
+    method = "_adjust_missing_and_unexpected_keys"
+    monkeypatch.setattr(PreTrainedModel, method, lambda model, missing, *, unexpected_keys: (missing, unexpected_keys))
+    with _recorded_unexpected() as unexpected:
+        model = SimpleNamespace()
+        assert getattr(PreTrainedModel, method)(model, ["a"], unexpected_keys=["b"]) == (["a"], ["b"])
+    assert unexpected == set()
+    monkeypatch.delattr(PreTrainedModel, method)
+    with _recorded_unexpected() as unexpected:
+        assert unexpected == set()
+    assert not hasattr(PreTrainedModel, method)
 
 
 @pytest.mark.parametrize("variant", ["gqa", "tied", "opt", "qwen3_moe"])

@@ -173,6 +173,16 @@ def test_training_rows_of_csv_are_read(tmp_path):
     assert training_rows(str(path)) == [{"instruction": "w3, w4", "input": "", "output": "2020"}]
 
 
+def test_load_finetune_data_from_a_damaged_cache_names_it(tokenizer, instruction_file, tmp_path):
+    load_finetune_data("x", str(instruction_file), tokenizer, NONE, 4, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    for damage in ("[", None):
+        for path in folder.glob("*.json"):
+            path.write_text(damage) if damage else path.unlink()
+        with pytest.raises(UserError, match=f"the tokenised samples cached in {folder} cannot be read .*; remove this"):
+            load_finetune_data("x", str(instruction_file), tokenizer, NONE, 4, tmp_path)
+
+
 def test_load_finetune_data_with_empty_answers_logs_the_reason(tokenizer, tmp_path, caplog):
     path = tmp_path / "data.jsonl"
     rows = [ROW] * 4 + [{**ROW, "output": ""}, {**ROW, "output": " \n"}, {**ROW, "instruction": "w3 " * 40}]

@@ -106,6 +106,27 @@ def test_load_text_data_without_enough_windows_is_refused(tmp_path, tokenizer):
         load(tokenizer, source, val_windows=2, cache=tmp_path / "cache")
 
 
+def test_load_text_data_of_a_text_without_a_window_by_its_weight_is_refused(tmp_path, tokenizer):
+    first, second = (write_documents(tmp_path / name, ["w3 " * 400]) for name in ("a.jsonl", "b.jsonl"))
+    with pytest.raises(
+        UserError, match=r"--train_text .*b\.jsonl: none of 10 windows by its weight; raise it, or --max"
+    ):
+        load(tokenizer, TextSource(first.name, 99), second, max_tokens=10 * 8)
+
+
+@pytest.mark.parametrize(("name", "content"), [("counts.json", "["), ("counts.json", "[{}]"), ("windows.arrow", "x")])
+def test_load_text_data_from_a_damaged_cache_names_it(tmp_path, tokenizer, name, content):
+    source, cache = write_documents(tmp_path / "a.jsonl", [random_text(90, 0)]), tmp_path / "cache"
+    load(tokenizer, source, cache=cache)
+    (folder,) = cache.iterdir()
+    (folder / name).write_text(content)
+    with pytest.raises(UserError, match=f"the windows cached in {folder} cannot be read .*; remove this folder"):
+        load(tokenizer, source, cache=cache)
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=f"the windows cached in {folder} cannot be read"):
+        load(tokenizer, source, cache=cache)
+
+
 def test_load_text_data_skips_windows_of_excluded_texts(tmp_path, tokenizer, caplog):
     generator = np.random.default_rng(0)
     words = [f"w{word}" for word in generator.integers(3, 64, 40 * 512)]

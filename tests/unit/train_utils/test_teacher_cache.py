@@ -9,6 +9,7 @@ from tests.tiny_models import VOCAB, make_tiny
 from tests.unit.train_utils.test_distillation import as_batch, batches, rows
 from train_utils.distillation import LiveTeacher
 from train_utils.teacher_cache import (
+    PREDICTIONS_FILE,
     CachedTeacher,
     cache_predictions,
     samples_hash,
@@ -122,6 +123,14 @@ def test_interrupted_cache_is_not_used(tmp_path, tokenizer):
     with pytest.raises(KeyboardInterrupt):
         fill(tmp_path / "cache", Failing(), tokenizer, 4)
     assert not (tmp_path / "cache").exists()
+
+
+def test_damaged_cache_is_named(tmp_path):
+    for content in (None, b"xx"):
+        if content is not None:
+            (tmp_path / PREDICTIONS_FILE).write_bytes(content)
+        with pytest.raises(UserError, match=f"the predictions of the teacher cached in {tmp_path} cannot be read"):
+            CachedTeacher(tmp_path, 4)
 
 
 def test_cache_in_a_folder_that_cannot_be_made_is_refused(tmp_path, tokenizer):
