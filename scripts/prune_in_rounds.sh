@@ -61,8 +61,9 @@ recover() {
 settings="MODEL=$MODEL DATA=$DATA TEXT=$TEXT RATIO=$RATIO ROUNDS=$ROUNDS TOKENS=$TOKENS TRAIN=$TRAIN FLAGS=$FLAGS"
 settings+=" NUM_SAMPLES=$NUM_SAMPLES SEQLEN=$SEQLEN"
 # Until a part is finished, such as after a wrong MODEL, settings may change.
-if [ -f "$OUT/pruned_1/run.json" ] && [ "$(cat "$OUT/settings")" != "$settings" ]; then
-    echo "prune_in_rounds.sh: error: OUT $OUT was begun with $(cat "$OUT/settings"); choose another OUT" >&2
+begun=$(cat "$OUT/settings" 2> /dev/null || true)
+if [ -f "$OUT/pruned_1/run.json" ] && [ "$begun" != "$settings" ]; then
+    echo "prune_in_rounds.sh: error: OUT $OUT was begun with ${begun:-other settings}; choose another OUT" >&2
     exit 2
 fi
 # What a recovery would refuse is refused before the first pruning.

@@ -170,6 +170,15 @@ def test_recipe_with_a_wrong_number_of_processes_is_one_line(recipe, processes, 
     assert not list(tmp_path.iterdir())
 
 
+def test_recipe_prune_in_rounds_without_its_settings_is_one_line(tmp_path):
+    (tmp_path / "pruned_1").mkdir()
+    (tmp_path / "pruned_1" / "run.json").write_text("{}")
+    process = run("prune_in_rounds.sh", MODEL="/none", OUT=tmp_path)
+    assert process.returncode == 2
+    message = f"OUT {tmp_path} was begun with other settings; choose another OUT"
+    assert process.stderr == f"prune_in_rounds.sh: error: {message}\n"
+
+
 def test_recipe_prune_in_rounds_that_finished_nothing_begins_with_other_settings(text_file, tmp_path):
     for model in ("/none", "/nowhere"):
         process = run("prune_in_rounds.sh", MODEL=model, DATA=text_file, OUT=tmp_path / "out")
