@@ -23,6 +23,7 @@ source "$root/scripts/env.sh"
 check_count NPROC "$NPROC"
 MODEL=$(local_or_name "$MODEL") DATA=$(local_or_name "$DATA") EVAL=$(local_or_name "$EVAL") OUT=$(realpath -m "$OUT")
 pushd "$root" > /dev/null
+smoke_mode "$@" || require MODEL "a checkpoint folder or hub name"
 make_venv requirements.txt
 smoke=() window=512
 if smoke_mode "$@"; then
@@ -34,7 +35,6 @@ if smoke_mode "$@"; then
     fi
 fi
 popd > /dev/null
-: "${MODEL:?set MODEL to a checkpoint folder or hub name}"
 
 data=("${DATA:-c4}")
 [ -f "$DATA" ] && data=(--data_file "$DATA")

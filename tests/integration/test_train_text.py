@@ -190,7 +190,10 @@ TEXT_ONLY, ROWS_ONLY = ["--skip_train_tokens", 8, "--max_train_tokens=512"], ["-
             "--extra_val_seqlen, --eval_seqlens have no effect with --extra_val_set none",
         ),
         (False, ["--fsdp_config", "configs/fsdp2.json"], "--fsdp_config has no effect without --fsdp true"),
+        (True, ["--eval_steps", 4], "--eval_steps has no effect without --eval_strategy steps"),
+        (True, ["--save_steps", 4], "--save_steps has no effect without --save_strategy steps"),
         (True, ["--skip_train_tokens", 8, "--use_lora", "true", "--peft_lora_r", 4], None),
+        (True, ["--eval_steps=4", "--eval_strategy=steps", "--save_steps=4", "--save_strategy=steps"], None),
         (False, ["--prompt_template_name", "chat", "--train", "lora", "--peft_lora_alpha", 4], None),
     ],
 )
