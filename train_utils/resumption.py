@@ -64,7 +64,7 @@ def run_settings(
         "model": _weights_fingerprint(model),
         "teacher": teacher and _weights_fingerprint(teacher),
         "--cache_teacher": args.model.cache_teacher or None,
-        "masks": masks and _masks_hash(masks),
+        "masks": masks and masks_hash(masks),
         "data": data.sha256[:_HASH_DIGITS],
         "samples of a step": training.per_device_train_batch_size
         * training.gradient_accumulation_steps
@@ -72,7 +72,7 @@ def run_settings(
     }
 
 
-def _masks_hash(masks: list[LayerMask]) -> str:
+def masks_hash(masks: list[LayerMask]) -> str:
     """Hash of the kept units; unlike one of the objects, it stays the same when their class gets further fields."""
     units = [mask.kept_units() for mask in masks]
     return hashlib.sha256(json.dumps(units, sort_keys=True).encode()).hexdigest()[:_HASH_DIGITS]
