@@ -30,6 +30,13 @@ local_or_name() {
     if [ -n "$path" ] && [ -e "$path" ]; then echo "${1%"$path"}$(realpath "$path")"; else echo "$1"; fi
 }
 
+# require NAME ADVICE: fails unless the variable NAME has a value.
+require() {
+    [ -n "${!1}" ] && return
+    echo "$(basename "$0"): error: set $1 to $2" >&2
+    return 2
+}
+
 # check_count NAME VALUE: fails unless VALUE, of the variable NAME, is a whole number above 0.
 check_count() {
     [[ $2 =~ ^[1-9][0-9]*$ ]] && return

@@ -14,6 +14,7 @@ root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 source "$root/scripts/env.sh"
 MODEL=$(local_or_name "$MODEL") DATA=$(local_or_name "$DATA") OUT=$(realpath -m "$OUT")
 cd "$root"
+smoke_mode "$@" || require MODEL "a checkpoint folder or hub name"
 make_venv requirements.txt
 flags=()
 if smoke_mode "$@"; then
@@ -26,7 +27,6 @@ fi
 
 [ -n "$DATA" ] && flags+=(--data_dir "$DATA")
 [ -n "$TASKS" ] && flags+=(--tasks "$TASKS")
-: "${MODEL:?set MODEL to a checkpoint folder or hub name}"
 mkdir -p "$(dirname "$OUT")"
 .venv/bin/python model_evaluate.py --model "$MODEL" "${flags[@]}" \
     --batch_size "$BATCH_SIZE" --output_path "$OUT" --no_cache 2>&1 | tee -i "$OUT.log"

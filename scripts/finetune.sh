@@ -16,6 +16,7 @@ source "$root/scripts/env.sh"
 check_count NPROC "$NPROC"
 MODEL=$(local_or_name "$MODEL") DATA=$(local_or_name "$DATA") EVAL=$(local_or_name "$EVAL") OUT=$(realpath -m "$OUT")
 cd "$root"
+smoke_mode "$@" || require MODEL "a checkpoint folder or hub name"
 make_venv requirements.txt
 sizes=(--per_device_train_batch_size 16 --gradient_accumulation_steps $((4 / NPROC > 0 ? 4 / NPROC : 1)) --warmup_steps 10
     --num_train_epochs 1 --logging_steps 50 --eval_steps 100 --max_length 256)
@@ -32,7 +33,6 @@ launcher=(.venv/bin/python) distributed=()
 if [ "$NPROC" -gt 1 ]; then
     launcher=(.venv/bin/torchrun "--nproc_per_node=$NPROC" --nnodes=1) distributed=(--deepspeed configs/deepspeed.json)
 fi
-: "${MODEL:?set MODEL to a checkpoint folder or hub name}"
 mkdir -p "$(dirname "$OUT")"
 "${launcher[@]}" model_finetune.py --model_name_or_path "$MODEL" \
     --data_path "${DATA:-alpaca}" "${distributed[@]}" --bf16 true "${sizes[@]}" --lr_scheduler_type cosine \

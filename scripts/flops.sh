@@ -13,6 +13,7 @@ root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 source "$root/scripts/env.sh"
 MODEL=$(local_or_name "$MODEL") DATA=$(local_or_name "$DATA") OUT=$(realpath -m "$OUT")
 cd "$root"
+smoke_mode "$@" || require MODEL "a checkpoint folder or hub name"
 make_venv requirements.txt
 repeats=5 new_tokens=32
 if smoke_mode "$@"; then
@@ -23,7 +24,6 @@ fi
 
 flags=()
 [ -n "$DATA" ] && flags=(--compare "$DATA")
-: "${MODEL:?set MODEL to a checkpoint folder or hub name}"
 mkdir -p "$(dirname "$OUT")"
 .venv/bin/python test_flops.py --base_model "$MODEL" "${flags[@]}" \
     --batch_sizes $BATCH_SIZES --lengths $LENGTHS --repeats $repeats --new_tokens $new_tokens --out "$OUT" \

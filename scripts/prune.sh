@@ -15,6 +15,7 @@ root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 source "$root/scripts/env.sh"
 MODEL=$(local_or_name "$MODEL") DATA=$(local_or_name "$DATA") EVAL=$(local_or_name "$EVAL") OUT=$(realpath -m "$OUT")
 cd "$root"
+smoke_mode "$@" || require MODEL "a checkpoint folder or hub name"
 make_venv requirements.txt
 if smoke_mode "$@"; then
     NUM_SAMPLES=8 SEQLEN=64 EVAL_SEQLENS=32
@@ -26,7 +27,6 @@ fi
 
 data=("${DATA:-c4}")
 [ -f "$DATA" ] && data=(--data_file "$DATA")
-: "${MODEL:?set MODEL to a checkpoint folder or hub name}"
 mkdir -p "$(dirname "$OUT")"
 .venv/bin/python model_slimming.py "$MODEL" "${data[@]}" \
     --num_samples "$NUM_SAMPLES" --seqlen "$SEQLEN" --percdamp 0 --non_uniform --non_uniform_strategy log_increase \

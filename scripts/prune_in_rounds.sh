@@ -23,6 +23,7 @@ source "$root/scripts/env.sh"
 check_count NPROC "$NPROC"
 MODEL=$(local_or_name "$MODEL") DATA=$(local_or_name "$DATA") EVAL=$(local_or_name "$EVAL") OUT=$(realpath -m "$OUT")
 pushd "$root" > /dev/null
+smoke_mode "$@" || require MODEL "a checkpoint folder or hub name"
 make_venv requirements.txt
 smoke=() window=512
 if smoke_mode "$@"; then
@@ -34,7 +35,6 @@ if smoke_mode "$@"; then
     fi
 fi
 popd > /dev/null
-: "${MODEL:?set MODEL to a checkpoint folder or hub name}"
 
 data=("${DATA:-c4}")
 [ -f "$DATA" ] && data=(--data_file "$DATA")
@@ -61,8 +61,9 @@ recover() {
 settings="MODEL=$MODEL DATA=$DATA TEXT=$TEXT RATIO=$RATIO ROUNDS=$ROUNDS TOKENS=$TOKENS TRAIN=$TRAIN FLAGS=$FLAGS"
 settings+=" NUM_SAMPLES=$NUM_SAMPLES SEQLEN=$SEQLEN"
 # Until a part is finished, such as after a wrong MODEL, settings may change.
-if [ -f "$OUT/pruned_1/run.json" ] && [ "$(cat "$OUT/settings")" != "$settings" ]; then
-    echo "prune_in_rounds.sh: error: OUT $OUT was begun with $(cat "$OUT/settings"); choose another OUT" >&2
+begun=$(cat "$OUT/settings" 2> /dev/null || true)
+if [ -f "$OUT/pruned_1/run.json" ] && [ "$begun" != "$settings" ]; then
+    echo "prune_in_rounds.sh: error: OUT $OUT was begun with ${begun:-other settings}; choose another OUT" >&2
     exit 2
 fi
 # What a recovery would refuse is refused before the first pruning.

@@ -35,7 +35,7 @@ while [ $# -gt 0 ]; do
         --recover) recover=$2 ;;
         *) echo "quickstart.sh: error: unknown flag $1 (see the head of the script)" >&2; exit 2 ;;
     esac
-    # The training comes last.
+    # Before the installation.
     if [ "$1" = --recover ] && ! { [[ $2 =~ $number ]] && awk -v tokens="${2//_/}" 'BEGIN { exit tokens + 0 < 512 }'; }; then
         echo "quickstart.sh: error: --recover $2: give a number of tokens, at least 512" >&2
         exit 2
@@ -58,6 +58,16 @@ fi
 data=("$dataset")
 [ -f "$dataset" ] && data=(--data_file "$dataset")
 
+# train_pruned CHECKPOINT FLAG…: train a checkpoint with the dense model as teacher.
+train_pruned() {
+    .venv/bin/python model_finetune.py --model_name_or_path "$1" --distill_from "$model" --train_text "$dataset" \
+        --max_train_tokens "$recover" --train block_weights --save_strategy no \
+        --extra_val_set "${evaluation:-wikitext2}" --extra_val_seqlen $seqlen --eval_seqlens $seqlen \
+        --output_dir "$save_dir/recovered" --overwrite true "${@:2}"
+}
+# What the training would refuse is refused before the pruning.
+[ -z "$recover" ] || train_pruned "$model" --check_only true
+
 SECONDS=0
 .venv/bin/python model_slimming.py "$model" "${data[@]}" --num_samples $num_samples --seqlen $seqlen \
     --non_uniform --non_uniform_strategy log_increase --min_sparsity 0.0625 --max_sparsity "$max_sparsity" \
@@ -66,10 +76,7 @@ pruning=$SECONDS
 models=("$model" "$save_dir/pruned_weights")
 if [ -n "$recover" ]; then
     echo
-    .venv/bin/python model_finetune.py --model_name_or_path "$save_dir/pruned_weights" --distill_from "$model" \
-        --train_text "$dataset" --max_train_tokens "$recover" --train block_weights --save_strategy no \
-        --extra_val_set "${evaluation:-wikitext2}" --extra_val_seqlen $seqlen --eval_seqlens $seqlen \
-        --output_dir "$save_dir/recovered" --overwrite true
+    train_pruned "$save_dir/pruned_weights"
     models+=("$save_dir/recovered")
     recovery=$((SECONDS - pruning))
 fi

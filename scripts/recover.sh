@@ -20,6 +20,10 @@ check_count NPROC "$NPROC"
 MODEL=$(local_or_name "$MODEL") DENSE=$(local_or_name "$DENSE") EVAL=$(local_or_name "$EVAL") OUT=$(realpath -m "$OUT")
 here=$PWD
 cd "$root"
+if ! smoke_mode "$@"; then
+    require MODEL "a checkpoint folder or hub name"
+    require DENSE "the dense model"
+fi
 make_venv requirements.txt
 sizes=(--max_train_tokens "$TOKENS")
 if smoke_mode "$@"; then
@@ -35,7 +39,6 @@ launcher=(.venv/bin/python) distributed=()
 if [ "$NPROC" -gt 1 ]; then
     launcher=(.venv/bin/torchrun "--nproc_per_node=$NPROC" --nnodes=1) distributed=(--deepspeed configs/deepspeed.json)
 fi
-: "${MODEL:?set MODEL to a checkpoint folder or hub name}" "${DENSE:?set DENSE to the dense model}"
 texts=()
 for text in ${TEXT:-c4}; do
     # A file of the caller's folder, with or without a weight.

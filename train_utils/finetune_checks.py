@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
 from ppl_eval.ppl_dataset import name_eval_sets, split_eval_specs
 from slim_utils.common.adapters import merged_models
 from slim_utils.common.errors import UserError
@@ -66,7 +68,7 @@ def check_args(args: FinetuneArguments) -> None:
 
 def warn_without_effect(args: FinetuneArguments, argv: Sequence[str]) -> None:
     """Log a warning for flags in ``argv`` that have no effect beside the others."""
-    model, data = args.model, args.data
+    model, data, training = args.model, args.data, args.training
     has_text = data.train_text is not None
     conditions: list[tuple[tuple[str, ...], bool, str]] = [
         (("--max_train_tokens", "--skip_train_tokens"), has_text, f"without {FLAG}"),
@@ -76,7 +78,9 @@ def warn_without_effect(args: FinetuneArguments, argv: Sequence[str]) -> None:
         (("--focal_loss_gamma",), model.use_focal_loss, "without --use_focal_loss true"),
         (("--cache_dir",), data.cache_dataset or model.cache_teacher > 0, "with --cache_dataset false"),
         (("--save_pruned_weights",), args.sparse.is_mask_training, "without --is_mask_training true"),
-        (("--fsdp_config",), bool(args.training.fsdp), "without --fsdp true"),
+        (("--fsdp_config",), bool(training.fsdp), "without --fsdp true"),
+        (("--eval_steps",), training.eval_strategy == IntervalStrategy.STEPS, "without --eval_strategy steps"),
+        (("--save_steps",), training.save_strategy == SaveStrategy.STEPS, "without --save_strategy steps"),
         (
             ("--extra_val_seqlen", "--eval_seqlens"),
             bool(split_eval_specs(data.extra_val_set)),

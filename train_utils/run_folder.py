@@ -53,6 +53,11 @@ def choose_run_folder(output_dir: Path, overwrite: bool, resume: str | None) -> 
                 f"--resume_from_checkpoint {resume}: inside --output_dir {output_dir}, but not of its run; "
                 "choose another --output_dir"
             )
+    if not overwrite and not _is_finished(output_dir / RUN_FILE) and _complete_checkpoints(output_dir):
+        raise UserError(
+            f"--output_dir {output_dir}: a run was interrupted; --resume_from_checkpoint true continues it, "
+            "--overwrite true starts anew"
+        )
     check_output(output_dir, overwrite, "--output_dir")
     return (unfinished if output_dir.is_dir() and output_entries(output_dir) else output_dir), resume
 
@@ -63,11 +68,16 @@ def last_complete_checkpoint(output_dir: Path) -> str:
     Raises:
         UserError: if no checkpoint is complete.
     """
-    complete = [path.parent for path in output_dir.glob(f"checkpoint-*/{TRAINER_STATE}")]
-    steps = {int(path.name.rpartition("-")[2]): path for path in complete if path.name.rpartition("-")[2].isdigit()}
+    steps = _complete_checkpoints(output_dir)
     if not steps:
         raise UserError(f"--resume_from_checkpoint true: no complete checkpoint in {output_dir}; leave it out")
     return str(steps[max(steps)])
+
+
+def _complete_checkpoints(output_dir: Path) -> dict[int, Path]:
+    """The complete checkpoints by step."""
+    complete = [path.parent for path in output_dir.glob(f"checkpoint-*/{TRAINER_STATE}")]
+    return {int(path.name.rpartition("-")[2]): path for path in complete if path.name.rpartition("-")[2].isdigit()}
 
 
 def open_run_folder(folder: Path, record: dict[str, Any], resumes: bool) -> None:

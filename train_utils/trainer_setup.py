@@ -135,8 +135,14 @@ def build_trainer(
         eval_sets: result of :func:`evaluation_sets`.
         teacher: a :class:`Teacher`, or a sharded model; ``None`` to train without one.
         settings: result of :func:`~train_utils.resumption.run_settings`, stored in every checkpoint.
+
+    Raises:
+        UserError: if incomplete batches are dropped and there are no others.
     """
     training = copy.copy(args.training)
+    batch = training.per_device_train_batch_size * training.world_size
+    if training.dataloader_drop_last and len(data.train) < batch:
+        raise UserError(f"--dataloader_drop_last true: {len(data.train)} samples are fewer than the {batch} of a batch")
     training.output_dir = str(args.run_folder)
     callbacks = []
     if args.stops_on_held_out:

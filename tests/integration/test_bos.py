@@ -9,6 +9,7 @@ import pytest
 import model_finetune
 import model_slimming
 from slim_utils.common.errors import UserError
+from tests.conftest import random_text
 from train_utils.finetune_args import parse_args
 
 
@@ -26,13 +27,21 @@ def bos_checkpoint(tmp_path_factory, checkpoint, bos_tokenizer) -> Path:
     return folder
 
 
-def test_model_slimming_of_a_tokenizer_that_adds_bos_uses_it(bos_checkpoint, text_file, tmp_path, caplog):
+@pytest.fixture
+def other_file(tmp_path) -> Path:
+    """A second text."""
+    path = tmp_path / "other.txt"
+    path.write_text(random_text(4000, 7))
+    return path
+
+
+def test_model_slimming_of_a_tokenizer_that_adds_bos_uses_it(bos_checkpoint, text_file, other_file, tmp_path, caplog):
     caplog.set_level("INFO")
     argv = [
         bos_checkpoint,
         "--data_file",
         text_file,
-        text_file,
+        other_file,
         "--num_samples",
         16,
         "--seqlen",
@@ -67,11 +76,18 @@ def test_model_slimming_of_an_unknown_calibration_text_is_refused(checkpoint):
         main(checkpoint, "--data_file", "c4:half")
 
 
-def test_model_slimming_of_a_weighted_mixture_records_the_samples_of_each_text(checkpoint, text_file, tmp_path):
+def test_model_slimming_of_a_weighted_mixture_records_the_samples_of_each_text(
+    checkpoint, text_file, other_file, tmp_path
+):
     argv = [checkpoint, "--num_samples", 10, "--seqlen", 32, "--sparsity", 0.5, "--skip_evaluate"]
-    main(*argv, "--data_file", f"{text_file}:0.7", f"{text_file}:0.3", "--save_dir", tmp_path / "out")
+    main(*argv, "--data_file", f"{text_file}:0.7", f"{other_file}:0.3", "--save_dir", tmp_path / "out")
     sources = json.loads((tmp_path / "out" / "run.json").read_text())["calibration"]["sources"]
-    assert [(source["name"], source["num_samples"]) for source in sources] == [(str(text_file), 7), (str(text_file), 3)]
+    assert [(source["name"], source["num_samples"]) for source in sources] == [
+        (str(text_file), 7),
+        (str(other_file), 3),
+    ]
+    with pytest.raises(UserError, match=f"--data_file {text_file}: given twice"):
+        main(*argv, "--data_file", text_file, f"{text_file}:0.3", "--save_dir", tmp_path / "twice")
 
 
 def test_model_finetune_of_a_tokenizer_that_adds_bos_measures_with_it(

@@ -192,6 +192,10 @@ def test_model_finetune_to_an_existing_output_needs_overwrite(slim, argv, tmp_pa
         ("--per_device_train_batch_size 0", "--per_device_train_batch_size 0: at least 1"),
         ("--per_device_eval_batch_size 0", "--per_device_eval_batch_size 0: at least 1"),
         ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0: at least 1"),
+        (
+            "--dataloader_drop_last true --per_device_train_batch_size 99",
+            "--dataloader_drop_last true: 40 samples are fewer than the 99 of a batch",
+        ),
         ("--dataloader_num_workers -1", "--dataloader_num_workers -1: at least 0"),
         ("--num_train_epochs 0", "--num_train_epochs 0: above 0"),
         ("--num_train_epochs nan", "--num_train_epochs nan: above 0"),

@@ -3,14 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import model_slimming
+from slim_utils.common.ngrams import NgramSample
 from slim_utils.families import layer_shapes
 from slim_utils.masks import read_units
-from slim_utils.output.provenance import read_provenance, total_share_removed
+from slim_utils.output.provenance import calibration_ngrams, read_provenance, total_share_removed
 from tests.integration.finetuning import main as finetune
 from tests.tiny_models import make_tiny
 
@@ -132,6 +134,14 @@ def test_read_provenance_of_a_damaged_file_starts_over(base, content, caplog):
     assert len(warnings) == 1 and warnings[0].endswith("its history is dropped")
     assert (provenance["base"]["name"], provenance["steps"]) == ("tiny-model", [])
     assert provenance["base"]["block_weights"] == block_weights(base)
+
+
+@pytest.mark.parametrize("ngrams", ["abcd", "ä", 5])
+def test_calibration_ngrams_of_a_damaged_file_are_left_out(ngrams, caplog):
+    steps = [OLD_STEP | {"calibration_ngrams": NgramSample(np.array([7], np.uint64)).text}]
+    assert calibration_ngrams({"steps": steps}).hashes.tolist() == [7]
+    assert not len(calibration_ngrams({"steps": [*steps, OLD_STEP | {"calibration_ngrams": ngrams}]}).hashes)
+    assert "slimgpt.json: calibration_ngrams cannot be read" in caplog.text
 
 
 def test_model_card_of_a_model_with_an_older_record_has_its_steps(base, argv, tmp_path):

@@ -60,3 +60,13 @@ def test_quickstart_takes_the_numbers_of_tokens_that_model_finetune_takes(tokens
     command = ["bash", "scripts/quickstart.sh", "--recover", tokens, "--none", "x"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert process.stderr == "quickstart.sh: error: unknown flag --none (see the head of the script)\n"
+
+
+@pytest.mark.skipif(not (ROOT / ".venv" / "bin" / "python").exists(), reason="needs scripts/test.sh's .venv")
+def test_quickstart_with_a_wrong_text_for_perplexity_is_refused_before_pruning(checkpoint, text_file, tmp_path):
+    flags = ["--model", checkpoint, "--dataset", text_file, "--save_dir", tmp_path / "out", "--recover", 600]
+    command = ["bash", "scripts/quickstart.sh", *map(str, flags), "--eval", "none.txt"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert "error: --extra_val_set none.txt: neither" in process.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()

@@ -109,8 +109,15 @@ def test_recipe_with_an_unknown_flag_is_one_line(recipe):
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "llama_7b_p20.sh"])
 def test_recipe_without_a_model_is_refused(recipe, tmp_path):
     process = run(recipe, OUT=tmp_path / "new" / "out")
-    assert process.returncode != 0
-    assert "set MODEL to a checkpoint folder or hub name" in process.stderr
+    assert process.returncode == 2
+    assert process.stderr == f"{recipe}: error: set MODEL to a checkpoint folder or hub name\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_recipe_recover_without_a_teacher_is_refused(tmp_path):
+    process = run("recover.sh", MODEL="/none", OUT=tmp_path / "new" / "out")
+    assert process.returncode == 2
+    assert process.stderr == "recover.sh: error: set DENSE to the dense model\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -168,6 +175,15 @@ def test_recipe_with_a_wrong_number_of_processes_is_one_line(recipe, processes, 
     assert process.returncode == 2
     assert process.stderr == f"{recipe}: error: NPROC {processes}: give a whole number, at least 1\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_recipe_prune_in_rounds_without_its_settings_is_one_line(tmp_path):
+    (tmp_path / "pruned_1").mkdir()
+    (tmp_path / "pruned_1" / "run.json").write_text("{}")
+    process = run("prune_in_rounds.sh", MODEL="/none", OUT=tmp_path)
+    assert process.returncode == 2
+    message = f"OUT {tmp_path} was begun with other settings; choose another OUT"
+    assert process.stderr == f"prune_in_rounds.sh: error: {message}\n"
 
 
 def test_recipe_prune_in_rounds_that_finished_nothing_begins_with_other_settings(text_file, tmp_path):

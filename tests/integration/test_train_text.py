@@ -114,6 +114,14 @@ def test_train_text_resumed_keeps_the_weights_of_the_whole_run(slim, text_argv, 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_train_text_resumed_with_another_number_of_tokens_names_the_flag(slim, text_argv, tmp_path):
+    flags = ["--train", "scales", "--save_strategy", "steps", "--save_steps", 8, "--max_train_tokens", 512]
+    main(text_argv(slim / "pruned_weights", *flags))
+    flags += ["--resume_from_checkpoint", "true", "--max_train_tokens", 1024]
+    with pytest.raises(UserError, match=r"not the same run: --max_train_tokens was 512\.0, is 1024\.0; data was"):
+        main(text_argv(slim / "pruned_weights", *flags))
+
+
 def test_train_text_without_stopping_on_held_out_ends_with_the_last_weights(slim, text_argv, tmp_path):
     base, out = slim / "pruned_weights", tmp_path / "out"
     main(text_argv(base, "--learning_rate", 10, "--stop_on_held_out", "false"))
@@ -196,7 +204,10 @@ TEXT_ONLY, ROWS_ONLY = ["--skip_train_tokens", 8, "--max_train_tokens=512"], ["-
             "--extra_val_seqlen, --eval_seqlens have no effect with --extra_val_set none",
         ),
         (False, ["--fsdp_config", "configs/fsdp2.json"], "--fsdp_config has no effect without --fsdp true"),
+        (True, ["--eval_steps", 4], "--eval_steps has no effect without --eval_strategy steps"),
+        (True, ["--save_steps", 4], "--save_steps has no effect without --save_strategy steps"),
         (True, ["--skip_train_tokens", 8, "--use_lora", "true", "--peft_lora_r", 4], None),
+        (True, ["--eval_steps=4", "--eval_strategy=steps", "--save_steps=4", "--save_strategy=steps"], None),
         (False, ["--prompt_template_name", "chat", "--train", "lora", "--peft_lora_alpha", 4], None),
     ],
 )

@@ -156,6 +156,34 @@ def test_finetune_resume_of_a_checkpoint_of_another_version_compares_what_both_h
     main(resumed)
     warning = "of another version of the suite; not compared: --former, --train, teacher"
     assert sum(warning in record.getMessage() for record in caplog.records) == 1
-    (out / "checkpoint-2" / "run_settings.json").write_text("[1")
-    with pytest.raises(UserError, match=r"run_settings.json cannot be read \(JSONDecodeError"):
-        main(resumed)
+
+
+def test_finetune_resume_of_a_damaged_checkpoint_names_the_file(slim, argv, tmp_path):
+    flags, out = ["--use_lora", "true", *CHECKPOINTS, "--stop_on_held_out", "true"], tmp_path / "out"
+    main(argv(slim / "pruned_weights", *flags, "--learning_rate", 1))
+    checkpoint = out / "checkpoint-4"
+    files = {path for path in checkpoint.iterdir() if path.suffix in (".json", ".safetensors", ".pt", ".pth", ".bin")}
+    assert {"optimizer.pt", "adapter_model.safetensors", "trainer_state.json", "held_out_losses.json"} <= {
+        path.name for path in files
+    }
+    for path in files:
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        with pytest.raises(
+            UserError, match=rf"--resume_from_checkpoint .*checkpoint-4: {path.name} is damaged; choose"
+        ):
+            main(argv(slim / "pruned_weights", *flags, "--resume_from_checkpoint", checkpoint))
+        path.write_bytes(content)
+
+
+def test_finetune_again_after_an_interruption_names_the_ways_on(slim, argv, tmp_path):
+    flags = ["--use_lora", "true", *CHECKPOINTS]
+    main(argv(slim / "pruned_weights", *flags))
+    run_file = tmp_path / "out" / "run.json"
+    run_file.write_text(json.dumps(json.loads(run_file.read_text()) | {"finished": False}))
+    with pytest.raises(
+        UserError, match="a run was interrupted; --resume_from_checkpoint true continues it, --overwrite"
+    ):
+        main(argv(slim / "pruned_weights", *flags))
+    main(argv(slim / "pruned_weights", *flags, "--overwrite", "true"))
+    assert json.loads(run_file.read_text())["finished"]
