@@ -93,7 +93,7 @@ class Family:
         active_experts_key: configuration key of the number of experts of a token.
         router: module that chooses the experts of a token.
         router_tensors: its parameters and buffers with an entry per expert, and the dimension of these entries.
-        fewest_experts: experts that the router needs at least.
+        fewest_experts: experts that the router needs at least, in each of its groups if it has some.
         experts_in: module that computes the inputs of the experts from those of the router, if they differ.
         shared_expert: FFN of every token beside the experts, with a gate, if any.
         shared_out: its linear map whose input columns are its intermediate columns.
@@ -253,6 +253,10 @@ class Family:
         if hasattr(config, "moe_layers"):
             sparse = index in config.moe_layers
         return getattr(config, self.num_experts_key) if sparse else 0
+
+    def num_expert_groups(self, config: PreTrainedConfig) -> int:
+        """Return the number of groups of as many experts that the routers choose among; 1 without groups."""
+        return getattr(config, "n_group", None) or 1
 
     def num_shared_columns(self, layer_config: PreTrainedConfig, kv_sharing: str = "") -> int:
         """Return the width of the shared expert of a layer with experts; 0 if it has none."""

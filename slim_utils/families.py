@@ -45,6 +45,7 @@ __all__ = [
     "QKV",
     "SERVED_FAMILIES",
     "SERVED_MIXTURES",
+    "SERVED_STOCK",
     "SHARED_COLUMNS",
     "Family",
     "LayerShape",
@@ -60,6 +61,11 @@ UNKNOWN_TYPE_ADVICE = "; docs/families.md lists all, and --family_like of model_
 SERVED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Mixtures tested as stock checkpoints with fewer experts in vLLM.
 SERVED_MIXTURES = ("mixtral", "qwen3_moe")
+# Those tested in stock shapes, without the plugin.
+SERVED_STOCK = (
+    *(*SERVED_FAMILIES, *SERVED_MIXTURES),
+    *("gemma", "gemma2", "gemma3_text", "glm4", "granite", "olmo2", "olmo3", "phi3", "smollm3"),
+)
 # Those of the vLLM plugin.
 PLUGIN_FAMILIES = (
     *SERVED_FAMILIES,

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 def active_experts(config: PreTrainedConfig, family: Family, num_experts: int) -> int | list[int]:
     """Return the number of experts of a token once ``num_experts`` are left, by layer where ``config`` lists it."""
     active = getattr(config, family.active_experts_key)
-    return [min(k, num_experts) for k in active] if isinstance(active, list) else min(active, num_experts)
+    most = _most_active(num_experts, family.num_expert_groups(config), getattr(config, "topk_group", None))
+    return [min(k, most) for k in active] if isinstance(active, list) else min(active, most)
+
+
+def _most_active(num_experts: int, groups: int, chosen_groups: int | None) -> int:
+    """Experts that a token can be routed to: those of the groups that are chosen for it."""
+    return num_experts // groups * (chosen_groups or groups)
 
 
 def active_by_layer(config: PreTrainedConfig) -> list[int]:
@@ -61,6 +67,11 @@ class Router:
         chosen = logits.topk(top_k, dim=-1).indices
         return chosen, weights.gather(1, chosen)
 
+    @property
+    def num_groups(self) -> int:
+        """Groups of as many experts that the router chooses among; 1 without groups."""
+        return getattr(self.module, "num_group", None) or 1
+
     def mask(self, kept: list[int]) -> None:
         """Make the router choose among the experts ``kept``, in place, as with logits of −inf for all others.
 
@@ -69,7 +80,13 @@ class Router:
 
         Args:
             kept: ascending numbers of experts; all of them for no mask.
+
+        Raises:
+            ValueError: if the groups of the router would have different numbers of experts.
         """
+        groups = [expert * self.num_groups // self._num_experts for expert in kept]
+        if len({groups.count(group) for group in range(self.num_groups)}) > 1:
+            raise ValueError(f"{self.num_groups} groups with different numbers of experts")
         self.module.__dict__.pop("forward", None)
         if len(kept) < self._num_experts:
             self.module.forward = partial(self._route_to, kept)
@@ -94,7 +111,8 @@ class Router:
                 module._buffers[last] = value
         reduced.num_experts = len(kept)
         if hasattr(reduced, "top_k"):
-            reduced.top_k = min(reduced.top_k, len(kept))
+            most = _most_active(len(kept), self.num_groups, getattr(reduced, "topk_group", None))
+            reduced.top_k = min(reduced.top_k, most)
         else:
             reduced.config = copy.copy(reduced.config)
             setattr(reduced.config, self.active_key, min(getattr(reduced.config, self.active_key), len(kept)))

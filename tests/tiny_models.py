@@ -268,6 +268,12 @@ FURTHER_VARIANTS: dict[str, Any] = {
         "layers_block_type": ["full_attention", "mlp", "linear_attention", "mlp"],
     },
 }
+_EXPERT_GROUPS = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1}
+# Mixtures whose routers choose among groups of experts, with two groups of four.
+EXPERT_GROUPS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("glm4_moe", "deepseek_v3", "nemotron_h"), _EXPERT_GROUPS),
+    "deepseek_v2": {**_EXPERT_GROUPS, "topk_method": "group_limited_greedy"},
+}
 ALL_TINY = [*TINY_VARIANTS, *TINY_FAMILIES]
 
 

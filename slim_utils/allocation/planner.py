@@ -24,7 +24,7 @@ from slim_utils.allocation.budget import (
 )
 from slim_utils.allocation.latency_target import LatencyTarget, latency_target_of
 from slim_utils.allocation.refinement import measure_around, refined_plans
-from slim_utils.allocation.schedules import layer_range, layer_ratios, non_uniform_ratios
+from slim_utils.allocation.schedules import layer_range, layer_ratios, non_uniform_ratios, units_to_remove
 from slim_utils.allocation.sensitivity import LayerSensitivity, loss_curves, max_removable, measure
 from slim_utils.allocation.targets import Allocate, Target, share_text, target_of
 from slim_utils.common.errors import UserError
@@ -67,11 +67,11 @@ def pruning_settings(config: PruningConfig) -> PruningSettings:
     )
 
 
-def alignment(config: PruningConfig) -> Alignment:
-    """Return the multiples of ``config`` that layers keep."""
+def alignment(config: PruningConfig, expert_groups: int = 1) -> Alignment:
+    """Return the multiples of ``config`` that layers keep, and of ``expert_groups`` where experts are removed."""
     return Alignment(
         heads_multiple=math.lcm(2 if config.even_heads else 1, config.tp_size),
-        columns_multiple=math.lcm(config.multiple_of, config.tp_size),
+        columns_multiple=math.lcm(config.multiple_of, config.tp_size, expert_groups if config.whole_experts else 1),
         tp_size=config.tp_size,
         uniform=config.uniform_shapes or config.whole_experts,
     )
@@ -105,7 +105,7 @@ class Planner:
 
     def __init__(self, config: PruningConfig, host: ResidentModel, table: LatencyTable | None = None) -> None:
         self._config, self._host, self._table = config, host, table
-        self._alignment = alignment(config)
+        self._alignment = alignment(config, host.family.num_expert_groups(host.model.config))
         self.settings = pruning_settings(config)
         self.shapes: list[LayerShape] = layer_shapes(host.model.config)
 
@@ -209,27 +209,33 @@ class Planner:
         """Log the experts that stay, the share of the block weights that goes with the others, and a smaller top k.
 
         Raises:
-            UserError: if the router cannot choose among so few experts.
+            UserError: if the router cannot choose among the experts.
         """
         config, family = self._host.model.config, self._host.family
         kept, total = next((len(m.kept_experts), m.shape.num_experts) for m in masks if m.shape.num_experts)
-        groups = getattr(config, "n_group", None) or 1
-        if groups > 1:
+        groups, router = family.num_expert_groups(config), f"--expert_unit expert: the router of {family.base_type}"
+        if kept % groups:
             raise UserError(
-                f"--expert_unit expert: the router of {family.base_type} chooses among n_group {groups} groups of as "
-                "many experts; leave it out to remove columns of every expert"
+                f"{router} chooses among {groups} groups of as many experts, {kept} would be left; change --multiple_of"
             )
-        if kept < family.fewest_experts:
+        if kept < family.fewest_experts * groups:
+            of_groups = f" in each of its {groups} groups" if groups > 1 else ""
             raise UserError(
-                f"--expert_unit expert: the router of {family.base_type} needs {family.fewest_experts} experts, {kept} "
-                "would be left; lower --sparsity or the target"
+                f"{router} needs {family.fewest_experts} experts{of_groups}, {kept // groups} would be left; lower "
+                "--sparsity or the target"
             )
+        sparsity = self._config.sparsity
+        requested = total - units_to_remove(total, sparsity)
+        if requested != kept and not self._config.has_target:
+            message = "--sparsity %g leaves %d experts, rounded to %d, a multiple of %d"
+            logger.info(message, sparsity, requested, kept, self._alignment.columns_multiple)
         share = removed_share(self._host.layers, family, masks)
-        message = "every MoE layer keeps %d of %d experts: %.2f %% of the block weights are removed"
-        logger.info(message, kept, total, 100 * share)
-        active = getattr(config, family.active_experts_key)
-        if active_experts(config, family, kept) != active:
-            logger.warning("%s is reduced from %s to %d", family.active_experts_key, active, kept)
+        as_many = f", as many in each of {groups} groups" if groups > 1 else ""
+        message = "every MoE layer keeps %d of %d experts%s: %.2f %% of the block weights are removed"
+        logger.info(message, kept, total, as_many, 100 * share)
+        active, reduced = getattr(config, family.active_experts_key), active_experts(config, family, kept)
+        if reduced != active:
+            logger.warning("%s is reduced from %s to %s", family.active_experts_key, active, reduced)
 
     def latency(self, plans: list[LayerPlan]) -> dict[str, Any] | None:
         """Return the requested and predicted seconds of ``--target_latency``; ``None`` without it."""

@@ -86,6 +86,8 @@ def prune_whole_experts(
 ) -> tuple[PruneResult, ExpertRefit]:
     """Remove the ``count`` experts of lowest score and refit the others, in place; the router is masked.
 
+    A router that chooses among groups of experts loses as many from every group, those of lowest score in it.
+
     A fifth of the samples is held out: the damping of each refit is the best for them, from ``percdamp`` up in steps of
     ten, and a refit that does not lower their error is dropped. Without compensation nothing is refitted, and neither
     is it with a single sample.
@@ -112,7 +114,7 @@ def prune_whole_experts(
     if not scores.isfinite().all():
         raise UserError(f"{name}: non-finite activations; try --dtype bfloat16 or float32")
     energy = _squared_errors(batches, processes)
-    removed = lowest(scores, count)
+    removed = lowest(scores, count, router.num_groups)
     kept = sorted(set(range(num_experts)) - set(removed))
     router.mask(kept)
     _reroute(experts, router, batches, settings)
@@ -137,9 +139,23 @@ def prune_whole_experts(
     return result, ExpertRefit(scores.tolist(), removed, sorted(refitted), *held_out)
 
 
-def lowest(scores: Tensor, count: int) -> list[int]:
-    """Return the ``count`` experts of lowest score, in ascending order; of equal scores, the first."""
-    return sorted(scores.argsort(stable=True)[:count].tolist())
+def lowest(scores: Tensor, count: int, groups: int = 1) -> list[int]:
+    """Return the ``count`` experts of lowest score, in ascending order; of equal scores, the first.
+
+    Args:
+        scores: (experts,) scores.
+        count: experts to return.
+        groups: groups of as many experts side by side, which share ``count`` equally.
+
+    Raises:
+        ValueError: if they cannot.
+    """
+    if count % groups:
+        raise ValueError(f"{count} experts of {groups} groups")
+    by_group = scores.view(groups, -1)
+    chosen = by_group.argsort(dim=1, stable=True)[:, : count // groups]
+    first = torch.arange(groups, device=scores.device)[:, None] * by_group.shape[1]
+    return sorted((chosen + first).flatten().tolist())
 
 
 def _columns_of(experts: list[int], columns: int) -> list[int]:

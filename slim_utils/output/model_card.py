@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from slim_utils.common.atomic_output import write_text_atomic
 from slim_utils.common.loading import is_multimodal_checkpoint, load_config, model_on_meta
-from slim_utils.families import FAMILIES, PLUGIN_FAMILIES, SERVED_FAMILIES, SERVED_MIXTURES, LayerShape, layer_shapes
+from slim_utils.families import FAMILIES, PLUGIN_FAMILIES, SERVED_FAMILIES, SERVED_STOCK, LayerShape, layer_shapes
 from slim_utils.gguf_families import is_exportable
 from slim_utils.masks import LayerMask
 from slim_utils.output.provenance import (
@@ -36,16 +36,14 @@ def vllm_options(config: PreTrainedConfig) -> dict[str, Any] | None:
 
     vLLM's Qwen2 requires heads that fill the hidden size; its LLaMA does not, and supports the biases of Qwen2.
     """
-    if config.model_type in SERVED_MIXTURES:
+    if config.model_type in SERVED_STOCK:
+        shape = layer_shapes(config)[0]
+        if config.model_type == "qwen2" and shape.num_heads * shape.head_dim != config.hidden_size:
+            return {"hf_overrides": {"architectures": ["LlamaForCausalLM"], "qkv_bias": True}}
         return {}
-    if FAMILIES[config.model_type].base_type not in SERVED_FAMILIES:
-        return None
-    if config.model_type not in SERVED_FAMILIES:
+    if FAMILIES[config.model_type].base_type in SERVED_FAMILIES:
         return {"model_impl": "transformers", "trust_remote_code": True}
-    shape = layer_shapes(config)[0]
-    if config.model_type == "qwen2" and shape.num_heads * shape.head_dim != config.hidden_size:
-        return {"hf_overrides": {"architectures": ["LlamaForCausalLM"], "qkv_bias": True}}
-    return {}
+    return None
 
 
 def model_card(

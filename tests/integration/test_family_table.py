@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import model_slimming
 from models.families import FAMILIES, ROWS
 from slim_utils.common.errors import UserError
-from slim_utils.families import PLUGIN_FAMILIES, SERVED_FAMILIES, find_family, layer_shapes
+from slim_utils.families import PLUGIN_FAMILIES, SERVED_FAMILIES, SERVED_STOCK, find_family, layer_shapes
 from slim_utils.gguf_families import GGUF_FAMILIES
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import removed_indices, shrink, zero_indices, zero_removed
 from slim_utils.profiling.model_stats import model_stats
 from tests.integration.test_families import LOADER
 from tests.processes import run_python
-from tests.tiny_models import FURTHER_FAMILIES, FURTHER_VARIANTS, TINY_FAMILIES, make_tiny
+from tests.tiny_models import EXPERT_GROUPS, FURTHER_FAMILIES, FURTHER_VARIANTS, TINY_FAMILIES, make_tiny
 from train_utils.lora import lora_targets
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,8 +143,7 @@ def test_uniform_shapes_make_a_stock_model_or_are_refused(name, samples, tmp_pat
 
 @MIXTURES
 def test_whole_experts_of_family_are_removed_from_a_stock_model(name, samples, tokenizer, text_file, tmp_path):
-    ungrouped = {"n_group": 1} if name in ("glm4_moe", "deepseek_v3") else {}
-    dense = make_tiny(name, **ungrouped)
+    dense = make_tiny(name, **EXPERT_GROUPS.get(name, {}))
     dense.save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     run = [tmp_path / "dense", "--data_file", text_file, "--num_samples", 8, "--seqlen", 16, "--device", "cpu"]
@@ -152,7 +151,8 @@ def test_whole_experts_of_family_are_removed_from_a_stock_model(name, samples, t
     model_slimming.main(flags(*run, "--save_dir", tmp_path / "out"))
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "pruned_weights")
     assert type(pruned) is type(dense)
-    assert {shape.num_experts for shape in layer_shapes(pruned.config)} <= {0, 3}
+    experts = {shape.num_experts for shape in layer_shapes(dense.config)}
+    assert {4 * shape.num_experts for shape in layer_shapes(pruned.config)} == {3 * count for count in experts}
     assert difference(dense, pruned, samples) > 1e-2
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     cached, plain = (pruned.generate(samples[:2, :5], use_cache=use_cache, **options) for use_cache in (True, False))
@@ -165,7 +165,8 @@ def table_lines() -> list[str]:
     for row in ROWS:
         marks = ["yes"] * 5
         marks.append("yes" if row.base_type in GGUF_FAMILIES else "")
-        with_plugin = "with the plugin" if row.base_type in PLUGIN_FAMILIES else ""
+        stock = "stock shapes" if row.base_type in SERVED_STOCK else ""
+        with_plugin = "with the plugin" if row.base_type in PLUGIN_FAMILIES else stock
         marks.append("yes" if row.base_type in SERVED_FAMILIES else with_plugin)
         lines.append(" | ".join([f"| `{row.base_type}`", *marks, ""]).rstrip().replace("|  ", "| "))
     return lines

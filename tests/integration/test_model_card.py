@@ -101,8 +101,10 @@ def test_model_card_with_removed_kv_heads_names_the_limits(argv, tmp_path, flags
         model(input_ids=torch.tensor([[5, 6, 7]]))
 
 
-def test_model_card_of_a_stock_checkpoint_needs_no_remote_code(argv, tmp_path):
+@pytest.mark.parametrize("name", ["gqa", "granite", "olmo2", "gemma"])
+def test_model_card_of_a_stock_checkpoint_needs_no_remote_code(name, argv, tmp_path):
     (argv[0] / "README.md").unlink()
+    make_tiny(name).save_pretrained(argv[0])
     main(*argv, "--uniform_shapes", "--skip_evaluate")
     content = (tmp_path / "out" / "pruned_weights" / "README.md").read_text()
     assert "trust_remote_code" not in content and "vllm_slim" not in content and "vllm serve DIR\n" in content

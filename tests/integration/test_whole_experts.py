@@ -20,7 +20,7 @@ from slim_utils.report.contents import plots
 from slim_utils.report.sources import read_sources
 from tests.integration.test_pruning_again import check_slices
 from tests.processes import run_ranks
-from tests.tiny_models import make_tiny
+from tests.tiny_models import EXPERT_GROUPS, make_tiny
 
 STOCK = {"mixtral": MixtralForCausalLM, "qwen3_moe": Qwen3MoeForCausalLM}
 WHOLE = ["--expert_unit", "expert", "--save_pruned_weights"]
@@ -131,16 +131,19 @@ def test_model_slimming_evaluates_the_pruned_model(mixture, argv, text_file, tmp
     assert record_of(tmp_path / "out")["perplexity"][0]["perplexity"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_model_slimming_that_keeps_all_experts_saves_the_same_bits(mixture, argv, tmp_path):
-    main(mixture("mixtral"), *argv, *WHOLE, "--sparsity", 0.1, "--skip_evaluate", "--save_dir", tmp_path / "out")
+@pytest.mark.parametrize("name", ["mixtral", *EXPERT_GROUPS])
+def test_model_slimming_that_keeps_all_experts_saves_the_same_bits(name, mixture, argv, tmp_path):
+    model = mixture(name, **EXPERT_GROUPS.get(name, {}))
+    main(model, *argv, *WHOLE, "--sparsity", 0.05, "--skip_evaluate", "--save_dir", tmp_path / "out")
     weights, expected = (
-        load_file(path / "model.safetensors") for path in (tmp_path / "out" / "pruned_weights", tmp_path / "mixtral")
+        load_file(path / "model.safetensors") for path in (tmp_path / "out" / "pruned_weights", tmp_path / name)
     )
     assert weights.keys() == expected.keys() and all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
-def test_model_slimming_streamed_or_resumed_gives_the_same_bits(mixture, argv, tmp_path, monkeypatch):
-    flags = [mixture("qwen3_moe"), *argv, *WHOLE, "--sparsity", 0.5]
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_model_slimming_streamed_or_resumed_gives_the_same_bits(name, mixture, argv, tmp_path, monkeypatch):
+    flags = [mixture(name, **EXPERT_GROUPS.get(name, {})), *argv, *WHOLE, "--sparsity", 0.5]
     main(*flags, "--save_dir", tmp_path / "whole")
     main(*flags, "--stream", "--save_dir", tmp_path / "streamed")
     save = LayerStore.save
@@ -248,7 +251,12 @@ def test_whole_experts_on_two_processes_are_those_of_one(mixture, argv, tmp_path
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("glm4_moe", ["--sparsity", 0.5], "the router of glm4_moe chooses among n_group 2 groups of as many experts"),
+        ("glm4_moe", ["--sparsity", 0.5], "the router of glm4_moe needs 2 experts in each of its 2 groups, 1 would be"),
+        (
+            "glm4_moe",
+            ["--sparsity", 0.3, "--multiple_of", 3],
+            "the router of glm4_moe chooses among 2 groups of as many experts, 3 would be left; change --multiple_of",
+        ),
         ("phimoe", ["--sparsity", 0.99], "the router of phimoe needs 2 experts, 1 would be left"),
     ],
 )
@@ -258,3 +266,67 @@ def test_model_slimming_to_experts_that_the_router_cannot_choose_among_is_refuse
     with pytest.raises(UserError, match=f"--expert_unit expert: {message}"):
         main(mixture(name), *argv, *WHOLE, *flags, "--save_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "per_group", "message"),
+    [
+        (["--sparsity", 0.25], 3, ""),
+        (["--sparsity", 0.4], 2, "--sparsity 0.4 leaves 5 experts, rounded to 4"),
+        (["--target_ratio", 0.1], 3, ""),
+        (["--sparsity", 0.25, "--multiple_of", 4], 2, "--sparsity 0.25 leaves 6 experts, rounded to 4"),
+    ],
+)
+@pytest.mark.parametrize("name", EXPERT_GROUPS)
+def test_model_slimming_removes_as_many_experts_from_every_group(
+    name, flags, per_group, message, mixture, argv, samples, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    main(mixture(name, **EXPERT_GROUPS[name]), *argv, *WHOLE, *flags, "--skip_evaluate", "--save_dir", tmp_path / "out")
+    dense, pruned = load(tmp_path / name), load(tmp_path / "out" / "pruned_weights")
+    assert type(pruned) is type(dense) and pruned.config.n_group == 2
+    assert pruned.config.n_routed_experts == 2 * per_group
+    family, masks = find_family(dense.config), read_pruning(tmp_path / "out" / "pruning.json")
+    for mask, *layers in zip(masks, *map(family.decoder_layers, (dense, pruned)), strict=True):
+        if kept := mask.kept_experts:
+            assert [expert // 4 for expert in kept] == [0] * per_group + [1] * per_group
+            weight, sliced = (layer.get_submodule(family.router).weight for layer in layers)
+            assert torch.equal(sliced, weight[kept])
+    assert f"every MoE layer keeps {2 * per_group} of 8 experts, as many in each of 2 groups: " in caplog.text
+    assert ("rounded to" in caplog.text) == bool(message) and message in caplog.text
+    with torch.no_grad():
+        assert pruned(samples).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERT_GROUPS if name != "deepseek_v2"])
+def test_model_slimming_of_experts_that_no_token_reaches_changes_no_logit(name, mixture, argv, samples, tmp_path):
+    path, unreached = mixture(name, **EXPERT_GROUPS[name]), [1, 2, 4, 7]
+    dense = load(path)
+    for key, buffer in dense.named_buffers():
+        if key.endswith("e_score_correction_bias"):
+            buffer[unreached] = -10
+    dense.save_pretrained(path)
+    main(path, *argv, *WHOLE, "--sparsity", 0.5, "--skip_evaluate", "--save_dir", tmp_path / "out")
+    for mask in read_pruning(tmp_path / "out" / "pruning.json"):
+        assert mask.kept_experts in ([], [0, 3, 5, 6])
+    with torch.no_grad():
+        expected, logits = dense(samples).logits, load(tmp_path / "out" / "pruned_weights")(samples).logits
+    assert (logits - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def test_model_slimming_of_groups_to_fewer_experts_than_are_chosen_reduces_top_k(mixture, argv, tmp_path, caplog):
+    model = mixture("deepseek_v3", **EXPERT_GROUPS["deepseek_v3"], num_experts_per_tok=4)
+    main(model, *argv, *WHOLE, "--sparsity", 0.25, "--skip_evaluate", "--save_dir", tmp_path / "out")
+    assert load(tmp_path / "out" / "pruned_weights").config.num_experts_per_tok == 3
+    assert "num_experts_per_tok is reduced from 4 to 3" in caplog.text
+
+
+def test_pruning_experts_of_groups_again_composes_in_units_of_the_dense_model(mixture, argv, tmp_path):
+    path = mixture("deepseek_v3", **EXPERT_GROUPS["deepseek_v3"])
+    for name, ratio in (("once", 0.25), ("twice", 0.33)):
+        main(path, *argv, *WHOLE, "--sparsity", ratio, "--skip_evaluate", "--save_dir", tmp_path / name)
+        path = tmp_path / name / "pruned_weights"
+    dense, twice = load(tmp_path / "deepseek_v3"), load(path)
+    masks = read_pruning(path / "pruning.json")
+    assert {tuple(expert // 4 for expert in mask.kept_experts) for mask in masks} == {(), (0, 0, 1, 1)}
+    check_slices(dense, twice, find_family(dense.config), masks)

@@ -3,10 +3,12 @@
     python llama_cpp_generate.py MODEL.gguf NEW_TOKENS < PROMPTS.json
 
 PROMPTS.json is one line, a list of texts or of lists of token ids, completed in one batch. Prints one json line: texts,
-seconds and tokens. Each further line of the input completes the batch again and prints the same.
+seconds and tokens. Each further line of the input completes the batch again and prints the same. OMP_NUM_THREADS sets
+the number of threads, which is that of the cores without it.
 """
 
 import json
+import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,8 @@ parameters = xllamacpp.CommonParams()
 parameters.model.path = path
 parameters.n_ctx = 512 * len(prompts)
 parameters.n_parallel = len(prompts)
+# llama.cpp's threads wait for one another in a loop, which other work on the machine makes very slow.
+parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = int(os.environ.get("OMP_NUM_THREADS", -1))
 parameters.verbosity = -1
 server = xllamacpp.Server(parameters)
 

@@ -3,11 +3,12 @@
     python llama_cpp_perplexity.py MODEL.gguf < WINDOWS.json
 
 WINDOWS.json is a list of lists of token ids. Every target is a separate request for the probabilities of all tokens;
-its context is cached. Prints one json line: perplexity, targets.
+its context is cached. OMP_NUM_THREADS sets the number of threads. Prints one json line: perplexity, targets.
 """
 
 import json
 import math
+import os
 import sys
 
 import xllamacpp
@@ -17,6 +18,7 @@ parameters = xllamacpp.CommonParams()
 parameters.model.path = sys.argv[1]
 parameters.n_ctx = 512
 parameters.n_parallel = 1
+parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = int(os.environ.get("OMP_NUM_THREADS", -1))
 parameters.warmup = False
 parameters.verbosity = -1
 server = xllamacpp.Server(parameters)

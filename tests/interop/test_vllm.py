@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slim_utils.families import SERVED_FAMILIES
+from slim_utils.families import SERVED_FAMILIES, SERVED_MIXTURES, SERVED_STOCK
 from slim_utils.output.model_card import vllm_options
 from tests.interop.common import NEW_TOKENS, PROMPTS, ROOT, SHAPES, engine, greedy_tokens, smollm2
 from tests.interop.served import record_served
@@ -21,8 +21,8 @@ BACKEND = "vLLM, Transformers backend"
 NEAR_TIE = 1e-3
 # vLLM rounds activations and logits to bf16: at most this much below the best logit of Transformers in fp32.
 BF16_MARGIN = 0.5
-# Served in stock shapes by vLLM's own classes, beside ``SERVED_FAMILIES``.
-STOCK_FAMILIES = ("gemma3_text", "glm4", "phi3")
+# Served without the plugin in stock shapes alone.
+STOCK_ALONE = [name for name in SERVED_STOCK if name not in (*SERVED_FAMILIES, *SERVED_MIXTURES)]
 TOKEN_PROMPTS = [[5, 9, 17, 33], [100, 20, 30], list(range(7, 40)), [200]]
 
 pytestmark = [
@@ -83,11 +83,12 @@ def test_vllm_generates_the_greedy_tokens_of_transformers(model_type, shape, tmp
     record_served("vLLM" if shape == "stock" else BACKEND, model_type, shape, "fp32")
 
 
-@pytest.mark.parametrize("model_type", STOCK_FAMILIES)
+@pytest.mark.parametrize("model_type", STOCK_ALONE)
 def test_vllm_generates_the_greedy_tokens_of_stock_checkpoints(model_type, tmp_path):
     model = pruned_model(model_type, "stock")
     model.save_pretrained(tmp_path)
-    compare(tmp_path, TOKEN_PROMPTS, type(model).__name__, {})
+    assert vllm_options(model.config) == {}
+    compare(tmp_path, TOKEN_PROMPTS, type(model).__name__)
     record_served("vLLM", model_type, "stock", "fp32")
 
 

@@ -82,8 +82,8 @@ def pruned_model(model_type: str, shape: str) -> PreTrainedModel:
         columns = [expert * width + column for expert in range(layer.num_ffns) for column in kept]
         removed = REMOVED_HEADS[index]
         if shape == "stock":
-            # Heads of Gemma 3 have to divide the hidden size.
-            removed = {index, (index + 1) % 4} if model_type == "gemma3_text" else {index}
+            # Heads of Gemma 2 and 3 have to divide the hidden size.
+            removed = {index, (index + 1) % 4} if model_type in ("gemma2", "gemma3_text") else {index}
         if shape == "kv groups" and index == 1:
             masks.append(LayerMask.from_groups(layer, [1], columns))
         else:

@@ -81,6 +81,9 @@ def test_scores_are_the_mean_of_gate_times_norm_over_routed_tokens():
 
 def test_lowest_of_equal_scores_is_the_first_and_experts_without_tokens_go_before_others():
     assert lowest(torch.tensor([0.5, 0.0, 0.2, 0.2]), 2) == [1, 2]
+    assert lowest(torch.tensor([0.5, 0.0, 0.1, 0.3, 0.2, 0.2]), 2, groups=2) == [1, 4]
+    with pytest.raises(ValueError, match="3 experts of 2 groups"):
+        lowest(torch.rand(6), 3, groups=2)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -102,7 +105,7 @@ def test_error_of_the_chosen_subset_is_that_of_brute_force_and_for_one_expert_th
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("removed", list(combinations(range(4), 2)))
 def test_refit_of_every_subset_lowers_the_error_of_calibration_and_held_out_samples(name, removed, monkeypatch):
-    monkeypatch.setattr(whole_experts, "lowest", lambda scores, count: list(removed))
+    monkeypatch.setattr(whole_experts, "lowest", lambda *_: list(removed))
     experts, router = moe_layer(name)
     hidden = hidden_inputs()
     dense = output(experts, router, hidden[:200])

@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from models.families import ROWS
 from scripts import serving_table
 from slim_utils.common.errors import UserError
+from slim_utils.output.model_card import vllm_options
 from tests.interop.served import record_served
+from tests.tiny_models import make_tiny
 
 ROOT = Path(__file__).resolve().parents[3]
+ROWS_OF_FILE = json.loads((ROOT / "serving/tested.json").read_text(encoding="utf-8"))["rows"]
 
 
 def test_record_served_adds_every_row_once(tmp_path, monkeypatch):
@@ -53,5 +57,10 @@ def test_page_without_markers_is_refused():
 
 def test_page_has_the_table_of_the_results():
     page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
-    rows = json.loads((ROOT / "serving/tested.json").read_text(encoding="utf-8"))["rows"]
-    assert serving_table.with_table(page, rows) == page
+    assert serving_table.with_table(page, ROWS_OF_FILE) == page
+
+
+@pytest.mark.parametrize("name", [row.base_type for row in ROWS])
+def test_card_has_a_vllm_command_for_stock_shapes_where_the_table_has_them(name):
+    served = any((row["engine"], row["family"]) == ("vLLM", name) for row in ROWS_OF_FILE)
+    assert (vllm_options(make_tiny(name).config) is not None) == served
