@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 # Measured by benchmarks/bench_recovery.py.
 WEIGHT_RATE = 1.5e-3  # of the root mean square of the weights
-LORA_RATE = 1e-4  # for weights of the magnitude 1 / sqrt(hidden size), at which matrices are commonly initialised
+LORA_RATE = 5e-4  # for weights of the magnitude 1 / sqrt(hidden size), at which matrices are commonly initialised
 SCALE_RATE = 5e-3  # scales are factors of 1 at first: one rate for all models
 _SAMPLED_ROWS = 64
 # Where a DeepSpeed configuration holds "auto" for the learning rate, the Trainer has put the value of the flag.

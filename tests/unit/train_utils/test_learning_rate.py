@@ -20,8 +20,8 @@ from train_utils.text_defaults import ALL_WEIGHTS, BLOCK_WEIGHTS, LORA, SCALES
     ("magnitude", "hidden_size", "rates"),
     [
         # SmolLM2-135M and Gemma-3-270M.
-        (0.196, 576, {ALL_WEIGHTS: 3e-4, BLOCK_WEIGHTS: 3e-4, LORA: 5e-4, SCALES: 5e-3}),
-        (0.035, 640, {ALL_WEIGHTS: 5e-5, BLOCK_WEIGHTS: 5e-5, LORA: 9e-5, SCALES: 5e-3}),
+        (0.196, 576, {ALL_WEIGHTS: 3e-4, BLOCK_WEIGHTS: 3e-4, LORA: 2e-3, SCALES: 5e-3}),
+        (0.035, 640, {ALL_WEIGHTS: 5e-5, BLOCK_WEIGHTS: 5e-5, LORA: 4e-4, SCALES: 5e-3}),
     ],
 )
 def test_text_learning_rate_follows_the_magnitude_of_the_weights(magnitude, hidden_size, rates):
