@@ -28,6 +28,8 @@ WEIGHT_RATE = 1.5e-3  # of the root mean square of the weights
 LORA_RATE = 5e-4  # for weights of the magnitude 1 / sqrt(hidden size), at which matrices are commonly initialised
 SCALE_RATE = 5e-3  # scales are factors of 1 at first: one rate for all models
 _SAMPLED_ROWS = 64
+# Of Mamba: logarithms of decay rates (channels, states), a hundred times as large as the entries of matrices.
+_DECAY_RATES = ".A_log"
 # Where a DeepSpeed configuration holds "auto" for the learning rate, the Trainer has put the value of the flag.
 _DEEPSPEED_RATES = ("optimizer.params.lr", "scheduler.params.warmup_max_lr")
 
@@ -60,11 +62,12 @@ def text_learning_rate(part: str, magnitude: float, hidden_size: int) -> float:
 
 
 def layer_matrices(model: PreTrainedModel | OffloadedModel) -> Iterator[Tensor]:
-    """Weight matrices of the decoder layers, those of experts included."""
+    """Weight matrices of the decoder layers, those of experts included; not the decay rates of Mamba."""
     whole = model.model if isinstance(model, OffloadedModel) else model
     prefix = f"{find_family(whole.config).layers}."
     tensors = model.sampled_tensors() if isinstance(model, OffloadedModel) else model.named_parameters()
-    return (tensor for name, tensor in tensors if name.startswith(prefix) and tensor.ndim > 1)
+    inside = ((name, tensor) for name, tensor in tensors if name.startswith(prefix) and tensor.ndim > 1)
+    return (tensor for name, tensor in inside if not name.endswith(_DECAY_RATES))
 
 
 def root_mean_square(matrices: Iterable[Tensor]) -> float:

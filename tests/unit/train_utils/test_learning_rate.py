@@ -46,6 +46,16 @@ def test_layer_matrices_on_disk_are_those_in_memory(tmp_path):
     assert root_mean_square(in_memory) == pytest.approx(root_mean_square(on_disk), rel=1e-6)
 
 
+def test_layer_matrices_are_without_the_decay_rates_of_mamba():
+    model = make_tiny("jamba")
+    state = {name: parameter for name, parameter in model.named_parameters() if name.endswith("A_log")}
+    assert state and all(parameter.ndim == 2 for parameter in state.values())
+    before = root_mean_square(layer_matrices(model))
+    for parameter in state.values():
+        parameter.data.fill_(2.0)
+    assert root_mean_square(layer_matrices(model)) == before
+
+
 def test_set_text_learning_rate_replaces_the_rate_that_deepspeed_got_from_the_flag(tmp_path, checkpoint):
     text = tmp_path / "text.txt"
     text.write_text("a b c")
