@@ -213,11 +213,12 @@ def run(args: FinetuneArguments) -> None:
         logging.getLogger().setLevel(logging.ERROR)
     transformers.set_seed(training.seed)
     pruned = load_masks(args)
+    # First: transformers then forgets ZeRO-3, under which it builds no model without weights for the checks.
+    weights = model_weights(args, pruned)
     config, tokenizer = check_inputs(args)
     if training.check_only:
         logger.info("flags, models and texts are checked; nothing is trained (--check_only true)")
         return
-    weights = model_weights(args, pruned)
     path = args.model.model_name_or_path
     provenance = read_provenance(path, config, args.model.trust_remote_code)
     units = read_model_units(path, config, provenance)

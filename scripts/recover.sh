@@ -48,7 +48,8 @@ for text in ${TEXT:-c4}; do
 done
 command=(model_finetune.py --model_name_or_path "$MODEL" --distill_from "$DENSE" --train_text "${texts[@]}"
     --train "$TRAIN" --bf16 true "${sizes[@]}" --extra_val_set "${EVAL:-wikitext2}" --save_strategy no --output_dir "$OUT")
-# Set by prune_in_rounds.sh.
+command+=("${distributed[@]}")
+# Set by prune_in_rounds.sh. One process checks for all; with DeepSpeed it takes one GPU, as each of them does.
 if [ -n "${CHECK_ONLY:-}" ]; then exec .venv/bin/python "${command[@]}" $FLAGS --check_only true; fi
 mkdir -p "$(dirname "$OUT")"
-"${launcher[@]}" "${command[@]}" "${distributed[@]}" $FLAGS 2>&1 | tee -i "$OUT.log"
+"${launcher[@]}" "${command[@]}" $FLAGS 2>&1 | tee -i "$OUT.log"

@@ -227,13 +227,14 @@ class FinetuneArguments:
         return self.data.train_text is not None and self.data.val_dataset_size > 0 and not excluded
 
     def flat(self) -> dict[str, Any]:
-        """Every flag that differs from its default, as plain values for ``run.json``."""
+        """Flags that differ from their default, and the learning rate if the model sets it, for ``run.json``."""
         values = {}
         for group in (self.model, self.data, self.training, self.sparse):
             for option in dataclasses.fields(group):
                 value = getattr(group, option.name)
                 value = value.value if isinstance(value, Enum) else value
-                if option.init and value != option.default:
+                set_by_model = option.name == "learning_rate" and self.model_sets_learning_rate
+                if option.init and (value != option.default or set_by_model):
                     values[option.name] = value if isinstance(value, (int, float, list, type(None))) else str(value)
         return values
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from slim_utils.common.errors import UserError
 from slim_utils.families import find_family
 from slim_utils.layerwise.offload import OffloadedModel
 from train_utils.finetune_args import FinetuneArguments, TrainingArguments
@@ -28,14 +29,23 @@ WEIGHT_RATE = 1.5e-3  # of the root mean square of the weights
 LORA_RATE = 5e-4  # for weights of the magnitude 1 / sqrt(hidden size), at which matrices are commonly initialised
 SCALE_RATE = 5e-3  # scales are factors of 1 at first: one rate for all models
 _SAMPLED_ROWS = 64
+# Of Mamba: logarithms of decay rates (channels, states), a hundred times as large as the entries of matrices.
+_DECAY_RATES = ".A_log"
 # Where a DeepSpeed configuration holds "auto" for the learning rate, the Trainer has put the value of the flag.
 _DEEPSPEED_RATES = ("optimizer.params.lr", "scheduler.params.warmup_max_lr")
 
 
 def set_text_learning_rate(args: FinetuneArguments, model: PreTrainedModel | OffloadedModel) -> None:
-    """Set the learning rate of ``args`` to the default for ``model``, whose weights are in memory or on disk."""
+    """Set the learning rate of ``args`` to the default for ``model``, whose weights are in memory or on disk.
+
+    Raises:
+        UserError: if the weights are not finite, naming one.
+    """
     hidden_size = (model.model if isinstance(model, OffloadedModel) else model).config.get_text_config().hidden_size
     magnitude = root_mean_square(layer_matrices(model))
+    if not math.isfinite(magnitude):
+        name = next((name for name, tensor in _named_matrices(model) if not tensor.isfinite().all()), "a weight")
+        raise UserError(f"model {args.model.model_name_or_path}: {name} is not finite")
     rate = text_learning_rate(args.model.trained_part, magnitude, hidden_size)
     logger.info("--learning_rate %g, the default for weights with a root mean square of %.2g", rate, magnitude)
     _replace_rate(args.training, rate)
@@ -60,11 +70,16 @@ def text_learning_rate(part: str, magnitude: float, hidden_size: int) -> float:
 
 
 def layer_matrices(model: PreTrainedModel | OffloadedModel) -> Iterator[Tensor]:
-    """Weight matrices of the decoder layers, those of experts included."""
+    """Weight matrices of the decoder layers, those of experts included; not the decay rates of Mamba."""
+    return (tensor for _, tensor in _named_matrices(model))
+
+
+def _named_matrices(model: PreTrainedModel | OffloadedModel) -> Iterator[tuple[str, Tensor]]:
     whole = model.model if isinstance(model, OffloadedModel) else model
     prefix = f"{find_family(whole.config).layers}."
     tensors = model.sampled_tensors() if isinstance(model, OffloadedModel) else model.named_parameters()
-    return (tensor for name, tensor in tensors if name.startswith(prefix) and tensor.ndim > 1)
+    inside = ((name, tensor) for name, tensor in tensors if name.startswith(prefix) and tensor.ndim > 1)
+    return ((name, tensor) for name, tensor in inside if not name.endswith(_DECAY_RATES))
 
 
 def root_mean_square(matrices: Iterable[Tensor]) -> float:

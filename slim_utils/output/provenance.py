@@ -10,8 +10,6 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
-from functools import reduce
-from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,13 +188,16 @@ def pruning_steps(provenance: dict[str, Any]) -> list[dict[str, Any]]:
 
 def calibration_ngrams(provenance: dict[str, Any]) -> NgramSample:
     """A sample of the n-grams of all calibration samples that the pruning steps used, as far as they are recorded."""
-    texts = [step["calibration_ngrams"] for step in pruning_steps(provenance) if "calibration_ngrams" in step]
-    try:
-        return reduce(or_, map(NgramSample.from_text, texts), NgramSample.of_windows([]))
-    except (TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        logger.warning("%s: calibration_ngrams cannot be read (%s); left out", PROVENANCE_FILE, reason)
-        return NgramSample.of_windows([])
+    sample = NgramSample.of_windows([])
+    for step in pruning_steps(provenance):
+        if "calibration_ngrams" not in step:
+            continue
+        try:
+            sample |= NgramSample.from_text(step["calibration_ngrams"])
+        except (TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            logger.warning("%s: calibration_ngrams cannot be read (%s); left out", PROVENANCE_FILE, reason)
+    return sample
 
 
 def total_share_removed(provenance: dict[str, Any]) -> float:

@@ -177,6 +177,19 @@ def test_recipe_with_a_wrong_number_of_processes_is_one_line(recipe, processes, 
     assert not list(tmp_path.iterdir())
 
 
+def test_recipe_prune_in_rounds_with_several_processes_checks_with_deepspeed(checkpoint, text_file, tmp_path):
+    """A process without it takes all GPUs of a machine, which is refused with a teacher."""
+    lines = ["import os, sys", "if 'model_finetune.py' in sys.orig_argv:", "    print(*sys.orig_argv, flush=True)"]
+    (tmp_path / "sitecustomize.py").write_text("\n".join([*lines, "    os._exit(2)"]))
+    variables = {"MODEL": checkpoint, "DATA": text_file, "EVAL": text_file, "TEXT": text_file, "PYTHONPATH": tmp_path}
+    for processes in (1, 2):
+        process = run("prune_in_rounds.sh", "--smoke", **variables, NPROC=processes, OUT=tmp_path / "out")
+        assert process.returncode == 2
+        command = process.stdout.splitlines()[-1]
+        assert "--check_only true" in command
+        assert ("--deepspeed configs/deepspeed.json" in command) == (processes == 2)
+
+
 def test_recipe_prune_in_rounds_without_its_settings_is_one_line(tmp_path):
     (tmp_path / "pruned_1").mkdir()
     (tmp_path / "pruned_1" / "run.json").write_text("{}")

@@ -103,6 +103,14 @@ def test_model_finetune_on_sharded_weights_resumed_equals_uninterrupted(slim, ar
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
+def test_model_finetune_with_wrong_targets_under_zero3_is_refused_before_the_weights_are_loaded(slim, argv):
+    """The check builds the model without weights, which ZeRO-3 would divide while it is built."""
+    flags = [*TRAINED["lora"], *SHARDING["zero3"], "--peft_target_modules", "nothing", "--check_only", "true"]
+    process = run(argv(slim / "pruned_weights", *flags))
+    assert process.returncode == 2
+    assert "--peft_target_modules nothing: the model has no linear module nothing" in process.stderr.splitlines()[-1]
+
+
 @pytest.fixture(scope="module")
 def large_checkpoint(tmp_path_factory, tokenizer) -> Iterator[Path]:
     """A LLaMA of 420 MiB, nearly all of it in layers of 28 MiB."""

@@ -1,10 +1,11 @@
 """``model_finetune.py --train_text``: windows of plain text, parts of the model, and the dense model as teacher."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from slim_utils.common.errors import UserError
 from slim_utils.common.loading import load_model, load_tokenizer
@@ -69,6 +70,20 @@ def test_train_text_without_a_learning_rate_takes_that_of_the_models_weights(sli
     assert f"--learning_rate {rate:g}, the default for weights" in caplog.text
     assert json.loads((out / "run.json").read_text())["arguments"]["learning_rate"] == rate
     assert f"| learning rate | {rate:g} |" in (out / "lora_fused_model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("part", ["lora", "block_weights"])
+def test_train_text_of_weights_that_are_not_finite_names_them(slim, text_argv, tmp_path, part):
+    base, name = tmp_path / "base", "model.layers.1.mlp.down_proj.weight"
+    shutil.copytree(slim / "pruned_weights", base)
+    stored = load_file(base / "model.safetensors")
+    stored[name][0, 0] = float("nan")
+    save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"model .*base: {name} is not finite$"):
+        main(text_argv(base, "--train", part))
+    # With a given rate, the loss of the first step is not finite.
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj.* is not finite$"):
+        main(text_argv(base, "--train", part, "--learning_rate", 1e-3, "--overwrite", "true"))
 
 
 def test_train_text_without_teacher_trains_on_every_token(slim, text_argv, tmp_path):

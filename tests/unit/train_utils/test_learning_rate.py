@@ -8,6 +8,7 @@ from slim_utils.layerwise.offload import OffloadedModel
 from tests.tiny_models import make_tiny
 from train_utils.finetune_args import parse_args
 from train_utils.learning_rate import (
+    WEIGHT_RATE,
     layer_matrices,
     root_mean_square,
     set_text_learning_rate,
@@ -46,6 +47,16 @@ def test_layer_matrices_on_disk_are_those_in_memory(tmp_path):
     assert root_mean_square(in_memory) == pytest.approx(root_mean_square(on_disk), rel=1e-6)
 
 
+def test_layer_matrices_are_without_the_decay_rates_of_mamba():
+    model = make_tiny("jamba")
+    state = {name: parameter for name, parameter in model.named_parameters() if name.endswith("A_log")}
+    assert state and all(parameter.ndim == 2 for parameter in state.values())
+    before = root_mean_square(layer_matrices(model))
+    for parameter in state.values():
+        parameter.data.fill_(2.0)
+    assert root_mean_square(layer_matrices(model)) == before
+
+
 def test_set_text_learning_rate_replaces_the_rate_that_deepspeed_got_from_the_flag(tmp_path, checkpoint):
     text = tmp_path / "text.txt"
     text.write_text("a b c")
@@ -60,3 +71,16 @@ def test_set_text_learning_rate_replaces_the_rate_that_deepspeed_got_from_the_fl
     assert args.training.learning_rate == rate != flag
     config = args.training.hf_deepspeed_config.config
     assert config["optimizer"]["params"]["lr"] == rate and config["scheduler"]["params"]["warmup_max_lr"] == 1.0
+
+
+def test_set_text_learning_rate_is_recorded_where_it_equals_the_default_of_the_trainer(tmp_path, checkpoint):
+    text = tmp_path / "text.txt"
+    text.write_text("a b c")
+    argv = ["--model_name_or_path", str(checkpoint), "--output_dir", str(tmp_path / "out"), "--train_text", str(text)]
+    args, model = parse_args(argv), make_tiny("llama")
+    flag = args.training.learning_rate
+    factor = flag / WEIGHT_RATE / root_mean_square(layer_matrices(model))
+    for matrix in layer_matrices(model):
+        matrix.data *= factor
+    set_text_learning_rate(args, model)
+    assert args.training.learning_rate == flag == args.flat()["learning_rate"]
