@@ -37,6 +37,13 @@ def test_root_mean_square_is_that_of_all_values():
     assert root_mean_square(matrices) == pytest.approx(exact, rel=0.03)
 
 
+def test_root_mean_square_of_experts_meets_all_their_rows():
+    torch.manual_seed(0)
+    experts = torch.randn(64, 64, 16)
+    experts[:, 0] *= 30
+    assert root_mean_square([experts]) == pytest.approx(experts.square().mean().sqrt().item(), rel=0.5)
+
+
 def test_layer_matrices_on_disk_are_those_in_memory(tmp_path):
     model = make_tiny("llama")
     model.save_pretrained(tmp_path / "model")
