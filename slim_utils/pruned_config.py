@@ -58,8 +58,8 @@ def stock_config(config: PreTrainedConfig, family: Family, masks: list[LayerMask
     per_layer = _stock_layers(config, family)
     all_sizes = [_layer_sizes(config, family, mask) for mask in masks]
     # FFNs of layers that reuse keys and values are then twice as wide, unless the pruned ones are all of one width.
-    doubled = getattr(config, "use_double_wide_mlp", False)
-    doubled = doubled and len({sizes[family.columns_key] for sizes in all_sizes}) > 1
+    widths = {layer_sizes.get(family.columns_key) for layer_sizes in all_sizes}
+    doubled = getattr(config, "use_double_wide_mlp", False) and len(widths) > 1
     for index, (mask, layer_sizes) in enumerate(zip(masks, all_sizes, strict=True)):
         if doubled and mask.shape.kv_sharing == "reuse" and layer_sizes[family.columns_key] % 2 == 0:
             layer_sizes[family.columns_key] //= 2

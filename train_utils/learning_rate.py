@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slim_utils.common.errors import UserError
 from slim_utils.families import find_family
-from slim_utils.layerwise.offload import OffloadedModel
+from slim_utils.layerwise.offload import ResidentModel
 from train_utils.finetune_args import FinetuneArguments, TrainingArguments
 from train_utils.text_defaults import LORA, SCALES
 
@@ -35,18 +35,18 @@ _DECAY_RATES = ".A_log"
 _DEEPSPEED_RATES = ("optimizer.params.lr", "scheduler.params.warmup_max_lr")
 
 
-def set_text_learning_rate(args: FinetuneArguments, model: PreTrainedModel | OffloadedModel) -> None:
+def set_text_learning_rate(args: FinetuneArguments, model: PreTrainedModel | ResidentModel) -> None:
     """Set the learning rate of ``args`` to the default for ``model``, whose weights are in memory or on disk.
 
     Raises:
         UserError: if the weights are not finite, naming one.
     """
-    hidden_size = (model.model if isinstance(model, OffloadedModel) else model).config.get_text_config().hidden_size
-    magnitude = root_mean_square(layer_matrices(model))
+    host = _host(model)
+    magnitude = root_mean_square(layer_matrices(host))
     if not math.isfinite(magnitude):
-        name = next((name for name, tensor in _named_matrices(model) if not tensor.isfinite().all()), "a weight")
+        name = first_non_finite(_named_matrices(host)) or "a weight"
         raise UserError(f"model {args.model.model_name_or_path}: {name} is not finite")
-    rate = text_learning_rate(args.model.trained_part, magnitude, hidden_size)
+    rate = text_learning_rate(args.model.trained_part, magnitude, host.model.config.get_text_config().hidden_size)
     logger.info("--learning_rate %g, the default for weights with a root mean square of %.2g", rate, magnitude)
     _replace_rate(args.training, rate)
 
@@ -69,17 +69,24 @@ def text_learning_rate(part: str, magnitude: float, hidden_size: int) -> float:
     return float(f"{rate:.0e}")
 
 
-def layer_matrices(model: PreTrainedModel | OffloadedModel) -> Iterator[Tensor]:
+def layer_matrices(model: PreTrainedModel | ResidentModel) -> Iterator[Tensor]:
     """Weight matrices of the decoder layers, those of experts included; not the decay rates of Mamba."""
-    return (tensor for _, tensor in _named_matrices(model))
+    return (tensor for _, tensor in _named_matrices(_host(model)))
 
 
-def _named_matrices(model: PreTrainedModel | OffloadedModel) -> Iterator[tuple[str, Tensor]]:
-    whole = model.model if isinstance(model, OffloadedModel) else model
-    prefix = f"{find_family(whole.config).layers}."
-    tensors = model.sampled_tensors() if isinstance(model, OffloadedModel) else model.named_parameters()
-    inside = ((name, tensor) for name, tensor in tensors if name.startswith(prefix) and tensor.ndim > 1)
-    return ((name, tensor) for name, tensor in inside if not name.endswith(_DECAY_RATES))
+def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Name of the first of ``tensors`` with a value that is not finite; ``None`` if there is none."""
+    return next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
+
+
+def _host(model: PreTrainedModel | ResidentModel) -> ResidentModel:
+    return model if isinstance(model, ResidentModel) else ResidentModel(model, find_family(model.config))
+
+
+def _named_matrices(host: ResidentModel) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in host.sampled_tensors():
+        if name.startswith(f"{host.family.layers}.") and tensor.ndim > 1 and not name.endswith(_DECAY_RATES):
+            yield name, tensor
 
 
 def root_mean_square(matrices: Iterable[Tensor]) -> float:

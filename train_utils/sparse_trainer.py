@@ -31,6 +31,7 @@ from slim_utils.families import Family
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import Indices, count_weights, num_indices, removed_indices, select_indices, zero_indices
 from train_utils.finetune_dataset import IGNORED_LABEL
+from train_utils.learning_rate import first_non_finite
 
 if TYPE_CHECKING:
     from transformers import (
@@ -237,7 +238,9 @@ class SlimTrainer(Seq2SeqTrainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not math.isfinite(loss.item()):
             failure = f"step {self.state.global_step + 1}: the loss is {loss.item()}"
-            if self.state.global_step == 0 and (name := non_finite_parameter(model)):
+            # Sharded parameters are not looked at.
+            whole = (named for named in model.named_parameters() if not isinstance(named[1].data, DTensor))
+            if self.state.global_step == 0 and (name := first_non_finite(whole)):
                 raise UserError(f"{failure}: {name} of the model to train is not finite")
             raise UserError(
                 f"{failure}; lower --learning_rate or --max_grad_norm, or use --bf16 true instead of --fp16 true"
@@ -257,14 +260,6 @@ class SlimTrainer(Seq2SeqTrainer):
             if self.args.process_index == 0:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-
-
-def non_finite_parameter(model: nn.Module) -> str | None:
-    """Name of the first parameter of ``model`` with a value that is not finite; sharded ones are not looked at."""
-    for name, parameter in model.named_parameters():
-        if not isinstance(parameter.data, DTensor) and not parameter.isfinite().all():
-            return name
-    return None
 
 
 @contextmanager
