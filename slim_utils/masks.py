@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from slim_utils.common.errors import UserError
+from slim_utils.common.errors import UserError, error_reason
 from slim_utils.families import COLUMNS, HEADS, KV_HEADS, SHARED_COLUMNS, Family, LayerShape
 
 FORMAT_VERSION = 1
@@ -312,7 +312,7 @@ def _read_errors(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a pruning.json of this suite ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: not a pruning.json of this suite ({error_reason(error)})") from None
 
 
 def read_masks(path: Path, family: Family, shapes: list[LayerShape]) -> list[LayerMask]:
@@ -332,7 +332,7 @@ def read_masks(path: Path, family: Family, shapes: list[LayerShape]) -> list[Lay
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"--mask_config_dir {path}: cannot be read ({type(error).__name__}: {error})") from None
+        raise UserError(f"--mask_config_dir {path}: cannot be read ({error_reason(error)})") from None
     if "format" in content:
         masks = read_pruning(path)
     else:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from slim_utils.common.atomic_output import save_tensors_atomic, write_json_atomic
-from slim_utils.common.errors import UserError
+from slim_utils.common.errors import UserError, error_reason
 from slim_utils.common.output_folder import clear_leftovers, hidden_path
 from slim_utils.families import Family
 from slim_utils.layerwise.activations import ActivationStore
@@ -154,7 +154,7 @@ class LayerStore:
             targets = {name: parameters[name] for name in stored}
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"--resume: {self._path(index)} is of another version of the suite ({type(error).__name__}: {error}); "
+                f"--resume: {self._path(index)} is of another version of the suite ({error_reason(error)}); "
                 "to start anew pass --overwrite, without --resume"
             ) from error
         with torch.no_grad():

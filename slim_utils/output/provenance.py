@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard, hf_hub_download
 from models.wrappers import TEXT_OF_KEY
 from slim_utils.common.adapters import adapter_base, base_checkpoint
 from slim_utils.common.atomic_output import write_json_atomic
-from slim_utils.common.errors import UserError
+from slim_utils.common.errors import UserError, error_reason
 from slim_utils.common.loading import model_on_meta
 from slim_utils.common.model_source import input_format
 from slim_utils.common.ngrams import NgramSample
@@ -71,7 +71,7 @@ def read_provenance(model_path: str, config: PreTrainedConfig, trust_remote_code
     try:
         return _complete(json.loads(text))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = error_reason(error)
         logger.warning("%s of %s: unknown format (%s); its history is dropped", PROVENANCE_FILE, model_path, reason)
     return _dense_base(model_path, config, trust_remote_code)
 
@@ -132,7 +132,7 @@ def read_model_units(model_path: str, config: PreTrainedConfig, provenance: dict
     try:
         units = read_units(_checkpoint_file(model_path, PRUNING_FILE), shapes)
     except (UserError, *HUB_ERRORS) as error:
-        logger.info("no units in %s of %s (%s: %s)", PRUNING_FILE, model_path, type(error).__name__, error)
+        logger.info("no units in %s of %s (%s)", PRUNING_FILE, model_path, error_reason(error))
         units = ModelUnits.unpruned(name, config.model_type, False, shapes)
     if not units.is_dense:
         logger.warning(
@@ -195,7 +195,7 @@ def calibration_ngrams(provenance: dict[str, Any]) -> NgramSample:
         try:
             sample |= NgramSample.from_text(step["calibration_ngrams"])
         except (TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = error_reason(error)
             logger.warning("%s: calibration_ngrams cannot be read (%s); left out", PROVENANCE_FILE, reason)
     return sample
 

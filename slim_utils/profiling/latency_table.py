@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from slim_utils.common.errors import UserError
+from slim_utils.common.errors import UserError, error_reason
 from slim_utils.families import LayerShape
 
 FORMAT_VERSION = 1
@@ -212,5 +212,5 @@ def read_latency_table(path: Path, flag: str = "--latency_file") -> LatencyTable
         raise UserError(f"{flag} {path}: cannot be read ({error.strerror})") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{flag} {path}: not a latency table of test_flops.py --latency_table ({type(error).__name__}: {error})"
+            f"{flag} {path}: not a latency table of test_flops.py --latency_table ({error_reason(error)})"
         ) from None

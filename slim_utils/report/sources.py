@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slim_utils.common.errors import UserError
+from slim_utils.common.errors import UserError, error_reason
 from slim_utils.common.output_folder import RUN_FILE
 from slim_utils.masks import PRUNING_FILE, LayerMask, read_pruning
 
@@ -117,7 +117,7 @@ def _read(file: Path, label: str) -> Source:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"RUN {file}: cannot be read as json ({type(error).__name__}: {error})") from None
+        raise UserError(f"RUN {file}: cannot be read as json ({error_reason(error)})") from None
     kind = _kind(record)
     if kind is None:
         raise UserError(f"RUN {file}: unknown kind of file; supported: {'; '.join(_SIGNATURES)}")
@@ -165,7 +165,7 @@ def require_complete(build: Callable[[], list], sources: list[Source]) -> list:
     try:
         return build()
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        files, reason = ", ".join(str(source.path) for source in sources), f"{type(error).__name__}: {error}"
+        files, reason = ", ".join(str(source.path) for source in sources), error_reason(error)
         raise UserError(f"RUN {files}: incomplete file of the kind {sources[0].kind} ({reason})") from None
 
 
