@@ -27,89 +27,29 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from torch import distributed
 
-from ppl_eval.ppl_dataset import DEFAULT_EVAL_SEQLENS, EvalKey, EvalSets, load_eval_sets, split_eval_specs
+from ppl_eval.ppl_dataset import EvalKey
 from slim_utils.cli.app import run_cli
 from slim_utils.common.atomic_output import atomic_entries, write_json_atomic
-from slim_utils.common.bos import calibration_bos
 from slim_utils.common.environment import command_line, environment
 from slim_utils.common.errors import annotate_errors
 from slim_utils.common.input_checks import check_length, check_token_ids, num_positions
 from slim_utils.common.loading import load_config, load_tokenizer, peak_memory_mib
 from slim_utils.common.model_source import check_input
-from slim_utils.common.ngrams import NgramSample
 from slim_utils.common.output_folder import RUN_FILE, output_lock
 from slim_utils.output.provenance import calibration_ngrams, read_model_units, read_provenance
 from slim_utils.profiling.tables import side_by_side
-from slim_utils.text_mixture import parse_text_sources
-from train_utils.finetune_args import DataArguments, FinetuneArguments, parse_args
-from train_utils.finetune_dataset import (
-    FinetuneData,
-    SampleSettings,
-    load_finetune_data,
-)
-from train_utils.packed_text import FLAG, TextSettings, check_texts, load_text_data
+from train_utils.finetune_args import FinetuneArguments, parse_args
 from train_utils.prompts import NO_TEMPLATE, check_tokenizer
+from train_utils.run_data import check_data, load_data
 from train_utils.run_folder import install_result, open_run_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from train_utils.finetune_dataset import FinetuneData
+
 logger = logging.getLogger("model_finetune")
-
-
-def load_samples(
-    args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase, windows: EvalSets, calibrated: NgramSample
-) -> FinetuneData:
-    """Instruction rows, or windows of text that overlap neither with ``windows`` nor with what calibrated the model."""
-    data = args.data
-    cache = args.cache_dir if data.cache_dataset else None
-    if data.train_text is None:
-        settings = SampleSettings(data.prompt_template_name, data.max_length, args.training.train_full_prompt)
-        return load_finetune_data(data.train_data, data.data_path, tokenizer, settings, data.val_dataset_size, cache)
-    excluded = {
-        "the calibration samples of the model": calibrated,
-        "the texts of --extra_val_set": NgramSample.of_windows(windows.values()),
-    }
-    text_settings = TextSettings(
-        data.max_length,
-        data.max_train_tokens,
-        data.val_dataset_size,
-        calibration_bos(tokenizer, data.bos),
-        data.skip_train_tokens,
-    )
-    sources = parse_text_sources(FLAG, data.train_text)
-    return load_text_data(sources, tokenizer, text_settings, excluded, cache)
-
-
-def final_seqlens(data: DataArguments, max_positions: int) -> list[int]:
-    """Window lengths of the evaluation before and after training."""
-    default_seqlens = [seqlen for seqlen in DEFAULT_EVAL_SEQLENS[1:] if seqlen <= max_positions]
-    return data.eval_seqlens or [data.extra_val_seqlen, *default_seqlens]
-
-
-def load_windows(data: DataArguments, tokenizer: PreTrainedTokenizerBase, max_positions: int) -> EvalSets:
-    """The evaluation windows used during training, and those used before and after it."""
-    seqlens = sorted({*final_seqlens(data, max_positions), data.extra_val_seqlen})
-    flags = {data.extra_val_seqlen: "--extra_val_seqlen"}
-    return load_eval_sets(split_eval_specs(data.extra_val_set), tokenizer, seqlens, max_positions, data.bos, flags)
-
-
-def load_data(
-    args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase, max_positions: int, calibrated: NgramSample
-) -> tuple[FinetuneData, EvalSets, EvalSets]:
-    """The training data, the evaluation windows used during training, and those used before and after it."""
-    data, seqlens = args.data, final_seqlens(args.data, max_positions)
-    # Rank 0 tokenises and fills the cache; the other ranks read the cache.
-    with args.training.main_process_first(desc="data"):
-        windows = load_windows(data, tokenizer, max_positions)
-        samples = load_samples(args, tokenizer, windows, calibrated)
-    training_windows: EvalSets = {}
-    for key, value in windows.items():
-        # For a text with and without a BOS, the variant to quote comes first.
-        if key.seqlen == data.extra_val_seqlen and key.name not in {other.name for other in training_windows}:
-            training_windows[key] = value
-    return samples, training_windows, {key: value for key, value in windows.items() if key.seqlen in seqlens}
 
 
 def check_inputs(args: FinetuneArguments) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
@@ -134,10 +74,7 @@ def check_inputs(args: FinetuneArguments) -> tuple[PreTrainedConfig, PreTrainedT
     if args.model.distill_from is not None:
         check_teacher(args, config, tokenizer)
     if args.training.check_only:
-        load_windows(data, tokenizer, num_positions(config))
-        if data.train_text is None:
-            load_samples(args, tokenizer, {}, NgramSample.of_windows([]))
-        check_texts(parse_text_sources(FLAG, data.train_text or ()))
+        check_data(args, tokenizer, num_positions(config))
     return config, tokenizer
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from torch import Tensor
 
 from slim_utils.common.errors import UserError
@@ -31,7 +32,7 @@ SCALE_RATE = 5e-3  # scales are factors of 1 at first: one rate for all models
 _SAMPLED_ROWS = 64
 # Of Mamba: logarithms of decay rates (channels, states), a hundred times as large as the entries of matrices.
 _DECAY_RATES = ".A_log"
-# Where a DeepSpeed configuration holds "auto" for the learning rate, the Trainer has put the value of the flag.
+# Where the file of --deepspeed holds "auto" for the learning rate, the Trainer has put the value of the flag.
 _DEEPSPEED_RATES = ("optimizer.params.lr", "scheduler.params.warmup_max_lr")
 
 
@@ -41,13 +42,14 @@ def set_text_learning_rate(args: FinetuneArguments, model: PreTrainedModel | Res
     Raises:
         UserError: if the weights are not finite, naming one.
     """
-    host = _host(model)
+    host, part = _host(model), args.model.trained_part
     magnitude = root_mean_square(layer_matrices(host))
     if not math.isfinite(magnitude):
         name = first_non_finite(_named_matrices(host)) or "a weight"
         raise UserError(f"model {args.model.model_name_or_path}: {name} is not finite")
-    rate = text_learning_rate(args.model.trained_part, magnitude, host.model.config.get_text_config().hidden_size)
-    logger.info("--learning_rate %g, the default for weights with a root mean square of %.2g", rate, magnitude)
+    rate = text_learning_rate(part, magnitude, host.model.config.get_text_config().hidden_size)
+    reason = "of scales" if part == SCALES else f"for weights with a root mean square of {magnitude:.2g}"
+    logger.info("--learning_rate %g, the default %s", rate, reason)
     _replace_rate(args.training, rate)
 
 
@@ -104,8 +106,9 @@ def root_mean_square(matrices: Iterable[Tensor]) -> float:
 def _replace_rate(training: TrainingArguments, rate: float) -> None:
     config = getattr(training, "hf_deepspeed_config", None)
     if config is not None:
+        given = HfDeepSpeedConfig(training.deepspeed)
         for key in _DEEPSPEED_RATES:
-            node, name = config.find_config_node(key)
-            if node and node.get(name) == training.learning_rate:
+            if given.get_value(key) == "auto":
+                node, name = config.find_config_node(key)
                 node[name] = rate
     training.learning_rate = rate

@@ -177,11 +177,7 @@ def _write_windows(
     """Write the windows of all texts, alternating by weight, and their numbers to ``folder``."""
     import pyarrow
 
-    total = settings.total_windows
-    parts = shares([source.weight for source in sources], total)
-    if 0 in parts:
-        name = sources[parts.index(0)].name
-        raise UserError(f"{FLAG} {name}: none of {total} windows by its weight; raise it, or --max_train_tokens")
+    total, parts = settings.total_windows, window_counts(sources, settings)
     counts = [SourceWindows(source.name, count, 0, {}) for source, count in zip(sources, parts, strict=True)]
     streams = [_accepted(_windows(documents(entry.name), tokenizer, settings), entry, excluded) for entry in counts]
     kinds = {"input_ids": pyarrow.int32(), "attention_mask": pyarrow.int8(), "labels": pyarrow.int32()}
@@ -202,12 +198,27 @@ def documents(name: str) -> Iterator[str]:
     return file_pieces(Path(name).expanduser()) if names_file(name) else hub_documents(name, "train")
 
 
-def check_texts(sources: Iterable[TextSource]) -> None:
-    """Check that every text can be read, by its first document.
+def window_counts(sources: Sequence[TextSource], settings: TextSettings) -> list[int]:
+    """Windows that the mixture takes of each text, by their weights.
 
     Raises:
-        UserError: if one cannot be read, or has no documents.
+        UserError: if a text has none.
     """
+    total = settings.total_windows
+    parts = shares([source.weight for source in sources], total)
+    if 0 in parts:
+        name = sources[parts.index(0)].name
+        raise UserError(f"{FLAG} {name}: none of {total} windows by its weight; raise it, or --max_train_tokens")
+    return parts
+
+
+def check_texts(sources: Sequence[TextSource], settings: TextSettings) -> None:
+    """Check that every text has windows by its weight and can be read, by its first document.
+
+    Raises:
+        UserError: if one has no window, cannot be read, or has no documents.
+    """
+    window_counts(sources, settings)
     for source in sources:
         if next(documents(source.name), None) is None:
             raise UserError(f"{FLAG} {source.name}: no text in it")

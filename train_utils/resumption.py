@@ -56,6 +56,8 @@ def run_settings(
     settings |= {f"--{name}": getattr(training, name) for name in ("seed", "data_seed", "label_smoothing_factor")}
     return settings | {
         "--train_full_prompt": training.train_full_prompt,
+        # Restored with the optimizer: another one would have no effect.
+        "--learning_rate": training.learning_rate,
         "--optim": str(getattr(training.optim, "value", training.optim)),
         # Whose checkpoints differ in format.
         "--deepspeed": False if (stage := zero_stage(training)) is None else f"ZeRO stage {stage}",

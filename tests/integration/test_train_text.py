@@ -161,6 +161,9 @@ def test_check_only_reads_the_texts_and_trains_nothing(slim, text_argv, tmp_path
         main(text_argv(base, *flags, "--extra_val_set", f"text={empty}"))
     with pytest.raises(UserError, match="--eval_seqlens 128: the model has 64 positions"):
         main(text_argv(base, *flags, "--eval_seqlens", 128))
+    other = shutil.copy(tmp_path / "train.txt", tmp_path / "other.txt")
+    with pytest.raises(UserError, match=r"other.txt: none of \d+ windows by its weight; raise it"):
+        main(text_argv(base, *flags, "--train_text", tmp_path / "train.txt", f"{other}:0.0001"))
     assert not (tmp_path / "out").exists()
 
 

@@ -118,6 +118,7 @@ def test_finetune_resume_of_another_run_is_refused_with_the_difference(
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     differences = {
         "--peft_lora_r was 8, is 4": ["--peft_lora_r", 4],
+        "--learning_rate was .*, is 0.5": ["--learning_rate", 0.5],
         "--train was lora, is all": ["--use_lora", "false"],
         "data was [0-9a-f]{16}, is [0-9a-f]{16}": ["--data_path", rows],
         "model was [0-9a-f]{16}, is [0-9a-f]{16}": ["--model_name_or_path", other],

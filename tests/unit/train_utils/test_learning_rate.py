@@ -64,20 +64,25 @@ def test_layer_matrices_are_without_the_decay_rates_of_mamba():
     assert root_mean_square(layer_matrices(model)) == before
 
 
-def test_set_text_learning_rate_replaces_the_rate_that_deepspeed_got_from_the_flag(tmp_path, checkpoint):
+@pytest.mark.parametrize("lr", ["auto", 5e-5])
+def test_set_text_learning_rate_replaces_the_rate_that_deepspeed_got_from_the_flag(tmp_path, checkpoint, lr):
     text = tmp_path / "text.txt"
     text.write_text("a b c")
     argv = ["--model_name_or_path", str(checkpoint), "--output_dir", str(tmp_path / "out"), "--train_text", str(text)]
     args = parse_args(argv)
     flag = args.training.learning_rate
-    config = {"optimizer": {"params": {"lr": flag}}, "scheduler": {"params": {"warmup_max_lr": 1.0}}}
-    args.training.hf_deepspeed_config = HfDeepSpeedConfig(config)
+    args.training.deepspeed = {"optimizer": {"params": {"lr": lr}}, "scheduler": {"params": {"warmup_max_lr": 1.0}}}
+    filled = HfDeepSpeedConfig(args.training.deepspeed)
+    filled.config["optimizer"]["params"]["lr"] = flag
+    args.training.hf_deepspeed_config = filled
     model = make_tiny("llama")
     set_text_learning_rate(args, model)
     rate = text_learning_rate(BLOCK_WEIGHTS, root_mean_square(layer_matrices(model)), model.config.hidden_size)
     assert args.training.learning_rate == rate != flag
     config = args.training.hf_deepspeed_config.config
-    assert config["optimizer"]["params"]["lr"] == rate and config["scheduler"]["params"]["warmup_max_lr"] == 1.0
+    # The file's own number stays, also where it is the default of the flag.
+    assert config["optimizer"]["params"]["lr"] == (rate if lr == "auto" else lr)
+    assert config["scheduler"]["params"]["warmup_max_lr"] == 1.0
 
 
 def test_set_text_learning_rate_is_recorded_where_it_equals_the_default_of_the_trainer(tmp_path, checkpoint):
