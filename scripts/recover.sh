@@ -18,7 +18,7 @@ root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 source "$root/scripts/env.sh"
 check_count NPROC "$NPROC"
 MODEL=$(local_or_name "$MODEL") DENSE=$(local_or_name "$DENSE") EVAL=$(local_or_name "$EVAL") OUT=$(realpath -m "$OUT")
-here=$PWD
+TEXT=$(local_texts "$TEXT")
 cd "$root"
 if ! smoke_mode "$@"; then
     require MODEL "a checkpoint folder or hub name"
@@ -39,14 +39,7 @@ launcher=(.venv/bin/python) distributed=()
 if [ "$NPROC" -gt 1 ]; then
     launcher=(.venv/bin/torchrun "--nproc_per_node=$NPROC" --nnodes=1) distributed=(--deepspeed configs/deepspeed.json)
 fi
-texts=()
-for text in ${TEXT:-c4}; do
-    # A file of the caller's folder, with or without a weight.
-    [ -f "$here/${text%:*}" ] && text=$(realpath "$here/${text%:*}")${text#"${text%:*}"}
-    [ -f "$here/$text" ] && text=$(realpath "$here/$text")
-    texts+=("$text")
-done
-command=(model_finetune.py --model_name_or_path "$MODEL" --distill_from "$DENSE" --train_text "${texts[@]}"
+command=(model_finetune.py --model_name_or_path "$MODEL" --distill_from "$DENSE" --train_text ${TEXT:-c4}
     --train "$TRAIN" --bf16 true "${sizes[@]}" --extra_val_set "${EVAL:-wikitext2}" --save_strategy no --output_dir "$OUT")
 command+=("${distributed[@]}")
 # Set by prune_in_rounds.sh. One process checks for all; with DeepSpeed it takes one GPU, as each of them does.

@@ -1,4 +1,4 @@
-"""``scripts/env.sh``: the Python version of environments."""
+"""``scripts/env.sh``: the Python version of environments, and paths of the caller's folder."""
 
 import os
 import subprocess
@@ -72,3 +72,13 @@ def test_pyproject_names_the_same_python_for_project_and_ruff():
     assert content["project"]["name"] == "slimgpt"
     assert content["project"]["requires-python"] == ">=3.11"
     assert content["tool"]["ruff"]["target-version"] == "py311"
+
+
+def test_local_texts_are_absolute_files_with_their_weights_and_names(tmp_path):
+    for name in ("a.txt", "b:1", "c.txt"):
+        (tmp_path / name).touch()
+    call = f'local_texts "c4:0.7 a.txt a.txt:0.3 b:1 wikitext2 {tmp_path}/c.txt:2 none.txt"; local_texts ""'
+    process = make(tmp_path, call)
+    assert process.returncode == 0, process.stderr
+    texts = f"c4:0.7 {tmp_path}/a.txt {tmp_path}/a.txt:0.3 {tmp_path}/b:1 wikitext2 {tmp_path}/c.txt:2 none.txt"
+    assert process.stdout == f"{texts}\n\n"
