@@ -231,6 +231,6 @@ if __name__ == "__main__":
     run_cli(
         lambda: main(parse_args()),
         "model_finetune.py",
-        memory_advice="lower --per_device_train_batch_size, or use --gradient_checkpointing true",
+        memory_advice="lower --per_device_train_batch_size, or use --gradient_checkpointing true or --train lora",
         output_flag="--output_dir",
     )

@@ -8,7 +8,7 @@ MODEL=${MODEL:-}                       # checkpoint folder, usually the pruned_w
 DENSE=${DENSE:-}                       # the model that it was pruned from: the teacher
 TEXT=${TEXT:-}                         # c4, wikitext2, a hub name or a file; several with spaces: "c4:0.7 wikitext2:0.3"
 TOKENS=${TOKENS:-1e6}                  # tokens to train on
-TRAIN=${TRAIN:-block_weights}          # lora, block_weights, scales, all
+TRAIN=${TRAIN:-block_weights}          # lora (a quarter of the memory), block_weights, scales, all
 EVAL=${EVAL:-}                         # wikitext2 (default), ptb, a file, or NAME=FILE
 OUT=${OUT:-out/recovered}              # written: OUT/ (with TRAIN=lora the model is OUT/lora_fused_model/), OUT.log
 NPROC=${NPROC:-1}                      # processes, one per GPU; DeepSpeed if more than one
