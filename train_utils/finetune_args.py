@@ -15,7 +15,7 @@ from transformers import HfArgumentParser, SchedulerType, Seq2SeqTrainingArgumen
 from slim_utils.cli.app import ArgumentParser
 from slim_utils.common.bos import BOS_HELP, BOS_POLICIES
 from slim_utils.common.errors import UserError
-from train_utils.finetune_checks import LORA_BIASES, check_args, warn_without_effect
+from train_utils.finetune_checks import LORA_BIASES, check_args, use_one_gpu, warn_without_effect
 from train_utils.finetune_dataset import default_cache_dir
 from train_utils.prompts import TEMPLATES
 from train_utils.sharding_checks import shards_weights
@@ -274,6 +274,7 @@ def parse_args(argv: list[str] | None = None) -> FinetuneArguments:
     warn_without_effect(args, given)
     args.model.use_lora = args.model.use_lora or args.model.train == LORA
     check_args(args)
+    use_one_gpu(args.training)
     args.model_sets_learning_rate = args.data.train_text is not None and not is_given("--learning_rate", argv)
     return args
 

@@ -66,6 +66,19 @@ def check_args(args: FinetuneArguments) -> None:
         check_output_dir(args)
 
 
+def use_one_gpu(training: TrainingArguments) -> None:
+    """Train on one GPU, of all that are visible to a process without a launcher; logs it.
+
+    The Trainer would give the others a replica and a part of every batch (torch's ``DataParallel``), whose hidden
+    states a loss beside the model does not get.
+    """
+    if training.n_gpu > 1:
+        logger.warning(
+            "training on one of %d GPUs; for all, start with torchrun --nproc_per_node=%d", *[training.n_gpu] * 2
+        )
+        training._n_gpu = 1
+
+
 def warn_without_effect(args: FinetuneArguments, argv: Sequence[str]) -> None:
     """Log a warning for flags in ``argv`` that have no effect beside the others."""
     model, data, training = args.model, args.data, args.training

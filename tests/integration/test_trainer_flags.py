@@ -13,7 +13,7 @@ from slim_utils.common.errors import UserError
 from tests.integration.finetuning import losses, main
 from tests.tiny_models import make_tiny
 from train_utils import optional_packages
-from train_utils.finetune_args import parse_args
+from train_utils.finetune_args import TrainingArguments, parse_args
 from train_utils.optional_packages import optimizer_package
 from train_utils.trainer_setup import best_metric
 
@@ -188,3 +188,10 @@ def test_finetune_again_after_an_interruption_names_the_ways_on(slim, argv, tmp_
         main(argv(slim / "pruned_weights", *flags))
     main(argv(slim / "pruned_weights", *flags, "--overwrite", "true"))
     assert json.loads(run_file.read_text())["finished"]
+
+
+def test_finetune_with_several_gpus_visible_trains_on_one(slim, argv, monkeypatch, caplog):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda training: vars(training)["_n_gpu"] or 2))
+    training = parse_args(argv(slim / "pruned_weights")).training
+    assert training.n_gpu == 1 and training.train_batch_size == training.per_device_train_batch_size
+    assert "training on one of 2 GPUs; for all, start with torchrun --nproc_per_node=2" in caplog.text
