@@ -69,8 +69,8 @@ def check_args(args: FinetuneArguments) -> None:
 def use_one_gpu(training: TrainingArguments) -> None:
     """Train on one GPU, of all that are visible to a process without a launcher; logs it.
 
-    The Trainer would give the others a replica and a part of every batch (torch's ``DataParallel``), whose hidden
-    states a loss beside the model does not get.
+    The Trainer would give the others a replica and a part of every batch (torch's ``DataParallel``); a teacher's loss
+    would then get the hidden states of one replica.
     """
     if training.n_gpu > 1:
         logger.warning(
@@ -127,12 +127,6 @@ def check_model_args(args: FinetuneArguments) -> None:
     loss_flags = [flag for flag, value in losses.items() if value]
     if len(loss_flags) > 1:
         raise UserError(f"{' and '.join(loss_flags)} exclude each other; leave one out")
-    if model.distill_from is not None and args.training.n_gpu > 1:
-        # Replicas of DataParallel would share one capture of hidden states.
-        raise UserError(
-            f"--distill_from in one process with {args.training.n_gpu} GPUs: start one process per GPU, torchrun "
-            f"--nproc_per_node={args.training.n_gpu} model_finetune.py …, or set CUDA_VISIBLE_DEVICES to one GPU"
-        )
     if model.cache_teacher < 0:
         raise UserError(f"--cache_teacher {model.cache_teacher}: at least 0")
     if model.cache_teacher and model.distill_from is None:

@@ -13,7 +13,7 @@ from slim_utils.text_mixture import TextSource
 from tests.conftest import random_text
 from tests.integration.finetuning import logits, losses, main, run
 from train_utils import model_weights
-from train_utils.finetune_args import TrainingArguments, parse_args
+from train_utils.finetune_args import parse_args
 from train_utils.learning_rate import layer_matrices, root_mean_square, text_learning_rate
 from train_utils.packed_text import TextSettings, load_text_data
 from train_utils.text_defaults import TEXT_DEFAULTS, with_text_defaults
@@ -281,13 +281,6 @@ def test_parse_args_with_wrong_flags_of_text_is_refused(slim, text_argv, flags, 
     with pytest.raises((UserError, SystemExit)) as error:
         parse_args(text_argv(slim / "pruned_weights", *flags))
     assert message in str(error.value) + capsys.readouterr().err
-
-
-def test_check_args_of_a_teacher_with_several_gpus_in_a_process_is_refused(slim, text_argv, checkpoint, monkeypatch):
-    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
-    assert parse_args(text_argv(slim / "pruned_weights"))
-    with pytest.raises(UserError, match=r"--distill_from in one process with 2 GPUs: .*torchrun --nproc_per_node=2"):
-        parse_args(text_argv(slim / "pruned_weights", "--distill_from", checkpoint))
 
 
 def test_train_of_scales_resumed_continues_the_same_loss_curve(slim, text_argv, tmp_path, checkpoint):
