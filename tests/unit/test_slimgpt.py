@@ -389,3 +389,9 @@ def test_free_lets_go_of_the_hessian():
     hessian = weakref.ref(pruner.hessian)
     pruner.release()
     assert hessian() is None
+
+
+def test_oldest_torch_has_what_only_a_gpu_runs():
+    """The overload of ``add_gram`` and the class of device errors, which came with torch 2.8."""
+    assert "dtype" in torch.ops.aten.mm.overloads()
+    assert issubclass(torch.AcceleratorError, RuntimeError)
