@@ -16,9 +16,13 @@ _CONTROL_GROUP_FILES = {
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes on the GPU, or on the host within the control groups of this process."""
+    """Free bytes on the GPU, or on the host within the control groups of this process.
+
+    Memory that torch's allocator keeps for its next tensors counts as free.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     return min([psutil.virtual_memory().available, *_free_in_control_groups()])
 
 

@@ -65,3 +65,11 @@ def test_free_memory_without_control_groups_is_that_of_the_machine(tmp_path, mon
     monkeypatch.setattr(memory, "_OWN_CONTROL_GROUPS", tmp_path / "none")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 12345})())
     assert free_memory(CPU) == 12345
+
+
+def test_free_memory_of_a_gpu_includes_what_the_allocator_keeps(monkeypatch):
+    """The driver counts it as used, but the next tensors take it."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 60 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 * GIB)
+    assert free_memory(torch.device("cuda")) == 51 * GIB
