@@ -15,7 +15,7 @@ from slim_utils.common.adapters import adapter_base, merged_models
 from slim_utils.common.atomic_output import check_output
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_paths import check_inputs_outside, eval_files
-from slim_utils.common.loading import choose_device, choose_local_device, is_multimodal_checkpoint
+from slim_utils.common.loading import choose_device, choose_local_device, is_multimodal_checkpoint, local_processes
 from slim_utils.layerwise.distributed import launched_processes
 from slim_utils.layerwise.resume import LayerStore
 from slim_utils.pruning_config import BEST_COLUMN_GROUP, BEST_SINK_WINDOWS, SENSITIVITY, TARGET_FLAGS, PruningConfig
@@ -319,11 +319,18 @@ def check_multimodal(config: PruningConfig, model_config: PreTrainedConfig) -> N
 
 
 def with_devices(config: PruningConfig) -> PruningConfig:
-    """Return ``config`` with the names of available devices.
+    """Return ``config`` with the names of available devices; ``--cache_dev cuda`` is the GPU that layers run on.
 
     Raises:
-        UserError: if a device is not available.
+        UserError: if a device is not available, or several processes are to share a GPU, which NCCL does not allow.
     """
+    processes = local_processes()
+    for flag, name in (("--device", config.device), ("--cache_dev", config.cache_dev or "")):
+        if name.startswith("cuda:") and processes > 1:
+            raise UserError(f"{flag} {name}: {processes} processes need a GPU each; {flag} cuda gives each its own")
     device = choose_local_device(config.device)
     cache_dev = choose_device(config.cache_dev, "--cache_dev") if config.cache_dev else device
+    # Names of one GPU are to be equal, as runs with activations on the compute device are told by them.
+    if cache_dev.type == device.type == "cuda" and cache_dev.index in (None, device.index or 0):
+        cache_dev = device
     return replace(config, device=str(device), cache_dev=str(cache_dev))

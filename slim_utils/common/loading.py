@@ -94,13 +94,18 @@ def choose_device(name: str, flag: str = "--device") -> torch.device:
     return device
 
 
+def local_processes() -> int:
+    """Number of processes of this run on this machine, as set by torchrun or accelerate launch; 1 without them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def choose_local_device(name: str) -> torch.device:
     """The device ``name`` of ``--device`` for this process: ``auto`` and ``cuda`` are the GPU of its local rank.
 
     Raises:
         UserError: if the device does not exist, or a machine has fewer GPUs than processes.
     """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = local_processes()
     if name in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         devices = torch.cuda.device_count()
         if processes > devices:
