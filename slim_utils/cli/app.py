@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 import transformers
 
-from slim_utils.common.errors import ProcessLostError, UserError, is_disk_full
+from slim_utils.common.errors import ProcessLostError, UserError, is_disk_full, is_gpu_full
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -76,9 +76,9 @@ def run_cli(
         _fail(prog, f"rank {_rank()}: {error}{resume_advice}", 1)
     except KeyboardInterrupt as error:
         _fail(prog, f"interrupted; no partially written file is left{_notes(error) or resume_advice}", 130)
-    except torch.OutOfMemoryError as error:
-        _fail(prog, f"out of GPU memory{_notes(error) or f'; {memory_advice}{resume_advice}'}", 1)
     except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or is_gpu_full(error):
+            _fail(prog, f"out of GPU memory{_notes(error) or f'; {memory_advice}{resume_advice}'}", 1)
         if not is_disk_full(error):
             raise
         notes = _notes(error)

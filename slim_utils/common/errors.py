@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 # The second is torch.save's only message about a truncated write.
 _DISK_FULL_MESSAGES = ("No space left", "inline_container.cc")
+# Of a GPU without room for what torch's allocator does not allocate: its context, and the handles of its libraries.
+_GPU_FULL_MESSAGES = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
 
 
 class UserError(ValueError):
@@ -54,3 +56,8 @@ def is_disk_full(error: BaseException) -> bool:
             return True
         current = current.__cause__ or current.__context__
     return False
+
+
+def is_gpu_full(error: BaseException) -> bool:
+    """Whether ``error`` reports a full GPU without being torch's ``OutOfMemoryError``."""
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _GPU_FULL_MESSAGES)
