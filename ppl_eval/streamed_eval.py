@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ppl_eval.ppl_dataset import EvalSets
 from ppl_eval.ppl_eval import evaluate
-from slim_utils.common.memory import empty_cache, free_memory
+from slim_utils.common.memory import empty_cache, free_memory, full_gpu_as_out_of_memory
 from slim_utils.layerwise.layer_forward import LayerForward, capture_layer_kwargs, layer_outputs_given
 from slim_utils.layerwise.less_memory import retry_with_less_memory
 from slim_utils.layerwise.offload import CPU, ResidentModel
@@ -25,7 +25,7 @@ def evaluate_on(host: ResidentModel, device: torch.device, eval_sets: EvalSets) 
     """Perplexities of a model in host memory: on ``device`` as a whole if it fits, else layer by layer."""
     needed = sum(tensor.nbytes for tensor in (*host.model.parameters(), *host.model.buffers()))
     if device.type == "cpu" or needed < free_memory(device):
-        with suppress(torch.OutOfMemoryError):
+        with suppress(torch.OutOfMemoryError), full_gpu_as_out_of_memory():
             return evaluate(host.model.to(device), eval_sets)
     # Outside the handler, whose traceback keeps tensors alive.
     host.model.to(CPU)

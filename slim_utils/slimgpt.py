@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slim_utils.common.errors import UserError
+from slim_utils.common.memory import full_gpu_as_out_of_memory
 from slim_utils.obs import (
     GRAM_BLOCK,
     PAPER_SELECTION,
@@ -265,7 +266,8 @@ class SlimGPT:
         self, device: torch.device, target: _Target, percdamp: float, dtype: torch.dtype
     ) -> _Solution:
         try:
-            return self._solve_on(device, target, percdamp, dtype)
+            with full_gpu_as_out_of_memory():
+                return self._solve_on(device, target, percdamp, dtype)
         except torch.OutOfMemoryError:
             if device == CPU:
                 raise

@@ -1,11 +1,13 @@
 """Free memory of a device, within the limits of this process."""
 
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import torch
+
+from slim_utils.common.errors import is_gpu_full
 
 _CONTROL_GROUPS, _OWN_CONTROL_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # Limit, usage, and usage by the page cache, by version of control groups.
@@ -59,3 +61,18 @@ def empty_cache(device: torch.device) -> None:
     """Release unused cached memory of the GPU's allocator."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def full_gpu_as_out_of_memory() -> Iterator[None]:
+    """Context in which every error of a full GPU is an ``OutOfMemoryError``, also where torch's allocator has no part.
+
+    Handles of cuBLAS and cuSOLVER, for example, are allocated at their first use, and torch does not release its cached
+    memory for them.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if is_gpu_full(error):
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from slim_utils.common.memory import empty_cache
+from slim_utils.common.memory import empty_cache, full_gpu_as_out_of_memory
 from slim_utils.layerwise.offload import ResidentModel
 from slim_utils.layerwise.settings import PruningSettings
 
@@ -39,7 +39,8 @@ def retry_with_less_memory(
     """
     while True:
         try:
-            return work(settings)
+            with full_gpu_as_out_of_memory():
+                return work(settings)
         except torch.OutOfMemoryError:
             reduced = settings.with_less_memory(samples)
             if reduced is None:

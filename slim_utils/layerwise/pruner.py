@@ -26,7 +26,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from slim_utils.common.loading import peak_memory_mib
-from slim_utils.common.memory import empty_cache
+from slim_utils.common.memory import empty_cache, full_gpu_as_out_of_memory
 from slim_utils.families import Family, LayerShape, layer_shapes
 from slim_utils.layerwise.distributed import SINGLE_PROCESS, ProcessGroup
 from slim_utils.layerwise.experts import Experts, result_of_experts
@@ -260,7 +260,8 @@ class _SequentialPruner:
         """Run ``work``; when out of device memory, call ``undo`` and retry with reduced settings."""
         while True:
             try:
-                return work()
+                with full_gpu_as_out_of_memory():
+                    return work()
             except torch.OutOfMemoryError:
                 reduced = reduce(self.settings)
                 # A single process cannot restart a layer while the others wait in a collective.

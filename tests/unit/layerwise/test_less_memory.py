@@ -86,12 +86,21 @@ def test_prune_layers_full_while_advancing_goes_on_from_the_batch(
     assert [report.batch_samples for report in reports][-1] == batch_samples // 2
 
 
-def test_prune_layers_full_for_activations_keeps_them_on_the_host(samples, monkeypatch, caplog):
+# Of torch's allocator, of the driver, and of a library that allocates by itself.
+FULL = [
+    torch.OutOfMemoryError("full"),
+    torch.AcceleratorError("CUDA error: out of memory", 2),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_prune_layers_full_for_activations_keeps_them_on_the_host(error, samples, monkeypatch, caplog):
     capture = pruner.capture_layer_kwargs
 
     def limited(model, layers, samples, settings, processes):
         if settings.cache_dev != CPU:
-            raise torch.OutOfMemoryError("full")
+            raise error
         return capture(model, layers, samples, settings, processes)
 
     monkeypatch.setattr(pruner, "capture_layer_kwargs", limited)
@@ -168,7 +177,8 @@ def losses(measured):
     return [units.loss for layer in measured.values() for units in (layer.heads, layer.columns)]
 
 
-def test_measure_where_memory_is_full_gives_the_same_losses(samples, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("error", FULL)
+def test_measure_where_memory_is_full_gives_the_same_losses(error, samples, tmp_path, monkeypatch, caplog):
     model = make_tiny("gqa")
     host, settings = ResidentModel(model, find_family(model.config)), PruningSettings(CPU, CPU)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -178,7 +188,7 @@ def test_measure_where_memory_is_full_gives_the_same_losses(samples, tmp_path, m
     def limited(self, index):
         calls.append(index)
         if len(calls) == 3:
-            raise torch.OutOfMemoryError("full")
+            raise error
         return divergence(self, index)
 
     monkeypatch.setattr(search.KLProbe, "divergence", limited)
