@@ -56,7 +56,7 @@ from slim_utils.common.loading import (
     peak_memory_mib,
 )
 from slim_utils.common.model_source import check_input, input_format
-from slim_utils.layerwise.distributed import ProcessGroup, launched_processes
+from slim_utils.layerwise.distributed import ProcessGroup, launched_processes, make_current
 
 logger = logging.getLogger("model_evaluate")
 
@@ -239,8 +239,8 @@ def main(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     # Only objects are exchanged, on the host.
     processes = ProcessGroup.init(torch.device("cpu"), COLLECTIVE_TIMEOUT)
-    if processes.world_size > 1 and args.device.type == "cuda":
-        torch.cuda.set_device(args.device)
+    if processes.world_size > 1:
+        make_current(args.device)
     with ExitStack() as stack:
         level = logging.INFO if args.write_out else logging.WARNING
         stack.enter_context(package_log(logging.ERROR if processes.rank else level))

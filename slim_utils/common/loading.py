@@ -112,7 +112,8 @@ def choose_local_device(name: str) -> torch.device:
             raise UserError(
                 f"--device {name}: {processes} processes on a machine with {devices} CUDA devices; start one for each"
             )
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        # Of a batch system, a process may see no GPU but its own, whatever its rank.
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % devices}"
     elif name.startswith("cuda:") and processes > 1:
         logger.warning("--device %s: all processes use this GPU; leave it out for one GPU each", name)
     return choose_device(name)

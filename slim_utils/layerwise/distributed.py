@@ -25,6 +25,12 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def make_current(device: torch.device) -> None:
+    """Make ``device`` the current one if it is a GPU with a number; ``cuda`` is the current one."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 class _SharedError(UserError):
     """A wrong input that one process found and all of them raise."""
 
@@ -58,8 +64,7 @@ class ProcessGroup:
         size = launched_processes()
         if size == 1:
             return cls()
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        make_current(device)
         # Activations may be kept on the host while layers are pruned on a GPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         distributed.init_process_group(backend, timeout=timeout)

@@ -140,6 +140,23 @@ def test_shared_errors_of_one_process_end_all_with_one_message(failure, code, li
     assert process.stderr.count("Traceback") == (1 if "ValueError" in failure else 0), process.stderr
 
 
+@pytest.mark.parametrize(("device", "current"), [("cuda", []), ("cuda:1", ["cuda:1"]), ("cpu", [])])
+def test_process_group_init_makes_the_gpu_of_a_number_current(device, current, monkeypatch):
+    """Torch refuses one without, the device of processes whose launcher sets no local rank."""
+    chosen = []
+
+    def set_device(device):
+        torch.cuda._utils._get_device_index(device)
+        chosen.append(str(device))
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(distributed.distributed, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(distributed.distributed, "get_rank", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert ProcessGroup.init(torch.device(device)) == ProcessGroup(1, 2)
+    assert chosen == current
+
+
 def test_shard_of_all_ranks_covers_all_samples(samples):
     shares = [ProcessGroup(rank, 3).shard(samples) for rank in range(3)]
     assert [len(share) for share in shares] == [3, 3, 2]

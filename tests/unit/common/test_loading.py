@@ -107,6 +107,14 @@ def test_choose_local_device_of_a_rank_is_the_gpu_of_its_number(monkeypatch):
         choose_local_device("auto")
 
 
+def test_choose_local_device_of_a_rank_that_sees_one_gpu_is_that_gpu(monkeypatch):
+    """As of a batch system that gives every process a GPU, and sets no number of local processes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert choose_local_device("auto") == torch.device("cuda:0")
+
+
 def test_peak_memory_mib_without_the_resource_module_uses_psutil(monkeypatch):
     """As on Windows."""
     assert peak_memory_mib(torch.device("cpu"))["host"] > 1
