@@ -8,8 +8,13 @@ import torch
 import model_evaluate
 import model_finetune
 import model_slimming
+from ppl_eval.ppl_dataset import EvalKey
+from ppl_eval.streamed_eval import evaluate_layers, evaluate_on
 from slim_utils.allocation.planner import plans_of
+from slim_utils.allocation.refinement import measure_around
+from slim_utils.allocation.sensitivity import measure
 from slim_utils.families import find_family
+from slim_utils.layerwise.offload import ResidentModel
 from slim_utils.layerwise.pruner import prune_layers
 from slim_utils.layerwise.settings import PruningSettings
 from slim_utils.masks import read_pruning
@@ -53,6 +58,27 @@ def test_prune_layers_on_a_gpu_gives_the_weights_of_the_cpu(samples, cache_dev, 
     assert on_gpu.device.type == "cpu"
     for name, expected in on_cpu.state_dict().items():
         assert torch.allclose(on_gpu.state_dict()[name], expected, rtol=1e-3, atol=1e-3), name
+
+
+# Biases by head, transposed weights, inputs by token and shared keys, other mixers, latent attention, and experts.
+@pytest.mark.parametrize("cache_dev", ["cuda", "cpu"])
+@pytest.mark.parametrize("variant", ["bloom", "gpt2", "gemma4_text", "jamba", "qwen3_next", "deepseek_v3", "gpt_oss"])
+def test_kinds_of_families_in_half_precision_run_on_a_gpu(samples, variant, cache_dev):
+    model = make_tiny(variant, torch.bfloat16)
+    host = ResidentModel(model, find_family(model.config))
+    settings = PruningSettings(torch.device("cuda"), torch.device(cache_dev), batch_samples=3)
+    layers = range(model.config.num_hidden_layers)
+    plans = plans_of(model, [0.5] * len(layers), settings)
+    measure(host, samples, layers, settings)
+    measure_around(host, samples, samples[:4, :8], plans, settings)
+    masks, _ = prune_layers(model, host.family, samples, plans, settings, starts=samples[:4, :8])
+    assert [settings.size_mask(mask.shape, plan).kept_width for mask, plan in zip(masks, plans, strict=True)] == [
+        mask.kept_width for mask in masks
+    ]
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    sets = {EvalKey("text", 16): samples}
+    by_layer = evaluate_layers(host, settings.device, sets)[0]["perplexity"]
+    assert by_layer == pytest.approx(evaluate_on(host, settings.device, sets)[0]["perplexity"], rel=0.02)
 
 
 @pytest.mark.parametrize("cache_dev", ["cuda", "cpu"])
