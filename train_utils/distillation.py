@@ -105,7 +105,8 @@ def cross_entropy(outputs: CausalLMOutput, labels: Tensor, num_items_in_batch: T
 class Head:
     """The map from final hidden states to logits of a causal language model, with its scaling and soft-capping.
 
-    It runs the model's own forward with the decoder's output given, so that nothing of it is written again.
+    It runs the model's own forward with the decoder's output given, so that nothing of it is written again, and in the
+    precision in which the decoder ran: on a GPU, a LayerNorm returns fp32 in mixed precision.
 
     Args:
         model: a causal language model, with or without adapters.
@@ -116,11 +117,18 @@ class Head:
         self.decoder: nn.Module = self._model.get_decoder()
         self._output_class: type[ModelOutput] = BaseModelOutputWithPast
         self.hidden: Tensor | None = None
+        self._autocast: dict[str, Any] = {"device_type": "cpu", "enabled": False}
         self.decoder.register_forward_pre_hook(_keep_all_positions, with_kwargs=True)
         self.decoder.register_forward_hook(self._capture)
 
     def _capture(self, decoder: nn.Module, inputs: Any, output: ModelOutput) -> None:
         self._output_class, self.hidden = type(output), output.last_hidden_state
+        device = self.hidden.device.type
+        self._autocast = {
+            "device_type": device,
+            "dtype": torch.get_autocast_dtype(device),
+            "enabled": torch.is_autocast_enabled(device),
+        }
 
     def take_hidden(self) -> Tensor:
         """Return the hidden states (batch, seqlen, hidden) of the last forward, once."""
@@ -136,7 +144,7 @@ class Head:
         """Return the logits (tokens, vocabulary) of ``hidden`` (tokens, hidden)."""
         output = self._output_class(last_hidden_state=hidden[None])
         tokens = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        with _output_given(self.decoder, output):
+        with torch.autocast(**self._autocast), _output_given(self.decoder, output):
             logits = self._model(input_ids=tokens, use_cache=False).logits[0]
         self.hidden = None
         return logits

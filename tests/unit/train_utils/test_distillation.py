@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch.nn import functional
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel
 
 from tests.tiny_models import ALL_TINY, VOCAB, make_tiny
@@ -184,3 +185,24 @@ def test_distillation_loss_in_evaluation_is_the_cross_entropy(tmp_path, tokenize
     distilled = DistillationTrainer(teacher=LiveTeacher(teacher), **options)
     plain = distillation.SlimTrainer(**options)
     assert distilled.evaluate(rows(8))["eval_loss"] == plain.evaluate(rows(8))["eval_loss"]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_distillation_in_mixed_precision_where_layer_norm_returns_fp32_runs(monkeypatch, tmp_path, tokenizer, adapted):
+    layer_norm = functional.layer_norm
+
+    def on_a_gpu(*args):
+        if not torch.is_autocast_enabled("cpu"):
+            return layer_norm(*args)
+        return layer_norm(*(value.float() if isinstance(value, torch.Tensor) else value for value in args))
+
+    monkeypatch.setattr(functional, "layer_norm", on_a_gpu)
+    student, teacher = (make_tiny("opt", torch.bfloat16) for _ in range(2))
+    if adapted:
+        student = get_peft_model(student, LoraConfig(r=2, target_modules=["fc1"]))
+    args = TrainingArguments(output_dir=str(tmp_path), bf16=True, max_steps=1, logging_steps=1, save_strategy="no")
+    options = {"model": student, "args": args, "train_dataset": rows(8), "data_collator": batches(tokenizer)}
+    trainer = DistillationTrainer(teacher=LiveTeacher(teacher), **options)
+    trainer.train()
+    # Of the same model, up to the rounding of bf16.
+    assert abs(trainer.state.log_history[0]["loss"]) < 1e-2
