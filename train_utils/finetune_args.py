@@ -18,7 +18,7 @@ from slim_utils.common.errors import UserError
 from train_utils.finetune_checks import LORA_BIASES, check_args, use_one_gpu, warn_without_effect
 from train_utils.finetune_dataset import default_cache_dir
 from train_utils.prompts import TEMPLATES
-from train_utils.sharding_checks import shards_weights
+from train_utils.sharding_checks import offloads_to_cpu, shards_weights
 from train_utils.text_defaults import (
     ALL_WEIGHTS,
     LORA,
@@ -170,6 +170,10 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         # The Trainer accepts bf16 on a CPU only with use_cpu.
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.fsdp and on_gpu and self.ddp_backend is None and offloads_to_cpu(self.fsdp_config):  # type: ignore[has-type]
+            # The norm of gradients in host memory is reduced there, which NCCL cannot do.
+            self.ddp_backend = "cuda:nccl,cpu:gloo"
         if self.disable_tqdm is None:  # type: ignore[has-type]
             self.disable_tqdm = not sys.stderr.isatty()
         if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]

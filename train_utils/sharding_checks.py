@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from slim_utils.common.errors import UserError
 from train_utils.text_defaults import SCALES
@@ -32,6 +34,20 @@ def uses_fsdp(training: TrainingArguments) -> bool:
 def shards_weights(training: TrainingArguments) -> bool:
     """Whether the processes share the weights (ZeRO-3 or FSDP)."""
     return uses_zero3(training) or uses_fsdp(training)
+
+
+def offloads_to_cpu(fsdp_config: dict[str, Any] | str | None) -> bool:
+    """Whether ``--fsdp_config``, a file, json or its content, keeps the weights in host memory.
+
+    Raises:
+        ValueError: if it is not json.
+        OSError: if the file cannot be read.
+    """
+    if isinstance(fsdp_config, str):
+        text = fsdp_config if fsdp_config.startswith("{") else Path(fsdp_config).read_text(encoding="utf-8")
+        fsdp_config = json.loads(text)
+    config: Any = fsdp_config or {}
+    return bool(config.get("cpu_offload") or config.get("fsdp_cpu_offload"))
 
 
 def check_sharding(args: FinetuneArguments) -> None:

@@ -1,10 +1,15 @@
 """Flags that training on sharded weights refuses."""
 
+import json
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
+import torch
+from transformers import Seq2SeqTrainingArguments
 
 from slim_utils.common.errors import UserError
+from train_utils.finetune_args import TrainingArguments
 from train_utils.sharding_checks import check_sharding, zero_stage
 
 ZERO3 = SimpleNamespace(zero_stage=3)
@@ -69,3 +74,20 @@ def test_check_sharding_under_accelerate_launch_names_the_flag(monkeypatch):
 @pytest.mark.parametrize(("plugin", "stage"), [(None, None), (SimpleNamespace(zero_stage=2), 2), (ZERO3, 3)])
 def test_zero_stage_is_that_of_deepspeed(plugin, stage):
     assert zero_stage(flags(training__deepspeed_plugin=plugin).training) == stage
+
+
+@pytest.mark.parametrize(("on_gpu", "offload"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("form", ["file", "json", "dict"])
+def test_training_arguments_with_weights_in_host_memory_add_a_backend_for_them(tmp_path, on_gpu, offload, form):
+    config = {"cpu_offload": offload}
+    (tmp_path / "fsdp.json").write_text(json.dumps(config))
+    value = {"file": str(tmp_path / "fsdp.json"), "json": json.dumps(config), "dict": config}[form]
+    # Without setting up devices.
+    with (
+        patch.object(torch.accelerator, "is_available", lambda: on_gpu),
+        patch.object(torch.cuda, "is_available", lambda: on_gpu),
+        patch.object(Seq2SeqTrainingArguments, "__post_init__", lambda self: None),
+    ):
+        backend = TrainingArguments(output_dir="out", fsdp="true", fsdp_config=value).ddp_backend
+        assert TrainingArguments(output_dir="out", fsdp_config=value).ddp_backend is None
+    assert backend == ("cuda:nccl,cpu:gloo" if on_gpu and offload else None)
