@@ -32,6 +32,7 @@ def prepare_model(model: PreTrainedModel, args: FinetuneArguments) -> PreTrained
         if training.gradient_checkpointing:
             model.enable_input_require_grads()
         adapted = add_lora(model, args.model)
+        cast_trained(adapted)
         if training.process_index == 0:
             adapted.print_trainable_parameters()
         return adapted
@@ -63,6 +64,16 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Cast all parameters to ``dtype``; buffers (rotary frequencies) keep theirs."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+
+
+def cast_trained(model: nn.Module) -> None:
+    """Cast the trained parameters of ``model`` to fp32, and the vectors beside them, such as the weight of a norm."""
+    for module in model.modules():
+        parameters = list(module.parameters(recurse=False))
+        if any(parameter.requires_grad for parameter in parameters):
+            for parameter in parameters:
+                if parameter.requires_grad or parameter.ndim == 1:
+                    parameter.data = parameter.data.float()
 
 
 def scaled_maps(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, int]]:

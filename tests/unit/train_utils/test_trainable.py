@@ -1,6 +1,7 @@
 """What a run trains: block weights and scales, for every family, and the checkpoints that hold them."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,14 +9,23 @@ import torch
 from slim_utils.common.loading import load_model
 from slim_utils.families import find_family, layer_shapes
 from tests.tiny_models import ALL_TINY, make_tiny
-from train_utils.trainable import SCALE, add_scales, fuse_scales, scaled_maps, train_only, with_trained_weights
+from train_utils.finetune_args import ModelArguments
+from train_utils.trainable import (
+    SCALE,
+    add_scales,
+    fuse_scales,
+    prepare_model,
+    scaled_maps,
+    train_only,
+    with_trained_weights,
+)
 
 
 class Precision:
     """Flags of a run that computes in fp32, or in bf16."""
 
     def __init__(self, bf16: bool = False) -> None:
-        self.bf16, self.fp16, self.gradient_checkpointing = bf16, False, False
+        self.bf16, self.fp16, self.gradient_checkpointing, self.process_index = bf16, False, False, 0
 
 
 def logits(model, samples) -> torch.Tensor:
@@ -88,3 +98,19 @@ def test_fuse_scales_of_a_bf16_checkpoint_rounds_once(tmp_path):
     )
     assert weight.dtype == torch.bfloat16
     assert torch.equal(weight, (expected.float() * 1.003).bfloat16())
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+@pytest.mark.parametrize("variant", ["opt", "qwen2"])
+def test_prepare_model_with_lora_in_bf16_trains_in_fp32(variant, bias, samples):
+    options = ModelArguments(use_lora=True, peft_lora_bias=bias)
+    model = prepare_model(make_tiny(variant), SimpleNamespace(model=options, training=Precision(bf16=True)))
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any(name.endswith(".bias") for name in trained) == (bias != "none")
+    # A scaler of fp16 gradients refuses any other.
+    assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad and parameter.ndim > 1]
+    assert {parameter.dtype for parameter in frozen} == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=samples, labels=samples).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in trained.values())
