@@ -114,7 +114,9 @@ class Head:
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         self._model = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.decoder: nn.Module = self._model.get_decoder()
+        decoder = self._model.get_decoder()
+        # Llama 4 has its decoder under another name than transformers looks for, and is then given itself.
+        self.decoder: nn.Module = self._model.model if decoder is self._model else decoder
         self._output_class: type[ModelOutput] = BaseModelOutputWithPast
         self.hidden: Tensor | None = None
         self._autocast: dict[str, Any] = {"device_type": "cpu", "enabled": False}

@@ -82,7 +82,7 @@ def test_chunked_divergence_value_and_gradients_match_the_formula(monkeypatch, s
     assert_close(gradients, plain)
 
 
-@pytest.mark.parametrize("variant", [*ALL_TINY, "gemma4_text of inputs by layer"])
+@pytest.mark.parametrize("variant", [*ALL_TINY, "gemma4_text of inputs by layer", "llama4_text"])
 def test_chunked_divergence_of_every_family_matches_the_formula(samples, variant):
     value, gradients = chunked(*pair(variant), samples)
     expected, plain = by_formula(*pair(variant), samples)
