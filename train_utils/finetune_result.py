@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 
 from slim_utils.common.adapters import FUSED_FOLDER
 from slim_utils.common.errors import UserError
@@ -123,7 +124,8 @@ def save_result(
     elif args.model.train == BLOCK_WEIGHTS:
         result = with_trained_weights(base, model, trusted)
     else:
-        result = model.cpu()
+        # Without the autocast of its forward in training.
+        result = extract_model_from_parallel(model.cpu(), keep_fp32_wrapper=False)
         cast_parameters(result, dtype)
     if pruned:
         # The adapters are masked, but the base that they are fused into may not be.

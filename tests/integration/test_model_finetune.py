@@ -13,7 +13,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ppl_eval.ppl_eval import ppl_metric
 from slim_utils.common.errors import UserError, is_disk_full
+from slim_utils.common.loading import load_model
 from slim_utils.families import find_family
 from slim_utils.masks import read_pruning
 from slim_utils.params_remove import shrink
@@ -50,6 +52,16 @@ def test_model_finetune_with_lora_of_a_pruned_model_fuses_the_adapters(slim, arg
     watched = [entry for entry in record["log"] if "eval_wikitext2_loss" in entry]
     assert watched and any("eval_validation_loss" in entry for entry in record["log"])
     assert not list(tmp_path.glob(".*"))
+
+
+def test_model_finetune_of_all_weights_in_bf16_measures_the_model_that_it_saves(slim, argv, tmp_path, tokenizer):
+    main(argv(slim / "pruned_weights", "--bf16", "true", "--max_steps", 1))
+    out = tmp_path / "out"
+    record = json.loads((out / "run.json").read_text())
+    text = Path(next(argument for argument in argv(out) if argument.startswith("wikitext2=")).partition("=")[2])
+    for entry in record["perplexity"]["after"]:
+        saved = ppl_metric(load_model(str(out), "auto", False), tokenizer, [f"text={text}"], entry["seqlen"])
+        assert entry["perplexity"] == pytest.approx(saved["text"], rel=1e-6)
 
 
 def test_fused_model_loads_without_the_repository(slim, argv, tmp_path):
