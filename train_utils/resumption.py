@@ -51,6 +51,7 @@ def run_settings(
     settings = {"--train": args.model.trained_part} | {f"--{name}": getattr(args.model, name) for name in _LORA_FLAGS}
     if not args.model.use_lora:
         settings |= {f"--{name}": None for name in _LORA_FLAGS}
+    stage = zero_stage(training)
     data_flags = _DATA_FLAGS + (_TEXT_FLAGS if args.data.train_text else ())
     settings |= {f"--{name}": getattr(args.data, name) for name in data_flags}
     settings |= {f"--{name}": getattr(training, name) for name in ("seed", "data_seed", "label_smoothing_factor")}
@@ -60,7 +61,9 @@ def run_settings(
         "--learning_rate": training.learning_rate,
         "--optim": str(getattr(training.optim, "value", training.optim)),
         # Whose checkpoints differ in format.
-        "--deepspeed": False if (stage := zero_stage(training)) is None else f"ZeRO stage {stage}",
+        "--deepspeed": False if stage is None else f"ZeRO stage {stage}",
+        # Among which DeepSpeed has split the state of its optimizer.
+        "processes": None if stage is None else training.world_size,
         "--fsdp": True if training.fsdp else None,
         "--use_focal_loss": args.model.use_focal_loss and args.model.focal_loss_gamma,
         "model": _weights_fingerprint(model),
