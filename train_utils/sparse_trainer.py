@@ -26,7 +26,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from slim_utils.common.atomic_output import write_json_atomic
-from slim_utils.common.errors import UserError
+from slim_utils.common.errors import RankError, UserError
 from slim_utils.families import Family
 from slim_utils.masks import LayerMask
 from slim_utils.params_remove import Indices, count_weights, num_indices, removed_indices, select_indices, zero_indices
@@ -234,7 +234,7 @@ class SlimTrainer(Seq2SeqTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Loss of one forward and backward pass; checks the targets and the loss."""
         if not (inputs["labels"][:, 1:] != IGNORED_LABEL).any():
-            raise UserError(f"step {self.state.global_step + 1}: batch without targets; raise --max_length")
+            raise RankError(f"step {self.state.global_step + 1}: batch without targets; raise --max_length")
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not math.isfinite(loss.item()):
             failure = f"step {self.state.global_step + 1}: the loss is {loss.item()}"
@@ -242,7 +242,7 @@ class SlimTrainer(Seq2SeqTrainer):
             whole = (named for named in model.named_parameters() if not isinstance(named[1].data, DTensor))
             if self.state.global_step == 0 and (name := first_non_finite(whole)):
                 raise UserError(f"{failure}: {name} of the model to train is not finite")
-            raise UserError(
+            raise RankError(
                 f"{failure}; lower --learning_rate or --max_grad_norm, or use --bf16 true instead of --fp16 true"
             )
         return loss

@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 import transformers
 
-from slim_utils.common.errors import ProcessLostError, UserError, is_disk_full, is_gpu_full
+from slim_utils.common.errors import ProcessLostError, RankError, UserError, is_disk_full, is_gpu_full
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -67,6 +67,8 @@ def run_cli(
     setup_logging()
     try:
         main()
+    except RankError as error:
+        _fail(prog, f"rank {_rank()}: {error}" if _rank() else str(error), 2)
     except UserError as error:
         if _rank():
             # All ranks raise the same error; rank 0 prints it.

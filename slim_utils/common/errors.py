@@ -14,6 +14,10 @@ class UserError(ValueError):
     """A wrong input or setting. The message is one line and names the flag to change."""
 
 
+class RankError(UserError):
+    """A wrong setting that shows in some processes of a run alone, each of which prints it."""
+
+
 class ProcessLostError(Exception):
     """Another process of the run has exited or cannot be reached."""
 

@@ -26,6 +26,18 @@ from tests.unit.train_utils.test_sparse_trainer import removed_weights
 from train_utils import finetune_result, sparse_trainer
 from train_utils.finetune_args import parse_args
 
+# A run whose rank 1 meets a batch with a loss that is not finite.
+OVERFLOWING = """
+import os, runpy, sys
+sys.path.insert(0, os.getcwd())
+from train_utils import sparse_trainer
+if os.environ["RANK"] == "1":
+    step = sparse_trainer.Seq2SeqTrainer.training_step
+    sparse_trainer.Seq2SeqTrainer.training_step = lambda *args: float("nan") * step(*args)
+sys.argv[0] = "model_finetune.py"
+runpy.run_path("model_finetune.py", run_name="__main__")
+"""
+
 
 def test_model_finetune_with_lora_of_a_pruned_model_fuses_the_adapters(slim, argv, tmp_path, samples, capsys):
     base, out = slim / "pruned_weights", tmp_path / "out"
@@ -254,6 +266,15 @@ def test_model_finetune_with_a_non_finite_loss_is_one_line(slim, argv, tmp_path)
         main(argv(slim / "pruned_weights", "--learning_rate", 1e30, "--max_grad_norm", 0))
     assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"] is False
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_model_finetune_with_a_non_finite_loss_in_another_process_prints_it(slim, argv, tmp_path):
+    script = tmp_path / "overflowing.py"
+    script.write_text(OVERFLOWING)
+    process = run_ranks(2, script, *argv(slim / "pruned_weights", "--ddp_timeout", 20))
+    errors = [line for line in process.stderr.splitlines() if line.startswith("model_finetune.py: error:")]
+    assert errors, process.stderr
+    assert errors[-1].startswith("model_finetune.py: error: rank 1: step 1: the loss is nan; lower --learning_rate")
 
 
 def test_model_finetune_of_weights_that_are_not_finite_names_them(slim, argv, tmp_path):
