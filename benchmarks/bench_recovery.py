@@ -37,7 +37,7 @@ from ppl_eval.zero_shot import ACC_NORM_IN_PAPERS
 from slim_utils.cli.app import ArgumentParser, run_cli
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_checks import num_positions
-from slim_utils.common.loading import load_model, load_tokenizer
+from slim_utils.common.loading import choose_device, load_model, load_tokenizer
 from slim_utils.profiling.tables import markdown_table
 from slim_utils.text_source import file_documents, file_rows, join_documents, row_text
 
@@ -157,7 +157,8 @@ def train(args: argparse.Namespace, specs: list[str], base: Path, key: Key, skip
     flags |= {"--extra_val_set": ",".join(specs), "--extra_val_seqlen": EVAL_SEQLEN, "--eval_seqlens": EVAL_SEQLEN}
     flags |= {"--cache_dataset": "false", "--eval_strategy": "no", **RECOVERIES[recovery]}
     flags |= {} if rate is None else {"--learning_rate": rate}
-    flags |= {"--bf16": "true"} if args.bf16 else {}
+    # Otherwise a GPU would choose.
+    flags |= {"--bf16": str(args.bf16).lower()}
     if recovery == ALPACA:
         run("model_finetune.py", *flag_list(flags), "--data_path", alpaca_rows(args, tokens))
         return folder
@@ -175,7 +176,7 @@ def measure(args: argparse.Namespace, specs: list[str], *values: Any) -> Row:
         model = prune(args, key.method, key.share)
         tokenizer, loaded = load_tokenizer(args.model, False), load_model(str(model), "auto", False)
         windows = load_eval_sets(specs, tokenizer, [EVAL_SEQLEN], num_positions(loaded.config))
-        entries = evaluate(loaded, windows)
+        entries = evaluate(loaded.to(choose_device("auto")), windows)
     else:
         folders = train_in_rounds(args, specs, key)
         records = [json.loads((folder / "run.json").read_text(encoding="utf-8")) for folder in folders]
@@ -278,7 +279,8 @@ def main(args: argparse.Namespace) -> None:
     protocol |= {"train_text": [Path(text).name for text in args.train_text]}
     protocol |= {"bf16": True} if args.bf16 else {}
     measure_row = partial(measure, args, eval_specs(args))
-    rows = measure_missing_rows(args.out, protocol, Key._fields, row_keys(args), measure_row)["rows"]
+    device = choose_device("auto")
+    rows = measure_missing_rows(args.out, protocol, Key._fields, row_keys(args), measure_row, device)["rows"]
     print(table(rows))
     if args.limit:
         print(zero_shot_table(rows))

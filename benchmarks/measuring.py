@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -56,7 +57,12 @@ def eval_sets(
 
 
 def measure_missing_rows(
-    out: Path, protocol: dict[str, Any], names: tuple[str, ...], keys: Iterable[tuple], measure: Callable[..., Row]
+    out: Path,
+    protocol: dict[str, Any],
+    names: tuple[str, ...],
+    keys: Iterable[tuple],
+    measure: Callable[..., Row],
+    device: torch.device = CPU,
 ) -> dict[str, Any]:
     """Measure the rows that are missing in ``out``, and write each as soon as it is measured.
 
@@ -66,6 +72,7 @@ def measure_missing_rows(
         names: names of the entries that identify a row.
         keys: values of these entries, for every row of the benchmark.
         measure: measures the row of a key.
+        device: where it does.
 
     Returns:
         The content of ``out``.
@@ -73,7 +80,8 @@ def measure_missing_rows(
     Raises:
         UserError: if ``out`` has another protocol, or its folder does not exist.
     """
-    record = {"command": command_line(), **environment(CPU), "protocol": protocol, "rows": existing_rows(out, protocol)}
+    rows = existing_rows(out, protocol)
+    record = {"command": command_line(), **environment(device), "protocol": protocol, "rows": rows}
     measured = {tuple(row.get(name) for name in names) for row in record["rows"]}
     for key in keys:
         if key not in measured:

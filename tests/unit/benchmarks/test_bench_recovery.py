@@ -32,6 +32,8 @@ def test_train_in_rounds_prunes_what_is_left_and_goes_on_in_the_text(tmp_path, m
     assert [command[command.index("--skip_train_tokens") + 1] for command in trainings] == ["0", "500"]
     assert all(command[command.index("--max_train_tokens") + 1] == "500" for command in trainings)
     assert [command[command.index("--output_dir") + 1] for command in trainings] == list(map(str, folders))
+    # Also on a GPU, which trains on text in bf16 by default.
+    assert all(command[command.index("--bf16") + 1] == "false" for command in trainings)
 
 
 def test_row_keys_begin_with_the_models_without_recovery():

@@ -45,6 +45,14 @@ def test_measure_missing_rows_after_a_failure_measures_only_missing_rows(tmp_pat
         measure_missing_rows(out, {"seed": 1}, ("name", "share"), keys, measure)
 
 
+def test_measure_missing_rows_on_a_gpu_records_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    for device in ("cpu", "cuda"):
+        keys, measure = [("a",)], lambda name: {"name": name}
+        record = measure_missing_rows(tmp_path / device, {}, ("name",), keys, measure, torch.device(device))
+        assert record["hardware"]["device"] == {"cpu": "cpu", "cuda": "a GPU"}[device]
+
+
 def test_measure_in_new_process_reads_the_row_that_the_script_wrote(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
