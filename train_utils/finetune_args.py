@@ -270,7 +270,7 @@ def parse_args(argv: list[str] | None = None) -> FinetuneArguments:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
         raise UserError(" ".join(str(error).split())) from error
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

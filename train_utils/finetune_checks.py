@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ppl_eval.ppl_dataset import name_eval_sets, split_eval_specs
@@ -52,6 +54,7 @@ def check_args(args: FinetuneArguments) -> None:
         for option in dataclasses.fields(group):
             if option.name in REFUSED_FLAGS and getattr(group, option.name) != option.default:
                 raise UserError(f"--{option.name} {getattr(group, option.name)}: {REFUSED_FLAGS[option.name]}")
+    check_gpu_count(args.training)
     check_model_args(args)
     check_data_args(args.data)
     check_training_args(args.training)
@@ -77,6 +80,18 @@ def use_one_gpu(training: TrainingArguments) -> None:
             "training on one of %d GPUs; for all, start with torchrun --nproc_per_node=%d", *[training.n_gpu] * 2
         )
         training._n_gpu = 1
+
+
+def check_gpu_count(training: TrainingArguments) -> None:
+    """Check that every process that ``torchrun`` has started on this machine has a GPU of its own, as NCCL requires.
+
+    Raises:
+        UserError: if there are more processes than GPUs.
+    """
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    launched = "TORCHELASTIC_RUN_ID" in os.environ and training.ddp_backend is None
+    if launched and training.device.type == "cuda" and processes > gpus:
+        raise UserError(f"{processes} processes for {gpus} GPUs: start with torchrun --nproc_per_node={gpus}")
 
 
 def warn_without_effect(args: FinetuneArguments, argv: Sequence[str]) -> None:

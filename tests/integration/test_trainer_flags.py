@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Seq2SeqTrainingArguments
 from transformers.training_args import OptimizerNames
 
 from slim_utils.common.errors import UserError
@@ -195,3 +196,24 @@ def test_finetune_with_several_gpus_visible_trains_on_one(slim, argv, monkeypatc
     training = parse_args(argv(slim / "pruned_weights")).training
     assert training.n_gpu == 1 and training.train_batch_size == training.per_device_train_batch_size
     assert "training on one of 2 GPUs; for all, start with torchrun --nproc_per_node=2" in caplog.text
+
+
+def test_finetune_with_more_processes_than_gpus_is_refused(slim, argv, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda:0"))
+    # Without torchrun, every process may see a GPU of its own alone.
+    parse_args(argv(slim / "pruned_weights"))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(UserError, match=r"^4 processes for 2 GPUs: start with torchrun --nproc_per_node=2$"):
+        parse_args(argv(slim / "pruned_weights"))
+
+
+def test_finetune_on_gpus_that_need_other_settings_of_nccl_is_one_line(slim, argv, monkeypatch):
+    def refuse(training):
+        raise NotImplementedError('Please set `NCCL_P2P_DISABLE="1"`\nor use another launcher.')
+
+    monkeypatch.setattr(Seq2SeqTrainingArguments, "__post_init__", refuse)
+    with pytest.raises(UserError, match="NCCL_P2P_DISABLE") as error:
+        parse_args(argv(slim / "pruned_weights"))
+    assert "\n" not in str(error.value)
