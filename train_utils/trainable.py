@@ -46,11 +46,11 @@ def prepare_model(model: PreTrainedModel, args: FinetuneArguments) -> PreTrained
 
 
 def train_only(model: PreTrainedModel, parameters: Iterable[nn.Parameter], training: TrainingArguments) -> None:
-    """Freeze everything but ``parameters``."""
-    trained = {id(parameter) for parameter in parameters}
+    """Freeze everything but ``parameters``, and those of them that never get gradients, such as biases of a router."""
+    chosen = {id(parameter) for parameter in parameters}
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen_dtype(training))
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in chosen)
+        parameter.data = parameter.data.to(torch.float32 if id(parameter) in chosen else frozen_dtype(training))
     if training.gradient_checkpointing:
         model.enable_input_require_grads()
 

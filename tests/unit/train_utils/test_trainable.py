@@ -85,6 +85,16 @@ def test_with_trained_weights_changes_the_block_weights_alone(variant, tmp_path)
         assert torch.equal(weight, before[name] + 0.25 if name in trained else before[name]), name
 
 
+@pytest.mark.parametrize("variant", ["gqa", "ernie4_5_moe"])
+def test_train_only_trains_parameters_that_get_gradients(variant, samples):
+    model = make_tiny(variant)
+    train_only(model, find_family(model.config).decoder_layers(model).parameters(), Precision())
+    model(input_ids=samples, labels=samples).loss.backward()
+    # Several processes would wait for the gradient of any other.
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
 def test_fuse_scales_of_a_bf16_checkpoint_rounds_once(tmp_path):
     model = make_tiny("gqa", torch.bfloat16)
     model.save_pretrained(tmp_path)
