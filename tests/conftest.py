@@ -19,6 +19,12 @@ from transformers import PreTrainedTokenizerFast
 from tests.tiny_models import VOCAB, make_tiny
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs unless tests that need one are selected: others run two processes, whatever the machine has."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture
 def samples():
     """(8, 16) random token ids."""

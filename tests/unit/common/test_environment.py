@@ -1,5 +1,6 @@
 """The record of versions, commit and hardware."""
 
+import os
 import subprocess
 
 import pytest
@@ -54,3 +55,7 @@ def test_environment_version_and_commit():
     record = environment(torch.device("cpu"))
     assert record["versions"]["slimgpt"] == slim_utils.__version__
     assert record["commit"] == commit()
+
+
+def test_gpus_are_hidden_from_tests_that_need_none():
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
