@@ -5,9 +5,9 @@
         --train_text wiki.train.txt --eval_files wiki=wiki.test.txt
     python -m benchmarks.gpu_checks OUT --rehearse --device cpu
 
-Parts: the tests marked ``gpu``; ``bench_prune.py`` at the shapes of LLaMA-7B on 128 × 2048 tokens, beside the
-original's procedure, with the solver in float64 and in float32; a shortage of memory; ``--stream`` of layers of a 70B
-model; recovery of a given model on text up to 1 M tokens; serving by Transformers.
+Parts: the tests marked ``gpu``, without those on several; ``bench_prune.py`` at the shapes of LLaMA-7B on 128 × 2048
+tokens, beside the original's procedure, with the solver in float64 and in float32; a shortage of memory; ``--stream``
+of layers of a 70B model; recovery of a given model on text up to 1 M tokens; serving by Transformers.
 
 A part that succeeds writes OUT/NAME.json at once; a part with such a file is skipped, so that an interrupted run can be
 repeated. Every part has its own time limit and its log OUT/NAME.log; one that fails does not stop the others. A table
@@ -169,7 +169,7 @@ def make_parts(args: argparse.Namespace) -> list[Part]:
     """All parts in order of value."""
     tiny, device = args.rehearse, ["--device", args.device]
     tests = ["tests/integration/test_gpu.py"] if tiny else []
-    pytest = ["-m", "pytest", *tests, "-m", "gpu", "-q", "-p", "no:cacheprovider", "--junitxml={result}"]
+    pytest = ["-m", "pytest", *tests, "-m", "gpu and not slow", "-q", "-p", "no:cacheprovider", "--junitxml={result}"]
     shape = ["smollm2-135m", "--num_samples", 4, "--seqlen", 64, "--layers", 2, "--dtype", "float32", "--repeats", 1]
     if not tiny:
         shape = ["llama-7b", "--num_samples", 128, "--seqlen", 2048, "--layers", 4, "--dtype", "bfloat16"]
