@@ -38,7 +38,7 @@ from train_utils.finetune_dataset import FinetuneData
 from train_utils.finetune_result import ModelMasks
 from train_utils.lora import TARGETS_FLAG
 from train_utils.model_weights import ModelWeights, WholeWeights
-from train_utils.sharding_checks import uses_fsdp, uses_zero3
+from train_utils.sharding_checks import offloads_to_cpu, uses_fsdp, uses_zero3
 from train_utils.trainable import cast_parameters, frozen_dtype, prepare_model
 
 if TYPE_CHECKING:
@@ -251,7 +251,9 @@ class FullyShardedWeights(ShardedWeights):
         if training.bf16:
             self._precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         config: dict[str, Any] = training.fsdp_config
-        self._offload = CPUOffloadPolicy() if config.get("cpu_offload") else OffloadPolicy()
+        # Without an accelerator, weights are in host memory already.
+        offloads = offloads_to_cpu(config) and self.device.type != "cpu"
+        self._offload = CPUOffloadPolicy() if offloads else OffloadPolicy()
         self._reshard = bool(config.get("reshard_after_forward", True))
         # The model that accelerate gets is wrapped, and a whole state dict would gather it on rank 0.
         training.fsdp_plugin_args |= {"auto_wrap_policy": "NO_WRAP", "state_dict_type": "SHARDED_STATE_DICT"}

@@ -119,6 +119,7 @@ def test_model_finetune_without_a_launcher_uses_one_gpu(argv):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @NEEDS_TWO
 @pytest.mark.parametrize(
     ("split", "part"),
@@ -140,6 +141,7 @@ def test_model_finetune_on_several_gpus_has_the_losses_of_one(argv, tmp_path, sp
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @NEEDS_TWO
 @pytest.mark.parametrize("name", ["gqa", "opt"])
 @pytest.mark.parametrize("split", SPLITS)

@@ -103,6 +103,13 @@ def test_model_finetune_on_sharded_weights_resumed_equals_uninterrupted(slim, ar
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
+def test_model_finetune_with_fsdp2_in_host_memory_without_a_gpu_runs(slim, argv, tmp_path):
+    flags = [*TRAINED["lora"], "--fsdp", "true", "--fsdp_config", '{"cpu_offload": true}', "--max_steps", 1]
+    process = run_ranks(2, "model_finetune.py", *argv(slim / "pruned_weights", *flags))
+    assert process.returncode == 0, process.stderr
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"]
+
+
 def test_model_finetune_with_wrong_targets_under_zero3_is_refused_before_the_weights_are_loaded(slim, argv):
     """The check builds the model without weights, which ZeRO-3 would divide while it is built."""
     flags = [*TRAINED["lora"], *SHARDING["zero3"], "--peft_target_modules", "nothing", "--check_only", "true"]
