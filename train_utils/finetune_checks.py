@@ -17,6 +17,7 @@ from ppl_eval.ppl_dataset import name_eval_sets, split_eval_specs
 from slim_utils.common.adapters import merged_models
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_paths import check_inputs_outside, eval_files
+from slim_utils.common.loading import local_processes
 from slim_utils.common.output_folder import output_lock
 from slim_utils.text_mixture import parse_text_sources
 from train_utils.optional_packages import check_packages
@@ -88,7 +89,7 @@ def check_gpu_count(training: TrainingArguments) -> None:
     Raises:
         UserError: if there are more processes than GPUs.
     """
-    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    processes, gpus = local_processes(), torch.cuda.device_count()
     launched = "TORCHELASTIC_RUN_ID" in os.environ and training.ddp_backend is None
     if launched and training.device.type == "cuda" and processes > gpus:
         raise UserError(f"{processes} processes for {gpus} GPUs: start with torchrun --nproc_per_node={gpus}")
