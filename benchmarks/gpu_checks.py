@@ -181,7 +181,7 @@ def make_parts(args: argparse.Namespace) -> list[Part]:
     rescue = rescue or ["--num_samples", 64, "--dtype", "float32"]
     serving = [*serving, "--new_tokens", 4, "--repeats", 1, "--batch_sizes", 1] if tiny else ["--new_tokens", 128]
     return [
-        Part("gpu_tests", pytest, 300, tests_figure, read_tests),
+        Part("gpu_tests", pytest, 390, tests_figure, read_tests),
         Part("prune_float64", module("bench_prune", *prune, "float64"), 300, prune_figure),
         Part("prune_float32", module("bench_prune", *prune, "float32"), 240, prune_figure),
         Part("rescue", module("gpu_parts", "rescue", *rescue, *device), 150, rescue_figure),
