@@ -171,7 +171,9 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True
         on_gpu = torch.cuda.is_available() and not self.use_cpu
-        if self.fsdp and on_gpu and self.ddp_backend is None and offloads_to_cpu(self.fsdp_config):  # type: ignore[has-type]
+        # The Trainer also takes the options of earlier versions, as in --fsdp "full_shard offload".
+        offloads = bool(self.fsdp) and ("offload" in str(self.fsdp) or offloads_to_cpu(self.fsdp_config))  # type: ignore[has-type]
+        if offloads and on_gpu and self.ddp_backend is None:  # type: ignore[has-type]
             # The norm of gradients in host memory is reduced there, which NCCL cannot do.
             self.ddp_backend = "cuda:nccl,cpu:gloo"
         if self.disable_tqdm is None:  # type: ignore[has-type]

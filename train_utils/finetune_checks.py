@@ -90,7 +90,7 @@ def check_gpu_count(training: TrainingArguments) -> None:
         UserError: if there are more processes than GPUs.
     """
     processes, gpus = local_processes(), torch.cuda.device_count()
-    launched = "TORCHELASTIC_RUN_ID" in os.environ and training.ddp_backend is None
+    launched = "TORCHELASTIC_RUN_ID" in os.environ and "nccl" in (training.ddp_backend or "nccl")
     if launched and training.device.type == "cuda" and processes > gpus:
         raise UserError(f"{processes} processes for {gpus} GPUs: start with torchrun --nproc_per_node={gpus}")
 

@@ -15,6 +15,7 @@ from tests.integration.finetuning import losses, main
 from tests.tiny_models import make_tiny
 from train_utils import optional_packages
 from train_utils.finetune_args import TrainingArguments, parse_args
+from train_utils.finetune_checks import check_gpu_count
 from train_utils.optional_packages import optimizer_package
 from train_utils.trainer_setup import best_metric
 
@@ -203,10 +204,18 @@ def test_finetune_with_more_processes_than_gpus_is_refused(slim, argv, monkeypat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda:0"))
     # Without torchrun, every process may see a GPU of its own alone.
-    parse_args(argv(slim / "pruned_weights"))
+    training = parse_args(argv(slim / "pruned_weights")).training
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    with pytest.raises(UserError, match=r"^4 processes for 2 GPUs: start with torchrun --nproc_per_node=2$"):
+    message = r"^4 processes for 2 GPUs: start with torchrun --nproc_per_node=2$"
+    with pytest.raises(UserError, match=message):
         parse_args(argv(slim / "pruned_weights"))
+    # The second is that of weights in host memory.
+    for backend in ("nccl", "cuda:nccl,cpu:gloo"):
+        training.ddp_backend = backend
+        with pytest.raises(UserError, match=message):
+            check_gpu_count(training)
+    training.ddp_backend = "gloo"
+    check_gpu_count(training)
 
 
 def test_finetune_on_gpus_that_need_other_settings_of_nccl_is_one_line(slim, argv, monkeypatch):

@@ -90,4 +90,6 @@ def test_training_arguments_with_weights_in_host_memory_add_a_backend_for_them(t
     ):
         backend = TrainingArguments(output_dir="out", fsdp="true", fsdp_config=value).ddp_backend
         assert TrainingArguments(output_dir="out", fsdp_config=value).ddp_backend is None
+        older = TrainingArguments(output_dir="out", fsdp="full_shard offload" if offload else "full_shard")
+        assert older.ddp_backend == backend
     assert backend == ("cuda:nccl,cpu:gloo" if on_gpu and offload else None)
