@@ -30,18 +30,17 @@ local_or_name() {
     if [ -n "$path" ] && [ -e "$path" ]; then echo "${1%"$path"}$(realpath "$path")"; else echo "$1"; fi
 }
 
-# local_texts "TEXT TEXT:WEIGHT …": the texts, those that are files of the caller's folder with absolute paths.
+# local_texts "TEXT TEXT:WEIGHT …": the texts, one a line, those that are files of the caller's folder with absolute paths.
 local_texts() {
-    local text texts=()
+    local text
     for text in $1; do
         if [ -f "$text" ]; then
             text=$(realpath "$text")
         elif [ -f "${text%:*}" ]; then
             text=$(realpath "${text%:*}"):${text##*:}
         fi
-        texts+=("$text")
+        echo "$text"
     done
-    echo "${texts[*]}"
 }
 
 # require NAME ADVICE: fails unless the variable NAME has a value.

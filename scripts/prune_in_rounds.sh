@@ -22,7 +22,6 @@ root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 source "$root/scripts/env.sh"
 check_count NPROC "$NPROC"
 MODEL=$(local_or_name "$MODEL") DATA=$(local_or_name "$DATA") EVAL=$(local_or_name "$EVAL") OUT=$(realpath -m "$OUT")
-TEXT=$(local_texts "$TEXT")
 pushd "$root" > /dev/null
 smoke_mode "$@" || require MODEL "a checkpoint folder or hub name"
 make_venv requirements.txt
@@ -59,7 +58,8 @@ recover() {
         FLAGS="--overwrite true --skip_train_tokens $((($1 - 1) * tokens))" OUT="$OUT/recovered_$1" \
         bash "$root/scripts/recover.sh" "${smoke[@]}"
 }
-settings="MODEL=$MODEL DATA=$DATA TEXT=$TEXT RATIO=$RATIO ROUNDS=$ROUNDS TOKENS=$TOKENS TRAIN=$TRAIN FLAGS=$FLAGS"
+texts=$(local_texts "$TEXT" | paste -sd " ")
+settings="MODEL=$MODEL DATA=$DATA TEXT=$texts RATIO=$RATIO ROUNDS=$ROUNDS TOKENS=$TOKENS TRAIN=$TRAIN FLAGS=$FLAGS"
 settings+=" NUM_SAMPLES=$NUM_SAMPLES SEQLEN=$SEQLEN"
 # Until a part is finished, such as after a wrong MODEL, settings may change.
 begun=$(cat "$OUT/settings" 2> /dev/null || true)

@@ -18,7 +18,7 @@ root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 source "$root/scripts/env.sh"
 check_count NPROC "$NPROC"
 MODEL=$(local_or_name "$MODEL") DENSE=$(local_or_name "$DENSE") EVAL=$(local_or_name "$EVAL") OUT=$(realpath -m "$OUT")
-TEXT=$(local_texts "$TEXT")
+mapfile -t texts < <(local_texts "${TEXT:-c4}")
 cd "$root"
 if ! smoke_mode "$@"; then
     require MODEL "a checkpoint folder or hub name"
@@ -31,7 +31,7 @@ if smoke_mode "$@"; then
     if [ -z "$MODEL" ] || [ -z "$DENSE" ] || [ -z "$TEXT" ] || [ -z "$EVAL" ]; then
         smoke_inputs
         MODEL=${MODEL:-$smoke_model} DENSE=${DENSE:-$smoke_model} EVAL=${EVAL:-wiki=$smoke_data/evaluation.txt}
-        TEXT=${TEXT:-$cache/wiki.calibration.txt}
+        [ -n "$TEXT" ] || texts=("$cache/wiki.calibration.txt")
     fi
 fi
 
@@ -39,10 +39,10 @@ launcher=(.venv/bin/python) distributed=()
 if [ "$NPROC" -gt 1 ]; then
     launcher=(.venv/bin/torchrun "--nproc_per_node=$NPROC" --nnodes=1) distributed=(--deepspeed configs/deepspeed.json)
 fi
-command=(model_finetune.py --model_name_or_path "$MODEL" --distill_from "$DENSE" --train_text ${TEXT:-c4}
+command=(model_finetune.py --model_name_or_path "$MODEL" --distill_from "$DENSE" --train_text "${texts[@]}"
     --train "$TRAIN" --bf16 true "${sizes[@]}" --extra_val_set "${EVAL:-wikitext2}" --save_strategy no --output_dir "$OUT")
 command+=("${distributed[@]}")
-# Set by prune_in_rounds.sh. One process checks for all; with DeepSpeed it takes one GPU, as each of them does.
+# Set by prune_in_rounds.sh. One process checks for all, with the flags of each.
 if [ -n "${CHECK_ONLY:-}" ]; then exec .venv/bin/python "${command[@]}" $FLAGS --check_only true; fi
 mkdir -p "$(dirname "$OUT")"
 "${launcher[@]}" "${command[@]}" $FLAGS 2>&1 | tee -i "$OUT.log"

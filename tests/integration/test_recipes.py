@@ -19,12 +19,21 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(recipe: str, *flags: str, **variables: object) -> subprocess.CompletedProcess:
+# Prints the command line of model_finetune.py in place of running it.
+SITECUSTOMIZE = """
+import os, sys
+if "model_finetune.py" in sys.orig_argv:
+    print(*sys.orig_argv, sep="|", flush=True)
+    os._exit(2)
+"""
+
+
+def run(recipe: str, *flags: str, cwd: Path | None = None, **variables: object) -> subprocess.CompletedProcess:
     """Run a recipe with only the given variables set."""
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     environment |= {name: str(value) for name, value in variables.items()}
     command = ["bash", str(ROOT / "scripts" / recipe), *flags]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -178,16 +187,25 @@ def test_recipe_with_a_wrong_number_of_processes_is_one_line(recipe, processes, 
 
 
 def test_recipe_prune_in_rounds_with_several_processes_checks_with_deepspeed(checkpoint, text_file, tmp_path):
-    """A process without it takes all GPUs of a machine, which is refused with a teacher."""
-    lines = ["import os, sys", "if 'model_finetune.py' in sys.orig_argv:", "    print(*sys.orig_argv, flush=True)"]
-    (tmp_path / "sitecustomize.py").write_text("\n".join([*lines, "    os._exit(2)"]))
+    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
     variables = {"MODEL": checkpoint, "DATA": text_file, "EVAL": text_file, "TEXT": text_file, "PYTHONPATH": tmp_path}
     for processes in (1, 2):
         process = run("prune_in_rounds.sh", "--smoke", **variables, NPROC=processes, OUT=tmp_path / "out")
         assert process.returncode == 2
         command = process.stdout.splitlines()[-1]
-        assert "--check_only true" in command
-        assert ("--deepspeed configs/deepspeed.json" in command) == (processes == 2)
+        assert "--check_only|true" in command
+        assert ("--deepspeed|configs/deepspeed.json" in command) == (processes == 2)
+
+
+@pytest.mark.parametrize("recipe", ["recover.sh", "prune_in_rounds.sh"])
+def test_recipe_of_a_text_in_a_folder_with_spaces_reads_it(recipe, text_file, tmp_path):
+    folder = tmp_path / "my texts"
+    folder.mkdir()
+    (folder / "train.txt").touch()
+    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    variables = {"MODEL": "/none", "DENSE": "/none", "DATA": text_file, "EVAL": text_file, "PYTHONPATH": tmp_path}
+    process = run(recipe, cwd=folder, **variables, TEXT="c4 train.txt:0.3", OUT=tmp_path / "out")
+    assert f"|--train_text|c4|{folder}/train.txt:0.3|--train|" in process.stdout, process.stdout + process.stderr
 
 
 def test_recipe_prune_in_rounds_without_its_settings_is_one_line(tmp_path):

@@ -75,10 +75,12 @@ def test_pyproject_names_the_same_python_for_project_and_ruff():
 
 
 def test_local_texts_are_absolute_files_with_their_weights_and_names(tmp_path):
-    for name in ("a.txt", "b:1", "c.txt"):
-        (tmp_path / name).touch()
-    call = f'local_texts "c4:0.7 a.txt a.txt:0.3 b:1 wikitext2 {tmp_path}/c.txt:2 none.txt"; local_texts ""'
-    process = make(tmp_path, call)
+    folder = tmp_path / "my texts"
+    folder.mkdir()
+    for path in (folder / "a.txt", folder / "b:1", tmp_path / "c.txt"):
+        path.touch()
+    call = f'local_texts "c4:0.7 a.txt a.txt:0.3 b:1 wikitext2 {tmp_path}/c.txt:2 none.txt"'
+    process = make(folder, call)
     assert process.returncode == 0, process.stderr
-    texts = f"c4:0.7 {tmp_path}/a.txt {tmp_path}/a.txt:0.3 {tmp_path}/b:1 wikitext2 {tmp_path}/c.txt:2 none.txt"
-    assert process.stdout == f"{texts}\n\n"
+    texts = ["c4:0.7", f"{folder}/a.txt", f"{folder}/a.txt:0.3", f"{folder}/b:1"]
+    assert process.stdout.splitlines() == [*texts, "wikitext2", f"{tmp_path}/c.txt:2", "none.txt"]
