@@ -241,7 +241,7 @@ class SlimTrainer(Seq2SeqTrainer):
             # Sharded parameters are not looked at.
             whole = (named for named in model.named_parameters() if not isinstance(named[1].data, DTensor))
             if self.state.global_step == 0 and (name := first_non_finite(whole)):
-                raise UserError(f"{failure}: {name} of the model to train is not finite")
+                raise RankError(f"{failure}: {name} of the model to train is not finite")
             raise RankError(
                 f"{failure}; lower --learning_rate or --max_grad_norm, or use --bf16 true instead of --fp16 true"
             )

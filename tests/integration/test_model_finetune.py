@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppl_eval.ppl_eval import ppl_metric
-from slim_utils.common.errors import UserError, is_disk_full
+from slim_utils.common.errors import RankError, UserError, is_disk_full
 from slim_utils.common.loading import load_model
 from slim_utils.families import find_family
 from slim_utils.masks import read_pruning
@@ -284,7 +284,8 @@ def test_model_finetune_of_weights_that_are_not_finite_names_them(slim, argv, tm
     stored[name][0, 0] = float("nan")
     save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
     for flags in (["--train", "block_weights"], ["--use_lora", "true"]):
-        with pytest.raises(UserError, match=r"step 1: the loss is nan: .*layers\.1\.mlp\.down_proj.* is not finite$"):
+        # Of every process: weights may be used by the tokens of one alone.
+        with pytest.raises(RankError, match=r"step 1: the loss is nan: .*layers\.1\.mlp\.down_proj.* is not finite$"):
             main(argv(base, *flags, "--overwrite", "true"))
 
 
