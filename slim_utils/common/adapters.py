@@ -115,13 +115,16 @@ def fuse_adapters(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embedding.weight
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     adapted = load_adapters(model, adapter)
     layers = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
     if tied and any(layer.get_base_layer() in (embedding, head) for layer in layers):
         head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
     merge_adapters(adapted)
-    # peft froze the base.
-    fused: PreTrainedModel = adapted.unload().eval().requires_grad_(True)
+    fused: PreTrainedModel = adapted.unload().eval()
+    # peft froze the base, of which some parameters never get gradients.
+    for name, parameter in fused.named_parameters():
+        parameter.requires_grad_(name not in frozen)
     # Older versions of peft leave it there, and would warn of a second adapter.
     vars(fused).pop("peft_config", None)
     # Also where the adapter stores one of them as a whole (modules_to_save).

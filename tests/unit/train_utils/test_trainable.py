@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
+from slim_utils.common.adapters import fuse_adapters
 from slim_utils.common.loading import load_model
 from slim_utils.families import find_family, layer_shapes
 from tests.tiny_models import ALL_TINY, make_tiny
@@ -85,9 +87,12 @@ def test_with_trained_weights_changes_the_block_weights_alone(variant, tmp_path)
         assert torch.equal(weight, before[name] + 0.25 if name in trained else before[name]), name
 
 
-@pytest.mark.parametrize("variant", ["gqa", "ernie4_5_moe"])
-def test_train_only_trains_parameters_that_get_gradients(variant, samples):
+@pytest.mark.parametrize(("variant", "fused"), [("gqa", False), ("ernie4_5_moe", False), ("ernie4_5_moe", True)])
+def test_train_only_trains_parameters_that_get_gradients(variant, fused, samples, tmp_path):
     model = make_tiny(variant)
+    if fused:
+        get_peft_model(make_tiny(variant), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+        model = fuse_adapters(model, str(tmp_path))
     train_only(model, find_family(model.config).decoder_layers(model).parameters(), Precision())
     model(input_ids=samples, labels=samples).loss.backward()
     # Several processes would wait for the gradient of any other.
