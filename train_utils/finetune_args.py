@@ -172,7 +172,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             self.use_cpu = True
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         # The Trainer also takes the options of earlier versions, as in --fsdp "full_shard offload".
-        offloads = bool(self.fsdp) and ("offload" in str(self.fsdp) or offloads_to_cpu(self.fsdp_config))  # type: ignore[has-type]
+        offloads = bool(self.fsdp) and ("offload" in str(self.fsdp) or offloads_to_cpu(self.fsdp_config))
         if offloads and on_gpu and self.ddp_backend is None:  # type: ignore[has-type]
             # The norm of gradients in host memory is reduced there, which NCCL cannot do.
             self.ddp_backend = "cuda:nccl,cpu:gloo"
