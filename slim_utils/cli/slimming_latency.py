@@ -16,6 +16,7 @@ from slim_utils.common.atomic_output import write_json_atomic
 from slim_utils.common.errors import UserError
 from slim_utils.common.input_checks import check_length
 from slim_utils.common.loading import PRUNED_MODEL_FOLDER, load_model
+from slim_utils.common.memory import full_gpu_as_out_of_memory
 from slim_utils.layerwise.offload import ResidentModel
 from slim_utils.layerwise.resume import LayerStore
 from slim_utils.profiling.latency import measure_latency
@@ -108,9 +109,10 @@ def measured_latency(config: PruningConfig, host: ResidentModel, table: LatencyT
     folder = str(Path(config.save_dir) / PRUNED_MODEL_FOLDER)
     pruned = load_model(folder, config.dtype, config.trust_remote_code, language_model=True)
     try:
-        models = [host.model.to(device), pruned.to(device)]
-        sizes = (request.batch_size, request.prompt_tokens, request.new_tokens)
-        latencies = measure_latency(models, *sizes, DEFAULT_LATENCY_REPEATS)
+        with full_gpu_as_out_of_memory():
+            models = [host.model.to(device), pruned.to(device)]
+            sizes = (request.batch_size, request.prompt_tokens, request.new_tokens)
+            latencies = measure_latency(models, *sizes, DEFAULT_LATENCY_REPEATS)
     except torch.OutOfMemoryError:
         logger.warning("latency of the pruned model not measured: out of device memory with the dense one; %s", compare)
         return None

@@ -1,4 +1,4 @@
-"""Free memory of a device, within the limits of this process."""
+"""Memory of a device: what is free within the limits of this process, and errors where it is full."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
