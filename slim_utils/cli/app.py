@@ -79,8 +79,11 @@ def run_cli(
     except KeyboardInterrupt as error:
         _fail(prog, f"interrupted; no partially written file is left{_notes(error) or resume_advice}", 130)
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError) or is_gpu_full(error):
-            _fail(prog, f"out of GPU memory{_notes(error) or f'; {memory_advice}{resume_advice}'}", 1)
+        advice = _notes(error) or f"; {memory_advice}{resume_advice}"
+        if is_gpu_full(error):
+            _fail(prog, f"out of GPU memory ({str(error).splitlines()[0]}){advice}", 1)
+        if isinstance(error, torch.OutOfMemoryError):
+            _fail(prog, f"out of GPU memory{advice}", 1)
         if not is_disk_full(error):
             raise
         notes = _notes(error)

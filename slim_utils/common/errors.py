@@ -7,7 +7,14 @@ from contextlib import contextmanager
 # The second is torch.save's only message about a truncated write.
 _DISK_FULL_MESSAGES = ("No space left", "inline_container.cc")
 # Of a GPU without room for what torch's allocator does not allocate: its context, and the handles of its libraries.
-_GPU_FULL_MESSAGES = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
+_GPU_FULL_MESSAGES = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    # What the libraries mostly say where memory for a handle is missing.
+    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
+    "CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate",
+)
 
 
 class UserError(ValueError):

@@ -124,9 +124,9 @@ def test_model_slimming_after_a_killed_process_ends_and_can_be_resumed(launched,
         ("raise torch.OutOfMemoryError('full')", 1, "prog: error: out of GPU memory; use --device cpu"),
         # As for the context on a GPU that other programs fill.
         (
-            "raise torch.AcceleratorError('CUDA error: out of memory', 2)",
+            "raise torch.AcceleratorError('CUDA error: out of memory\\nAdvice')",
             1,
-            "prog: error: out of GPU memory; use --device cpu",
+            "prog: error: out of GPU memory (CUDA error: out of memory); use --device cpu",
         ),
         ("raise ValueError('unexpected')", 1, "ValueError: unexpected"),
     ],

@@ -73,6 +73,10 @@ def test_a_fallback_is_where_the_next_solve_begins(monkeypatch, caplog):
             "invert_in_place",
             RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate`"),
         ),
+        (
+            "invert_in_place",
+            RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"),
+        ),
         ("greedy_obs", torch.OutOfMemoryError("full")),
     ],
 )

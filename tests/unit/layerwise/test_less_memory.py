@@ -91,6 +91,7 @@ FULL = [
     torch.OutOfMemoryError("full"),
     torch.AcceleratorError("CUDA error: out of memory", 2),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
 ]
 
 
