@@ -30,6 +30,11 @@ local_or_name() {
     if [ -n "$path" ] && [ -e "$path" ]; then echo "${1%"$path"}$(realpath "$path")"; else echo "$1"; fi
 }
 
+# absolute_path PATH: PATH, which need not exist, as an absolute path.
+absolute_path() {
+    case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac
+}
+
 # local_texts "TEXT TEXT:WEIGHT …": the texts, one a line, those that are files of the caller's folder with absolute paths.
 local_texts() {
     local text

@@ -12,7 +12,7 @@ BATCH_SIZE=${BATCH_SIZE:-auto}
 
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 source "$root/scripts/env.sh"
-MODEL=$(local_or_name "$MODEL") DATA=$(local_or_name "$DATA") OUT=$(realpath -m "$OUT")
+MODEL=$(local_or_name "$MODEL") DATA=$(local_or_name "$DATA") OUT=$(absolute_path "$OUT")
 cd "$root"
 smoke_mode "$@" || require MODEL "a checkpoint folder or hub name"
 make_venv requirements.txt
@@ -25,8 +25,9 @@ if smoke_mode "$@"; then
     fi
 fi
 
+flags+=(--model "$MODEL")
 [ -n "$DATA" ] && flags+=(--data_dir "$DATA")
 [ -n "$TASKS" ] && flags+=(--tasks "$TASKS")
 mkdir -p "$(dirname "$OUT")"
-.venv/bin/python model_evaluate.py --model "$MODEL" "${flags[@]}" \
+.venv/bin/python model_evaluate.py "${flags[@]}" \
     --batch_size "$BATCH_SIZE" --output_path "$OUT" --no_cache 2>&1 | tee -i "$OUT.log"

@@ -14,7 +14,7 @@ FLAGS=${FLAGS:-}                       # more flags, e.g. "--resume_from_checkpo
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 source "$root/scripts/env.sh"
 check_count NPROC "$NPROC"
-MODEL=$(local_or_name "$MODEL") DATA=$(local_or_name "$DATA") EVAL=$(local_or_name "$EVAL") OUT=$(realpath -m "$OUT")
+MODEL=$(local_or_name "$MODEL") DATA=$(local_or_name "$DATA") EVAL=$(local_or_name "$EVAL") OUT=$(absolute_path "$OUT")
 cd "$root"
 smoke_mode "$@" || require MODEL "a checkpoint folder or hub name"
 make_venv requirements.txt
@@ -29,13 +29,14 @@ if smoke_mode "$@"; then
     fi
 fi
 
-launcher=(.venv/bin/python) distributed=()
+launcher=(.venv/bin/python)
 if [ "$NPROC" -gt 1 ]; then
-    launcher=(.venv/bin/torchrun "--nproc_per_node=$NPROC" --nnodes=1) distributed=(--deepspeed configs/deepspeed.json)
+    launcher=(.venv/bin/torchrun "--nproc_per_node=$NPROC" --nnodes=1)
+    sizes+=(--deepspeed configs/deepspeed.json)
 fi
 mkdir -p "$(dirname "$OUT")"
 "${launcher[@]}" model_finetune.py --model_name_or_path "$MODEL" \
-    --data_path "${DATA:-alpaca}" "${distributed[@]}" --bf16 true "${sizes[@]}" --lr_scheduler_type cosine \
+    --data_path "${DATA:-alpaca}" --bf16 true "${sizes[@]}" --lr_scheduler_type cosine \
     --learning_rate 1e-4 --logging_first_step true --evaluation_strategy steps --cache_dataset false --optim adamw_hf \
     --extra_val_set "${EVAL:-wikitext2}" --use_lora true --is_mask_training false --output_dir "$OUT" $FLAGS \
     2>&1 | tee -i "$OUT.log"

@@ -11,7 +11,7 @@ BATCH_SIZES=${BATCH_SIZES:-1 8} LENGTHS=${LENGTHS:-128 1024}
 
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 source "$root/scripts/env.sh"
-MODEL=$(local_or_name "$MODEL") DATA=$(local_or_name "$DATA") OUT=$(realpath -m "$OUT")
+MODEL=$(local_or_name "$MODEL") DATA=$(local_or_name "$DATA") OUT=$(absolute_path "$OUT")
 cd "$root"
 smoke_mode "$@" || require MODEL "a checkpoint folder or hub name"
 make_venv requirements.txt
@@ -22,9 +22,9 @@ if smoke_mode "$@"; then
     DATA=${DATA:-$MODEL}
 fi
 
-flags=()
-[ -n "$DATA" ] && flags=(--compare "$DATA")
+flags=(--base_model "$MODEL")
+[ -n "$DATA" ] && flags+=(--compare "$DATA")
 mkdir -p "$(dirname "$OUT")"
-.venv/bin/python test_flops.py --base_model "$MODEL" "${flags[@]}" \
+.venv/bin/python test_flops.py "${flags[@]}" \
     --batch_sizes $BATCH_SIZES --lengths $LENGTHS --repeats $repeats --new_tokens $new_tokens --out "$OUT" \
     2>&1 | tee -i "$OUT.log"

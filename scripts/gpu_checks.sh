@@ -25,7 +25,7 @@ for text in $EVAL; do evals+=("$(local_or_name "$text")"); done
 [ -z "$CALIB" ] || flags+=(--calib_file "$(local_or_name "$CALIB")")
 [ ${#texts[@]} -eq 0 ] || flags+=(--train_text "${texts[@]}")
 [ ${#evals[@]} -eq 0 ] || flags+=(--eval_files "${evals[@]}")
-out=$(realpath -m "$1")
+out=$(absolute_path "$1")
 cd "$root"
 make_venv requirements-dev.txt
 exec .venv/bin/python -m benchmarks.gpu_checks "$out" "${flags[@]}"

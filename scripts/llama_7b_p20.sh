@@ -16,7 +16,7 @@ scripts=$(realpath "$(dirname "${BASH_SOURCE[0]}")")
 source "$scripts/env.sh"
 check_count NPROC "$NPROC"
 [ "${1:-}" = --smoke ] || MODEL=${MODEL:-huggyllama/llama-7b}
-OUT=$(realpath -m "$OUT")
+OUT=$(absolute_path "$OUT")
 
 MODEL=$MODEL DATA=$DATA EVAL=$EVAL OUT=$OUT bash "$scripts/prune.sh" "$@"
 pruned=$OUT/pruned_weights fused=${OUT}_sft/lora_fused_model

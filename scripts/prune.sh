@@ -13,7 +13,7 @@ NUM_SAMPLES=${NUM_SAMPLES:-128} SEQLEN=${SEQLEN:-2048} EVAL_SEQLENS=${EVAL_SEQLE
 
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 source "$root/scripts/env.sh"
-MODEL=$(local_or_name "$MODEL") DATA=$(local_or_name "$DATA") EVAL=$(local_or_name "$EVAL") OUT=$(realpath -m "$OUT")
+MODEL=$(local_or_name "$MODEL") DATA=$(local_or_name "$DATA") EVAL=$(local_or_name "$EVAL") OUT=$(absolute_path "$OUT")
 cd "$root"
 smoke_mode "$@" || require MODEL "a checkpoint folder or hub name"
 make_venv requirements.txt

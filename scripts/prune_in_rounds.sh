@@ -21,13 +21,13 @@ FLAGS=${FLAGS:-}                       # more flags of model_slimming.py, e.g. "
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 source "$root/scripts/env.sh"
 check_count NPROC "$NPROC"
-MODEL=$(local_or_name "$MODEL") DATA=$(local_or_name "$DATA") EVAL=$(local_or_name "$EVAL") OUT=$(realpath -m "$OUT")
+MODEL=$(local_or_name "$MODEL") DATA=$(local_or_name "$DATA") EVAL=$(local_or_name "$EVAL") OUT=$(absolute_path "$OUT")
 pushd "$root" > /dev/null
 smoke_mode "$@" || require MODEL "a checkpoint folder or hub name"
 make_venv requirements.txt
-smoke=() window=512
+smoke='' window=512
 if smoke_mode "$@"; then
-    NUM_SAMPLES=8 SEQLEN=64 TOKENS=384 window=64 smoke=(--smoke)
+    NUM_SAMPLES=8 SEQLEN=64 TOKENS=384 window=64 smoke=--smoke
     if [ -z "$MODEL" ] || [ -z "$DATA" ] || [ -z "$TEXT" ] || [ -z "$EVAL" ]; then
         smoke_inputs
         MODEL=${MODEL:-$smoke_model} EVAL=${EVAL:-wiki=$smoke_data/evaluation.txt}
@@ -56,9 +56,9 @@ recover() {
     # Assignments before a command see the ones to their left.
     DENSE=$MODEL MODEL=$2 TEXT=$TEXT TOKENS=$TOKENS TRAIN=$TRAIN EVAL=$EVAL NPROC=$NPROC \
         FLAGS="--overwrite true --skip_train_tokens $((($1 - 1) * tokens))" OUT="$OUT/recovered_$1" \
-        bash "$root/scripts/recover.sh" "${smoke[@]}"
+        bash "$root/scripts/recover.sh" $smoke
 }
-texts=$(local_texts "$TEXT" | paste -sd " ")
+texts=$(local_texts "$TEXT" | paste -sd " " -)
 settings="MODEL=$MODEL DATA=$DATA TEXT=$texts RATIO=$RATIO ROUNDS=$ROUNDS TOKENS=$TOKENS TRAIN=$TRAIN FLAGS=$FLAGS"
 settings+=" NUM_SAMPLES=$NUM_SAMPLES SEQLEN=$SEQLEN"
 # Until a part is finished, such as after a wrong MODEL, settings may change.

@@ -17,8 +17,9 @@ FLAGS=${FLAGS:-}                       # more flags, e.g. "--learning_rate 1e-4"
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 source "$root/scripts/env.sh"
 check_count NPROC "$NPROC"
-MODEL=$(local_or_name "$MODEL") DENSE=$(local_or_name "$DENSE") EVAL=$(local_or_name "$EVAL") OUT=$(realpath -m "$OUT")
-mapfile -t texts < <(local_texts "${TEXT:-c4}")
+MODEL=$(local_or_name "$MODEL") DENSE=$(local_or_name "$DENSE") EVAL=$(local_or_name "$EVAL") OUT=$(absolute_path "$OUT")
+texts=()
+while IFS= read -r text; do texts+=("$text"); done < <(local_texts "${TEXT:-c4}")
 cd "$root"
 if ! smoke_mode "$@"; then
     require MODEL "a checkpoint folder or hub name"
@@ -35,13 +36,13 @@ if smoke_mode "$@"; then
     fi
 fi
 
-launcher=(.venv/bin/python) distributed=()
-if [ "$NPROC" -gt 1 ]; then
-    launcher=(.venv/bin/torchrun "--nproc_per_node=$NPROC" --nnodes=1) distributed=(--deepspeed configs/deepspeed.json)
-fi
 command=(model_finetune.py --model_name_or_path "$MODEL" --distill_from "$DENSE" --train_text "${texts[@]}"
     --train "$TRAIN" --bf16 true "${sizes[@]}" --extra_val_set "${EVAL:-wikitext2}" --save_strategy no --output_dir "$OUT")
-command+=("${distributed[@]}")
+launcher=(.venv/bin/python)
+if [ "$NPROC" -gt 1 ]; then
+    launcher=(.venv/bin/torchrun "--nproc_per_node=$NPROC" --nnodes=1)
+    command+=(--deepspeed configs/deepspeed.json)
+fi
 # Set by prune_in_rounds.sh. One process checks for all, with the flags of each.
 if [ -n "${CHECK_ONLY:-}" ]; then exec .venv/bin/python "${command[@]}" $FLAGS --check_only true; fi
 mkdir -p "$(dirname "$OUT")"

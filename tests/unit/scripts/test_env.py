@@ -1,6 +1,7 @@
 """``scripts/env.sh``: the Python version of environments, and paths of the caller's folder."""
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -84,3 +85,16 @@ def test_local_texts_are_absolute_files_with_their_weights_and_names(tmp_path):
     assert process.returncode == 0, process.stderr
     texts = ["c4:0.7", f"{folder}/a.txt", f"{folder}/a.txt:0.3", f"{folder}/b:1"]
     assert process.stdout.splitlines() == [*texts, "wikitext2", f"{tmp_path}/c.txt:2", "none.txt"]
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.sh")))
+def test_scripts_keep_to_what_bash_3_and_bsd_tools_have(script):
+    """As macOS has them: no ``realpath -m``, in-place ``sed`` or what bash 4 added."""
+    text = (ROOT / "scripts" / script).read_text(encoding="utf-8")
+    newer = r"realpath -|mapfile|readarray|declare -A|sed -i|grep -P|\$\{\w+(,,|\^\^|@Q)|&>>"
+    assert not re.search(newer, text)
+
+
+def test_absolute_path_is_in_the_callers_folder_and_need_not_exist(tmp_path):
+    process = make(tmp_path, "absolute_path out/new; absolute_path /out/new")
+    assert process.stdout == f"{tmp_path}/out/new\n/out/new\n"
