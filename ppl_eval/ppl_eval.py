@@ -53,6 +53,15 @@ def ppl_metric(
     return results
 
 
+def _summed_loss(model: PreTrainedModel, batch: Tensor) -> float:
+    """Cross-entropy of ``batch`` (count, seqlen) of token ids, summed over all targets, in nats."""
+    logits, total = model(input_ids=batch, use_cache=False).logits, 0.0
+    for window_logits, window in zip(logits, batch, strict=True):
+        # One window at a time: the fp32 logits of a whole batch could exceed the size of the model.
+        total += functional.cross_entropy(window_logits[:-1].float(), window[1:], reduction="sum").item()
+    return total
+
+
 def evaluate(
     model: PreTrainedModel, eval_sets: EvalSets, context: Callable[[Tensor, int], AbstractContextManager] | None = None
 ) -> list[dict[str, Any]]:
@@ -82,12 +91,8 @@ def perplexity(model: PreTrainedModel, windows: Tensor, batch_size: int = 4) -> 
     model.eval()
     total = 0.0
     for batch in tqdm(windows.split(batch_size), desc="perplexity", unit="batch", disable=None, leave=False):
-        batch = batch.to(model.device)
-        logits = model(input_ids=batch, use_cache=False).logits
-        for window_logits, window in zip(logits, batch, strict=True):
-            # One window at a time: the fp32 logits of a whole batch could exceed the size of the model.
-            loss = functional.cross_entropy(window_logits[:-1].float(), window[1:], reduction="sum")
-            total += loss.item()
+        # In a function of its own, which frees the logits before those of the next batch are computed.
+        total += _summed_loss(model, batch.to(model.device))
     targets = windows.shape[0] * (windows.shape[1] - 1)
     mean = total / targets
     return math.exp(mean) if mean < math.log(1e300) else math.inf

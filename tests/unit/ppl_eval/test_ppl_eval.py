@@ -1,6 +1,7 @@
 """Evaluation texts, and perplexity against the loss of the model."""
 
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,18 @@ def test_load_eval_sets_of_a_bad_length_names_its_flag(files, tokenizer):
 )
 def test_split_eval_specs_keeps_existing_files_with_commas(files, text, specs):
     assert split_eval_specs(text) == specs
+
+
+def test_perplexity_frees_the_logits_of_a_batch_before_the_next_one(samples, monkeypatch):
+    model, logits = make_tiny("llama").eval(), []
+    forward = model.forward
+
+    def watched(*args, **kwargs):
+        assert not any(earlier() is not None for earlier in logits)
+        output = forward(*args, **kwargs)
+        logits.append(weakref.ref(output.logits))
+        return output
+
+    monkeypatch.setattr(model, "forward", watched)
+    perplexity(model, samples, batch_size=2)
+    assert len(logits) == 4
