@@ -46,7 +46,7 @@ done
 [ -e "$here/$model" ] && [ -n "$model" ] && model=$(realpath "$here/$model")
 [ -f "$here/$dataset" ] && dataset=$(realpath "$here/$dataset")
 [ -f "$here/$evaluation" ] && evaluation=$(realpath "$here/$evaluation")
-case $save_dir in /*) ;; *) save_dir=$here/$save_dir ;; esac
+save_dir=$(cd "$here" && absolute_path "$save_dir")
 
 make_venv requirements.txt
 if [ -z "$model" ] || [ -z "$dataset" ]; then

@@ -76,10 +76,9 @@ def use_one_gpu(training: TrainingArguments) -> None:
     The Trainer would give the others a replica and a part of every batch (torch's ``DataParallel``); a teacher's loss
     would then get the hidden states of one replica.
     """
-    if training.n_gpu > 1:
-        logger.warning(
-            "training on one of %d GPUs; for all, start with torchrun --nproc_per_node=%d", *[training.n_gpu] * 2
-        )
+    gpus = training.n_gpu
+    if gpus > 1:
+        logger.warning("training on one of %d GPUs; for all, start with torchrun --nproc_per_node=%d", gpus, gpus)
         training._n_gpu = 1
 
 

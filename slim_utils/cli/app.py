@@ -67,13 +67,11 @@ def run_cli(
     setup_logging()
     try:
         main()
-    except RankError as error:
-        _fail(prog, f"rank {_rank()}: {error}" if _rank() else str(error), 2)
     except UserError as error:
-        if _rank():
+        if _rank() and not isinstance(error, RankError):
             # All ranks raise the same error; rank 0 prints it.
             sys.exit(2)
-        _fail(prog, str(error) + _notes(error), 2)
+        _fail(prog, (f"rank {_rank()}: " if _rank() else "") + str(error) + _notes(error), 2)
     except ProcessLostError as error:
         _fail(prog, f"rank {_rank()}: {error}{resume_advice}", 1)
     except KeyboardInterrupt as error:
